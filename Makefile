@@ -1,0 +1,62 @@
+# Every target that runs something first sees to its own environment in .venv; nothing else on the machine is changed.
+#   make demo ARGS="--budget 60%"    options after ARGS go to `tightfit train` (demo) or pytest (test)
+#   make test PYTHON=python3.12      the interpreter that .venv is made from
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Quiet twice: errors only. Once would still print a warning per package for every index that lacks it.
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+
+# One thread per pytest worker: two workers with torch's default of one thread per core only fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: help demo test lint docs bench clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    fine-tune a small model inside a byte budget; the evidence goes to runs/"
+	@echo "make test    lint, then the tests (ARGS=... goes to pytest)"
+	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make docs    write docs/cli.md from the program"
+	@echo "make bench   run every script in benchmarks/"
+	@echo "make clean   remove .venv, caches and build output (runs/ stays)"
+
+# The stamp is touched last, so an install that was interrupted is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "tightfit needs Python 3.11 or newer, found '$(PYTHON)': install it, or say make PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "$(PYTHON) has no venv module: on Debian or Ubuntu run 'apt install python3-venv', then make again" >&2; \
+	    exit 1; }
+	@echo "Setting up $(VENV) with the versions in constraints.txt (a few minutes and about 2 GB the first time) ..."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) install -c constraints.txt torch
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/tightfit train $(ARGS)
+
+test: lint
+	@$(PYTEST) $(ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+docs: $(STAMP)
+	@$(BIN)/python docs/generate.py
+
+bench: $(STAMP)
+	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,329 @@
+"""The command line: arguments in, text or one JSON document out. What the commands do is elsewhere.
+
+Results go to stdout, progress and the one line of an error to stderr. Invariant: exit 0 means yes, 1 means that the
+answer is no (does not fit, a proof failed), 2 means wrong input, 130 means interrupted; a traceback only ever comes
+with `--debug`. Nothing heavy is imported before a command needs it, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tightfit.core import BudgetInfeasible, InvalidInput, PlanMismatch, ReplayDiverged, TightfitError, Unsupported
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from torch import nn
+
+__all__ = ["app", "main"]
+
+# the profiler, which counts bytes on the CPU, otherwise prints USDT lines on stderr (5 is not enough); read when
+# torch is loaded
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+EXIT_NO, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="tightfit",
+    help="Fit a PyTorch training step into a byte budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# ----------------------------------------------------------------------------------------------- options
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A name in the catalog, a folder with config.json, or a hub id owner/name.")
+]
+Batch = Annotated[int, typer.Option(help="Sequences in a batch.")]
+Seq = Annotated[int, typer.Option(help="Tokens in a sequence.")]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Method = Annotated[str, typer.Option(help="full or lora.")]
+OptimizerName = Annotated[str, typer.Option("--optimizer", help="adamw, adamw8bit, sgd or none.")]
+Budget = Annotated[str, typer.Option(help="A size (22GiB), or a percentage of the unplanned step's peak.")]
+Seed = Annotated[int, typer.Option(help="For weights, data and dropout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from tightfit import __version__
+
+        typer.echo(f"tightfit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Fit a PyTorch training step into a byte budget."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """A model in training mode with its batch and optimizer, ready for a step."""
+
+    model: nn.Module
+    origin: str  # where the weights are from
+    batch: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer | None
+
+
+def _prepare(
+    name: str, *, batch: int, seq: int, dtype: str, device: str, method: str, optimizer: str, seed: int
+) -> _Prepared:
+    """Build what `measure` and `plan` work on. Raises `InvalidInput` before anything large is made, where it can."""
+    if method not in ("full", "lora"):
+        raise InvalidInput(f"unknown method {method!r}: use full or lora")
+    if optimizer not in ("adamw", "adamw8bit", "sgd", "none"):
+        raise InvalidInput(f"unknown optimizer {optimizer!r}: use adamw, adamw8bit, sgd or none")
+    if not 0 <= seed < 2**32:
+        raise InvalidInput(f"expected a seed from 0 to {2**32 - 1}, not {seed}")
+    for option, value, least in (("--batch", batch, 1), ("--seq", seq, 2)):
+        if value < least:
+            raise InvalidInput(f"expected {option} of at least {least}, not {value}")
+    from tightfit.integrations.transformers import device_named, dtype_named, load_model, random_batch
+
+    made: Any
+    made, origin = load_model(name, dtype=dtype_named(dtype), device=device_named(device), seed=seed)
+    tokens = random_batch(made, batch, seq, seed)
+    if method == "lora":
+        from tightfit.integrations.peft import add_lora
+
+        made = add_lora(made)
+    return _Prepared(model=made, origin=origin, batch=tokens, optimizer=_optimizer(made, optimizer))
+
+
+def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer | None:
+    """The optimizer called `name` over the trainable parameters. Its learning rate changes no bytes."""
+    import torch
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if name == "adamw":
+        return torch.optim.AdamW(trainable, lr=1e-5)
+    if name == "sgd":
+        return torch.optim.SGD(trainable, lr=1e-5)
+    if name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise Unsupported(f"adamw8bit needs the package bitsandbytes ({error})") from None
+        made: torch.optim.Optimizer = AdamW8bit(trainable, lr=1e-5)
+        return made
+    return None
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+@app.command()
+def measure(
+    model: Model,
+    batch: Batch = 4,
+    seq: Seq = 512,
+    dtype: Dtype = "fp32",
+    device: Device = "cpu",
+    method: Method = "full",
+    optimizer: OptimizerName = "adamw",
+    budget: Budget = "60%",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Real steps side by side: no checkpointing, every block, tightfit at --budget."""
+    prepared = _prepare(
+        model, batch=batch, seq=seq, dtype=dtype, device=device, method=method, optimizer=optimizer, seed=seed
+    )
+    raise NotImplementedError(f"measure of {prepared.origin}")
+
+
+@app.command()
+def plan(
+    model: Model,
+    batch: Batch = 4,
+    seq: Seq = 512,
+    dtype: Dtype = "fp32",
+    device: Device = "cpu",
+    method: Method = "full",
+    optimizer: OptimizerName = "adamw",
+    budget: Budget = "60%",
+    seed: Seed = 0,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the plan unit by unit, and why.")] = False,
+    out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    as_json: Json = False,
+) -> None:
+    """Trace one step, plan it for --budget, write plan.json."""
+    prepared = _prepare(
+        model, batch=batch, seq=seq, dtype=dtype, device=device, method=method, optimizer=optimizer, seed=seed
+    )
+    raise NotImplementedError(f"plan of {prepared.origin}")
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="As for plan; by default a small model made for this.")] = "tightfit-demo",
+    data: Annotated[
+        str | None,
+        typer.Option(help='A text file, or .jsonl with "text".', show_default="Python's own reference text"),
+    ] = None,
+    method: Method = "full",
+    batch: Batch = 8,
+    seq: Seq = 256,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 130,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate.", show_default="by model and method")
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(help="A size (22GiB), or a percentage: of the GPU's memory; on the CPU, of the unplanned peak."),
+    ] = "60%",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw or sgd.")] = "adamw",
+    compare_steps: Annotated[
+        int, typer.Option(help="Steps also run without a budget, to compare losses and peak; 0 for none.")
+    ] = 5,
+    out: Annotated[str | None, typer.Option(help="The run folder.", show_default="runs/<utc time>")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune inside --budget and leave the evidence in a run folder."""
+    from tightfit import train as training
+
+    options = training.TrainOptions(
+        model=model,
+        data=data,
+        method=method,
+        batch=batch,
+        seq=seq,
+        steps=steps,
+        lr=lr,
+        budget=budget,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        optimizer=optimizer,
+        compare_steps=compare_steps,
+        out=out,
+        json=as_json,
+    )
+    result = training.train(options, _stderr())
+    if as_json:
+        typer.echo(json.dumps(training.to_report(result)))
+    else:
+        from rich.console import Console
+
+        Console().print(training.summary(result))
+    if result.status == "interrupted":
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if not result.passed:
+        raise typer.Exit(EXIT_NO)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Print the environment record: what every figure on this machine depends on."""
+    record = _environment_record()
+    if as_json:
+        typer.echo(json.dumps(record))
+        return
+    width = max(len(name) for name in record)
+    for name, value in record.items():
+        typer.echo(f"{name:<{width}}  {'not installed' if value is None else value}")
+
+
+def _environment_record() -> dict[str, str | None]:
+    """Versions of everything tightfit works with (`None`: not installed), and the machine."""
+    from tightfit import __version__
+    from tightfit.step import environment
+
+    found = environment()
+    packages = (
+        "tightfit", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "safetensors", "highspy",
+    )  # fmt: skip
+    record: dict[str, str | None] = {package: found.pop(package, None) for package in packages}
+    record["tightfit"] = __version__
+    found.setdefault("cuda_devices", "none")
+    return {**record, **found}
+
+
+# -------------------------------------------------------------------------------------------------- main
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code. Errors are one line on stderr."""
+    asked = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in asked
+    given = [argument for argument in asked if argument != "--debug"]  # so that it may stand after the command too
+    try:
+        code = typer.main.get_command(app).main(args=given, prog_name="tightfit", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except _USAGE_ERROR as error:
+        if debug:
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(error.format_message())
+        else:
+            _say(error.format_message())
+        return EXIT_WRONG_INPUT
+    except TightfitError as error:
+        if debug:
+            raise
+        _say(str(error))
+        return exit_code(error)
+    except (KeyboardInterrupt, typer.Abort):
+        if debug:
+            raise
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader of stdout (`| head`) has gone; keep Python from complaining about it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_NO
+    except Exception as error:
+        if debug:
+            raise
+        _say(f"{type(error).__name__}: {error} (run again with --debug to see where)")
+        return EXIT_NO
+
+
+# typer brings its own copy of click since 0.20 or so: whichever it is, the base of its usage errors
+_USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+def exit_code(error: TightfitError) -> int:
+    """1 when the answer is no, 2 when the question was wrong."""
+    if isinstance(error, (BudgetInfeasible, ReplayDiverged)):
+        return EXIT_NO
+    if isinstance(error, (InvalidInput, Unsupported, PlanMismatch)):
+        return EXIT_WRONG_INPUT
+    return EXIT_NO
+
+
+def _say(message: str) -> None:
+    line = " ".join(message.split())
+    typer.echo(f"tightfit: {line}", err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,526 @@
+"""The nouns of tightfit: types, enums, errors, byte sizes, JSON.
+
+A trace says what a step does, a plan says what to keep and what to run again, a timeline says how many
+bytes are live, a proof says what was checked. All four are plain frozen data with a JSON form that carries
+a schema version, so that a decision made on one machine can be read, checked and applied on another.
+
+Invariant: nothing here imports torch, and loading JSON only ever builds these types; it never runs code.
+Refused here: unknown schema versions, unknown keys and values of the wrong type, all as `InvalidInput`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+# --------------------------------------------------------------------------------------------- errors
+
+
+class TightfitError(Exception):
+    """Base of every error that tightfit raises on purpose. The message is one line for the user."""
+
+
+class InvalidInput(TightfitError, ValueError):
+    """What was asked cannot be understood; nothing was done."""
+
+
+class Unsupported(TightfitError):
+    """tightfit cannot do this without risking a wrong gradient, so it does not do it at all."""
+
+
+class PlanMismatch(TightfitError):
+    """The plan was made for another model; the message names the first unit that differs."""
+
+
+class ReplayDiverged(TightfitError, RuntimeError):
+    """A unit did something else when it was run again, so its gradient cannot be trusted."""
+
+
+class BudgetInfeasible(TightfitError):
+    """No plan fits the budget.
+
+    Attributes: `budget_bytes` asked, `least_bytes` the smallest peak of any plan found, `advice` what
+    would help, one sentence each with its number.
+    """
+
+    def __init__(self, budget_bytes: int, least_bytes: int, advice: tuple[str, ...] = ()) -> None:
+        self.budget_bytes = budget_bytes
+        self.least_bytes = least_bytes
+        self.advice = advice
+        message = (
+            f"a budget of {format_bytes(budget_bytes)} cannot hold this step: "
+            f"the least that is feasible is {format_bytes(least_bytes)}"
+        )
+        super().__init__("; ".join((message, *advice)))
+
+
+# ------------------------------------------------------------------------------------------ byte sizes
+
+_UNITS = {
+    "": 1, "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)")
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%")
+
+
+def parse_bytes(text: str | int, whole_bytes: int | None = None) -> int:
+    """Bytes meant by `text`: `"22GiB"`, `"22GB"`, `"1500000"`, an int, or `"80%"` of `whole_bytes`.
+
+    Raises `InvalidInput` for anything else, for zero and negative sizes, and for a percentage when there
+    is no whole to take it of.
+    """
+    asked = f"a size such as 22GiB, 800MB or 60%, not {text!r}"
+    if isinstance(text, bool) or not isinstance(text, (str, int)):
+        raise InvalidInput(f"expected {asked}")
+    if isinstance(text, int):
+        size_bytes = text
+    elif percent := _PERCENT.fullmatch(text.strip()):
+        if whole_bytes is None:
+            raise InvalidInput(f"{text!r} is a percentage, but there is nothing known to take it of; give bytes")
+        size_bytes = math.floor(float(percent[1]) / 100 * whole_bytes)
+    elif size := _SIZE.fullmatch(text.strip()):
+        unit = size[2].upper()
+        if unit not in _UNITS:
+            raise InvalidInput(f"unknown unit {size[2]!r} in {text!r}: use B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+        size_bytes = math.floor(float(size[1]) * _UNITS[unit])
+    else:
+        raise InvalidInput(f"expected {asked}")
+    if size_bytes <= 0:
+        raise InvalidInput(f"expected more than zero bytes, not {text!r}")
+    return size_bytes
+
+
+def format_bytes(size_bytes: float) -> str:
+    """`size_bytes` for people: `1.50 GiB`, `12.0 MiB`, `512 B`."""
+    for unit, step in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size_bytes) >= step:
+            amount = size_bytes / step
+            return f"{amount:.2f} {unit}" if amount < 10 else f"{amount:.1f} {unit}"
+    return f"{int(size_bytes)} B"
+
+
+# ----------------------------------------------------------------------------------------------- enums
+
+
+class Kind(enum.Enum):
+    """How an op treats memory and randomness; decides how the planner may use it."""
+
+    PURE = "pure"  # same inputs, same fresh outputs
+    VIEW = "view"  # outputs share an input's storage; no bytes of their own
+    INPLACE = "inplace"  # writes a value that an earlier op of the same unit made
+    RANDOM = "random"  # draws from a torch generator
+    OPAQUE = "opaque"  # anything else: must not be run twice
+
+
+class Phase(enum.Enum):
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    OPTIMIZER = "optimizer"
+
+
+class Action(enum.Enum):
+    """What becomes of one value between forward and backward."""
+
+    KEEP = "keep"
+    RECOMPUTE = "recompute"
+    OFFLOAD = "offload"
+
+
+class Status(enum.Enum):
+    OPTIMAL = "optimal"  # proven: no plan of the stated model takes fewer seconds
+    FEASIBLE = "feasible"  # fits; `Plan.bound_seconds` is the proven lower bound
+    INFEASIBLE = "infeasible"
+
+
+class Happening(enum.Enum):
+    """What an `Event` records."""
+
+    OP = "op"  # op `subject` ran
+    ALLOC = "alloc"  # value `subject` came to life
+    FREE = "free"  # value `subject` was given back
+    LOAD = "load"  # backward read saved tensor `subject`
+    RELEASE = "release"  # autograd let go of saved tensor `subject`
+    ENTER = "enter"  # frame `subject` began its forward
+    EXIT = "exit"  # frame `subject` ended its forward
+
+
+class Category(enum.Enum):
+    """Whose bytes are live; the rows of a timeline."""
+
+    PARAMETERS = "parameters"
+    GRADIENTS = "gradients"
+    OPTIMIZER_STATE = "optimizer_state"
+    BUFFERS = "buffers"
+    INPUTS = "inputs"
+    SAVED = "saved"
+    TEMPORARIES = "temporaries"
+
+
+# ----------------------------------------------------------------------------------------------- types
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """One storage. Views of it and in-place versions of it are the same value."""
+
+    id: int
+    size_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    producer: int | None  # op id; None: alive before the step, or made outside any op
+    unit: str | None  # path of the unit whose frame made it
+    needed: bool  # backward reads it
+    ordinal: int | None = None  # position among the values of its frame
+    natural_end: int | None = None  # event after which nothing but autograd holds it; None: until its FREE
+    category: Category = Category.TEMPORARIES  # what its bytes count as while nothing in forward saved it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One call below autograd, as the dispatcher saw it."""
+
+    id: int
+    unit: str | None
+    ordinal: int | None  # position among the counted ops of its frame
+    name: str
+    inputs: tuple[int, ...]  # value ids read
+    outputs: tuple[int | None, ...]  # value id of each tensor output; None: a result that is no tensor
+    seconds: float
+    flops: int
+    kind: Kind
+    phase: Phase
+    frame: int | None = None
+    scratch_bytes: int = 0  # most bytes the kernel held beyond its outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """One tensor that autograd saved in forward."""
+
+    id: int
+    value: int
+    frame: int | None  # frame that was open when it was saved
+    ordinal: int | None  # position among the tensors saved in that frame
+    read: bool  # backward asked for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    what: Happening
+    subject: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """One call of a unit."""
+
+    id: int
+    unit: str
+    inputs: tuple[int, ...]  # value ids of its tensor arguments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One op of a unit's program; numbers are value ordinals of the unit."""
+
+    name: str
+    kind: Kind
+    reads: tuple[int, ...] = ()  # values it needs in their final state
+    reads_early: tuple[int, ...] = ()  # values it reads before a later in-place op changes them
+    outputs: tuple[int | None, ...] = ()  # per tensor output; -1: storage from outside the unit; None: no tensor
+    writes: tuple[int, ...] = ()  # values that it makes or changes
+    rerunnable: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What a unit does, free of sizes: the ops in order and the tensors that autograd saves.
+
+    `slots[i]` is the value ordinal of the i-th saved tensor, or -1 when its storage comes from outside the
+    unit. `wanted[i]` says that backward really reads it.
+    """
+
+    steps: tuple[Step, ...]
+    slots: tuple[int, ...]
+    wanted: tuple[bool, ...]
+    values: int  # how many values the unit makes
+    held: tuple[int, ...] = ()  # values that stay alive whatever the plan says (Python or a ctx holds them)
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """Ordinals of the unit's own values that backward reads, ascending."""
+        return tuple(sorted({v for v, want in zip(self.slots, self.wanted, strict=True) if want and v >= 0}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    path: str
+    digest: str  # equal blocks share one frontier: structure and sizes
+    op_ids: tuple[int, ...]
+    signature: str = ""  # class and parameter shapes; a plan for another model is told by it
+    pinned: str = ""  # why this unit must keep everything; empty: it need not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """One recorded step: what ran, what lived, what autograd held, in order."""
+
+    units: tuple[Unit, ...]
+    frames: tuple[Frame, ...]
+    ops: tuple[Op, ...]
+    values: tuple[Value, ...]
+    saved: tuple[Saved, ...]
+    events: tuple[Event, ...]
+    programs: Mapping[int, Program]  # by frame id
+    static_bytes: Mapping[str, int]  # by category
+    device: str
+    environment: Mapping[str, str]
+    digest: str
+    batch_sizes: tuple[int, ...] = ()  # leading sizes of the batch's tensors, for advice
+    random_state_bytes: int = 0  # one saved generator state
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    name: str
+    memory_bytes: int
+    flops_per_second: Mapping[str, float]
+    memory_bytes_per_second: float
+    h2d_bytes_per_second: float
+    d2h_bytes_per_second: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What one unit does with each value that it makes, by ordinal."""
+
+    unit: str
+    actions: tuple[Action, ...]
+    tiles: int = 1
+    signature: str = ""
+    program: str = ""  # key into `Plan.programs`
+
+    @property
+    def keeps_all(self) -> bool:
+        return all(action is Action.KEEP for action in self.actions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Decisions as data: which values each unit keeps, and what that is known to cost."""
+
+    budget_bytes: int
+    choices: tuple[Choice, ...]
+    status: Status
+    peak_bytes: int
+    step_seconds: float
+    recompute_seconds: float
+    bound_seconds: float  # no plan recomputes in less, under the planner's model
+    recompute_flops: int
+    forward_flops: int
+    unplanned_peak_bytes: int
+    replays: int  # frames replayed in a step
+    trace_digest: str
+    versions: Mapping[str, str]
+    programs: Mapping[str, Program] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON: whole or not at all."""
+        write_text(path, dumps(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan. Raises `InvalidInput` when the file cannot be read or is no plan."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"cannot read the plan {str(path)!r}: {error}") from None
+        return loads(cls, text, source=str(path))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """Live bytes through a simulated step. `live_bytes[i]` and each `by_category[c][i]` belong to `labels[i]`."""
+
+    labels: tuple[str, ...]
+    live_bytes: tuple[int, ...]
+    by_category: Mapping[str, tuple[int, ...]]
+    peak_bytes: int
+    peak_event: int
+    peak_owner: str
+    recompute_seconds: float
+    recompute_flops: int
+    replays: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    name: str
+    expected: str
+    measured: str
+    tolerance: str
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    checks: tuple[Check, ...]
+    environment: Mapping[str, str]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+
+# ------------------------------------------------------------------------------------------------ JSON
+
+
+def to_json(thing: Any) -> Any:
+    """`thing` as JSON-ready dicts, lists, strings and numbers. Enums become their value."""
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        return {f.name: to_json(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
+    if isinstance(thing, enum.Enum):
+        return thing.value
+    if isinstance(thing, Mapping):
+        return {str(key): to_json(value) for key, value in thing.items()}
+    if isinstance(thing, (tuple, list)):
+        return [to_json(item) for item in thing]
+    return thing
+
+
+def dumps(thing: Any) -> str:
+    """JSON text of one of the types above, with its name and the schema version."""
+    return json.dumps({"type": type(thing).__name__, "schema_version": SCHEMA_VERSION, **to_json(thing)}) + "\n"
+
+
+def loads(cls: type[T], text: str, source: str = "the text") -> T:
+    """The `cls` that `dumps` wrote. Raises `InvalidInput` for any other text."""
+    name = cls.__name__.lower()
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{source} is not JSON ({error}); expected a tightfit {name}") from None
+    if not isinstance(data, dict) or data.pop("type", None) != cls.__name__:
+        raise InvalidInput(f"{source} is JSON, but no tightfit {name}")
+    version = data.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise InvalidInput(
+            f"{source} has schema version {version}, this tightfit reads {SCHEMA_VERSION}: make the {name} anew"
+        )
+    try:
+        return typing.cast(T, _from_json(cls, data, name))
+    except InvalidInput as error:
+        raise InvalidInput(f"{source} is no valid tightfit {name}: {error}") from None
+
+
+def _from_json(annotation: Any, data: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return _dataclass_from_json(annotation, data, where)
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        try:
+            return annotation(data)
+        except ValueError:
+            raise InvalidInput(f"{where} is {data!r}") from None
+    if origin in (typing.Union, types.UnionType):
+        if data is None and type(None) in arguments:
+            return None
+        (inner,) = (a for a in arguments if a is not type(None))
+        return _from_json(inner, data, where)
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise InvalidInput(f"{where} should be a list")
+        return tuple(_from_json(arguments[0], item, where) for item in data)
+    if origin is Mapping:
+        if not isinstance(data, dict):
+            raise InvalidInput(f"{where} should be an object")
+        return {_from_key(arguments[0], key, where): _from_json(arguments[1], item, where) for key, item in data.items()}
+    if annotation is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, annotation) or (isinstance(data, bool) and annotation is not bool):
+        raise InvalidInput(f"{where} should be {annotation.__name__}, not {data!r}"[:200])
+    return data
+
+
+def _from_key(annotation: Any, key: str, where: str) -> Any:
+    try:
+        return annotation(key)
+    except ValueError:
+        raise InvalidInput(f"{where} has the key {key!r}") from None
+
+
+def _dataclass_from_json(cls: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise InvalidInput(f"{where} should be an object")
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(data) - set(hints)):
+        raise InvalidInput(f"{where} has the unknown key {unknown[0]!r}")
+    required = {
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(data)):
+        raise InvalidInput(f"{where} lacks {missing[0]!r}")
+    return cls(**{key: _from_json(hints[key], item, f"{where}.{key}") for key, item in data.items()})
+
+
+def make_verb(module_name: str, function: typing.Callable[..., Any]) -> None:
+    """Let the module `module_name` be called as `function`.
+
+    `tightfit.trace` is both a module and a verb of the public API. Importing a submodule binds its name in the
+    package, so a function of that name would come and go with the order of imports; a module that can be called
+    is always both.
+    """
+    module = sys.modules[module_name]
+
+    class Verb(types.ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+    module.__class__ = Verb
+    module.__dict__["__signature__"] = inspect.signature(function)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` by way of a temporary file beside it, so that no reader sees half of it."""
+    target = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise InvalidInput(f"cannot write {str(path)!r}: {error}") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

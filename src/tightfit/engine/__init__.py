@@ -1,0 +1,120 @@
+"""Carry out a plan on a real model, and take it off again.
+
+`apply` replaces the `forward` of each planned unit; units that keep everything are not touched, so a plan that
+keeps all costs nothing. `checkpoint` is the same engine for one region that the user marks by hand.
+
+Invariant: `remove` puts back exactly what was there. Refused: a plan for another model (`PlanMismatch`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.core import Choice, InvalidInput, Plan, PlanMismatch, Trace
+from tightfit.engine.frame import Frame, FramePlan, Stats, is_active
+from tightfit.engine.region import checkpoint
+from tightfit.plan.program import kept_values, recipe
+from tightfit.step import ForwardPatch, no_key_value_cache
+from tightfit.trace import signature_of
+
+__all__ = ["Applied", "Stats", "apply", "checkpoint"]
+
+
+class Applied:
+    """A plan in force. `remove()`, or leaving it as a context manager, restores the model exactly."""
+
+    def __init__(self, model: nn.Module, plan: Plan, trace: Trace | None = None) -> None:
+        self.model, self.plan, self.trace = model, plan, trace
+        self._stats = Stats()
+        self._patches: list[ForwardPatch] = []
+        self._cache = no_key_value_cache(model)
+        matched = _matched(model, plan)
+        self._cache.__enter__()
+        try:
+            for choice, module in matched:
+                frame_plan = _frame_plan(plan, choice)
+                if frame_plan is not None:
+                    self._patches.append(ForwardPatch(module, self._planned(choice.unit, module, frame_plan)))
+        except BaseException:
+            self.remove()
+            raise
+
+    def _planned(
+        self, name: str, module: nn.Module, plan: FramePlan
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if not torch.is_grad_enabled() or is_active():
+                    return original(*args, **kwargs)
+                return Frame(name or "the model", original, args, kwargs, plan, self._stats, module).run()
+
+            return forward
+
+        return make
+
+    def stats(self) -> Stats:
+        """Counts since the plan was applied: frames, replays, fallbacks, ops run again."""
+        return dataclasses.replace(self._stats)
+
+    @property
+    def active_units(self) -> tuple[str, ...]:
+        """Paths of the units that the engine runs in; those that keep everything are not among them."""
+        paths = {id(m): p for p, m in self.model.named_modules()}
+        return tuple(paths.get(id(patch.module), "") for patch in self._patches)
+
+    def remove(self) -> None:
+        """Restore every `forward`. Harmless when called twice; graphs made before stay valid."""
+        while self._patches:
+            self._patches.pop().undo()
+        self._cache.__exit__(None, None, None)
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def apply(model: nn.Module, plan: Plan) -> Applied:
+    """Put `plan` in force on `model`. Raises `PlanMismatch` naming the first unit that is another."""
+    return Applied(model, plan)
+
+
+def _frame_plan(plan: Plan, choice: Choice) -> FramePlan | None:
+    """None for a unit in which nothing is made again."""
+    if choice.keeps_all:
+        return None
+    program = plan.programs.get(choice.program)
+    if program is None or len(choice.actions) != program.values:
+        raise InvalidInput(f"the plan is damaged: it has no program for the unit {choice.unit!r}")
+    chosen = recipe(program, kept_values(choice.actions))
+    return FramePlan.of(program, chosen) if chosen.replays else None
+
+
+def _matched(model: nn.Module, plan: Plan) -> list[tuple[Choice, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"expected a torch.nn.Module, found {type(model).__name__}")
+    modules = dict(model.named_modules())
+    found = []
+    for choice in plan.choices:
+        module = modules.get(choice.unit)
+        if module is None:
+            raise PlanMismatch(
+                f"the plan has the unit {choice.unit!r}, which this {type(model).__name__} does not have: "
+                "the plan was made for another model; make it anew"
+            )
+        signature = signature_of(module)
+        if signature != choice.signature:
+            raise PlanMismatch(
+                f"the unit {choice.unit!r} differs: planned for {choice.signature}, found {signature}; "
+                "the plan was made for another model, dtype or set of trainable parameters; make it anew"
+            )
+        if getattr(module.forward, "__tightfit__", False):
+            raise InvalidInput(f"a plan is already in force on {choice.unit!r}; remove it first")
+        found.append((choice, module))
+    return found

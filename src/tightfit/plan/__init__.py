@@ -1,0 +1,129 @@
+"""Decide which values each unit keeps, so that the step fits its budget with the least recompute.
+
+`plan.frontier` solves one unit exactly, `plan.choose` chooses one point per unit, `plan.simulate` referees. A
+plan is returned only after the referee has found it under the budget.
+
+Refused: budgets under the least feasible peak (`BudgetInfeasible`, with that peak and what would help).
+No torch here: a trace read from JSON is enough.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from tightfit.core import (
+    BudgetInfeasible,
+    Category,
+    Choice,
+    Phase,
+    Plan,
+    Status,
+    Timeline,
+    Trace,
+    format_bytes,
+    make_verb,
+    parse_bytes,
+)
+from tightfit.plan.choose import Model, Solution
+from tightfit.plan.simulate import simulate, simulate_choices
+
+__all__ = ["every_block", "plan", "simulate"]
+
+_REFEREE_ROUNDS = 12
+
+
+def plan(trace: Trace, budget: str | int) -> Plan:
+    """The plan of least recompute whose simulated peak is within `budget`.
+
+    `budget`: bytes, a size, or a percentage of the unplanned step's peak. Raises `InvalidInput` for a budget
+    that is no size, `BudgetInfeasible` when nothing fits.
+    """
+    unplanned = simulate_choices(trace, ())
+    budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
+    model = Model(trace)
+    if unplanned.peak_bytes <= budget_bytes:
+        nothing = Solution(points={u.path: 0 for u in trace.units}, seconds=0.0, bound_seconds=0.0)
+        return _plan(trace, budget_bytes, model.choices(nothing), unplanned, unplanned, 0.0)
+    target = budget_bytes
+    for _ in range(_REFEREE_ROUNDS):
+        solution = model.solve(target)
+        if solution is None:
+            break
+        choices = model.choices(solution)
+        line = simulate_choices(trace, choices)
+        if line.peak_bytes <= budget_bytes:
+            return _plan(trace, budget_bytes, choices, line, unplanned, solution.bound_seconds)
+        # the model was too hopeful by this much; ask it for that much less
+        target -= max(1, line.peak_bytes - budget_bytes)
+    lowest = model.solve(None)
+    assert lowest is not None
+    choices = model.choices(lowest)
+    line = simulate_choices(trace, choices)
+    if line.peak_bytes <= budget_bytes:
+        return _plan(trace, budget_bytes, choices, line, unplanned, 0.0)
+    raise BudgetInfeasible(budget_bytes, line.peak_bytes, _advice(trace, line, budget_bytes))
+
+
+def every_block(trace: Trace) -> Plan:
+    """The book recipe as a plan: every unit keeps only its inputs. Its budget is its own peak."""
+    unplanned = simulate_choices(trace, ())
+    model = Model(trace)
+    points = {path: len(options) - 1 for path, options in model.options.items()}
+    choices = model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
+    line = simulate_choices(trace, choices)
+    return _plan(trace, line.peak_bytes, choices, line, unplanned, 0.0)
+
+
+def _plan(
+    trace: Trace, budget_bytes: int, choices: tuple[Choice, ...], line: Timeline, unplanned: Timeline, bound: float
+) -> Plan:
+    step_seconds = sum(op.seconds for op in trace.ops)
+    proven = line.recompute_seconds <= bound * (1 + 1e-6) + 1e-12
+    used = {choice.program for choice in choices if not choice.keeps_all}
+    programs = {}
+    for unit in trace.units:
+        if unit.digest in used and unit.digest not in programs:
+            programs[unit.digest] = trace.programs[next(f.id for f in trace.frames if f.unit == unit.path)]
+    return Plan(
+        budget_bytes=budget_bytes,
+        choices=choices,
+        status=Status.OPTIMAL if proven else Status.FEASIBLE,
+        peak_bytes=line.peak_bytes,
+        step_seconds=step_seconds + line.recompute_seconds,
+        recompute_seconds=line.recompute_seconds,
+        bound_seconds=min(bound, line.recompute_seconds),
+        recompute_flops=line.recompute_flops,
+        forward_flops=sum(op.flops for op in trace.ops if op.phase is Phase.FORWARD),
+        unplanned_peak_bytes=unplanned.peak_bytes,
+        replays=line.replays,
+        trace_digest=trace.digest,
+        versions={name: version for name, version in trace.environment.items() if name in ("tightfit", "torch", "transformers")}
+        | {"highspy": metadata.version("highspy")},
+        programs=programs,
+    )
+
+
+def _advice(trace: Trace, line: Timeline, budget_bytes: int) -> tuple[str, ...]:
+    """What would make it fit, each with its number. Activations and logits grow with the batch and the sequence."""
+    fixed = sum(trace.static_bytes.values())
+    at_peak = {c: rows[line.peak_event] for c, rows in line.by_category.items()}
+    gradients = at_peak[Category.GRADIENTS.value] - trace.static_bytes.get(Category.GRADIENTS.value, 0)
+    moving = line.peak_bytes - fixed - gradients
+    said = []
+    if budget_bytes <= fixed:
+        said.append(f"parameters, optimizer state and inputs alone take {format_bytes(fixed)}")
+    else:
+        share = (budget_bytes - fixed - gradients) / max(1, moving)
+        batch = max(trace.batch_sizes, default=1)
+        if batch > 1 and share * batch >= 1:
+            said.append(f"a batch of {int(share * batch)} instead of {batch} would need about {format_bytes(fixed + gradients + moving * int(share * batch) / batch)}")
+        if share > 0.05:
+            said.append(f"sequences of {share:.0%} of this length would fit, about")
+    state = trace.static_bytes.get(Category.OPTIMIZER_STATE.value, 0)
+    if state:
+        said.append(f"an optimizer without state (sgd) would save {format_bytes(state)}")
+    said.append(f"the peak is at: {line.peak_owner}")
+    return tuple(said)
+
+
+make_verb(__name__, plan)

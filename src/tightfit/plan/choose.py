@@ -1,0 +1,416 @@
+"""One point per unit, so that the whole step fits: an integer program over the units' frontiers.
+
+Idea: the step's marks (one per op) are cut into segments where units begin and end. A unit's choice changes the
+live bytes by an amount that is the same all through the segments of others, and that is known mark by mark in
+its own. So "the peak stays under the budget" is one linear constraint per segment.
+
+Invariant: the constraints are never weaker than the model says; whether they hold for the step is for
+`plan.simulate` to decide, which the caller asks. The bound comes from a relaxation in which every unit may
+take the least of everything, so no plan of this kind takes fewer seconds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import highspy
+import numpy as np
+
+from tightfit.core import Action, Choice, Happening, Program, TightfitError, Trace, Unsupported
+from tightfit.plan.frontier import Frontier, Point, frontier, solver
+from tightfit.plan.program import Recipe, first_random, recipe
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+SOLVER_SECONDS = 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    points: Mapping[str, int]  # unit path -> index of its point; -1: keep everything
+    seconds: float
+    bound_seconds: float
+
+
+class Model:
+    """Everything about a trace that does not depend on the budget."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._index()
+        self.base = self._base()
+        self.frontiers: dict[str, Frontier] = {}
+        self.options: dict[str, tuple[Point | None, ...]] = {}  # None: keep everything, no engine in the unit
+        known: dict[str, Frontier] = {}
+        for unit in trace.units:
+            frames = self.frames_of[unit.path]
+            points: tuple[Point | None, ...] = (None,)
+            if not unit.pinned and any(trace.programs[f].needed for f in frames):
+                if unit.digest not in known:
+                    try:
+                        known[unit.digest] = self._frontier(frames)
+                    except Unsupported:
+                        known[unit.digest] = Frontier(points=(), step_bytes=1)
+                self.frontiers[unit.path] = known[unit.digest]
+                points += tuple(p for p in known[unit.digest].points if self._replays(unit.path, p))
+            self.options[unit.path] = points
+        self._tabulate()
+
+    # -- the trace, indexed
+
+    def _index(self) -> None:
+        trace = self.trace
+        self.marks = [i for i, e in enumerate(trace.events) if e.what is Happening.OP]
+        self.mark_at = np.searchsorted(np.array(self.marks), np.arange(len(trace.events) + 1))  # first mark at or after
+        self.freed = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.FREE}
+        self.released = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.RELEASE}
+        self.load: dict[int, int] = {}
+        self.enter: dict[int, int] = {}
+        self.exit: dict[int, int] = {}
+        for i, event in enumerate(trace.events):
+            if event.what is Happening.LOAD:
+                self.load.setdefault(event.subject, i)
+            elif event.what is Happening.ENTER:
+                self.enter[event.subject] = i
+            elif event.what is Happening.EXIT:
+                self.exit[event.subject] = i
+        self.frames_of: dict[str, list[int]] = defaultdict(list)
+        for frame in trace.frames:
+            self.frames_of[frame.unit].append(frame.id)
+        self.slots: dict[int, list[int]] = defaultdict(list)
+        self.kept_elsewhere: dict[int, int] = {}  # value -> last release by a saved tensor of another frame
+        for saved in trace.saved:
+            if saved.frame is not None:
+                self.slots[saved.frame].append(saved.id)
+        self.values: dict[int, dict[int, int]] = defaultdict(dict)
+        self.ops: dict[int, list[int]] = defaultdict(list)
+        for op in trace.ops:
+            if op.frame is not None and op.ordinal is not None:
+                self.ops[op.frame].append(op.id)
+        self.maker: dict[int, int] = {}
+        for value in trace.values:
+            if value.producer is not None and value.ordinal is not None:
+                frame_id = trace.ops[value.producer].frame
+                assert frame_id is not None
+                self.values[frame_id][value.ordinal] = value.id
+                self.maker[value.id] = frame_id
+        end_of_step = len(trace.events)
+        for saved in trace.saved:
+            if saved.value in self.maker and self.maker[saved.value] != saved.frame:
+                end = self.released.get(saved.id, end_of_step)
+                self.kept_elsewhere[saved.value] = max(self.kept_elsewhere.get(saved.value, -1), end)
+
+    def _base(self) -> Floats:
+        """Live bytes at each mark of the step as it was recorded."""
+        trace = self.trace
+        change = np.zeros(len(trace.events) + 1)
+        for i, event in enumerate(trace.events):
+            if event.what is Happening.ALLOC:
+                change[i] += trace.values[event.subject].size_bytes
+            elif event.what is Happening.FREE:
+                change[i] -= trace.values[event.subject].size_bytes
+        live = np.cumsum(change) + sum(trace.static_bytes.values())
+        scratch = np.array([trace.ops[trace.events[i].subject].scratch_bytes for i in self.marks])
+        return np.asarray(live[self.marks] + scratch, dtype=np.float64)
+
+    # -- one unit
+
+    def _frontier(self, frames: Sequence[int]) -> Frontier:
+        """Frontier of a unit over all its calls that do the same as the first."""
+        trace = self.trace
+        program = trace.programs[frames[0]]
+        alike = [f for f in frames if same_ops(trace.programs[f], program)]
+        sizes = [sum(trace.values[self.values[f][v]].size_bytes for f in alike) for v in range(program.values)]
+        seconds = [sum(trace.ops[self.ops[f][i]].seconds for f in alike) for i in range(len(program.steps))]
+        return frontier(program, sizes, seconds)
+
+    def _recipes(self, path: str, point: Point) -> dict[int, Recipe]:
+        """What each call of the unit does when `point` is chosen; other op sequences are replayed whole."""
+        frames = self.frames_of[path]
+        first = self.trace.programs[frames[0]]
+        found = {}
+        for frame in frames:
+            program = self.trace.programs[frame]
+            chosen = recipe(program, point.kept if same_ops(program, first) else frozenset())
+            if chosen.replays:
+                found[frame] = chosen
+        return found
+
+    def _replays(self, path: str, point: Point) -> bool:
+        return bool(self._recipes(path, point))
+
+    def _first_load(self, frame: int, chosen: Recipe) -> int:
+        pairs = zip(self.slots[frame], chosen.drop, strict=True)
+        return min(self.load[s] for s, drop in pairs if drop and s in self.load)
+
+    def _effect(self, path: str, point: Point) -> tuple[Floats, list[tuple[int, float]], float]:
+        """Of choosing `point`: the change of live bytes at every mark, the spikes (mark, bytes) of the replays
+        themselves, on top of everything else at that mark, and the seconds of the replays."""
+        trace = self.trace
+        change = np.zeros(len(self.marks) + 1)
+        spikes: list[tuple[int, float]] = []
+        seconds = 0.0
+        end_of_step = len(trace.events)
+
+        def live(size: float, after: int, until: int) -> None:
+            """`size` more bytes at the marks between the events `after` and `until`."""
+            if until > after:
+                change[self.mark_at[after + 1]] += size
+                change[self.mark_at[until]] -= size
+
+        for frame, chosen in self._recipes(path, point).items():
+            first = self._first_load(frame, chosen)
+            values = self.values[frame]
+            for ordinal in {v for v, drop in zip(trace.programs[frame].slots, chosen.drop, strict=True) if drop}:
+                value = trace.values[values[ordinal]]
+                end = self.freed.get(value.id, end_of_step)
+                natural = end if value.natural_end is None else value.natural_end
+                gone = max(natural, self.kept_elsewhere.get(value.id, -1))
+                back = first if ordinal in chosen.dropped else end_of_step
+                live(-value.size_bytes, gone, min(back, end))
+            stored = (values[ordinal] for ordinal in chosen.captured)
+            for value_id in (*stored, *trace.frames[frame].inputs):
+                if trace.values[value_id].producer is not None:
+                    live(trace.values[value_id].size_bytes, self.freed.get(value_id, end_of_step), first)
+            states = chosen.states | ({drawn} if (drawn := first_random(trace.programs[frame])) is not None else set())
+            live(len(states) * trace.random_state_bytes, self.enter[frame], first)
+            top, spent = self._replay(frame, chosen)
+            spikes.append((int(self.mark_at[first]), top + (trace.random_state_bytes if states else 0)))
+            seconds += spent
+        return np.cumsum(change)[: len(self.marks)], spikes, seconds
+
+    def _replay(self, frame: int, chosen: Recipe) -> tuple[float, float]:
+        """(most bytes that the replay adds before it is done, beyond what it leaves; its seconds)."""
+        trace = self.trace
+        level = top = 0.0
+        seconds = 0.0
+        leaves = sum(trace.values[self.values[frame][v]].size_bytes for v in chosen.dropped)
+        last = max(chosen.runs, default=-1)
+        ends: dict[int, list[int]] = defaultdict(list)
+        for ordinal, op_id in enumerate(self.ops[frame]):
+            if ordinal > last:
+                break
+            op = trace.ops[op_id]
+            if ordinal in chosen.runs:
+                for value_id in op.outputs:
+                    if value_id is not None and trace.values[value_id].producer == op_id:
+                        value = trace.values[value_id]
+                        level += value.size_bytes
+                        if value.ordinal not in chosen.dropped and value.natural_end is not None:
+                            ends[value.natural_end].append(value.size_bytes)
+                top = max(top, level + op.scratch_bytes)
+                seconds += op.seconds
+            event = self._event_of(op_id)
+            for end in [e for e in ends if e <= event]:
+                level -= sum(ends.pop(end))
+        return top - leaves, seconds
+
+    def _event_of(self, op_id: int) -> int:
+        if not hasattr(self, "_op_event"):
+            self._op_event = {self.trace.events[i].subject: i for i in self.marks}
+        return self._op_event[op_id]
+
+    # -- all units, cut into segments
+
+    def _tabulate(self) -> None:
+        """`table[unit][option, segment]`: what the option adds to the segment's fullest mark."""
+        trace = self.trace
+        cuts = {0}
+        self.spans: dict[int, list[tuple[int, int]]] = {}
+        for frame in trace.frames:
+            forward = (int(self.mark_at[self.enter[frame.id]]), int(self.mark_at[self.exit[frame.id]]))
+            touched = [i for s in self.slots[frame.id] for i in (self.load.get(s), self.released.get(s)) if i is not None]
+            self.spans[frame.id] = [forward]
+            if touched:
+                self.spans[frame.id].append((int(self.mark_at[min(touched)]), int(self.mark_at[max(touched)]) + 1))
+            for start, end in self.spans[frame.id]:
+                cuts |= {start, end}
+        self.starts = np.array(sorted(c for c in cuts if c < len(self.marks)), dtype=np.int64)
+        self.base_top = np.maximum.reduceat(self.base, self.starts)
+        self.table: dict[str, Floats] = {}
+        self.least: dict[str, Floats] = {}
+        self.seconds: dict[str, list[float]] = {}
+        copies: dict[Any, tuple[Floats, Floats, list[float]]] = {}
+        for path, options in self.options.items():
+            rows, least, spent = [], [], []
+            own = self._own_segments(path)
+            for option in options:
+                if option is None:
+                    rows.append(np.zeros(len(self.starts)))
+                    least.append(np.zeros(len(self.starts)))
+                    spent.append(0.0)
+                    continue
+                delta, spikes, seconds = self._effect(path, option)
+                # in the unit's own segments its change moves mark by mark: take the fullest mark together with it
+                row = np.maximum.reduceat(delta, self.starts)
+                low = np.minimum.reduceat(delta, self.starts)
+                together = np.maximum.reduceat(self.base + delta, self.starts) - self.base_top
+                row = np.where(own, together, row)
+                for mark, top in spikes:
+                    segment = int(np.searchsorted(self.starts, mark, side="right")) - 1
+                    before = mark - 1 if mark else 0
+                    # the live bytes just before the replay begins, plus all that it leaves, plus what it adds for a while
+                    row[segment] = max(row[segment], self._just_before(mark, delta, before) + top - self.base_top[segment])
+                rows.append(row)
+                least.append(low)
+                spent.append(seconds)
+            self.table[path], self.least[path] = np.array(rows), np.array(least)
+            self.seconds[path] = spent
+        del copies
+
+    def _just_before(self, mark: int, delta: Floats, before: int) -> float:
+        """Live bytes at the replay, the values that it leaves behind included: those of the mark that reads them."""
+        scratch = self.trace.ops[self.trace.events[self.marks[mark]].subject]
+        made = sum(
+            self.trace.values[v].size_bytes
+            for v in scratch.outputs
+            if v is not None and self.trace.values[v].producer == scratch.id
+        )
+        return float(self.base[mark] + delta[mark] - scratch.scratch_bytes - made)
+
+    def _own_segments(self, path: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        own = np.zeros(len(self.starts), dtype=bool)
+        for frame in self.frames_of[path]:
+            for start, end in self.spans[frame]:
+                own |= (self.starts >= start) & (self.starts < end)
+        return own
+
+    # -- the integer program
+
+    def solve(self, budget_bytes: int | None) -> Solution | None:
+        """The cheapest options within the budget, or with None those of the lowest peak. None: nothing fits."""
+        answer = self._solve(budget_bytes, self.table, 0)
+        if answer is None:
+            return None
+        chosen, seconds, dual = answer
+        if budget_bytes is None:
+            return Solution(points=chosen, seconds=seconds, bound_seconds=0.0)
+        bound = min(dual, seconds)
+        if seconds > 0:
+            relaxed = self._solve(budget_bytes, self._relaxed(), 0)
+            bound = 0.0 if relaxed is None else min(relaxed[2], seconds)
+        return Solution(points=chosen, seconds=seconds, bound_seconds=bound)
+
+    def _relaxed(self) -> dict[str, Floats]:
+        """A table that is nowhere above what any kept set of at least these seconds would cost.
+
+        Outside its own segments a unit holds its kept bytes and lacks, at most, everything else that it needs;
+        inside them it is taken to hold nothing at all.
+        """
+        tables = {}
+        for path, options in self.options.items():
+            rows = []
+            own = self._own_segments(path)
+            step = self.frontiers[path].step_bytes if path in self.frontiers else 0
+            nothing = np.min(self.least[path], axis=0)
+            for index, option in enumerate(options):
+                if option is None:
+                    rows.append(np.zeros(len(self.starts)))
+                else:
+                    rows.append(np.where(own, np.minimum(nothing, self.least[path][index]) - step, self.least[path][index] - step))
+            tables[path] = np.array(rows)
+        return tables
+
+    def _solve(
+        self, budget_bytes: int | None, table: Mapping[str, Floats], _: int
+    ) -> tuple[dict[str, int], float, float] | None:
+        paths = list(self.options)
+        columns = [(path, i) for path in paths for i in range(len(self.options[path]))]
+        unit_seconds = np.array([self.seconds[path][i] for path, i in columns])
+        usage = np.array([table[path][i] for path, i in columns]).T if columns else np.zeros((len(self.starts), 0))
+        room = (np.inf if budget_bytes is None else budget_bytes) - self.base_top
+        if budget_bytes is not None:
+            worst = self.base_top + sum((table[path].max(axis=0) for path in paths), np.zeros(len(self.starts)))
+            rows = [s for s in range(len(self.starts)) if worst[s] > budget_bytes]
+        else:
+            rows = list(range(len(self.starts)))
+        keep_rows = _undominated(usage, room, rows) if budget_bytes is not None else rows
+        highs = solver()
+        highs.setOptionValue("time_limit", SOLVER_SECONDS)
+        highs.setOptionValue("mip_rel_gap", 1e-4 if budget_bytes is None else 0.0)
+        scale = float(max(1.0, np.abs(usage).max() if usage.size else 1.0))
+        second_scale = float(max(unit_seconds.max(), 1e-12)) if len(columns) else 1.0
+        lowest = budget_bytes is None
+        count = len(columns) + lowest
+        lp = highspy.HighsLp()
+        lp.num_col_, lp.num_row_ = count, len(keep_rows) + len(paths)
+        costs = np.zeros(count)
+        costs[: len(columns)] = unit_seconds / second_scale * (1e-6 if lowest else 1.0)
+        lower, upper = np.zeros(count), np.ones(count)
+        if lowest:
+            costs[-1] = 1.0
+            lower[-1], upper[-1] = 0.0, highspy.kHighsInf
+        lp.col_cost_, lp.col_lower_, lp.col_upper_ = costs, lower, upper
+        table_rows: list[tuple[list[int], list[float]]] = []
+        high: list[float] = []
+        for s in keep_rows:
+            nonzero = np.nonzero(usage[s])[0]
+            indices, amounts = list(nonzero), list(usage[s][nonzero] / scale)
+            if lowest:
+                indices.append(count - 1)
+                amounts.append(-1.0)
+                high.append(-self.base_top[s] / scale)
+            else:
+                high.append(room[s] / scale)
+            table_rows.append((indices, amounts))
+        low = [-highspy.kHighsInf] * len(keep_rows) + [1.0] * len(paths)
+        high += [1.0] * len(paths)
+        start = 0
+        for path in paths:
+            table_rows.append((list(range(start, start + len(self.options[path]))), [1.0] * len(self.options[path])))
+            start += len(self.options[path])
+        lp.row_lower_, lp.row_upper_ = np.array(low), np.array(high)
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        lp.a_matrix_.start_ = np.cumsum([0, *(len(i) for i, _ in table_rows)]).astype(np.int32)
+        lp.a_matrix_.index_ = np.array([i for indices, _ in table_rows for i in indices], dtype=np.int32)
+        lp.a_matrix_.value_ = np.array([a for _, amounts in table_rows for a in amounts], dtype=np.float64)
+        kinds = [highspy.HighsVarType.kInteger] * len(columns)
+        lp.integrality_ = kinds + [highspy.HighsVarType.kContinuous] * lowest
+        highs.passModel(lp)
+        highs.run()
+        status = highs.getModelStatus()
+        if status == highspy.HighsModelStatus.kInfeasible:
+            return None
+        info = highs.getInfo()
+        if info.primal_solution_status != 2:  # no feasible point found in time
+            if status == highspy.HighsModelStatus.kTimeLimit:
+                return None
+            raise TightfitError(f"HiGHS ended with {status} on the choice across units")
+        values = highs.getSolution().col_value
+        chosen = {path: i for (path, i), x in zip(columns, values, strict=False) if x > 0.5}
+        seconds = float(sum(self.seconds[path][i] for path, i in chosen.items()))
+        return chosen, seconds, max(0.0, float(info.mip_dual_bound)) * second_scale
+
+    # -- the answer as data
+
+    def choices(self, solution: Solution) -> tuple[Choice, ...]:
+        return tuple(self._choice(path, self.options[path][index]) for path, index in solution.points.items())
+
+    def _choice(self, path: str, point: Point | None) -> Choice:
+        unit = next(u for u in self.trace.units if u.path == path)
+        program = self.trace.programs[self.frames_of[path][0]]
+        kept = range(program.values) if point is None else point.kept
+        return Choice(
+            unit=path,
+            actions=tuple(Action.KEEP if v in kept else Action.RECOMPUTE for v in range(program.values)),
+            signature=unit.signature,
+            program=unit.digest,
+        )
+
+
+def same_ops(one: Program, other: Program) -> bool:
+    """Do two calls of a unit run the same ops in the same order?"""
+    return one is other or [s.name for s in one.steps] == [s.name for s in other.steps]
+
+
+def _undominated(usage: Floats, room: Floats, rows: Sequence[int]) -> list[int]:
+    """Constraints that another one does not imply; equal blocks make many copies of the same."""
+    seen: dict[bytes, int] = {}
+    for s in rows:
+        key = np.round(usage[s], 0).tobytes()
+        if key not in seen or room[s] < room[seen[key]]:
+            seen[key] = s
+    return sorted(seen.values())

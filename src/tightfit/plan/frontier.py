@@ -1,0 +1,207 @@
+"""The exact trade-off of one unit: kept bytes against seconds of replay.
+
+Idea: keep values, rerun clusters of ops (`plan.program.clusters`). An integer program per point: every needed
+value is kept or its cluster reruns; a rerun cluster's inputs are kept or rerun too. Going down from the most
+bytes, each point is solved twice: the least seconds within the bytes, then the least bytes at those seconds.
+
+Invariant: points are in order of falling bytes and rising seconds, and no kept set beats one of them in both by
+more than `step_bytes`. Solver: HiGHS (Huangfu and Hall, Math. Prog. Comp. 10, 2018).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import highspy
+import numpy as np
+
+from tightfit.core import Program, TightfitError
+from tightfit.plan.program import cluster_of, clusters, demands, live_clusters, rerunnable
+
+#: At most this many points between keeping everything and keeping nothing.
+RESOLUTION = 160
+#: Points closer together than this part of the whole are not told apart; far above the solver's own tolerance.
+FINENESS = 2e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One way to run a unit. `bytes` counts the kept values that keeping makes live longer."""
+
+    kept: frozenset[int]
+    kept_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frontier:
+    points: tuple[Point, ...]
+    step_bytes: int  # points nearer than this to the one above them were not looked for
+
+
+def frontier(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float]) -> Frontier:
+    """The Pareto frontier of a unit.
+
+    `sizes_bytes[v]` per value ordinal; `seconds[i]` per op ordinal. Values in `program.held` cost nothing to
+    keep. Raises `TightfitError` if the solver fails, which it has no reason to.
+    """
+    model = _Model(program, sizes_bytes, seconds)
+    total = sum(sizes_bytes[v] for v in model.candidates)
+    step = max(1, math.ceil(total * FINENESS))
+    points = model.enumerate(total, step, at_most=RESOLUTION)
+    if points is None:
+        step = math.ceil(total / RESOLUTION)
+        points = model.enumerate(total, step, at_most=2 * RESOLUTION)
+        assert points is not None
+    return Frontier(points=tuple(_thinned(points)), step_bytes=step)
+
+
+def _thinned(points: list[Point]) -> list[Point]:
+    """Without points that another one beats; floating-point ties can leave such."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.kept_bytes, p.seconds)):
+        if not best or point.seconds < best[-1].seconds:
+            best.append(point)
+    return best[::-1]
+
+
+class _Model:
+    """The integer program of one unit, built once and solved for many byte limits."""
+
+    def __init__(self, program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float]) -> None:
+        self.program, self.sizes = program, sizes_bytes
+        groups = clusters(program)
+        self.cluster_seconds = [sum(seconds[op] for op in ops) for ops in groups]
+        owner = cluster_of(program)
+        self.free = frozenset(program.held)
+        # a value is worth keeping if backward reads it or some rerunnable cluster may read it
+        read = set(program.needed)
+        for cluster in range(len(groups)):
+            read |= demands(program, cluster)[0]
+        self.candidates = sorted(v for v in read if owner[v] is not None and v not in self.free)
+        self.column = {v: i for i, v in enumerate(self.candidates)}
+        self.offset = len(self.candidates)
+        count = self.offset + len(groups)
+        rows: list[tuple[float, dict[int, float]]] = []  # lower bound, coefficients
+
+        def have(value: int, early: bool = False) -> dict[int, float] | None:
+            """Columns whose sum says that the value is there; None: it always is."""
+            cluster = owner[value]
+            if cluster is None or (value in self.free and not early):
+                return None
+            columns = {self.offset + cluster: 1.0}
+            if not early and value in self.column:
+                columns[self.column[value]] = 1.0
+            return columns
+
+        for value in program.needed:
+            if (columns := have(value)) is not None:
+                rows.append((1.0, columns))
+        for cluster in range(len(groups)):
+            final, early = demands(program, cluster)
+            for values, is_early in ((final, False), (early, True)):
+                for value in values:
+                    columns = have(value, is_early)
+                    if columns is not None and self.offset + cluster not in columns:
+                        rows.append((0.0, {**columns, self.offset + cluster: -1.0}))
+        self.scale = max(1, max((sizes_bytes[v] for v in self.candidates), default=1))
+        self.bytes_row = len(rows)
+        weights = {self.column[v]: sizes_bytes[v] / self.scale for v in self.candidates if sizes_bytes[v]}
+        upper = np.ones(count)
+        for cluster in range(len(groups)):
+            if not rerunnable(program, cluster):
+                upper[self.offset + cluster] = 0.0
+        self.second_scale = max(max(self.cluster_seconds, default=0.0), 1e-12)
+        self.costs = np.zeros(count)
+        self.costs[self.offset :] = [s / self.second_scale for s in self.cluster_seconds]
+        # a hair for every rerun op, so that no op reruns for nothing
+        self.costs[self.offset :] += 1e-9
+        self.weights = np.zeros(count)
+        for index, weight in weights.items():
+            self.weights[index] = weight
+        self.highs = solver()
+        lp = highspy.HighsLp()
+        lp.num_col_, lp.num_row_ = count, len(rows) + 2
+        lp.col_cost_ = self.costs
+        lp.col_lower_, lp.col_upper_ = np.zeros(count), upper
+        infinity = highspy.kHighsInf
+        lp.row_lower_ = np.array([low for low, _ in rows] + [-infinity, -infinity])
+        lp.row_upper_ = np.array([infinity] * len(rows) + [infinity, infinity])
+        second_row = {i: c for i, c in enumerate(self.costs) if c}
+        table = [columns for _, columns in rows] + [weights, second_row]
+        starts = np.cumsum([0, *(len(columns) for columns in table)])
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        lp.a_matrix_.start_ = starts.astype(np.int32)
+        lp.a_matrix_.index_ = np.array([i for columns in table for i in columns], dtype=np.int32)
+        lp.a_matrix_.value_ = np.array([c for columns in table for c in columns.values()])
+        lp.integrality_ = [highspy.HighsVarType.kInteger] * count
+        self.count = count
+        self.highs.passModel(lp)
+
+    def enumerate(self, total: int, step: int, at_most: int) -> list[Point] | None:
+        """Points from the most bytes down, `step` bytes apart or more; None when there are more than `at_most`."""
+        points: list[Point] = []
+        limit = total
+        while limit >= 0 and (kept := self.solve(limit)) is not None:
+            if len(points) == at_most:
+                return None
+            kept_bytes = self.bytes_of(kept)
+            points.append(Point(kept=kept, kept_bytes=kept_bytes, seconds=self.seconds_of(kept)))
+            limit = kept_bytes - step
+        return points
+
+    def solve(self, limit_bytes: float) -> frozenset[int] | None:
+        """The kept set of least seconds within `limit_bytes`, with the fewest bytes of those; None: there is none."""
+        infinity = highspy.kHighsInf
+        every = np.arange(self.count, dtype=np.int32)
+        self.highs.changeRowBounds(self.bytes_row, -infinity, limit_bytes / self.scale)
+        self.highs.changeRowBounds(self.bytes_row + 1, -infinity, infinity)
+        self.highs.changeColsCost(self.count, every, self.costs)
+        fastest = self._run()
+        if fastest is None:
+            return None
+        seconds = float(self.costs @ np.round(fastest))
+        self.highs.changeRowBounds(self.bytes_row + 1, -infinity, seconds * (1 + 1e-7) + 1e-9)
+        self.highs.changeColsCost(self.count, every, self.weights)
+        smallest = self._run()
+        return self._kept(fastest if smallest is None else smallest)
+
+    def _run(self) -> np.ndarray | None:
+        self.highs.run()
+        status = self.highs.getModelStatus()
+        if status == highspy.HighsModelStatus.kInfeasible:
+            return None
+        if status != highspy.HighsModelStatus.kOptimal:
+            raise TightfitError(f"HiGHS ended with {status} on a unit of {len(self.program.steps)} ops")
+        return np.array(self.highs.getSolution().col_value)
+
+    def _kept(self, solution: np.ndarray) -> frozenset[int]:
+        chosen = frozenset(v for v in self.candidates if solution[self.column[v]] > 0.5)
+        return self.used(chosen | self.free)
+
+    def used(self, kept: frozenset[int]) -> frozenset[int]:
+        """`kept` without what neither backward nor the replay would read."""
+        groups, program = clusters(self.program), self.program
+        read = set(program.needed)
+        for cluster in live_clusters(program, kept):
+            read |= {v for op in groups[cluster] for v in (*program.steps[op].reads,)}
+        return frozenset(v for v in kept if v in read or v in self.free)
+
+    def bytes_of(self, kept: frozenset[int]) -> int:
+        return sum(int(self.sizes[v]) for v in kept if v not in self.free)
+
+    def seconds_of(self, kept: frozenset[int]) -> float:
+        return float(sum(self.cluster_seconds[c] for c in live_clusters(self.program, kept)))
+
+
+def solver() -> highspy.Highs:
+    """HiGHS, silent, on one thread, the same answer every time, and to a gap of zero."""
+    highs = highspy.Highs()
+    highs.setOptionValue("output_flag", False)
+    highs.setOptionValue("threads", 1)
+    highs.setOptionValue("random_seed", 0)
+    highs.setOptionValue("mip_rel_gap", 0.0)
+    highs.setOptionValue("mip_abs_gap", 1e-9)
+    return highs

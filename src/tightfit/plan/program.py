@@ -1,0 +1,177 @@
+"""From "these values are kept" to what each op of a unit does in replay.
+
+Idea: backward needs some values; a kept one is there, any other must be made again, and so must whatever its
+making reads, down to kept values and the unit's inputs. Ops outside that closure are *dead*: their results are
+stood in for by ghosts.
+
+Invariant: `recipe` is the least closure, so the number of ops rerun is decided by the kept set alone.
+Refused: a kept set whose closure holds an op that must not run twice (`Unsupported`).
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from tightfit.core import Action, Kind, Program, Unsupported
+
+
+class Rerun(enum.Enum):
+    """What one op does in replay."""
+
+    RUN = "run"
+    SKIP = "skip"  # hand out stored outputs where there are any, ghosts otherwise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How to treat one frame of a unit in forward and replay.
+
+    `store[i]` lists (output index, value) that op i must store for replay, `drop[j]` says that saved tensor j
+    is not held, `states` are the random ops that need their own generator state.
+    """
+
+    rerun: tuple[Rerun, ...]
+    store: tuple[tuple[tuple[int, int], ...], ...]
+    drop: tuple[bool, ...]
+    states: frozenset[int]
+    captured: frozenset[int]  # values stored for replay
+    dropped: frozenset[int]  # values that backward reads and that are made again
+    runs: frozenset[int]  # ops whose results replay makes again; the views that it takes besides cost nothing
+    replays: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def clusters(program: Program) -> tuple[tuple[int, ...], ...]:
+    """Ops that must run together: those that write the same value. Views belong to none.
+
+    One entry per cluster, its op ordinals ascending; the clusters in order of their first op.
+    """
+    leader: dict[int, int] = {}  # value -> op
+    parent = list(range(len(program.steps)))
+
+    def root(op: int) -> int:
+        while parent[op] != op:
+            op = parent[op]
+        return op
+
+    for i, step in enumerate(program.steps):
+        for value in step.writes:
+            first = leader.setdefault(value, i)
+            a, b = sorted((root(first), root(i)))
+            parent[b] = a
+    members: dict[int, list[int]] = {}
+    for i, step in enumerate(program.steps):
+        if step.writes:
+            members.setdefault(root(i), []).append(i)
+    return tuple(tuple(ops) for _, ops in sorted(members.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def cluster_of(program: Program) -> tuple[int | None, ...]:
+    """Cluster index of each value; None for a value that no recorded op writes."""
+    found: list[int | None] = [None] * program.values
+    for index, ops in enumerate(clusters(program)):
+        for op in ops:
+            for value in program.steps[op].writes:
+                found[value] = index
+    return tuple(found)
+
+
+def demands(program: Program, cluster: int) -> tuple[frozenset[int], frozenset[int]]:
+    """Values that running `cluster` reads: (in their final state, in an earlier state); its own excluded."""
+    final: set[int] = set()
+    early: set[int] = set()
+    own = {value for op in clusters(program)[cluster] for value in program.steps[op].writes}
+    for op in clusters(program)[cluster]:
+        step = program.steps[op]
+        final.update(step.reads)
+        early.update(step.reads_early)
+    return frozenset(final - own - early), frozenset(early - own)
+
+
+def rerunnable(program: Program, cluster: int) -> bool:
+    """May these ops run twice? Every value that they write must also be one that only they write."""
+    return all(
+        program.steps[op].rerunnable and program.steps[op].kind is not Kind.OPAQUE for op in clusters(program)[cluster]
+    )
+
+
+@functools.lru_cache(maxsize=65536)
+def live_clusters(program: Program, kept: frozenset[int]) -> frozenset[int]:
+    """Clusters that replay must run when `kept` is kept. Raises `Unsupported` if one of them may not."""
+    owner = cluster_of(program)
+    live: set[int] = set()
+    pending = [v for v in program.needed if v not in kept]
+    forced: set[int] = set()
+    while pending:
+        value = pending.pop()
+        cluster = owner[value]
+        if cluster is None:
+            raise Unsupported("a value that backward reads was made outside any recorded op and cannot be made again")
+        if cluster in live:
+            continue
+        if not rerunnable(program, cluster):
+            raise Unsupported(f"{program.steps[clusters(program)[cluster][0]].name} must not run twice")
+        live.add(cluster)
+        final, early = demands(program, cluster)
+        forced |= early
+        pending += [v for v in final if v not in kept] + list(early)
+    return frozenset(live)
+
+
+@functools.lru_cache(maxsize=65536)
+def recipe(program: Program, kept: frozenset[int]) -> Recipe:
+    """What to do in a frame whose kept values are `kept`. Raises `Unsupported` when that cannot be done."""
+    live = live_clusters(program, kept)
+    groups = clusters(program)
+    live_ops = {op for cluster in live for op in groups[cluster]}
+    made = {v for cluster in live for op in groups[cluster] for v in program.steps[op].writes}
+    read = {v for op in live_ops for v in program.steps[op].reads}
+    captured = frozenset(v for v in read & kept if v not in made)
+    present = made | captured
+    rerun: list[Rerun] = []
+    store: list[tuple[tuple[int, int], ...]] = []
+    stored: set[int] = set()
+    for i, step in enumerate(program.steps):
+        if step.kind is Kind.VIEW:
+            # a view of something that is there costs nothing; of a dead value it is itself a ghost
+            runs = all(v in present for v in (*step.reads, *step.reads_early))
+        elif not step.writes:
+            runs = False  # no tensor of the unit's own comes out: a number read, an assertion, an outside effect
+        else:
+            runs = i in live_ops
+        rerun.append(Rerun.RUN if runs else Rerun.SKIP)
+        mine = []
+        if step.kind is not Kind.VIEW and not runs:
+            for position, value in enumerate(step.outputs):
+                if value is not None and value in captured and value not in stored:
+                    mine.append((position, value))
+                    stored.add(value)
+        store.append(tuple(mine))
+    needed = set(program.needed)
+    drop = tuple(value >= 0 and value not in kept for value in program.slots)
+    dropped = frozenset(needed - kept)
+    states = frozenset(i for i in live_ops if program.steps[i].kind is Kind.RANDOM)
+    return Recipe(
+        rerun=tuple(rerun),
+        store=tuple(store),
+        drop=drop,
+        states=states,
+        captured=captured,
+        dropped=dropped,
+        runs=frozenset(live_ops),
+        replays=bool(dropped),
+    )
+
+
+def kept_values(actions: Collection[Action]) -> frozenset[int]:
+    """Ordinals whose action is KEEP."""
+    return frozenset(i for i, action in enumerate(actions) if action is Action.KEEP)
+
+
+def first_random(program: Program) -> int | None:
+    """Ordinal of the first op that draws; its generator state is the one the whole unit started with."""
+    return next((i for i, step in enumerate(program.steps) if step.kind is Kind.RANDOM), None)

@@ -1,0 +1,288 @@
+"""One training step of any model: call it, find its loss, leave no mark on it.
+
+Invariant: `undisturbed` gives back gradients, buffers and every random state exactly as they were, also when
+the step inside raises. Refused: a batch that the model does not take, a loss that is not one number, a model
+with nothing to train (`InvalidInput`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import os
+import platform
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree  # the one tree walk that also knows transformers' ModelOutput
+
+from tightfit.core import InvalidInput, Unsupported
+
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+UnitsAsked = Sequence[str | nn.Module] | str | None
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """The model's output for `batch`: a mapping (keyword arguments), a tuple or list (positional) or a tensor."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def compute_loss(model: nn.Module, batch: Any, loss: LossFunction | None = None) -> torch.Tensor:
+    """The scalar to call `backward` on. Raises `InvalidInput` if it is not a scalar that depends on a parameter."""
+    try:
+        output = call(model, batch) if loss is None else loss(model, batch)
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise InvalidInput(
+            f"the model refuses this batch ({type(error).__name__}: {first_line}); batch is {describe(batch)}"
+        ) from error
+    value = output
+    if not isinstance(output, torch.Tensor) and loss is None:
+        value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else describe(output)
+        raise InvalidInput(f"expected a scalar loss, found {found}; pass loss=callable(model, batch) -> scalar tensor")
+    if not value.requires_grad:
+        raise InvalidInput("the loss depends on no trainable parameter, so there is no backward pass to plan")
+    return value.reshape(()) if value.dim() else value
+
+
+def describe(thing: Any) -> str:
+    """`thing`'s type and, for containers of tensors, what they hold; for messages."""
+    if isinstance(thing, Mapping):
+        return f"{type(thing).__name__} with " + (", ".join(str(key) for key in thing) or "nothing")
+    if isinstance(thing, torch.Tensor):
+        return f"a {str(thing.dtype).removeprefix('torch.')} tensor of shape {tuple(thing.shape)}"
+    if isinstance(thing, (tuple, list)):
+        return f"{type(thing).__name__} of {len(thing)}"
+    return f"{type(thing).__name__}"
+
+
+def check_trainable(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"expected a torch.nn.Module, found {type(model).__name__}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InvalidInput("no parameter of the model requires a gradient: there is nothing to train")
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a step's peak is counted on: that of the first accelerator parameter, else the CPU."""
+    devices = [p.device for p in model.parameters()]
+    return next((d for d in devices if d.type not in ("cpu", "meta")), devices[0] if devices else torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Run steps inside; afterwards gradients, buffers and random states are what they were.
+
+    Yields `restart`, which puts the model at the start of a step again, so that every pass inside sees the same
+    step. A parameter that came with a gradient has a zero one inside, so that accumulation shows its true
+    memory; one that came without starts without.
+    """
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    states = random_states()
+
+    def restart() -> None:
+        for parameter, gradient in gradients:
+            parameter.grad = None
+            if gradient is not None:
+                parameter.grad = torch.zeros_like(gradient)
+        _give_back()
+
+    def _give_back() -> None:
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                if not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+        restore_random_states(states)
+
+    restart()
+    try:
+        yield restart
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        _give_back()
+
+
+@contextlib.contextmanager
+def no_key_value_cache(model: nn.Module) -> Iterator[None]:
+    """Switch a transformers model's generation cache off: in training it is never read, and a unit that appends
+    to it cannot be run twice. Every `config.use_cache` is put back afterwards."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    switched = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    for config in switched:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in switched:
+            config.use_cache = True
+
+
+def random_states() -> dict[str, Any]:
+    """Every generator's state: torch's on each device, Python's, NumPy's."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    with contextlib.suppress(ImportError):
+        import numpy
+
+        states["numpy"] = numpy.random.get_state()
+    return states
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "numpy" in states:
+        import numpy
+
+        numpy.random.set_state(states["numpy"])
+
+
+# ----------------------------------------------------------------------------------------------- units
+
+
+def find_units(model: nn.Module, asked: UnitsAsked = None) -> dict[str, nn.Module]:
+    """Path to module of each unit, in the order of `named_modules`.
+
+    `asked=None` takes the outermost repeated blocks of `ModuleList`s and `Sequential`s; without any, the
+    composite children of the first module that has several; without those, the model itself. Otherwise
+    `asked` holds paths, shell patterns (`"layers.*"`) or modules.
+
+    Raises `InvalidInput` when nothing matches or one unit lies inside another.
+    """
+    modules = dict(model.named_modules())
+    if asked is None:
+        found = _repeated_blocks(model, "") or _composite_children(model)
+    else:
+        wanted = [asked] if isinstance(asked, (str, nn.Module)) else list(asked)
+        found = {}
+        for item in wanted:
+            if isinstance(item, nn.Module):
+                matches = [path for path, module in modules.items() if module is item]
+            else:
+                matches = [path for path in modules if path == item] or fnmatch.filter(modules, item)
+                # `layers.*` means the layers, not everything below them: a shell star does not cross a dot
+                matches = [path for path in matches if path.count(".") == item.count(".")]
+            if not matches:
+                raise InvalidInput(f"no module of the model matches the unit {item if isinstance(item, str) else type(item).__name__!r}")
+            found.update({path: modules[path] for path in matches})
+    paths = sorted(found)
+    for outer in paths:
+        for inner in paths:
+            if inner != outer and (outer == "" or inner.startswith(outer + ".")):
+                raise InvalidInput(f"unit {inner!r} lies inside unit {outer!r}: choose one of them")
+    return {path: module for path, module in modules.items() if path in found}
+
+
+def _is_block(module: nn.Module) -> bool:
+    """A module worth planning as a whole: one with parts, or a custom one; not a bare `nn.Linear`."""
+    return any(True for _ in module.children()) or not type(module).__module__.startswith("torch.nn.")
+
+
+def _repeated_blocks(module: nn.Module, path: str) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        child_path = f"{path}.{name}" if path else name
+        inside_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+        if inside_list and _is_block(child) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            # a Sequential of blocks inside a list (a ResNet's stages) is opened, one of bare layers is a block
+            inner = _repeated_blocks(child, child_path) if isinstance(child, nn.Sequential) else {}
+            found.update(inner or {child_path: child})
+        else:
+            found.update(_repeated_blocks(child, child_path))
+    return found if len(found) > 1 or path else {}
+
+
+def _composite_children(model: nn.Module) -> dict[str, nn.Module]:
+    path, module = "", model
+    while True:
+        parts = {name: child for name, child in module.named_children() if _is_block(child)}
+        if len(parts) > 1:
+            return {f"{path}.{name}" if path else name: child for name, child in parts.items()}
+        if not parts:
+            return {"": model}
+        ((name, module),) = parts.items()
+        path = f"{path}.{name}" if path else name
+
+
+class ForwardPatch:
+    """A module whose `forward` is replaced; `undo` puts back exactly what was there."""
+
+    def __init__(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Unsupported(f"{type(module).__name__} is a TorchScript module: its forward cannot be planned")
+        self.module = module
+        self.had_own = "forward" in module.__dict__
+        self.original = module.forward
+        replacement = functools.wraps(self.original)(make(self.original))
+        module.forward = replacement
+
+    def undo(self) -> None:
+        if self.had_own:
+            self.module.forward = self.original
+        else:
+            del self.module.__dict__["forward"]
+
+
+# ----------------------------------------------------------------------------------------- environment
+
+_PACKAGES = (
+    "tightfit", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "safetensors", "highspy", "numpy",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that a result can depend on."""
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def environment() -> dict[str, str]:
+    """What a measurement depends on besides the model: versions, runtime, machine, threads."""
+    record = {
+        **versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": str(os.cpu_count()),
+        "torch_threads": str(torch.get_num_threads()),
+        "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
+    }
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        record["memory_bytes"] = str(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if torch.cuda.is_available():
+        record["cuda"] = str(torch.version.cuda)
+        record["cuda_devices"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return record

@@ -1,0 +1,958 @@
+"""Record one training step below autograd: every op, every storage's life, every tensor that autograd saves.
+
+Idea: a dispatch mode sees each op after autograd has decomposed it, weak references tell when a storage dies,
+and saved-tensor hooks tell what autograd holds, when backward reads it and when it lets go. Three passes over
+the same step (same random state, same buffers, same gradients at the start):
+
+1. *dry*: forward only, with every saved tensor thrown away at once. A storage that dies here dies when Python
+   lets go of it; this is how long a recomputed value lives in forward.
+2. *full*: forward and backward, recorded in order.
+3. *scratch*: the same once more under the allocator's own recording, for the bytes that kernels use inside.
+
+The optimizer's step is recorded on fake copies of the parameters, so nothing is updated and nothing is copied.
+
+Invariant: the model, its gradients, its buffers and every random state are left as they were found.
+Refused: steps whose three passes differ (`Unsupported`: the step is not deterministic, so no plan can be trusted).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import statistics
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from tightfit.core import (
+    Category,
+    Event,
+    Frame,
+    Happening,
+    InvalidInput,
+    Kind,
+    Op,
+    Phase,
+    Program,
+    Saved,
+    Step,
+    Trace,
+    Unit,
+    Unsupported,
+    Value,
+    make_verb,
+    to_json,
+)
+from tightfit.cost import op_seconds
+from tightfit.step import (
+    ForwardPatch,
+    LossFunction,
+    UnitsAsked,
+    check_trainable,
+    compute_loss,
+    device_of,
+    environment,
+    find_units,
+    no_key_value_cache,
+    tensors_in,
+    undisturbed,
+    unique_bytes,
+)
+
+__all__ = ["environment", "is_random", "is_uncounted", "op_flops", "op_name", "signature_of", "trace"]
+
+_aten = torch.ops.aten
+
+# `aten.detach` is called a different number of times in forward and in replay (it is autograd's own
+# bookkeeping), so it is neither counted nor recorded.
+
+#: Write running statistics that their own output does not depend on in training; some hide it from the schema.
+BATCH_NORMS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "native_batch_norm.default",
+        "_native_batch_norm_legit.default",
+        "_batch_norm_with_update.default",
+        "cudnn_batch_norm.default",
+        "miopen_batch_norm.default",
+    )
+)
+
+
+#: Look only at the shape, strides and dtype of their first argument, so a ghost serves them as well.
+METADATA_ONLY = frozenset(
+    op
+    for packet in (
+        _aten.empty_like, _aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.rand_like, _aten.randn_like,
+        _aten.new_empty, _aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.new_empty_strided,
+    )
+    for op in (getattr(packet, overload) for overload in packet.overloads())
+    if not op._schema.is_mutable
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------- what the dispatcher tells us
+
+
+def op_name(func: Any) -> str:
+    """`aten.mm.default` and the like: stable across processes and releases of the same op."""
+    name = _NAMES.get(func)
+    if name is None:
+        name = _NAMES[func] = str(func)
+    return name
+
+
+_NAMES: dict[Any, str] = {}
+
+
+def is_random(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Does this call draw from a torch generator? Attention kernels only do so when they drop something."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            value = kwargs.get("dropout_p", args[position] if position < len(args) else argument.default_value)
+            return bool(value)
+    return True
+
+
+def is_uncounted(func: Any, args: tuple[Any, ...]) -> bool:
+    """Ops that may happen in the forward and not in its replay, or the other way round, without any meaning.
+
+    Besides `detach`, that is autocast's cast of a weight: cached for the rest of the autocast context, so
+    the second use of a weight does not cast it again.
+    """
+    if func is _aten.detach.default:
+        return True
+    if func is _aten._to_copy.default:
+        source = args[0]
+        return bool(
+            source.is_leaf and source.requires_grad and torch.is_autocast_enabled(source.device.type)
+        )
+    return False
+
+
+def _cpu_flash_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _cpu_flash_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+# torch's own counter misses the CPU attention kernel (4.3 % of a GPT-2 step)
+_OWN_FLOPS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_flash_backward_flops,
+}
+
+
+def op_flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    """FLOPs of one call by torch's own formulas (matrix products, convolutions, attention); 0 for the rest."""
+    packet = func._overloadpacket
+    if own := _OWN_FLOPS.get(packet):
+        return own(*args, **kwargs)
+    formula = flop_registry.get(packet)
+    return int(formula(*args, **kwargs, out_val=out)) if formula else 0
+
+
+def signature_of(module: nn.Module) -> str:
+    """Class, parameters (name, shape, dtype, trainable or not) of a unit, shortened; equal for equal units."""
+    parts = [
+        f"{name}:{tuple(p.shape)}:{p.dtype}:{p.requires_grad}" for name, p in module.named_parameters(remove_duplicate=False)
+    ]
+    digest = hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
+    return f"{type(module).__qualname__}({len(parts)} parameters, {digest})"
+
+
+# ------------------------------------------------------------------------------------------ the recorder
+
+
+@dataclass
+class _Storage:
+    """A storage while it is being recorded."""
+
+    id: int
+    size_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    producer: int | None
+    frame: int | None
+    ordinal: int | None
+    version: int = 0  # counts the ops that wrote it
+
+
+@dataclass
+class _Call:
+    """An op while it is being recorded."""
+
+    id: int
+    name: str
+    reads: list[tuple[int, int]]  # value id, version read
+    writes: list[int]
+    outputs: list[int | None]
+    fresh: list[int]
+    kind: Kind
+    phase: Phase
+    frame: int | None
+    ordinal: int | None
+    unit: str | None
+    flops: int
+    out_bytes: int
+    seconds: list[float] = field(default_factory=list)
+    scratch_bytes: int = 0
+    rerunnable: bool = True
+
+
+@dataclass
+class _FrameRecord:
+    id: int
+    unit: str
+    inputs: tuple[int, ...]
+    calls: list[int] = field(default_factory=list)
+    values: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)  # saved ids in order
+    exit_versions: dict[int, int] = field(default_factory=dict)
+    effects: set[int] = field(default_factory=set)  # outside values that the frame writes
+    pinned: str = ""
+
+
+class _Holder:
+    """What autograd holds instead of the tensor; its end is autograd letting go."""
+
+    __slots__ = ("__weakref__", "recorder", "saved", "tensor")
+
+    def __init__(self, tensor: torch.Tensor | None, saved: int, recorder: _Recorder) -> None:
+        self.tensor, self.saved, self.recorder = tensor, saved, recorder
+
+    def __del__(self) -> None:
+        self.recorder.released(self.saved)
+
+
+class _Recorder(TorchDispatchMode):
+    """Records one pass. `dry` throws saved tensors away."""
+
+    def __init__(self, *, dry: bool, fake: bool) -> None:
+        super().__init__()
+        self.dry, self.fake = dry, fake
+        self.recording = True
+        self.phase = Phase.FORWARD
+        self.storages: list[_Storage] = []
+        self.live: dict[int, int] = {}  # storage address -> value id
+        self.watches: dict[int, Any] = {}
+        self.calls: list[_Call] = []
+        self.events: list[tuple[Happening, int]] = []
+        self.frames: list[_FrameRecord] = []
+        self.open: _FrameRecord | None = None
+        self.depth = 0
+        self.saved: list[tuple[int, int | None, int | None]] = []  # value, frame, ordinal
+        self.read: set[int] = set()
+        self.reading_unit: str | None = None
+
+    # -- storages
+
+    def value_of(self, tensor: torch.Tensor, producer: int | None = None) -> tuple[int | None, bool]:
+        """Value id of the tensor's storage, and whether it is new. (None, False) when it has no storage."""
+        if tensor.layout is not torch.strided:
+            return None, False
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:
+            return None, False
+        address = storage._cdata
+        known = self.live.get(address)
+        if known is not None:
+            return known, False
+        frame = self.open if producer is not None else None
+        record = _Storage(
+            id=len(self.storages),
+            size_bytes=storage.nbytes(),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            producer=producer,
+            frame=None if frame is None else frame.id,
+            ordinal=None if frame is None else len(frame.values),
+        )
+        if frame is not None:
+            frame.values.append(record.id)
+        self.storages.append(record)
+        self.live[address] = record.id
+        self.watches[record.id] = weakref.ref(storage, lambda _, i=record.id, a=address: self.died(i, a))
+        return record.id, True
+
+    def died(self, value: int, address: int) -> None:
+        if self.live.get(address) == value:
+            del self.live[address]
+        self.watches.pop(value, None)
+        if self.recording and self.storages[value].producer is not None:
+            self.events.append((Happening.FREE, value))
+
+    def released(self, saved: int) -> None:
+        if self.recording and not self.dry:
+            self.events.append((Happening.RELEASE, saved))
+
+    # -- ops
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.fake and func is _aten._local_scalar_dense.default:
+            return 1.0  # an optimizer reads its step count; only its control flow could depend on it
+        if func is _aten.detach.default:
+            return func(*args, **kwargs)
+        uncounted = is_uncounted(func, args)
+        frame = None if uncounted else self.open
+        schema = func._schema
+        reads: list[tuple[int, int]] = []
+        for tensor in tensors_in((args, kwargs)):
+            value, _ = self.value_of(tensor)
+            if value is not None and func not in METADATA_ONLY:
+                reads.append((value, self.storages[value].version))
+        started = time.perf_counter()
+        out = func(*args, **kwargs)
+        seconds = time.perf_counter() - started
+        name = op_name(func)
+        call = _Call(
+            id=len(self.calls), name=name, reads=reads, writes=[], outputs=[], fresh=[], kind=Kind.PURE,
+            phase=self.phase, frame=None if frame is None else frame.id,
+            ordinal=None if frame is None else len(frame.calls),
+            unit=frame.unit if frame is not None else self.reading_unit if self.phase is Phase.BACKWARD else None,
+            flops=op_flops(func, args, kwargs, out), out_bytes=0, seconds=[seconds],
+        )  # fmt: skip
+        outside, self.open = self.open, frame  # an uncounted op's output belongs to no frame
+        flat = tensors_in(out) if not isinstance(out, torch.Tensor) else [out]
+        for tensor in flat:
+            value, fresh = self.value_of(tensor, producer=call.id)
+            call.outputs.append(value)
+            if fresh and value is not None:
+                call.fresh.append(value)
+                call.out_bytes += self.storages[value].size_bytes
+        self.open = outside
+        if not flat:
+            call.outputs.append(None)
+        if schema.is_mutable:
+            for position, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    target = kwargs.get(argument.name, args[position] if position < len(args) else None)
+                    for tensor in tensors_in(target):
+                        written, _ = self.value_of(tensor)
+                        if written is not None:
+                            call.writes.append(written)
+                            self.storages[written].version += 1
+        self._classify(call, func, args, kwargs, frame)
+        self.calls.append(call)
+        for value in call.fresh:
+            self.events.append((Happening.ALLOC, value))
+        self.events.append((Happening.OP, call.id))
+        if frame is not None:
+            frame.calls.append(call.id)
+        return out
+
+    def _classify(self, call: _Call, func: Any, args: Any, kwargs: Any, frame: _FrameRecord | None) -> None:
+        random = is_random(func, args, kwargs)
+        batch_norm = call.name in BATCH_NORMS
+        if frame is not None:
+            for value in call.writes:
+                if self.storages[value].frame != frame.id and not batch_norm:
+                    frame.effects.add(value)
+                    call.rerunnable = False
+        if frame is not None and torch.Tag.inplace_view in func.tags:
+            frame.pinned = f"{call.name} changes a tensor's shape in place"
+        if call.writes and not batch_norm:
+            call.kind = Kind.RANDOM if random else Kind.INPLACE
+        elif random:
+            call.kind = Kind.RANDOM
+        elif call.outputs and not call.fresh and all(v is not None for v in call.outputs):
+            call.kind = Kind.VIEW
+        elif any(v is not None and v not in call.fresh for v in call.outputs) and not batch_norm:
+            call.kind = Kind.OPAQUE
+            call.rerunnable = False
+
+    # -- saved tensors
+
+    def pack(self, tensor: torch.Tensor) -> _Holder:
+        return _Holder(None if self.dry else tensor, self.note_saved(tensor), self)
+
+    def note_saved(self, tensor: torch.Tensor) -> int:
+        value, _ = self.value_of(tensor)
+        if value is None:
+            raise Unsupported(f"autograd saves a {tensor.layout} tensor, which has no storage to plan for")
+        saved = len(self.saved)
+        frame = self.open
+        self.saved.append((value, None if frame is None else frame.id, None if frame is None else len(frame.slots)))
+        if frame is not None:
+            frame.slots.append(saved)
+        return saved
+
+    def unpack(self, holder: _Holder) -> torch.Tensor:
+        assert holder.tensor is not None
+        if holder.saved not in self.read:
+            self.read.add(holder.saved)
+            self.events.append((Happening.LOAD, holder.saved))
+            frame = self.saved[holder.saved][1]
+            if frame is not None:
+                self.reading_unit = self.frames[frame].unit
+        return holder.tensor
+
+    # -- frames
+
+    def frame_forward(self, path: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.open is not None or not torch.is_grad_enabled() or not self.recording:
+                return original(*args, **kwargs)
+            inputs = {v for v, _ in map(self.value_of, tensors_in((args, kwargs))) if v is not None}
+            frame = _FrameRecord(id=len(self.frames), unit=path, inputs=tuple(sorted(inputs)))
+            self.frames.append(frame)
+            self.events.append((Happening.ENTER, frame.id))
+            self.open = frame
+            drawn = _foreign_random_state()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.open = None
+                if _foreign_random_state() != drawn:
+                    frame.pinned = "it draws random numbers from Python or NumPy, whose state is not restored"
+                frame.exit_versions = {v: self.storages[v].version for v in frame.values}
+                self.events.append((Happening.EXIT, frame.id))
+
+        return forward
+
+
+def _foreign_random_state() -> tuple[int, int]:
+    """A cheap mark of Python's and NumPy's generators: equal marks mean that nothing was drawn."""
+    import random
+
+    mark = hash(random.getstate())
+    try:
+        import numpy
+    except ImportError:
+        return mark, 0
+    state: Any = numpy.random.get_state()
+    return mark, hash((state[1].tobytes(), state[2]))
+
+
+class _Timer(TorchDispatchMode):
+    """A pass that only measures: seconds per op and, between `marks`, the allocator's own view of each op."""
+
+    def __init__(self, cuda: bool) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.seconds: list[float] = []
+        self.cuda = cuda
+        self.risen_bytes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten.detach.default:
+            return func(*args, **(kwargs or {}))
+        self.names.append(op_name(func))
+        if self.cuda:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            out = func(*args, **(kwargs or {}))
+            torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter() - started)
+            self.risen_bytes.append(torch.cuda.max_memory_allocated() - before)
+            return out
+        with torch.profiler.record_function(_MARK):
+            started = time.perf_counter()
+            out = func(*args, **(kwargs or {}))
+            self.seconds.append(time.perf_counter() - started)
+        return out
+
+
+_MARK = "tightfit::op"
+
+
+# -------------------------------------------------------------------------------------------- the verb
+
+
+def trace(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    units: UnitsAsked = None,
+    fake: bool = False,
+    device: torch.device | str | None = None,
+) -> Trace:
+    """One step of `model` on `batch`, recorded.
+
+    `loss(model, batch)` gives the scalar; by default the output's `.loss`, or the output itself. With an
+    `optimizer` its state and its step are part of the trace. Gradients that exist when `trace` is called
+    are taken to exist at every step (accumulation). `units` as in `find_units`. `fake=True` runs the step on
+    fake tensors: no memory, no seconds (they are estimated), no kernel scratch. `device` only moves `batch`.
+
+    Raises `InvalidInput` (batch, loss, units), `Unsupported` (a step that cannot be recorded).
+    """
+    check_trainable(model)
+    if device is not None:
+        batch = torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, batch)
+    modules = find_units(model, units)
+    if not torch.is_grad_enabled():
+        raise InvalidInput("gradients are switched off here (torch.no_grad): there is no training step to trace")
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    if fake:
+        with _faked(model, batch) as (_, fake_batch), undisturbed_fake(model) as restart, no_key_value_cache(model):
+            return _trace(model, fake_batch, loss, optimizer, modules, restart, fake=True)
+    with undisturbed(model) as restart, no_key_value_cache(model):
+        return _trace(model, batch, loss, optimizer, modules, restart, fake=False)
+
+
+@contextlib.contextmanager
+def undisturbed_fake(model: nn.Module) -> Iterator[Callable[[], None]]:
+    def restart() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    yield restart
+
+
+def _trace(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    optimizer: torch.optim.Optimizer | None,
+    modules: Mapping[str, nn.Module],
+    restart: Callable[[], None],
+    fake: bool,
+) -> Trace:
+    dry = _record(model, batch, loss, modules, dry=True, fake=fake)
+    if not dry.frames:
+        modules = {"": model}
+        restart()
+        dry = _record(model, batch, loss, modules, dry=True, fake=fake)
+    restart()
+    static = _static_bytes(model, batch)
+    full = _record(model, batch, loss, modules, dry=False, fake=fake)
+    gradients = {v for p in model.parameters() if p.grad is not None for v in [full.value_of(p.grad)[0]] if v is not None}
+    full.recording = False
+    _same_ops("the dry pass", [c.name for c in dry.calls], [c.name for c in full.calls if c.phase is Phase.FORWARD])
+    for call, other in zip(full.calls, dry.calls, strict=False):
+        call.seconds += other.seconds
+    if not fake:
+        restart()
+        _measure(model, batch, loss, full)
+    notes: tuple[str, ...] = ()
+    if optimizer is not None:
+        state_bytes = _record_optimizer(optimizer, full)
+        static[Category.OPTIMIZER_STATE.value] = state_bytes
+    return _Assembly(model, batch, dry, full, modules, static, gradients, fake, notes).trace()
+
+
+def _record(
+    model: nn.Module, batch: Any, loss: LossFunction | None, modules: Mapping[str, nn.Module], *, dry: bool, fake: bool
+) -> _Recorder:
+    recorder = _Recorder(dry=dry, fake=fake)
+    for tensor in [*model.parameters(), *model.buffers(), *tensors_in(batch)]:
+        recorder.value_of(tensor)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            recorder.value_of(parameter.grad)
+    patches = [
+        ForwardPatch(module, lambda original, path=path: recorder.frame_forward(path, original))
+        for path, module in modules.items()
+    ]
+    try:
+        with recorder:
+            with torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack):
+                result = compute_loss(model, batch, loss)
+            if dry:
+                recorder.recording = False
+            else:
+                recorder.phase = Phase.BACKWARD
+                result.backward()
+                del result
+    finally:
+        for patch in patches:
+            patch.undo()
+    return recorder
+
+
+def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: _Recorder) -> None:
+    """Seconds once more, and each op's scratch bytes by the allocator's own count."""
+    cuda = device_of(model).type == "cuda"
+    timer = _Timer(cuda)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    profiler = None if cuda else torch.profiler.profile(activities=activities, profile_memory=True)
+    with profiler or contextlib.nullcontext(), timer:
+        compute_loss(model, batch, loss).backward()
+    _same_ops("the measured pass", timer.names, [c.name for c in full.calls])
+    risen = timer.risen_bytes if cuda else _risen_bytes(profiler, len(full.calls))
+    for call, seconds, rise in zip(full.calls, timer.seconds, risen, strict=True):
+        call.seconds.append(seconds)
+        call.scratch_bytes = max(0, rise - call.out_bytes)
+
+
+def _risen_bytes(profiler: Any, count: int) -> list[int]:
+    """Per marked op, how far the CPU allocator's count rose inside it."""
+    events = profiler.profiler.kineto_results.events()
+    marks = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == _MARK)
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    if len(marks) != count:
+        return [0] * count  # the profiler lost events; scratch is then only known as zero
+    risen = []
+    cursor = 0
+    for start, end in marks:
+        while cursor < len(memory) and memory[cursor][0] < start:
+            cursor += 1
+        level = top = 0
+        while cursor < len(memory) and memory[cursor][0] <= end:
+            level += memory[cursor][1]
+            top = max(top, level)
+            cursor += 1
+        risen.append(top)
+    return risen
+
+
+def _same_ops(which: str, found: list[str], expected: list[str]) -> None:
+    if found == expected:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+    names = [names[at] if at < len(names) else "the end" for names in (found, expected)]
+    raise Unsupported(
+        f"the step is not the same twice: op {at} of {which} is {names[0]}, in the recorded pass {names[1]}; "
+        "a step that changes from run to run on the same batch and random state cannot be planned"
+    )
+
+
+def _static_bytes(model: nn.Module, batch: Any) -> dict[str, int]:
+    """Bytes alive through the whole step, by category; gradients only where they are accumulated."""
+    seen: set[int] = set()
+
+    def new_bytes(tensors: list[torch.Tensor]) -> int:
+        fresh = [t for t in tensors if t.layout is torch.strided and t.untyped_storage()._cdata not in seen]
+        seen.update(t.untyped_storage()._cdata for t in fresh)
+        return unique_bytes(fresh)
+
+    return {
+        Category.PARAMETERS.value: new_bytes([t for p in model.parameters() for t in parameter_tensors(p)]),
+        Category.GRADIENTS.value: new_bytes([p.grad for p in model.parameters() if p.grad is not None]),
+        Category.BUFFERS.value: new_bytes(list(model.buffers())),
+        Category.INPUTS.value: new_bytes(tensors_in(batch)),
+        Category.OPTIMIZER_STATE.value: 0,
+    }
+
+
+def parameter_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
+    """The parameter and what belongs to it: a 4-bit weight carries its scales in `quant_state`."""
+    found = [parameter.data if not isinstance(parameter, torch.nn.parameter.UninitializedParameter) else parameter]
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        for attribute in ("absmax", "code", "offset"):
+            tensor = getattr(state, attribute, None)
+            if isinstance(tensor, torch.Tensor):
+                found.append(tensor)
+        state = getattr(state, "state2", None)
+    return found
+
+
+def _record_optimizer(optimizer: torch.optim.Optimizer, full: _Recorder) -> int:
+    """Append the optimizer's step to the record; returns the bytes of its state.
+
+    The step runs on fake copies: the first builds the state, the second is recorded. `foreach` is decided as
+    torch decides it for the real parameters, since fake ones would silently switch it off.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    groups = []
+    parameters: list[torch.Tensor] = []
+    for group in optimizer.param_groups:
+        chosen = dict(group)
+        trained = [p for p in group["params"] if p.requires_grad]
+        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            from torch.optim.optimizer import _default_to_fused_or_foreach
+
+            chosen["foreach"] = _default_to_fused_or_foreach(trained, group.get("differentiable", False), False)[1]
+        with mode:
+            chosen["params"] = [torch.empty(p.shape, dtype=p.dtype, requires_grad=True) for p in trained]
+        parameters += chosen["params"]
+        if trained:
+            groups.append(chosen)
+    if not groups:
+        raise InvalidInput("the optimizer holds no trainable parameter")
+    recorder = _Recorder(dry=True, fake=True)
+    recorder.phase = Phase.OPTIMIZER
+    recorder.recording = False
+    try:
+        with mode, recorder:
+            twin = type(optimizer)(groups)
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            twin.step()
+            state_bytes = unique_bytes(tensors_in([list(s.values()) for s in twin.state.values()]))
+            recorder.calls, recorder.events = [], []
+            recorder.recording = True
+            twin.step()
+            recorder.recording = False
+    except Exception as error:  # noqa: BLE001 - any optimizer may fail on fake tensors, in its own way
+        raise Unsupported(
+            f"the step of {type(optimizer).__name__} cannot be run on fake tensors ({type(error).__name__}: {error}); "
+            "trace without an optimizer and leave room for its state"
+        ) from error
+    _append(full, recorder)
+    return state_bytes
+
+
+def _append(full: _Recorder, tail: _Recorder) -> None:
+    """Put `tail`'s ops, values and events behind `full`'s, renumbered."""
+    ops, values = len(full.calls), len(full.storages)
+    made = {value for what, value in tail.events if what is Happening.ALLOC}
+    for storage in tail.storages:
+        storage.id += values
+        storage.producer = storage.producer + ops if storage.producer is not None and storage.id - values in made else None
+        full.storages.append(storage)
+    for call in tail.calls:
+        call.id += ops
+        call.reads = [(v + values, version) for v, version in call.reads]
+        call.outputs = [None if v is None else v + values for v in call.outputs]
+        call.seconds = [0.0]  # fake ops take no time; the same whatever the plan
+        full.calls.append(call)
+    for what, subject in tail.events:
+        if what is Happening.OP:
+            full.events.append((what, subject + ops))
+        elif subject in made:
+            full.events.append((what, subject + values))
+
+
+@contextlib.contextmanager
+def _faked(model: nn.Module, batch: Any) -> Iterator[tuple[FakeTensorMode, Any]]:
+    """The model with fake parameters and buffers in place of its own, and a fake batch."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    twins: dict[int, torch.Tensor] = {}
+
+    def fake_of(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in twins:
+            with mode:
+                device = "cpu" if tensor.is_meta else tensor.device
+                twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            if isinstance(tensor, nn.Parameter):
+                twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+            twins[id(tensor)] = twin
+        return twins[id(tensor)]
+
+    try:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        undo.append((table, name, tensor))
+                        table[name] = fake_of(tensor)
+        fake_batch = torch.utils._pytree.tree_map(lambda t: fake_of(t) if isinstance(t, torch.Tensor) else t, batch)
+        with mode:
+            yield mode, fake_batch
+    finally:
+        for table, name, tensor in undo:
+            table[name] = tensor
+
+
+# ------------------------------------------------------------------------------ from the record to a trace
+
+
+def _program_of(recorder: _Recorder, frame: _FrameRecord, read: Container[int], held: Sequence[int]) -> Program:
+    """What the frame does, in terms of its own values; marks `frame.pinned` where it must not be replayed."""
+    ordinal = {value: i for i, value in enumerate(frame.values)}
+    steps = []
+    for call_id in frame.calls:
+        call = recorder.calls[call_id]
+        reads, early, rerunnable = [], [], call.rerunnable
+        for value, version in call.reads:
+            if value in ordinal:
+                (reads if version == frame.exit_versions[value] else early).append(ordinal[value])
+            elif value in frame.effects:
+                rerunnable = False
+        steps.append(
+            Step(
+                name=call.name,
+                kind=call.kind,
+                reads=tuple(dict.fromkeys(reads)),
+                reads_early=tuple(dict.fromkeys(early)),
+                outputs=tuple(None if v is None else ordinal.get(v, -1) for v in call.outputs),
+                writes=tuple(dict.fromkeys(ordinal[v] for v in (*call.fresh, *call.writes) if v in ordinal)),
+                rerunnable=rerunnable,
+            )
+        )
+    if frame.effects & set(frame.inputs):
+        frame.pinned = "it changes one of its inputs in place"
+    if any(recorder.storages[v].version != frame.exit_versions[v] for v in frame.values):
+        frame.pinned = frame.pinned or "a value that it made is changed in place after it returned"
+    return Program(
+        steps=tuple(steps),
+        slots=tuple(ordinal.get(recorder.saved[s][0], -1) for s in frame.slots),
+        wanted=tuple(s in read for s in frame.slots),
+        values=len(frame.values),
+        held=tuple(held),
+    )
+
+
+class ProgramRecorder:
+    """Learns the program of one call of a function while it runs.
+
+    Use as a context manager around the call and pass every tensor that autograd saves to `saw`.
+    """
+
+    def __init__(self) -> None:
+        self._recorder = _Recorder(dry=True, fake=False)
+        self._frame = _FrameRecord(id=0, unit="region", inputs=())
+
+    def __enter__(self) -> ProgramRecorder:
+        self._recorder.frames.append(self._frame)
+        self._recorder.open = self._frame
+        self._recorder.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._recorder.__exit__(*error)
+        self._recorder.open = None
+        self._recorder.recording = False
+        self._frame.exit_versions = {v: self._recorder.storages[v].version for v in self._frame.values}
+
+    def saw(self, tensor: torch.Tensor) -> None:
+        self._recorder.note_saved(tensor)
+
+    def program(self) -> Program:
+        """Everything that was saved counts as needed, since nobody has seen the backward yet."""
+        return _program_of(self._recorder, self._frame, range(len(self._recorder.saved)), ())
+
+
+@dataclass
+class _Assembly:
+    """Turns two recorded passes into the frozen `Trace`."""
+
+    model: nn.Module
+    batch: Any
+    dry: _Recorder
+    full: _Recorder
+    modules: Mapping[str, nn.Module]
+    static: dict[str, int]
+    gradients: set[int]
+    fake: bool
+    notes: tuple[str, ...]
+    pinned: dict[str, str] = field(default_factory=dict)
+
+    def trace(self) -> Trace:
+        full = self.full
+        natural = self._natural_ends()
+        outside = {
+            (value, full.storages[value].frame)
+            for value, frame, _ in full.saved
+            if full.storages[value].frame is not None and full.storages[value].frame != frame
+        }
+        programs = {}
+        for frame in full.frames:
+            held = [i for i, v in enumerate(frame.values) if v not in natural or (v, frame.id) in outside]
+            programs[frame.id] = _program_of(full, frame, full.read, held)
+            if frame.pinned:
+                self.pinned.setdefault(frame.unit, frame.pinned)
+        needed = {full.saved[s][0] for s in full.read}
+        units = self._units(programs)
+        seconds = self._pooled(units, self._estimated_seconds if self.fake else lambda c: c.seconds)
+        return Trace(
+            units=units,
+            frames=tuple(Frame(id=f.id, unit=f.unit, inputs=f.inputs) for f in full.frames),
+            ops=tuple(
+                Op(
+                    id=c.id, unit=c.unit, ordinal=c.ordinal, name=c.name, inputs=tuple(v for v, _ in c.reads),
+                    outputs=tuple(c.outputs), seconds=seconds[c.id], flops=c.flops, kind=c.kind, phase=c.phase,
+                    frame=c.frame, scratch_bytes=c.scratch_bytes,
+                )
+                for c in full.calls
+            ),
+            values=tuple(
+                Value(
+                    id=s.id, size_bytes=s.size_bytes, dtype=s.dtype, shape=s.shape, producer=s.producer,
+                    unit=None if s.frame is None else full.frames[s.frame].unit, needed=s.id in needed,
+                    ordinal=s.ordinal, natural_end=natural.get(s.id),
+                    category=Category.GRADIENTS if s.id in self.gradients else Category.TEMPORARIES,
+                )
+                for s in full.storages
+            ),
+            saved=tuple(
+                Saved(id=i, value=value, frame=frame, ordinal=ordinal, read=i in full.read)
+                for i, (value, frame, ordinal) in enumerate(full.saved)
+            ),
+            events=tuple(Event(what=what, subject=subject) for what, subject in full.events),
+            programs=programs,
+            static_bytes=self.static,
+            device=str(device_of(self.model)),
+            environment=environment(),
+            digest=self._digest(units),
+            batch_sizes=tuple(t.shape[0] for t in tensors_in(self.batch) if t.dim()),
+            random_state_bytes=torch.get_rng_state().numel() if device_of(self.model).type == "cpu" else 16,
+            notes=self.notes,
+        )  # fmt: skip
+
+    def _natural_ends(self) -> dict[int, int]:
+        """Event of the full pass after which only autograd holds a value; from its death in the dry pass."""
+        op_event = {subject: i for i, (what, subject) in enumerate(self.full.events) if what is Happening.OP}
+        ends: dict[int, int] = {}
+        last = -1
+        for what, subject in self.dry.events:
+            if what is Happening.OP:
+                last = subject
+            elif what is Happening.FREE:
+                ends[subject] = op_event[last]
+        return ends
+
+    def _units(self, programs: Mapping[int, Program]) -> tuple[Unit, ...]:
+        units = []
+        for path, module in self.modules.items():
+            frames = [f for f in self.full.frames if f.unit == path]
+            if not frames:
+                continue
+            content = json.dumps(
+                [[to_json(programs[f.id]), [self.full.storages[v].size_bytes for v in f.values]] for f in frames]
+            )
+            units.append(
+                Unit(
+                    path=path,
+                    digest=hashlib.sha256(content.encode()).hexdigest()[:16],
+                    op_ids=tuple(c for f in frames for c in f.calls),
+                    signature=signature_of(module),
+                    pinned=self.pinned.get(path, ""),
+                )
+            )
+        return tuple(units)
+
+    def _pooled(self, units: tuple[Unit, ...], of: Callable[[_Call], list[float]]) -> dict[int, float]:
+        """Median per op, over the passes and over the equal ops of equal units: one noisy second misleads nobody."""
+        digest = {unit.path: unit.digest for unit in units}
+        samples: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+        keys: dict[int, tuple[Any, ...]] = {}
+        calls_before: dict[str, int] = {}
+        position: dict[int, int] = {}
+        for frame in self.full.frames:
+            position[frame.id] = calls_before.get(frame.unit, 0)
+            calls_before[frame.unit] = position[frame.id] + 1
+        for call in self.full.calls:
+            if call.frame is None:
+                keys[call.id] = ("op", call.id)
+            else:
+                keys[call.id] = (digest[self.full.frames[call.frame].unit], position[call.frame], call.ordinal)
+            samples[keys[call.id]] += of(call)
+        medians = {key: statistics.median(values) for key, values in samples.items() if values}
+        return {call: medians.get(key, 0.0) for call, key in keys.items()}
+
+    def _estimated_seconds(self, call: _Call) -> list[float]:
+        if call.kind is Kind.VIEW:
+            return [0.0]
+        dtype = self.full.storages[call.fresh[0]].dtype if call.fresh else "float32"
+        moved = call.out_bytes + sum(self.full.storages[v].size_bytes for v in {v for v, _ in call.reads})
+        return [op_seconds(call.flops, moved, dtype)]
+
+    def _digest(self, units: tuple[Unit, ...]) -> str:
+        content = json.dumps([[u.path, u.digest, u.signature] for u in units] + [[c.name, c.out_bytes] for c in self.full.calls])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+make_verb(__name__, trace)

@@ -1,0 +1,303 @@
+"""README.md is executed: its Python blocks run, its commands run, and what is not run says why.
+
+Every ```python block runs in a fresh process in a temporary folder. In ```sh and ```console blocks, `tightfit` and
+`python` lines run (a pipe or a redirection after them too); `make` lines are checked with `make -n`, because
+running them would call this test again; `cd`, `git`, `pip` and activating an environment are what a reader
+does once. Any other command fails the test, so that nothing goes untested without a word. `examples/` and
+`benchmarks/` of the checkout can be reached from the temporary folder.
+
+Comments right before a block steer it:
+
+    <!-- test: slow -->         only with -m slow
+    <!-- test: skip REASON -->  not run; the reason is shown
+    <!-- test: exit 1 -->       the last command's exit status is 1 ("the answer is no")
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+
+PYTHON = frozenset({"python", "py"})
+SHELL = frozenset({"sh", "bash", "shell", "console"})
+
+SECONDS_ALLOWED = 180
+SLOW_SECONDS_ALLOWED = 1800
+
+DIRECTIVE = re.compile(r"\s*<!--\s*test:\s*(?P<verb>\S+)\s*(?P<rest>.*?)\s*-->\s*")
+FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})\s*(?P<info>[^`]*)")
+
+
+# --------------------------------------------------------------------------------------------- parser
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One fenced block: `line` is the number of its opening fence, `source` its text without indentation."""
+
+    language: str
+    line: int
+    source: str
+    slow: bool = False
+    skip: str | None = None
+    exit_status: int = 0
+
+
+def parse(text: str) -> list[Block]:
+    """Every fenced block of a Markdown text. Raises `ValueError` on an unclosed fence and on a stray directive."""
+    blocks: list[Block] = []
+    directives: list[tuple[int, str, str]] = []
+    lines = enumerate(text.splitlines(), start=1)
+    for number, line in lines:
+        if directive := DIRECTIVE.fullmatch(line):
+            directives.append((number, directive["verb"], directive["rest"]))
+        elif opening := FENCE.fullmatch(line):
+            body = []
+            closing = re.compile(rf"\s*{re.escape(opening['fence'][0])}{{{len(opening['fence'])},}}\s*")
+            for _, inner in lines:
+                if closing.fullmatch(inner):
+                    break
+                body.append(inner)
+            else:
+                raise ValueError(f"line {number}: this block is never closed")
+            language = (opening["info"].split() or [""])[0].lower()
+            blocks.append(_block(language, number, textwrap.dedent("\n".join(body)), directives))
+            directives = []
+        elif line.strip() and directives:
+            raise ValueError(f"line {directives[-1][0]}: a test comment must stand right before a block")
+    if directives:
+        raise ValueError(f"line {directives[-1][0]}: a test comment must stand right before a block")
+    return blocks
+
+
+def _block(language: str, line: int, source: str, directives: list[tuple[int, str, str]]) -> Block:
+    slow, skip, exit_status = False, None, 0
+    for number, verb, rest in directives:
+        if verb == "slow" and not rest:
+            slow = True
+        elif verb == "skip" and rest:
+            skip = rest
+        elif verb == "exit" and rest.isdigit():
+            exit_status = int(rest)
+        else:
+            raise ValueError(f"line {number}: expected `slow`, `skip REASON` or `exit N`, found `{verb} {rest}`")
+    return Block(language=language, line=line, source=source, slow=slow, skip=skip, exit_status=exit_status)
+
+
+def commands(block: Block) -> list[str]:
+    """The commands of a shell block: without comments and output, with continued lines joined."""
+    found: list[str] = []
+    continues = False
+    for line in block.source.splitlines():
+        text = line.rstrip()
+        if continues:
+            text = text.strip().removeprefix("> ")
+        elif block.language == "console":
+            if not text.startswith("$ "):
+                continue  # what the program printed
+            text = text.removeprefix("$ ")
+        elif not text.strip() or text.lstrip().startswith("#"):
+            continue
+        joined = text.removesuffix("\\").strip()
+        if continues:
+            found[-1] = f"{found[-1]} {joined}"
+        else:
+            found.append(joined)
+        continues = text.endswith("\\")
+    return found
+
+
+def treatment(command: str) -> str:
+    """What the test does with a command: `run`, `dry run`, `leave` (a reader's set-up) or `unknown`."""
+    words = command.split()
+    while words and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=\S*", words[0]):  # VARIABLE=value before the command
+        words.pop(0)
+    name = words[0].removeprefix(".venv/bin/") if words else ""
+    if name in {"tightfit", "python", "python3"}:
+        # `python -m venv .venv` and `python -m pip install` are set-up, whoever calls them.
+        return "leave" if words[1:2] == ["-m"] and words[2:3] in (["venv"], ["pip"]) else "run"
+    if name == "make":
+        return "dry run"
+    return "leave" if name in {"cd", "git", "pip", "pip3", "source", "."} else "unknown"
+
+
+# ------------------------------------------------------------------------------------ README, executed
+
+
+def blocks_of(languages: frozenset[str]) -> list[object]:
+    """The README's blocks in these languages, as pytest parameters with their marks."""
+    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    parameters: list[object] = []
+    for block in parse(text):
+        if block.language in languages:
+            marks = [pytest.mark.slow] if block.slow else []
+            if block.skip is not None:
+                marks.append(pytest.mark.skip(reason=f"README line {block.line}: {block.skip}"))
+            parameters.append(pytest.param(block, marks=marks, id=f"line-{block.line}"))
+    return parameters
+
+
+def run(arguments: list[str], folder: Path, block: Block) -> subprocess.CompletedProcess[str]:
+    """Run in `folder` with this environment's programs first on the path, away from the network."""
+    for name in ("examples", "benchmarks"):
+        if (ROOT / name).is_dir() and not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    environment = os.environ | {
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))),
+        "HF_HUB_OFFLINE": "1",  # a block that needs the hub would hang here and must be marked
+        "PYTHONUNBUFFERED": "1",
+    }
+    allowed = SLOW_SECONDS_ALLOWED if block.slow else SECONDS_ALLOWED
+    try:
+        return subprocess.run(
+            arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=allowed, check=False
+        )
+    except subprocess.TimeoutExpired:
+        advice = "" if block.slow else "; mark the block with <!-- test: slow -->"
+        pytest.fail(f"README line {block.line}: still running after {allowed} s{advice}")
+
+
+def test_readme_has_a_python_block() -> None:
+    assert README.exists(), "there is no README.md"
+    assert any(block.language in PYTHON for block in parse(README.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("block", blocks_of(PYTHON))
+def test_python_block(block: Block, tmp_path: Path) -> None:
+    script = tmp_path / "block.py"
+    # Blank lines in front make the traceback name README's own line numbers.
+    script.write_text("\n" * block.line + block.source + "\n", encoding="utf-8")
+    done = run([sys.executable, str(script)], tmp_path, block)
+    assert done.returncode == block.exit_status, f"README line {block.line}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("block", blocks_of(SHELL))
+def test_shell_block(block: Block, tmp_path: Path) -> None:
+    todo = commands(block)
+    assert todo, f"README line {block.line}: a {block.language} block without a command"
+    for command in todo:
+        expected = block.exit_status if command == todo[-1] else 0
+        action = treatment(command)
+        assert action != "unknown", (
+            f"README line {block.line}: `{command}` is no command this test knows; mark the block with "
+            "<!-- test: skip REASON -->"
+        )
+        if action == "dry run":
+            dry = command.split("#", 1)[0].replace("make", "make --dry-run", 1)
+            done = run(["bash", "-c", f"cd '{ROOT}' && {dry}"], tmp_path, block)
+            assert done.returncode == 0, f"README line {block.line}: `{command}`\n{done.stderr}"
+        elif action == "run":
+            here = command.replace(".venv/bin/", "", 1)
+            done = run(["bash", "-o", "pipefail", "-c", here], tmp_path, block)
+            assert done.returncode == expected, (
+                f"README line {block.line}: `{command}` ended with {done.returncode}, expected {expected}\n"
+                f"{done.stdout}\n{done.stderr}"
+            )
+
+
+# ------------------------------------------------------------------------------- the parser's own tests
+
+
+def test_parse_finds_blocks_with_language_line_and_text() -> None:
+    text = "# Title\n\n```python\nx = 1\n\ny = 2\n```\n\ntext\n\n~~~sh title\nls\n~~~\n\n```\nplain\n```\n"
+    assert parse(text) == [
+        Block(language="python", line=3, source="x = 1\n\ny = 2"),
+        Block(language="sh", line=11, source="ls"),
+        Block(language="", line=15, source="plain"),
+    ]
+
+
+def test_parse_removes_the_indentation_of_a_list_item() -> None:
+    assert parse("1. do\n\n    ```python\n    if x:\n        y()\n    ```\n")[0].source == "if x:\n    y()"
+
+
+def test_a_longer_fence_holds_a_shorter_one() -> None:
+    (block,) = parse("````md\n```python\nx\n```\n````\n")
+    assert (block.language, block.source) == ("md", "```python\nx\n```")
+
+
+def test_inline_backticks_are_no_fence() -> None:
+    assert parse("```not a fence``` in a line\n") == []
+
+
+def test_directives_apply_to_the_next_block_only() -> None:
+    text = (
+        "<!-- test: slow -->\n<!-- test: exit 1 -->\n\n```sh\na\n```\n<!-- test: skip needs a GPU -->\n```sh\nb\n```\n"
+    )
+    first, second = parse(text + "```sh\nc\n```\n")[:2]
+    assert (first.slow, first.exit_status, first.skip) == (True, 1, None)
+    assert (second.slow, second.exit_status, second.skip) == (False, 0, "needs a GPU")
+    assert parse(text + "```sh\nc\n```\n")[2] == Block(language="sh", line=11, source="c")
+
+
+def test_a_directive_inside_a_block_is_text() -> None:
+    assert parse("```md\n<!-- test: slow -->\n```\n") == [Block(language="md", line=1, source="<!-- test: slow -->")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```python\nx = 1\n", "line 1: this block is never closed"),
+        ("<!-- test: slow -->\ntext\n```sh\na\n```\n", "line 1: a test comment must stand right before"),
+        ("text\n<!-- test: slow -->\n", "line 2: a test comment must stand right before"),
+        ("<!-- test: skip -->\n```sh\na\n```\n", "line 1: expected `slow`, `skip REASON` or `exit N`"),
+        ("<!-- test: quick -->\n```sh\na\n```\n", "found `quick"),
+    ],
+)
+def test_parse_refuses(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(text)
+
+
+def test_commands_of_a_script() -> None:
+    block = Block(
+        language="sh", line=1, source="# first\ntightfit doctor\n\ntightfit check gpt2 \\\n    --gpu all\nmake test\n"
+    )
+    assert commands(block) == ["tightfit doctor", "tightfit check gpt2 --gpu all", "make test"]
+
+
+def test_commands_of_a_session_leave_out_the_output() -> None:
+    block = Block(
+        language="console", line=1, source="$ tightfit plan gpt2 \\\n>   --seq 8\nstatus optimal\n$ make lint\nok"
+    )
+    assert commands(block) == ["tightfit plan gpt2 --seq 8", "make lint"]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("tightfit doctor", "run"),
+        (".venv/bin/tightfit doctor --json > out.json", "run"),
+        ("OMP_NUM_THREADS=1 tightfit doctor", "run"),
+        ("python examples/lora.py", "run"),
+        ("python -m venv .venv", "leave"),
+        ("python3 -m pip install tightfit", "leave"),
+        ("make demo", "dry run"),
+        ("make test ARGS=-x", "dry run"),
+        ("git clone https://example.org/tightfit", "leave"),
+        ("pip install -c constraints.txt torch", "leave"),
+        (". .venv/bin/activate", "leave"),
+        ("rm -rf /", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_treatment(command: str, expected: str) -> None:
+    assert treatment(command) == expected
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_an_unknown_make_target_is_found(tmp_path: Path) -> None:
+    block = Block(language="sh", line=1, source="make no-such-target")
+    with pytest.raises(AssertionError, match="no-such-target"):
+        test_shell_block(block, tmp_path)
