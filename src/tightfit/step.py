@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+# The profiler, which counts bytes on the CPU, otherwise writes lines of its own to stderr; read when torch is loaded.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree  # the one tree walk that also knows transformers' ModelOutput
 
-from tightfit.core import InvalidInput, Unsupported
+from tightfit.core import Category, InvalidInput, Unsupported
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 UnitsAsked = Sequence[str | nn.Module] | str | None
@@ -86,6 +89,43 @@ def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
             storage = tensor.untyped_storage()
             sizes[storage._cdata] = storage.nbytes()
     return sum(sizes.values())
+
+
+def static_bytes_by_category(
+    model: nn.Module, batch: Any = None, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, int]:
+    """Bytes that live through a whole step, each storage counted once; gradients only where they exist already."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    state = [] if optimizer is None else [list(s.values()) for s in optimizer.state.values()]
+    seen: set[int] = set()
+
+    def new_bytes(tensors: list[torch.Tensor]) -> int:
+        fresh = [t for t in tensors if t.layout is torch.strided and t.untyped_storage()._cdata not in seen]
+        seen.update(t.untyped_storage()._cdata for t in fresh)
+        return unique_bytes(fresh)
+
+    return {
+        Category.PARAMETERS.value: new_bytes([t for p in model.parameters() for t in parameter_tensors(p)]),
+        Category.GRADIENTS.value: new_bytes([p.grad for p in model.parameters() if p.grad is not None]),
+        Category.BUFFERS.value: new_bytes(list(model.buffers())),
+        Category.INPUTS.value: new_bytes(tensors_in(batch)),
+        Category.OPTIMIZER_STATE.value: new_bytes(tensors_in(state)),
+    }
+
+
+def parameter_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
+    """The parameter and what belongs to it: a 4-bit weight carries its scales in `quant_state`."""
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise InvalidInput("the model has a lazy module that has not seen a batch yet; call the model once first")
+    found: list[torch.Tensor] = [parameter.data]
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        for attribute in ("absmax", "code", "offset"):
+            tensor = getattr(state, attribute, None)
+            if isinstance(tensor, torch.Tensor):
+                found.append(tensor)
+        state = getattr(state, "state2", None)
+    return found
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -64,12 +64,13 @@ from tightfit.step import (
     environment,
     find_units,
     no_key_value_cache,
+    static_bytes_by_category,
     tensors_in,
     undisturbed,
     unique_bytes,
 )
 
-__all__ = ["environment", "is_random", "is_uncounted", "op_flops", "op_name", "signature_of", "trace"]
+__all__ = ["environment", "is_random", "is_uncounted", "memory_events", "op_flops", "op_name", "signature_of", "trace"]
 
 _aten = torch.ops.aten
 
@@ -533,7 +534,7 @@ def _trace(
         restart()
         dry = _record(model, batch, loss, modules, dry=True, fake=fake)
     restart()
-    static = _static_bytes(model, batch)
+    static = static_bytes_by_category(model, batch)
     full = _record(model, batch, loss, modules, dry=False, fake=fake)
     gradients = {v for p in model.parameters() if p.grad is not None for v in [full.value_of(p.grad)[0]] if v is not None}
     full.recording = False
@@ -598,7 +599,7 @@ def _risen_bytes(profiler: Any, count: int) -> list[int]:
     """Per marked op, how far the CPU allocator's count rose inside it."""
     events = profiler.profiler.kineto_results.events()
     marks = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == _MARK)
-    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    memory = memory_events(profiler)
     if len(marks) != count:
         return [0] * count  # the profiler lost events; scratch is then only known as zero
     risen = []
@@ -615,6 +616,12 @@ def _risen_bytes(profiler: Any, count: int) -> list[int]:
     return risen
 
 
+def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
+    """(nanosecond, change in bytes) of every allocation and release that a finished CPU profile saw, in order."""
+    results: Any = profiler.profiler
+    return sorted((e.start_ns(), e.nbytes()) for e in results.kineto_results.events() if e.name() == "[memory]")
+
+
 def _same_ops(which: str, found: list[str], expected: list[str]) -> None:
     if found == expected:
         return
@@ -624,37 +631,6 @@ def _same_ops(which: str, found: list[str], expected: list[str]) -> None:
         f"the step is not the same twice: op {at} of {which} is {names[0]}, in the recorded pass {names[1]}; "
         "a step that changes from run to run on the same batch and random state cannot be planned"
     )
-
-
-def _static_bytes(model: nn.Module, batch: Any) -> dict[str, int]:
-    """Bytes alive through the whole step, by category; gradients only where they are accumulated."""
-    seen: set[int] = set()
-
-    def new_bytes(tensors: list[torch.Tensor]) -> int:
-        fresh = [t for t in tensors if t.layout is torch.strided and t.untyped_storage()._cdata not in seen]
-        seen.update(t.untyped_storage()._cdata for t in fresh)
-        return unique_bytes(fresh)
-
-    return {
-        Category.PARAMETERS.value: new_bytes([t for p in model.parameters() for t in parameter_tensors(p)]),
-        Category.GRADIENTS.value: new_bytes([p.grad for p in model.parameters() if p.grad is not None]),
-        Category.BUFFERS.value: new_bytes(list(model.buffers())),
-        Category.INPUTS.value: new_bytes(tensors_in(batch)),
-        Category.OPTIMIZER_STATE.value: 0,
-    }
-
-
-def parameter_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
-    """The parameter and what belongs to it: a 4-bit weight carries its scales in `quant_state`."""
-    found = [parameter.data if not isinstance(parameter, torch.nn.parameter.UninitializedParameter) else parameter]
-    state = getattr(parameter, "quant_state", None)
-    while state is not None:
-        for attribute in ("absmax", "code", "offset"):
-            tensor = getattr(state, attribute, None)
-            if isinstance(tensor, torch.Tensor):
-                found.append(tensor)
-        state = getattr(state, "state2", None)
-    return found
 
 
 def _record_optimizer(optimizer: torch.optim.Optimizer, full: _Recorder) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -601,15 +602,14 @@ def _outline(out: Any) -> Any:
 
 def _filled(outline: Any, stored: Mapping[int, torch.Tensor]) -> Any:
     """A result of the outlined form: stored tensors where there are some, ghosts for the rest."""
-    position = -1
+    return _fill(outline, stored, itertools.count())
 
-    def fill(part: Any) -> Any:
-        nonlocal position
-        if isinstance(part, Shape):
-            position += 1
-            return stored[position].detach() if position in stored else Ghost(part)
-        if isinstance(part, list):
-            return part[0](fill(item) for item in part[1:])
-        return part
 
-    return fill(outline)
+def _fill(part: Any, stored: Mapping[int, torch.Tensor], positions: Iterator[int]) -> Any:
+    # no closure: one that calls itself is a cycle, and would hold the stored tensors until the next collection
+    if isinstance(part, Shape):
+        position = next(positions)
+        return stored[position].detach() if position in stored else Ghost(part)
+    if isinstance(part, list):
+        return part[0](_fill(item, stored, positions) for item in part[1:])
+    return part
