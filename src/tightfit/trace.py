@@ -617,9 +617,31 @@ def _risen_bytes(profiler: Any, count: int) -> list[int]:
 
 
 def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
-    """(nanosecond, change in bytes) of every allocation and release that a finished CPU profile saw, in order."""
+    """(nanosecond, change in bytes) of every allocation and release that a finished CPU profile saw, in order.
+
+    Releases of what was allocated before the profile began are left out: torch gives them the size that another
+    block once had at the same address.
+    """
     results: Any = profiler.profiler
-    return sorted((e.start_ns(), e.nbytes()) for e in results.kineto_results.events() if e.name() == "[memory]")
+    found = []
+    open_nodes = list(results.kineto_results.experimental_event_tree())
+    while open_nodes:
+        node = open_nodes.pop()
+        open_nodes += node.children
+        if node.tag == torch._C._profiler._EventType.Allocation:
+            found.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
+    found.sort()
+    alive: set[int] = set()
+    changes = []
+    for nanosecond, address, changed_bytes in found:
+        if changed_bytes > 0:
+            alive.add(address)
+        elif address not in alive:
+            continue
+        else:
+            alive.remove(address)
+        changes.append((nanosecond, changed_bytes))
+    return changes
 
 
 def _same_ops(which: str, found: list[str], expected: list[str]) -> None:

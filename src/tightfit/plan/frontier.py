@@ -20,11 +20,10 @@ import numpy as np
 from tightfit.core import Program, TightfitError
 from tightfit.plan.program import cluster_of, clusters, demands, live_clusters, rerunnable
 
-#: At most this many points between keeping everything and keeping nothing.
-RESOLUTION = 160
-#: Points closer together than this part of the whole are not told apart; far above the solver's own tolerance.
-FINENESS = 2e-5
-
+#: Points nearer together than this part of the unit's bytes are not told apart; a LoRA block has hundreds of such.
+FINENESS = 1e-3
+#: Past this many points they are looked for more coarsely.
+MANY = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
@@ -49,12 +48,7 @@ def frontier(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[flo
     """
     model = _Model(program, sizes_bytes, seconds)
     total = sum(sizes_bytes[v] for v in model.candidates)
-    step = max(1, math.ceil(total * FINENESS))
-    points = model.enumerate(total, step, at_most=RESOLUTION)
-    if points is None:
-        step = math.ceil(total / RESOLUTION)
-        points = model.enumerate(total, step, at_most=2 * RESOLUTION)
-        assert points is not None
+    points, step = model.enumerate(total, max(1, math.ceil(total * FINENESS)))
     return Frontier(points=tuple(_thinned(points)), step_bytes=step)
 
 
@@ -140,17 +134,17 @@ class _Model:
         self.count = count
         self.highs.passModel(lp)
 
-    def enumerate(self, total: int, step: int, at_most: int) -> list[Point] | None:
-        """Points from the most bytes down, `step` bytes apart or more; None when there are more than `at_most`."""
+    def enumerate(self, total: int, step: int) -> tuple[list[Point], int]:
+        """Points from the most bytes down, at least `step` bytes apart, and the widest step taken."""
         points: list[Point] = []
         limit = total
         while limit >= 0 and (kept := self.solve(limit)) is not None:
-            if len(points) == at_most:
-                return None
             kept_bytes = self.bytes_of(kept)
             points.append(Point(kept=kept, kept_bytes=kept_bytes, seconds=self.seconds_of(kept)))
+            if len(points) > MANY:
+                step = max(step, math.ceil(total / MANY))
             limit = kept_bytes - step
-        return points
+        return points, step
 
     def solve(self, limit_bytes: float) -> frozenset[int] | None:
         """The kept set of least seconds within `limit_bytes`, with the fewest bytes of those; None: there is none."""
