@@ -397,6 +397,37 @@ class Proof:
         return next(check for check in self.checks if check.name == name)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One way to run a step, measured."""
+
+    mode: str  # none, every-block, tightfit
+    peak_bytes: int  # of the whole step, by the allocator's own count
+    predicted_peak_bytes: int
+    activation_peak_bytes: int  # peak minus what was live before the step
+    step_seconds: float  # median
+    recompute_flops: int
+    forward_flops: int
+    gradients: str  # reference, identical, differs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """The same step with and without checkpointing, side by side."""
+
+    model: str
+    method: str
+    batch: int
+    seq: int
+    dtype: str
+    device: str
+    environment: Mapping[str, str]
+    rows: tuple[Row, ...]
+    budget_bytes: int
+    plan: Plan
+    note: str
+
+
 # ------------------------------------------------------------------------------------------------ JSON
 
 

@@ -34,7 +34,7 @@ from tightfit.step import (
 )
 from tightfit.trace import memory_events, trace
 
-__all__ = ["PeakMeter", "fit", "run_step", "static_bytes", "verify"]
+__all__ = ["Outcome", "PeakMeter", "differences", "fit", "run_step", "static_bytes", "timed", "untrained", "verify"]
 
 PEAK_TOLERANCE = 0.005
 TIMED_STEPS = 3
@@ -118,10 +118,10 @@ def verify(
     """
     with undisturbed(model) as restart, no_key_value_cache(model):
 
-        def observe() -> _Outcome:
+        def observe() -> Outcome:
             restart()
             compute_loss(model, batch, loss).backward()
-            return _Outcome(model)
+            return Outcome(model)
 
         reference = observe()
         with apply(model, plan) as applied:
@@ -139,7 +139,7 @@ def verify(
 # ------------------------------------------------------------------------------------------- gradients
 
 
-class _Outcome:
+class Outcome:
     """Copies, on the CPU, of what a step leaves behind."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -185,9 +185,15 @@ def _largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.to(wide) - other.to(wide)).abs().max())
 
 
-def _compared(reference: _Outcome, planned: _Outcome, observe: Callable[[], _Outcome]) -> list[Check]:
+def differences(expected: Outcome, found: Outcome) -> dict[str, str]:
+    """Parameters and buffers that are not the same bit for bit, and how."""
+    pairs = [(expected.gradients, found.gradients), (expected.buffers, found.buffers)]
+    return {key: how for one, other in pairs for key in one if (how := _differs(one[key], other.get(key)))}
+
+
+def _compared(reference: Outcome, planned: Outcome, observe: Callable[[], Outcome]) -> list[Check]:
     checks = []
-    again: _Outcome | None = None
+    again: Outcome | None = None
     pairs: list[tuple[str, Mapping[str, torch.Tensor | None], Mapping[str, torch.Tensor | None]]] = [
         ("gradients", reference.gradients, planned.gradients),
         ("buffers", reference.buffers, planned.buffers),

@@ -143,7 +143,7 @@ class _Model:
             points.append(Point(kept=kept, kept_bytes=kept_bytes, seconds=self.seconds_of(kept)))
             if len(points) > MANY:
                 step = max(step, math.ceil(total / MANY))
-            limit = kept_bytes - step
+            limit = max(0, kept_bytes - step) if kept_bytes else -1  # keeping nothing is always looked at
         return points, step
 
     def solve(self, limit_bytes: float) -> frozenset[int] | None:

@@ -1,0 +1,209 @@
+"""The usual exercise done right: one training step without checkpointing, with every block checkpointed, and planned.
+
+Each row is measured on the same model, batch and random state: the peak by the allocator's own count of a whole step
+with its optimizer, seconds interleaved so that noise falls on all alike, FLOPs counted op by op, gradients compared
+bit by bit. "Every block" is `torch.utils.checkpoint` around each block, as tutorials do it.
+
+Invariant: the model is left as it was found. Refused: a budget that nothing fits (`BudgetInfeasible`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from tightfit.core import Measurement, Plan, Row, format_bytes
+from tightfit.engine import apply
+from tightfit.plan import every_block, simulate
+from tightfit.plan import plan as make_plan
+from tightfit.step import ForwardPatch, LossFunction, UnitsAsked, compute_loss, device_of, environment, find_units
+from tightfit.step import no_key_value_cache, undisturbed
+from tightfit.trace import op_flops, trace
+from tightfit.verify import Outcome, PeakMeter, differences, run_step, static_bytes, timed, untrained
+
+__all__ = ["every_block_checkpointed", "measure"]
+
+NONE, EVERY_BLOCK, TIGHTFIT = "none", "every-block", "tightfit"
+
+
+def measure(
+    model: nn.Module,
+    batch: Any,
+    *,
+    budget: str | int = "60%",
+    loss: LossFunction | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    units: UnitsAsked = None,
+    repeats: int = 3,
+    progress: Callable[[str], None] = lambda _: None,
+    described: dict[str, Any] | None = None,
+) -> Measurement:
+    """Rows for no checkpointing, every block, and the plan for `budget` (a percentage is of the unplanned peak).
+
+    `repeats`: interleaved timed steps per row; the row has their median. `described` fills the fields that say
+    what was measured (`model`, `method`, `batch`, `seq`, `dtype`).
+    """
+    progress("tracing one step")
+    recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
+    progress("planning")
+    chosen = make_plan(recorded, budget)
+    blocks = every_block(recorded)
+    modes: dict[str, tuple[Callable[[], AbstractContextManager[Any]], int]] = {
+        NONE: (nullcontext, simulate(recorded).peak_bytes),
+        EVERY_BLOCK: (lambda: every_block_checkpointed(model, units), blocks.peak_bytes),
+        TIGHTFIT: (lambda: apply(model, chosen), chosen.peak_bytes),
+    }
+    forward_flops = sum(op.flops for op in recorded.ops if op.phase.value == "forward")
+    with undisturbed(model) as restart, no_key_value_cache(model):
+        outcomes, flops = {}, {}
+        for mode, (context, _) in modes.items():
+            progress(f"gradients: {mode}")
+            restart()
+            with context(), _FlopCount() as count:
+                compute_loss(model, batch, loss).backward()
+            outcomes[mode], flops[mode] = Outcome(model), count.flops
+        steps = _steps(model, batch, loss, optimizer, modes, restart, repeats, progress)
+    rows = [
+        Row(
+            mode=mode,
+            peak_bytes=max(step.peak_bytes for step in steps[mode]),
+            predicted_peak_bytes=predicted_bytes,
+            activation_peak_bytes=max(step.rise_bytes for step in steps[mode]),
+            step_seconds=statistics.median(step.seconds for step in steps[mode]),
+            recompute_flops=flops[mode] - flops[NONE],
+            forward_flops=forward_flops,
+            gradients="reference"
+            if mode == NONE
+            else "differs"
+            if differences(outcomes[NONE], outcomes[mode])
+            else "identical",
+        )
+        for mode, (_, predicted_bytes) in modes.items()
+    ]
+    said = {"model": type(model).__name__, "method": "full", "batch": 0, "seq": 0, "dtype": "", **(described or {})}
+    return Measurement(
+        **said,
+        device=str(device_of(model)),
+        environment=environment(),
+        rows=tuple(rows),
+        budget_bytes=chosen.budget_bytes,
+        plan=chosen,
+        note=_note(model, rows, chosen),
+    )
+
+
+@contextlib.contextmanager
+def every_block_checkpointed(model: nn.Module, units: UnitsAsked = None) -> Iterator[None]:
+    """`torch.utils.checkpoint` (non-reentrant, random state preserved) around each unit."""
+
+    def checkpointed(original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(original, *args, use_reentrant=False, **kwargs)
+
+        return forward
+
+    patches = [ForwardPatch(module, checkpointed) for module in find_units(model, units).values()]
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.undo()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MeasuredStep:
+    seconds: float
+    peak_bytes: int
+    rise_bytes: int
+
+
+def _steps(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    optimizer: torch.optim.Optimizer | None,
+    modes: dict[str, tuple[Callable[[], AbstractContextManager[Any]], int]],
+    restart: Callable[[], None],
+    repeats: int,
+    progress: Callable[[str], None],
+) -> dict[str, list[_MeasuredStep]]:
+    """Whole steps of each mode, the modes taking turns."""
+    device = device_of(model)
+    found: dict[str, list[_MeasuredStep]] = {mode: [] for mode in modes}
+    with untrained(optimizer):
+        progress("a step to warm up")
+        restart()
+        run_step(model, batch, loss, optimizer)  # the optimizer makes its state in its first step
+        for repeat in range(repeats):
+            for mode, (context, _) in modes.items():
+                progress(f"step {repeat + 1} of {repeats}: {mode}")
+                restart()
+                before_bytes = static_bytes(model, optimizer, batch)
+                with context(), PeakMeter(device) as meter:
+                    seconds = timed(device, lambda: run_step(model, batch, loss, optimizer))
+                found[mode].append(
+                    _MeasuredStep(
+                        seconds=seconds, peak_bytes=before_bytes + meter.rise_bytes, rise_bytes=meter.rise_bytes
+                    )
+                )
+    return found
+
+
+class _FlopCount(TorchDispatchMode):
+    """FLOPs of every op that really runs, replays included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.flops += op_flops(func, args, kwargs or {}, out)
+        return out
+
+
+# -------------------------------------------------------------------------------------------- the verdict
+
+#: Less than this part of the peak saved counts as nothing.
+_NOTHING = 0.01
+
+
+def _note(model: nn.Module, rows: list[Row], plan: Plan) -> str:
+    footprint = getattr(model, "get_memory_footprint", None)
+    weights_bytes = footprint() if callable(footprint) else sum(p.numel() * p.element_size() for p in model.parameters())
+    said = [
+        f"get_memory_footprint() says {format_bytes(weights_bytes)} in every row: it adds up parameters and buffers, "
+        "and checkpointing changes only what lives between forward and backward."
+    ]
+    none = rows[0]
+    said += [verdict for row in rows[1:] if (verdict := _backfires(none, row))]
+    if len(said) == 1:
+        said.append("Checkpointing pays off here: the bytes saved outweigh the time lost.")
+    if not plan.replays:
+        said.append("The budget holds the step as it is, so the plan recomputes nothing.")
+    return " ".join(said)
+
+
+def _backfires(none: Row, row: Row) -> str:
+    """Why `row` is a bad bargain against `none`; empty when it is not one."""
+    if not row.recompute_flops and row.peak_bytes >= none.peak_bytes * (1 - _NOTHING):
+        return ""  # it changed nothing, which costs nothing
+    saved = 1 - row.peak_bytes / none.peak_bytes
+    # FLOPs stand for time where the machine is noisy: a step is about three forwards
+    lost = row.recompute_flops / (3 * none.forward_flops) if none.forward_flops else 0.0
+    clock = row.step_seconds / none.step_seconds - 1
+    what = f"{row.mode} backfires for this shape"
+    if saved < _NOTHING:
+        return f"{what}: it saves {max(saved, 0):.1%} of the peak and recomputes {lost:.0%} of the step's FLOPs ({clock:+.0%} on the clock)."
+    if saved < lost:
+        return f"{what}: it saves {saved:.0%} of the peak for {lost:.0%} more FLOPs ({clock:+.0%} on the clock)."
+    return ""
