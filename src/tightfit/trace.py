@@ -74,9 +74,6 @@ __all__ = ["environment", "is_random", "is_uncounted", "memory_events", "op_flop
 
 _aten = torch.ops.aten
 
-# `aten.detach` is called a different number of times in forward and in replay (it is autograd's own
-# bookkeeping), so it is neither counted nor recorded.
-
 #: Write running statistics that their own output does not depend on in training; some hide it from the schema.
 BATCH_NORMS = frozenset(
     f"aten.{name}"
@@ -130,16 +127,15 @@ def is_random(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bo
 def is_uncounted(func: Any, args: tuple[Any, ...]) -> bool:
     """Ops that may happen in the forward and not in its replay, or the other way round, without any meaning.
 
-    Besides `detach`, that is autocast's cast of a weight: cached for the rest of the autocast context, so
-    the second use of a weight does not cast it again.
+    `detach` and every other view: they make no bytes, and autograd calls some on its own (after an in-place op on a
+    view of a tensor subclass it makes the view again). And autocast's cast of a weight: cached for the rest of the
+    autocast context, so the second use of a weight does not cast it again.
     """
-    if func is _aten.detach.default:
+    if func.is_view:
         return True
     if func is _aten._to_copy.default:
         source = args[0]
-        return bool(
-            source.is_leaf and source.requires_grad and torch.is_autocast_enabled(source.device.type)
-        )
+        return bool(source.is_leaf and source.requires_grad and torch.is_autocast_enabled(source.device.type))
     return False
 
 
@@ -326,7 +322,11 @@ class _Recorder(TorchDispatchMode):
             id=len(self.calls), name=name, reads=reads, writes=[], outputs=[], fresh=[], kind=Kind.PURE,
             phase=self.phase, frame=None if frame is None else frame.id,
             ordinal=None if frame is None else len(frame.calls),
-            unit=frame.unit if frame is not None else self.reading_unit if self.phase is Phase.BACKWARD else None,
+            unit=self.open.unit
+            if self.open is not None
+            else self.reading_unit
+            if self.phase is Phase.BACKWARD
+            else None,
             flops=op_flops(func, args, kwargs, out), out_bytes=0, seconds=[seconds],
         )  # fmt: skip
         outside, self.open = self.open, frame  # an uncounted op's output belongs to no frame

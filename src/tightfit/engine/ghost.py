@@ -4,7 +4,7 @@ A ghost has the true shape, strides, offset, dtype and device of an op's output,
 autograd may look at all of that; reading the data raises `GhostRead`.
 
 Invariant: a ghost never reaches a kernel, so a wrong plan can fail but cannot give a wrong gradient.
-Refused: every op on a ghost except taking another handle to it, and making a fresh tensor of its shape.
+Refused: every op on a ghost except views of it, which are ghosts, and making a fresh tensor of its shape.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 
 from tightfit.trace import METADATA_ONLY
-
-_HANDLES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
-
 
 class GhostRead(RuntimeError):
     """Somebody asked for the data of a tensor that the plan said nobody would read."""
@@ -32,8 +30,8 @@ class Shape(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Shape:
-        return cls(tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device)
+    def of(cls, tensor: torch.Tensor, device: torch.device | None = None) -> Shape:
+        return cls(tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype, device or tensor.device)
 
 
 class Ghost(torch.Tensor):
@@ -52,15 +50,21 @@ class Ghost(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Ghost(shape={tuple(self.shape)}, dtype={self.dtype})"
 
+    def outline(self) -> torch.Tensor:
+        """The same shape on the `meta` device, where views and fresh tensors can be worked out."""
+        reach = self.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(self.size(), self.stride(), strict=True))
+        whole = torch.empty(max(reach, 0), dtype=self.dtype, device="meta")
+        return whole.as_strided(self.size(), self.stride(), self.storage_offset())
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _HANDLES:
-            return cls(Shape.of(args[0]))
+        if func.is_view:
+            outlines = [t.outline() if isinstance(t, Ghost) else t for t in args]
+            return pytree.tree_map_only(torch.Tensor, lambda t: cls(Shape.of(t, args[0].device)), func(*outlines, **(kwargs or {})))
         if func in METADATA_ONLY:
             source = args[0]
             options = {"device": source.device, **{k: v for k, v in (kwargs or {}).items() if v is not None}}
-            outline = torch.empty_strided(source.size(), source.stride(), dtype=source.dtype, device="meta")
-            return func(outline, *args[1:], **options)
+            return func(source.outline(), *args[1:], **options)
         raise GhostRead(f"{func} read a value that the plan says nobody reads in replay")
