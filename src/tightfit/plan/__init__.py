@@ -40,7 +40,7 @@ def plan(trace: Trace, budget: str | int) -> Plan:
     """
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
-    model = Model(trace)
+    model = _model(trace)
     if unplanned.peak_bytes <= budget_bytes:
         nothing = Solution(points={u.path: 0 for u in trace.units}, seconds=0.0, bound_seconds=0.0)
         return _plan(trace, budget_bytes, model.choices(nothing), unplanned, unplanned, 0.0)
@@ -67,11 +67,22 @@ def plan(trace: Trace, budget: str | int) -> Plan:
 def every_block(trace: Trace) -> Plan:
     """The book recipe as a plan: every unit keeps only its inputs. Its budget is its own peak."""
     unplanned = simulate_choices(trace, ())
-    model = Model(trace)
+    model = _model(trace)
     points = {path: len(options) - 1 for path, options in model.options.items()}
     choices = model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
     line = simulate_choices(trace, choices)
     return _plan(trace, line.peak_bytes, choices, line, unplanned, 0.0)
+
+
+_latest: tuple[Trace, Model] | None = None
+
+
+def _model(trace: Trace) -> Model:
+    """`Model(trace)`, kept for the next budget of the same trace."""
+    global _latest  # noqa: PLW0603 - one entry of a cache
+    if _latest is None or _latest[0] is not trace:
+        _latest = (trace, Model(trace))
+    return _latest[1]
 
 
 def _plan(

@@ -20,7 +20,7 @@ import highspy
 import numpy as np
 
 from tightfit.core import Action, Choice, Happening, Program, TightfitError, Trace, Unsupported
-from tightfit.plan.frontier import Frontier, Point, frontier, solver
+from tightfit.plan.frontier import MANY, Frontier, Point, frontier, solver
 from tightfit.plan.program import Recipe, first_random, recipe
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -45,15 +45,16 @@ class Model:
         self.frontiers: dict[str, Frontier] = {}
         self.options: dict[str, tuple[Point | None, ...]] = {}  # None: keep everything, no engine in the unit
         known: dict[str, Frontier] = {}
+        kinds = len({unit.digest for unit in trace.units})
         for unit in trace.units:
             frames = self.frames_of[unit.path]
             points: tuple[Point | None, ...] = (None,)
             if not unit.pinned and any(trace.programs[f].needed for f in frames):
                 if unit.digest not in known:
                     try:
-                        known[unit.digest] = self._frontier(frames)
+                        known[unit.digest] = self._frontier(frames, kinds)
                     except Unsupported:
-                        known[unit.digest] = Frontier(points=(), step_bytes=1)
+                        known[unit.digest] = Frontier(points=())
                 self.frontiers[unit.path] = known[unit.digest]
                 points += tuple(p for p in known[unit.digest].points if self._replays(unit.path, p))
             self.options[unit.path] = points
@@ -64,6 +65,7 @@ class Model:
     def _index(self) -> None:
         trace = self.trace
         self.marks = [i for i, e in enumerate(trace.events) if e.what is Happening.OP]
+        self.op_event = {trace.events[i].subject: i for i in self.marks}
         self.mark_at = np.searchsorted(np.array(self.marks), np.arange(len(trace.events) + 1))  # first mark at or after
         self.freed = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.FREE}
         self.released = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.RELEASE}
@@ -118,14 +120,16 @@ class Model:
 
     # -- one unit
 
-    def _frontier(self, frames: Sequence[int]) -> Frontier:
-        """Frontier of a unit over all its calls that do the same as the first."""
+    def _frontier(self, frames: Sequence[int], kinds: int) -> Frontier:
+        """Frontier of a unit over all its calls that do the same as the first; one of `kinds` to be found."""
         trace = self.trace
         program = trace.programs[frames[0]]
         alike = [f for f in frames if same_ops(trace.programs[f], program)]
         sizes = [sum(trace.values[self.values[f][v]].size_bytes for f in alike) for v in range(program.values)]
         seconds = [sum(trace.ops[self.ops[f][i]].seconds for f in alike) for i in range(len(program.steps))]
-        return frontier(program, sizes, seconds)
+        # large units and many different ones (a mixture of experts routes differently in each) get fewer points
+        many = max(12, min(MANY, 8000 // max(1, len(program.steps)), 800 // kinds))
+        return frontier(program, sizes, seconds, many)
 
     def _recipes(self, path: str, point: Point) -> dict[int, Recipe]:
         """What each call of the unit does when `point` is chosen; other op sequences are replayed whole."""
@@ -203,15 +207,10 @@ class Model:
                             ends[value.natural_end].append(value.size_bytes)
                 top = max(top, level + op.scratch_bytes)
                 seconds += op.seconds
-            event = self._event_of(op_id)
+            event = self.op_event[op_id]
             for end in [e for e in ends if e <= event]:
                 level -= sum(ends.pop(end))
         return top - leaves, seconds
-
-    def _event_of(self, op_id: int) -> int:
-        if not hasattr(self, "_op_event"):
-            self._op_event = {self.trace.events[i].subject: i for i in self.marks}
-        return self._op_event[op_id]
 
     # -- all units, cut into segments
 
@@ -233,7 +232,6 @@ class Model:
         self.table: dict[str, Floats] = {}
         self.least: dict[str, Floats] = {}
         self.seconds: dict[str, list[float]] = {}
-        copies: dict[Any, tuple[Floats, Floats, list[float]]] = {}
         for path, options in self.options.items():
             rows, least, spent = [], [], []
             own = self._own_segments(path)
@@ -251,17 +249,15 @@ class Model:
                 row = np.where(own, together, row)
                 for mark, top in spikes:
                     segment = int(np.searchsorted(self.starts, mark, side="right")) - 1
-                    before = mark - 1 if mark else 0
                     # the live bytes just before the replay begins, plus all that it leaves, plus what it adds for a while
-                    row[segment] = max(row[segment], self._just_before(mark, delta, before) + top - self.base_top[segment])
+                    row[segment] = max(row[segment], self._just_before(mark, delta) + top - self.base_top[segment])
                 rows.append(row)
                 least.append(low)
                 spent.append(seconds)
             self.table[path], self.least[path] = np.array(rows), np.array(least)
             self.seconds[path] = spent
-        del copies
 
-    def _just_before(self, mark: int, delta: Floats, before: int) -> float:
+    def _just_before(self, mark: int, delta: Floats) -> float:
         """Live bytes at the replay, the values that it leaves behind included: those of the mark that reads them."""
         scratch = self.trace.ops[self.trace.events[self.marks[mark]].subject]
         made = sum(
@@ -282,7 +278,7 @@ class Model:
 
     def solve(self, budget_bytes: int | None) -> Solution | None:
         """The cheapest options within the budget, or with None those of the lowest peak. None: nothing fits."""
-        answer = self._solve(budget_bytes, self.table, 0)
+        answer = self._solve(budget_bytes, self.table)
         if answer is None:
             return None
         chosen, seconds, dual = answer
@@ -290,7 +286,7 @@ class Model:
             return Solution(points=chosen, seconds=seconds, bound_seconds=0.0)
         bound = min(dual, seconds)
         if seconds > 0:
-            relaxed = self._solve(budget_bytes, self._relaxed(), 0)
+            relaxed = self._solve(budget_bytes, self._relaxed())
             bound = 0.0 if relaxed is None else min(relaxed[2], seconds)
         return Solution(points=chosen, seconds=seconds, bound_seconds=bound)
 
@@ -304,18 +300,18 @@ class Model:
         for path, options in self.options.items():
             rows = []
             own = self._own_segments(path)
-            step = self.frontiers[path].step_bytes if path in self.frontiers else 0
             nothing = np.min(self.least[path], axis=0)
             for index, option in enumerate(options):
                 if option is None:
                     rows.append(np.zeros(len(self.starts)))
                 else:
-                    rows.append(np.where(own, np.minimum(nothing, self.least[path][index]) - step, self.least[path][index] - step))
+                    least = self.least[path][index]
+                    rows.append(np.where(own, np.minimum(nothing, least), least) - option.passed_bytes)
             tables[path] = np.array(rows)
         return tables
 
     def _solve(
-        self, budget_bytes: int | None, table: Mapping[str, Floats], _: int
+        self, budget_bytes: int | None, table: Mapping[str, Floats]
     ) -> tuple[dict[str, int], float, float] | None:
         paths = list(self.options)
         columns = [(path, i) for path in paths for i in range(len(self.options[path]))]

@@ -10,6 +10,7 @@ more than `step_bytes`. Solver: HiGHS (Huangfu and Hall, Math. Prog. Comp. 10, 2
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,43 +23,56 @@ from tightfit.plan.program import cluster_of, clusters, demands, live_clusters, 
 
 #: Points nearer together than this part of the unit's bytes are not told apart; a LoRA block has hundreds of such.
 FINENESS = 1e-3
-#: Past this many points they are looked for more coarsely.
+#: Past so many points they are looked for more coarsely, so that the time stays in proportion.
 MANY = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One way to run a unit. `bytes` counts the kept values that keeping makes live longer."""
+    """One way to run a unit. `kept_bytes` counts the kept values that keeping makes live longer.
+
+    Every kept set that takes less time than the next point holds more than `kept_bytes - passed_bytes`.
+    """
 
     kept: frozenset[int]
     kept_bytes: int
     seconds: float
+    passed_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frontier:
     points: tuple[Point, ...]
-    step_bytes: int  # points nearer than this to the one above them were not looked for
+
+    @property
+    def step_bytes(self) -> int:
+        """No kept set beats a point in seconds and, by more than this, in bytes."""
+        return max((point.passed_bytes for point in self.points), default=1)
 
 
-def frontier(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float]) -> Frontier:
-    """The Pareto frontier of a unit.
+def frontier(
+    program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float], many: int = MANY
+) -> Frontier:
+    """The Pareto frontier of a unit, with `many` points or not many more.
 
     `sizes_bytes[v]` per value ordinal; `seconds[i]` per op ordinal. Values in `program.held` cost nothing to
     keep. Raises `TightfitError` if the solver fails, which it has no reason to.
     """
     model = _Model(program, sizes_bytes, seconds)
     total = sum(sizes_bytes[v] for v in model.candidates)
-    points, step = model.enumerate(total, max(1, math.ceil(total * FINENESS)))
-    return Frontier(points=tuple(_thinned(points)), step_bytes=step)
+    return Frontier(points=tuple(_thinned(model.enumerate(total, many))))
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """Without points that another one beats; floating-point ties can leave such."""
+    """Without points that a later one equals in seconds or beats; floating-point ties can leave such."""
     best: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.kept_bytes, p.seconds)):
-        if not best or point.seconds < best[-1].seconds:
-            best.append(point)
-    return best[::-1]
+    for point in points:
+        while best and best[-1].seconds >= point.seconds:
+            beaten = best.pop()
+            if best:
+                passed_bytes = best[-1].kept_bytes - beaten.kept_bytes + beaten.passed_bytes
+                best[-1] = dataclasses.replace(best[-1], passed_bytes=max(best[-1].passed_bytes, passed_bytes))
+        best.append(point)
+    return best
 
 
 class _Model:
@@ -134,17 +148,20 @@ class _Model:
         self.count = count
         self.highs.passModel(lp)
 
-    def enumerate(self, total: int, step: int) -> tuple[list[Point], int]:
-        """Points from the most bytes down, at least `step` bytes apart, and the widest step taken."""
+    def enumerate(self, total: int, many: int) -> list[Point]:
+        """Points from the most bytes down to keeping nothing (or the least that is possible)."""
+        step = max(1, math.ceil(total * max(FINENESS, 0.1 / many)))
         points: list[Point] = []
         limit = total
         while limit >= 0 and (kept := self.solve(limit)) is not None:
+            if len(points) > many / 2:
+                step = max(step, math.ceil(2 * total / many))
             kept_bytes = self.bytes_of(kept)
-            points.append(Point(kept=kept, kept_bytes=kept_bytes, seconds=self.seconds_of(kept)))
-            if len(points) > MANY:
-                step = max(step, math.ceil(total / MANY))
             limit = max(0, kept_bytes - step) if kept_bytes else -1  # keeping nothing is always looked at
-        return points, step
+            points.append(
+                Point(kept=kept, kept_bytes=kept_bytes, seconds=self.seconds_of(kept), passed_bytes=kept_bytes - limit)
+            )
+        return points
 
     def solve(self, limit_bytes: float) -> frozenset[int] | None:
         """The kept set of least seconds within `limit_bytes`, with the fewest bytes of those; None: there is none."""
