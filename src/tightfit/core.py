@@ -266,6 +266,9 @@ class Program:
     values: int  # how many values the unit makes
     held: tuple[int, ...] = ()  # values that stay alive whatever the plan says (Python or a ctx holds them)
 
+    def __hash__(self) -> int:  # programs are looked up often, and hashing every step costs more than the answer
+        return hash((len(self.steps), self.values, self.slots))
+
     @property
     def needed(self) -> tuple[int, ...]:
         """Ordinals of the unit's own values that backward reads, ascending."""
