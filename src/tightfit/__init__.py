@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import tightfit.plan as plan  # a module that can be called: see core.make_verb
 from tightfit.core import (
     BudgetInfeasible,
     InvalidInput,
@@ -23,7 +24,6 @@ from tightfit.core import (
     Trace,
     Unsupported,
 )
-import tightfit.plan as plan  # a module that can be called: see core.make_verb
 from tightfit.plan.simulate import simulate
 
 if TYPE_CHECKING:

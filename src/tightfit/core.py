@@ -493,7 +493,9 @@ def _from_json(annotation: Any, data: Any, where: str) -> Any:
     if origin is Mapping:
         if not isinstance(data, dict):
             raise InvalidInput(f"{where} should be an object")
-        return {_from_key(arguments[0], key, where): _from_json(arguments[1], item, where) for key, item in data.items()}
+        return {
+            _from_key(arguments[0], key, where): _from_json(arguments[1], item, where) for key, item in data.items()
+        }
     if annotation is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if not isinstance(data, annotation) or (isinstance(data, bool) and annotation is not bool):

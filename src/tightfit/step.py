@@ -233,7 +233,8 @@ def find_units(model: nn.Module, asked: UnitsAsked = None) -> dict[str, nn.Modul
                 # `layers.*` means the layers, not everything below them: a shell star does not cross a dot
                 matches = [path for path in matches if path.count(".") == item.count(".")]
             if not matches:
-                raise InvalidInput(f"no module of the model matches the unit {item if isinstance(item, str) else type(item).__name__!r}")
+                name = item if isinstance(item, str) else type(item).__name__
+                raise InvalidInput(f"no module of the model matches the unit {name!r}")
             found.update({path: modules[path] for path in matches})
     paths = sorted(found)
     for outer in paths:

@@ -18,6 +18,7 @@ Refused: steps whose three passes differ (`Unsupported`: the step is not determi
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import statistics
@@ -157,16 +158,18 @@ _OWN_FLOPS = {
 def op_flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
     """FLOPs of one call by torch's own formulas (matrix products, convolutions, attention); 0 for the rest."""
     packet = func._overloadpacket
-    if own := _OWN_FLOPS.get(packet):
-        return own(*args, **kwargs)
-    formula = flop_registry.get(packet)
+    own: Any = _OWN_FLOPS.get(packet)
+    if own:
+        return int(own(*args, **kwargs))
+    formula: Any = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
 
 
 def signature_of(module: nn.Module) -> str:
     """Class, parameters (name, shape, dtype, trainable or not) of a unit, shortened; equal for equal units."""
     parts = [
-        f"{name}:{tuple(p.shape)}:{p.dtype}:{p.requires_grad}" for name, p in module.named_parameters(remove_duplicate=False)
+        f"{name}:{tuple(p.shape)}:{p.dtype}:{p.requires_grad}"
+        for name, p in module.named_parameters(remove_duplicate=False)
     ]
     digest = hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
     return f"{type(module).__qualname__}({len(parts)} parameters, {digest})"
@@ -284,10 +287,10 @@ class _Recorder(TorchDispatchMode):
             frame.values.append(record.id)
         self.storages.append(record)
         self.live[address] = record.id
-        self.watches[record.id] = weakref.ref(storage, lambda _, i=record.id, a=address: self.died(i, a))
+        self.watches[record.id] = weakref.ref(storage, functools.partial(self.died, record.id, address))
         return record.id, True
 
-    def died(self, value: int, address: int) -> None:
+    def died(self, value: int, address: int, _: object = None) -> None:
         if self.live.get(address) == value:
             del self.live[address]
         self.watches.pop(value, None)
@@ -536,7 +539,9 @@ def _trace(
     restart()
     static = static_bytes_by_category(model, batch)
     full = _record(model, batch, loss, modules, dry=False, fake=fake)
-    gradients = {v for p in model.parameters() if p.grad is not None for v in [full.value_of(p.grad)[0]] if v is not None}
+    gradients = {
+        v for p in model.parameters() if p.grad is not None for v in [full.value_of(p.grad)[0]] if v is not None
+    }
     full.recording = False
     _same_ops("the dry pass", [c.name for c in dry.calls], [c.name for c in full.calls if c.phase is Phase.FORWARD])
     for call, other in zip(full.calls, dry.calls, strict=False):
@@ -561,8 +566,7 @@ def _record(
         if parameter.grad is not None:
             recorder.value_of(parameter.grad)
     patches = [
-        ForwardPatch(module, lambda original, path=path: recorder.frame_forward(path, original))
-        for path, module in modules.items()
+        ForwardPatch(module, functools.partial(recorder.frame_forward, path)) for path, module in modules.items()
     ]
     try:
         with recorder:
@@ -647,7 +651,9 @@ def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
 def _same_ops(which: str, found: list[str], expected: list[str]) -> None:
     if found == expected:
         return
-    at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
+    )
     names = [names[at] if at < len(names) else "the end" for names in (found, expected)]
     raise Unsupported(
         f"the step is not the same twice: op {at} of {which} is {names[0]}, in the recorded pass {names[1]}; "
@@ -683,7 +689,8 @@ def _record_optimizer(optimizer: torch.optim.Optimizer, full: _Recorder) -> int:
     recorder.recording = False
     try:
         with mode, recorder:
-            twin = type(optimizer)(groups)
+            make: Any = type(optimizer)
+            twin = make(groups)
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
             twin.step()
@@ -692,7 +699,7 @@ def _record_optimizer(optimizer: torch.optim.Optimizer, full: _Recorder) -> int:
             recorder.recording = True
             twin.step()
             recorder.recording = False
-    except Exception as error:  # noqa: BLE001 - any optimizer may fail on fake tensors, in its own way
+    except Exception as error:
         raise Unsupported(
             f"the step of {type(optimizer).__name__} cannot be run on fake tensors ({type(error).__name__}: {error}); "
             "trace without an optimizer and leave room for its state"
@@ -707,7 +714,9 @@ def _append(full: _Recorder, tail: _Recorder) -> None:
     made = {value for what, value in tail.events if what is Happening.ALLOC}
     for storage in tail.storages:
         storage.id += values
-        storage.producer = storage.producer + ops if storage.producer is not None and storage.id - values in made else None
+        storage.producer = (
+            storage.producer + ops if storage.producer is not None and storage.id - values in made else None
+        )
         full.storages.append(storage)
     for call in tail.calls:
         call.id += ops
@@ -726,7 +735,7 @@ def _append(full: _Recorder, tail: _Recorder) -> None:
 def _faked(model: nn.Module, batch: Any) -> Iterator[tuple[FakeTensorMode, Any]]:
     """The model with fake parameters and buffers in place of its own, and a fake batch."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    undo: list[tuple[dict[str, Any], str, Any]] = []
+    undo: list[tuple[Any, str, Any]] = []
     twins: dict[int, torch.Tensor] = {}
 
     def fake_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -741,7 +750,8 @@ def _faked(model: nn.Module, batch: Any) -> Iterator[tuple[FakeTensorMode, Any]]
 
     try:
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
+            tables: tuple[Any, ...] = (module._parameters, module._buffers)
+            for table in tables:
                 for name, tensor in table.items():
                     if tensor is not None:
                         undo.append((table, name, tensor))
@@ -763,7 +773,9 @@ def _program_of(recorder: _Recorder, frame: _FrameRecord, read: Container[int], 
     steps = []
     for call_id in frame.calls:
         call = recorder.calls[call_id]
-        reads, early, rerunnable = [], [], call.rerunnable
+        reads: list[int] = []
+        early: list[int] = []
+        rerunnable = call.rerunnable
         for value, version in call.reads:
             if value in ordinal:
                 (reads if version == frame.exit_versions[value] else early).append(ordinal[value])
@@ -949,7 +961,9 @@ class _Assembly:
         return [op_seconds(call.flops, moved, dtype)]
 
     def _digest(self, units: tuple[Unit, ...]) -> str:
-        content = json.dumps([[u.path, u.digest, u.signature] for u in units] + [[c.name, c.out_bytes] for c in self.full.calls])
+        content = json.dumps(
+            [[u.path, u.digest, u.signature] for u in units] + [[c.name, c.out_bytes] for c in self.full.calls]
+        )
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

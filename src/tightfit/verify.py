@@ -177,7 +177,11 @@ def _differs(expected: torch.Tensor | None, found: torch.Tensor | None) -> str:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bytes as integers, so that NaN equals NaN and zero does not equal minus zero."""
-    return tensor.contiguous().view(torch.uint8) if tensor.numel() and tensor.dim() else tensor.reshape(1).view(torch.uint8)
+    return (
+        tensor.contiguous().view(torch.uint8)
+        if tensor.numel() and tensor.dim()
+        else tensor.reshape(1).view(torch.uint8)
+    )
 
 
 def _largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -211,7 +215,7 @@ def _compared(reference: Outcome, planned: Outcome, observe: Callable[[], Outcom
             excused = {key for key in unstable if _within(expected[key], found[key], repeated[key])}
             wrong = {key: how for key, how in wrong.items() if key not in excused}
             if excused:
-                tolerance = f"twice the step's own variation for {len(excused)} that differ without the plan too; else bit for bit"
+                tolerance = f"bit for bit, but for {len(excused)} that vary without the plan too: twice that"
         first = next(iter(wrong.items()), None)
         checks.append(
             Check(
@@ -236,9 +240,7 @@ def _within(expected: torch.Tensor | None, found: torch.Tensor | None, repeated:
 # ------------------------------------------------------------------------------------------------ peak
 
 
-def run_step(
-    model: nn.Module, batch: Any, loss: LossFunction | None, optimizer: torch.optim.Optimizer | None
-) -> None:
+def run_step(model: nn.Module, batch: Any, loss: LossFunction | None, optimizer: torch.optim.Optimizer | None) -> None:
     """Forward, backward, optimizer step; the gradients stay."""
     compute_loss(model, batch, loss).backward()
     if optimizer is not None:

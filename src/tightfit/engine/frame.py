@@ -37,7 +37,6 @@ from tightfit.plan.program import Recipe, Rerun
 from tightfit.step import tensors_in
 from tightfit.trace import BATCH_NORMS, is_random, is_uncounted, op_name
 
-
 _CAST = torch.ops.aten._to_copy.default
 
 
@@ -126,9 +125,7 @@ class _Surroundings:
         with contextlib.ExitStack() as stack:
             for kind, enabled, cast_dtype, cache in self.autocast:
                 if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(
-                        torch.autocast(kind, enabled=enabled, dtype=cast_dtype, cache_enabled=cache)
-                    )
+                    stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=cast_dtype, cache_enabled=cache))
             try:
                 self._attention(self.attention, now)
                 if dtype != self.default_dtype:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from tightfit.trace import METADATA_ONLY
 
+
 class GhostRead(RuntimeError):
     """Somebody asked for the data of a tensor that the plan said nobody would read."""
 
@@ -31,7 +32,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor, device: torch.device | None = None) -> Shape:
-        return cls(tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype, device or tensor.device)
+        return cls(tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype, device or tensor.device)
 
 
 class Ghost(torch.Tensor):
@@ -47,7 +48,7 @@ class Ghost(torch.Tensor):
         )  # fmt: skip
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch leaves it untyped
         return f"Ghost(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def outline(self) -> torch.Tensor:
@@ -56,13 +57,15 @@ class Ghost(torch.Tensor):
         whole = torch.empty(max(reach, 0), dtype=self.dtype, device="meta")
         return whole.as_strided(self.size(), self.stride(), self.storage_offset())
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's own docs do
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func.is_view:
             outlines = [t.outline() if isinstance(t, Ghost) else t for t in args]
-            return pytree.tree_map_only(torch.Tensor, lambda t: cls(Shape.of(t, args[0].device)), func(*outlines, **(kwargs or {})))
+            return pytree.tree_map_only(
+                torch.Tensor, lambda t: cls(Shape.of(t, args[0].device)), func(*outlines, **(kwargs or {}))
+            )
         if func in METADATA_ONLY:
             source = args[0]
             options = {"device": source.device, **{k: v for k, v in (kwargs or {}).items() if v is not None}}

@@ -47,13 +47,14 @@ def checkpoint(function: Callable[..., T], *args: Any, keep: Keep | None = None,
     if keep is not None:
         key = _key(function, args, kwargs, keep)
         if key not in _learnt:
-            program, out = _learn(name, function, args, kwargs, owner)
+            program, first = _learn(name, function, args, kwargs, owner)
             if len(_learnt) >= _LEARNT_AT_MOST:
                 _learnt.pop(next(iter(_learnt)))
             _learnt[key] = _plan_for(program, keep, name)
-            return out
+            return first
         plan = _learnt[key]
-    return Frame(name, function, args, kwargs, plan, region_stats, owner).run()
+    out: T = Frame(name, function, args, kwargs, plan, region_stats, owner).run()
+    return out
 
 
 def _key(function: Callable[..., Any], args: Any, kwargs: Any, keep: Keep) -> Any:
@@ -90,7 +91,9 @@ def _plan_for(program: Program, keep: Keep, name: str) -> FramePlan | None:
         raise InvalidInput(
             f"keep matches no op of {name}; its ops are {', '.join(sorted({s.name for s in program.steps}))}"
         )
-    kept = frozenset(v for step in chosen for v in (*step.writes, *(o for o in step.outputs if o is not None and o >= 0)))
+    kept = frozenset(
+        v for step in chosen for v in (*step.writes, *(o for o in step.outputs if o is not None and o >= 0))
+    )
     try:
         return FramePlan.of(program, recipe(program, kept))
     except Unsupported:

@@ -108,7 +108,11 @@ def _plan(
         unplanned_peak_bytes=unplanned.peak_bytes,
         replays=line.replays,
         trace_digest=trace.digest,
-        versions={name: version for name, version in trace.environment.items() if name in ("tightfit", "torch", "transformers")}
+        versions={
+            name: version
+            for name, version in trace.environment.items()
+            if name in ("tightfit", "torch", "transformers")
+        }
         | {"highspy": metadata.version("highspy")},
         programs=programs,
     )
@@ -127,7 +131,9 @@ def _advice(trace: Trace, line: Timeline, budget_bytes: int) -> tuple[str, ...]:
         share = (budget_bytes - fixed - gradients) / max(1, moving)
         batch = max(trace.batch_sizes, default=1)
         if batch > 1 and share * batch >= 1:
-            said.append(f"a batch of {int(share * batch)} instead of {batch} would need about {format_bytes(fixed + gradients + moving * int(share * batch) / batch)}")
+            fewer = int(share * batch)
+            needed = fixed + gradients + moving * fewer / batch
+            said.append(f"a batch of {fewer} instead of {batch} would need about {format_bytes(needed)}")
         if share > 0.05:
             said.append(f"sequences of {share:.0%} of this length would fit, about")
     state = trace.static_bytes.get(Category.OPTIMIZER_STATE.value, 0)

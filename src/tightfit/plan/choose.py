@@ -221,7 +221,9 @@ class Model:
         self.spans: dict[int, list[tuple[int, int]]] = {}
         for frame in trace.frames:
             forward = (int(self.mark_at[self.enter[frame.id]]), int(self.mark_at[self.exit[frame.id]]))
-            touched = [i for s in self.slots[frame.id] for i in (self.load.get(s), self.released.get(s)) if i is not None]
+            touched = [
+                i for s in self.slots[frame.id] for i in (self.load.get(s), self.released.get(s)) if i is not None
+            ]
             self.spans[frame.id] = [forward]
             if touched:
                 self.spans[frame.id].append((int(self.mark_at[min(touched)]), int(self.mark_at[max(touched)]) + 1))
@@ -249,7 +251,7 @@ class Model:
                 row = np.where(own, together, row)
                 for mark, top in spikes:
                     segment = int(np.searchsorted(self.starts, mark, side="right")) - 1
-                    # the live bytes just before the replay begins, plus all that it leaves, plus what it adds for a while
+                    # live just before the replay begins, plus all that it leaves, plus what it adds for a while
                     row[segment] = max(row[segment], self._just_before(mark, delta) + top - self.base_top[segment])
                 rows.append(row)
                 least.append(low)
@@ -328,7 +330,7 @@ class Model:
         highs.setOptionValue("time_limit", SOLVER_SECONDS)
         highs.setOptionValue("mip_rel_gap", 1e-4 if budget_bytes is None else 0.0)
         scale = float(max(1.0, np.abs(usage).max() if usage.size else 1.0))
-        second_scale = float(max(unit_seconds.max(), 1e-12)) if len(columns) else 1.0
+        second_scale = float(max(unit_seconds.max(), 1e-12)) if columns else 1.0
         lowest = budget_bytes is None
         count = len(columns) + lowest
         lp = highspy.HighsLp()
@@ -343,8 +345,8 @@ class Model:
         table_rows: list[tuple[list[int], list[float]]] = []
         high: list[float] = []
         for s in keep_rows:
-            nonzero = np.nonzero(usage[s])[0]
-            indices, amounts = list(nonzero), list(usage[s][nonzero] / scale)
+            nonzero = [int(column) for column in np.nonzero(usage[s])[0]]
+            indices, amounts = list(nonzero), [float(usage[s][column]) / scale for column in nonzero]
             if lowest:
                 indices.append(count - 1)
                 amounts.append(-1.0)

@@ -26,6 +26,7 @@ FINENESS = 1e-3
 #: Past so many points they are looked for more coarsely, so that the time stays in proportion.
 MANY = 120
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """One way to run a unit. `kept_bytes` counts the kept values that keeping makes live longer.
@@ -49,9 +50,7 @@ class Frontier:
         return max((point.passed_bytes for point in self.points), default=1)
 
 
-def frontier(
-    program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float], many: int = MANY
-) -> Frontier:
+def frontier(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float], many: int = MANY) -> Frontier:
     """The Pareto frontier of a unit, with `many` points or not many more.
 
     `sizes_bytes[v]` per value ordinal; `seconds[i]` per op ordinal. Values in `program.held` cost nothing to
@@ -137,8 +136,8 @@ class _Model:
         infinity = highspy.kHighsInf
         lp.row_lower_ = np.array([low for low, _ in rows] + [-infinity, -infinity])
         lp.row_upper_ = np.array([infinity] * len(rows) + [infinity, infinity])
-        second_row = {i: c for i, c in enumerate(self.costs) if c}
-        table = [columns for _, columns in rows] + [weights, second_row]
+        second_row = {i: float(c) for i, c in enumerate(self.costs) if c}
+        table: list[dict[int, float]] = [columns for _, columns in rows] + [weights, second_row]
         starts = np.cumsum([0, *(len(columns) for columns in table)])
         lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
         lp.a_matrix_.start_ = starts.astype(np.int32)

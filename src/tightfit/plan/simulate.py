@@ -100,7 +100,9 @@ class _Walk:
                 chosen = recipe(program, frozenset())  # the engine's answer to another op sequence
             else:
                 if len(choice.actions) != program.values:
-                    raise InvalidInput(f"the choice for {frame.unit!r} has {len(choice.actions)} actions, not {program.values}")
+                    raise InvalidInput(
+                        f"the choice for {frame.unit!r} has {len(choice.actions)} actions, not {program.values}"
+                    )
                 chosen = recipe(program, kept_values(choice.actions))
             if not chosen.replays:
                 continue
@@ -238,7 +240,11 @@ class _Walk:
 
     def _label(self, op: Op) -> str:
         where = op.unit or ("outside the units" if op.phase is not Phase.OPTIMIZER else "the optimizer")
-        return f"{op.phase.value} of {where}: {op.name}" if op.phase is not Phase.OPTIMIZER else f"optimizer step: {op.name}"
+        return (
+            f"{op.phase.value} of {where}: {op.name}"
+            if op.phase is not Phase.OPTIMIZER
+            else f"optimizer step: {op.name}"
+        )
 
     def _add(self, category: Category, size_bytes: int) -> None:
         self.level[category] += size_bytes
