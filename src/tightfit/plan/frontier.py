@@ -156,9 +156,10 @@ class _Model:
             if len(points) > many / 2:
                 step = max(step, math.ceil(2 * total / many))
             kept_bytes = self.bytes_of(kept)
-            limit = max(0, kept_bytes - step) if kept_bytes else -1  # keeping nothing is always looked at
+            # keeping nothing is always looked at, and only once: a few bytes are below the solver's tolerance
+            limit = max(0, kept_bytes - step) if limit else -1
             points.append(
-                Point(kept=kept, kept_bytes=kept_bytes, seconds=self.seconds_of(kept), passed_bytes=kept_bytes - limit)
+                Point(kept=kept, kept_bytes=kept_bytes, seconds=self.seconds_of(kept), passed_bytes=kept_bytes - max(0, limit))
             )
         return points
 
