@@ -18,6 +18,7 @@ Refused: steps whose three passes differ (`Unsupported`: the step is not determi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -864,6 +865,7 @@ class _Assembly:
             programs[frame.id] = _program_of(full, frame, full.read, held)
             if frame.pinned:
                 self.pinned.setdefault(frame.unit, frame.pinned)
+        self._share_wanted(programs)
         needed = {full.saved[s][0] for s in full.read}
         units = self._units(programs)
         seconds = self._pooled(units, self._estimated_seconds if self.fake else lambda c: c.seconds)
@@ -901,6 +903,17 @@ class _Assembly:
             random_state_bytes=torch.get_rng_state().numel() if device_of(self.model).type == "cpu" else 16,
             notes=self.notes,
         )  # fmt: skip
+
+    def _share_wanted(self, programs: dict[int, Program]) -> None:
+        """A plan has one program per unit, so what backward reads in one call of it counts as read in all alike."""
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for frame in self.full.frames:
+            program = programs[frame.id]
+            alike[frame.unit, program.slots, tuple(step.name for step in program.steps)].append(frame.id)
+        for frames in alike.values():
+            if len(frames) > 1:
+                wanted = tuple(any(each) for each in zip(*(programs[f].wanted for f in frames), strict=True))
+                programs.update({f: dataclasses.replace(programs[f], wanted=wanted) for f in frames})
 
     def _natural_ends(self) -> dict[int, int]:
         """Event of the full pass after which only autograd holds a value; from its death in the dry pass."""

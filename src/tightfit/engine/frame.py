@@ -270,8 +270,10 @@ class Frame:
         watch = _Watch(self) if self.plan is not None else _draw_ahead(self)
         with _activated(), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack), watch:
             out = self.forward(*self.args, **self.kwargs)
-        if self.plan is not None and self.on_plan and len(self.funcs) != len(self.plan.names):
-            self.leave_plan()
+        if self.plan is not None and self.on_plan:
+            same_length = len(self.funcs) == len(self.plan.names) and self.packed == len(self.plan.wanted)
+            if not same_length:
+                self.leave_plan()
         for tensor, version in self.versions:
             if _version(tensor) != version:
                 raise Unsupported(
@@ -343,7 +345,7 @@ class Frame:
                 self._replay(planned=False)
         else:
             self._replay(planned=False)
-        if not _graph_is_kept():
+        if not _graph_is_kept() and not self._has_empty_slots():
             self.release()
 
     def release(self) -> None:
@@ -352,6 +354,10 @@ class Frame:
         self.args, self.kwargs = (), {}
         self.versions, self.funcs, self.first_states = [], [], []
         self.outlines, self.stored, self.states = {}, {}, {}
+
+    def _has_empty_slots(self) -> bool:
+        """Does autograd still hold a slot that this replay left out, because the planned step never read it?"""
+        return any((slot := reference()) is not None and slot.tensor is None for reference in self.slots.values())
 
     def _empty_slots(self) -> None:
         for reference in self.slots.values():

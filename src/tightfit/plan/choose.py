@@ -139,16 +139,17 @@ class Model:
         for frame in frames:
             program = self.trace.programs[frame]
             chosen = recipe(program, point.kept if same_ops(program, first) else frozenset())
-            if chosen.replays:
+            if self._dropped_loads(frame, chosen):
                 found[frame] = chosen
         return found
 
     def _replays(self, path: str, point: Point) -> bool:
         return bool(self._recipes(path, point))
 
-    def _first_load(self, frame: int, chosen: Recipe) -> int:
+    def _dropped_loads(self, frame: int, chosen: Recipe) -> list[int]:
+        """Events at which backward reads what `chosen` dropped; the replay comes before the first of them."""
         pairs = zip(self.slots[frame], chosen.drop, strict=True)
-        return min(self.load[s] for s, drop in pairs if drop and s in self.load)
+        return [self.load[s] for s, drop in pairs if drop and s in self.load]
 
     def _effect(self, path: str, point: Point) -> tuple[Floats, list[tuple[int, float]], float]:
         """Of choosing `point`: the change of live bytes at every mark, the spikes (mark, bytes) of the replays
@@ -166,7 +167,7 @@ class Model:
                 change[self.mark_at[until]] -= size
 
         for frame, chosen in self._recipes(path, point).items():
-            first = self._first_load(frame, chosen)
+            first = min(self._dropped_loads(frame, chosen))
             values = self.values[frame]
             for ordinal in {v for v, drop in zip(trace.programs[frame].slots, chosen.drop, strict=True) if drop}:
                 value = trace.values[values[ordinal]]
@@ -400,8 +401,8 @@ class Model:
 
 
 def same_ops(one: Program, other: Program) -> bool:
-    """Do two calls of a unit run the same ops in the same order?"""
-    return one is other or [s.name for s in one.steps] == [s.name for s in other.steps]
+    """Do two calls of a unit run the same ops in the same order, and does autograd save the same of them?"""
+    return one is other or (one.slots == other.slots and [s.name for s in one.steps] == [s.name for s in other.steps])
 
 
 def _undominated(usage: Floats, room: Floats, rows: Sequence[int]) -> list[int]:

@@ -159,7 +159,12 @@ class _Model:
             # keeping nothing is always looked at, and only once: a few bytes are below the solver's tolerance
             limit = max(0, kept_bytes - step) if limit else -1
             points.append(
-                Point(kept=kept, kept_bytes=kept_bytes, seconds=self.seconds_of(kept), passed_bytes=kept_bytes - max(0, limit))
+                Point(
+                    kept=kept,
+                    kept_bytes=kept_bytes,
+                    seconds=self.seconds_of(kept),
+                    passed_bytes=kept_bytes - max(0, limit),
+                )
             )
         return points
 

@@ -96,7 +96,7 @@ class _Walk:
                 continue
             program = trace.programs[frame.id]
             planned = trace.programs[next(f.id for f in trace.frames if f.unit == frame.unit)]
-            if [s.name for s in program.steps] != [s.name for s in planned.steps]:
+            if program.slots != planned.slots or [s.name for s in program.steps] != [s.name for s in planned.steps]:
                 chosen = recipe(program, frozenset())  # the engine's answer to another op sequence
             else:
                 if len(choice.actions) != program.values:
@@ -104,11 +104,11 @@ class _Walk:
                         f"the choice for {frame.unit!r} has {len(choice.actions)} actions, not {program.values}"
                     )
                 chosen = recipe(program, kept_values(choice.actions))
-            if not chosen.replays:
-                continue
             dropped_loads = [
                 load_event[s] for s, drop in zip(slots[frame.id], chosen.drop, strict=True) if drop and s in load_event
             ]
+            if not dropped_loads:
+                continue
             first = first_random(program)
             states = chosen.states | ({first} if first is not None else set())
             found[frame.id] = _Replayed(
