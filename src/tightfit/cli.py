@@ -43,7 +43,8 @@ app = typer.Typer(
 # ----------------------------------------------------------------------------------------------- options
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A name in the catalog, a folder with config.json, or a hub id owner/name.")
+    str,
+    typer.Argument(metavar="MODEL", help="A name in the catalog, a folder with config.json, or a hub id owner/name."),
 ]
 Batch = Annotated[int, typer.Option(help="Sequences in a batch.")]
 Seq = Annotated[int, typer.Option(help="Tokens in a sequence.")]
@@ -190,9 +191,7 @@ def train(
     batch: Batch = 8,
     seq: Seq = 256,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 130,
-    lr: Annotated[
-        float | None, typer.Option(help="Highest learning rate.", show_default="by model and method")
-    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="by model and method")] = None,
     budget: Annotated[
         str,
         typer.Option(help="A size (22GiB), or a percentage: of the GPU's memory; on the CPU, of the unplanned peak."),

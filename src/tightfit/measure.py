@@ -179,7 +179,9 @@ _NOTHING = 0.01
 
 def _note(model: nn.Module, rows: list[Row], plan: Plan) -> str:
     footprint = getattr(model, "get_memory_footprint", None)
-    weights_bytes = footprint() if callable(footprint) else sum(p.numel() * p.element_size() for p in model.parameters())
+    weights_bytes = (
+        footprint() if callable(footprint) else sum(p.numel() * p.element_size() for p in model.parameters())
+    )
     said = [
         f"get_memory_footprint() says {format_bytes(weights_bytes)} in every row: it adds up parameters and buffers, "
         "and checkpointing changes only what lives between forward and backward."

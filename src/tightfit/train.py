@@ -30,7 +30,15 @@ from typing import IO, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
@@ -276,9 +284,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<bos>", "<eos>", "<pad>")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
 def _byte_characters() -> list[str]:
@@ -665,7 +671,9 @@ def to_report(result: RunResult) -> dict[str, Any]:
     """The result as JSON-ready data, without the plan's programs (they are in `plan.json`)."""
     data = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     plan = result.plan
-    data["plan"] = None if plan is None else {k: v for k, v in to_json(plan).items() if k not in ("choices", "programs")}
+    data["plan"] = (
+        None if plan is None else {k: v for k, v in to_json(plan).items() if k not in ("choices", "programs")}
+    )
     data["folder"] = str(result.folder)
     data["losses_identical"] = result.losses_identical
     data["loss_start"], data["loss_end"] = result.loss_start, result.loss_end

@@ -112,15 +112,15 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, trust_remote_code=False, use_safetensors=True
             )
-        return _ready(model, device), f"weights from the hub: {name} {getattr(model.config, '_commit_hash', '') or ''}".strip()
+        return _ready(
+            model, device
+        ), f"weights from the hub: {name} {getattr(model.config, '_commit_hash', '') or ''}".strip()
     raise InvalidInput(
         f"unknown model {name!r}: it is no folder, no hub id (owner/name) and not in the catalog; {nearest(name)}"
     )
 
 
-def _model_in_folder(
-    folder: Path, dtype: torch.dtype, device: torch.device, seed: int
-) -> tuple[PreTrainedModel, str]:
+def _model_in_folder(folder: Path, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[PreTrainedModel, str]:
     if not (folder / "config.json").is_file():
         hint = "; it holds an adapter, give its base model" if (folder / "adapter_config.json").is_file() else ""
         raise InvalidInput(f"the folder {str(folder)!r} has no config.json{hint}")
