@@ -15,7 +15,9 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import multiprocessing
 import os
+import resource
 import sys
 import time
 import warnings
@@ -42,6 +44,8 @@ RESULTS = Path(__file__).parent / "results" / "zoo.json"
 SHARES = (0.75, 0.5)  # of the unplanned activation peak
 BATCH, SEQ = 2, 32
 PEAK_TOLERANCE = 0.005
+AT_MOST_PARAMETERS = 60_000_000
+SECONDS, MEMORY_BYTES = 150, 9 * 2**30  # for one architecture
 
 #: Sizes by the names that configs give them.
 SMALL: dict[str, Any] = {
@@ -98,6 +102,12 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Tensor]]
     kind = kind or next(k for k, (_, table) in AUTO.items() if model_type in table)
     auto, _ = AUTO[kind]
     config = small_config(model_type)
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in auto.from_config(config, trust_remote_code=False).parameters())
+    if parameters > AT_MOST_PARAMETERS:
+        raise ValueError(f"the config does not shrink: {parameters:,} parameters")
     torch.manual_seed(seed)
     model = auto.from_config(config, trust_remote_code=False).float().train()
     vocabulary = min(int(getattr(config.get_text_config(), "vocab_size", 256)), 256)
@@ -106,9 +116,17 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Tensor]]
 
 
 def small_config(model_type: str) -> Any:
-    cls = CONFIG_MAPPING[model_type]
+    return _shrunk(CONFIG_MAPPING[model_type], SPECIAL.get(model_type, {}))
+
+
+def _shrunk(cls: Any, special: dict[str, Any]) -> Any:
+    """A config of class `cls` with every size that it has made small, its inner configs too."""
     default = cls()
-    wanted = {k: v for k, v in SMALL.items() if hasattr(default, k)} | SPECIAL.get(model_type, {})
+    wanted = {k: v for k, v in SMALL.items() if hasattr(default, k)} | special
+    for key in getattr(cls, "sub_configs", {}):
+        inner = getattr(default, key, None)
+        if isinstance(inner, transformers.PreTrainedConfig):
+            wanted[key] = _shrunk(type(inner), {})
     if "num_key_value_heads" in wanted and getattr(default, "num_key_value_heads", None) is None:
         del wanted["num_key_value_heads"]
     if "sliding_window" in wanted and getattr(default, "sliding_window", None) is None:
@@ -202,16 +220,38 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def check_apart(name: str) -> Outcomes:
+    """`check` in a process of its own, so that one architecture cannot take the others down."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        try:
+            theirs.send(check(name))
+        except Exception as error:
+            theirs.send(Outcomes(name=name, status="error", reason=f"{type(error).__name__}: {error}"[:300]))
+
+    process = context.Process(target=work)
+    process.start()
+    theirs.close()
+    try:
+        if ours.poll(SECONDS):
+            found: Outcomes = ours.recv()
+            return found
+        return Outcomes(name=name, status="error", reason=f"not done after {SECONDS} s")
+    except EOFError:
+        return Outcomes(name=name, status="error", reason="its process ended without an answer")
+    finally:
+        process.kill()
+        process.join()
+
+
 def main(asked: list[str]) -> int:
     found = []
     with quiet():
         for name in asked or names():
-            try:
-                outcome = check(name)
-            except Exception as error:
-                if os.environ.get("ZOO_DEBUG"):
-                    raise
-                outcome = Outcomes(name=name, status="error", reason=f"{type(error).__name__}: {error}"[:300])
+            outcome = check_apart(name)
             found.append(outcome)
             print(json.dumps(dataclasses.asdict(outcome)), flush=True)
     counts: dict[str, int] = {}
