@@ -7,17 +7,27 @@ with `--debug`. Nothing heavy is imported before a command needs it, so `--help`
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.core import BudgetInfeasible, InvalidInput, PlanMismatch, ReplayDiverged, TightfitError, Unsupported
+from tightfit.core import (
+    BudgetInfeasible,
+    InvalidInput,
+    PlanMismatch,
+    ReplayDiverged,
+    TightfitError,
+    Unsupported,
+    format_bytes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +41,10 @@ __all__ = ["app", "main"]
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 EXIT_NO, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+# advice that they log on import and load is not about what was asked here
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 app = typer.Typer(
     name="tightfit",
@@ -135,6 +149,23 @@ def _stderr() -> Console:
     return Console(stderr=True)
 
 
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A function that says on stderr what is being done: a live line on a terminal, plain lines elsewhere."""
+    console = _stderr()
+    if not console.is_terminal:
+        yield lambda what: console.print(f"{what} ...", highlight=False)
+        return
+    with console.status("starting") as status:
+        yield lambda what: status.update(f"{what} ...")
+
+
 # ---------------------------------------------------------------------------------------------- commands
 
 
@@ -148,6 +179,7 @@ def measure(
     method: Method = "full",
     optimizer: OptimizerName = "adamw",
     budget: Budget = "60%",
+    repeats: Annotated[int, typer.Option(help="Timed steps of each, interleaved.", min=1)] = 3,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -155,7 +187,25 @@ def measure(
     prepared = _prepare(
         model, batch=batch, seq=seq, dtype=dtype, device=device, method=method, optimizer=optimizer, seed=seed
     )
-    raise NotImplementedError(f"measure of {prepared.origin}")
+    from tightfit.measure import measure as run_measure
+    from tightfit.report import measurement_report, measurement_table
+
+    with _progress() as say:
+        measured = run_measure(
+            prepared.model,
+            prepared.batch,
+            budget=budget,
+            optimizer=prepared.optimizer,
+            repeats=repeats,
+            progress=say,
+            described={"model": model, "method": method, "batch": batch, "seq": seq, "dtype": dtype},
+        )
+    if as_json:
+        typer.echo(json.dumps(measurement_report(measured)))
+    else:
+        _stdout().print(measurement_table(measured))
+    if any(row.gradients == "differs" for row in measured.rows):
+        raise typer.Exit(EXIT_NO)
 
 
 @app.command()
@@ -174,10 +224,31 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Trace one step, plan it for --budget, write plan.json."""
+    if not out.parent.is_dir() or out.is_dir():
+        raise InvalidInput(f"cannot write the plan to {str(out)!r}: give a file in a folder that exists as --out")
     prepared = _prepare(
         model, batch=batch, seq=seq, dtype=dtype, device=device, method=method, optimizer=optimizer, seed=seed
     )
-    raise NotImplementedError(f"plan of {prepared.origin}")
+    from tightfit.plan import plan as make_plan
+    from tightfit.report import explain as explained
+    from tightfit.report import plan_report
+    from tightfit.trace import trace
+
+    with _progress() as say:
+        say("tracing one step")
+        recorded = trace(prepared.model, prepared.batch, optimizer=prepared.optimizer)
+        say("planning")
+        made = make_plan(recorded, budget)
+    made.save(out)
+    if as_json:
+        typer.echo(json.dumps({"path": str(out), **plan_report(made)}))
+        return
+    if explain:
+        _stdout().print(explained(recorded, made))
+    typer.echo(
+        f"{out}: {made.status.value}, peak {format_bytes(made.peak_bytes)} of a budget of "
+        f"{format_bytes(made.budget_bytes)}, {made.replays} units replayed"
+    )
 
 
 @app.command()

@@ -25,8 +25,17 @@ from tightfit.core import Measurement, Plan, Row, format_bytes
 from tightfit.engine import apply
 from tightfit.plan import every_block, simulate
 from tightfit.plan import plan as make_plan
-from tightfit.step import ForwardPatch, LossFunction, UnitsAsked, compute_loss, device_of, environment, find_units
-from tightfit.step import no_key_value_cache, undisturbed
+from tightfit.step import (
+    ForwardPatch,
+    LossFunction,
+    UnitsAsked,
+    compute_loss,
+    device_of,
+    environment,
+    find_units,
+    no_key_value_cache,
+    undisturbed,
+)
 from tightfit.trace import op_flops, trace
 from tightfit.verify import Outcome, PeakMeter, differences, run_step, static_bytes, timed, untrained
 
@@ -205,7 +214,10 @@ def _backfires(none: Row, row: Row) -> str:
     clock = row.step_seconds / none.step_seconds - 1
     what = f"{row.mode} backfires for this shape"
     if saved < _NOTHING:
-        return f"{what}: it saves {max(saved, 0):.1%} of the peak and recomputes {lost:.0%} of the step's FLOPs ({clock:+.0%} on the clock)."
+        return (
+            f"{what}: it saves {max(saved, 0):.1%} of the peak and recomputes {lost:.0%} of the step's FLOPs "
+            f"({clock:+.0%} on the clock)."
+        )
     if saved < lost:
         return f"{what}: it saves {saved:.0%} of the peak for {lost:.0%} more FLOPs ({clock:+.0%} on the clock)."
     return ""

@@ -488,8 +488,8 @@ class _Run:
                 "budget_bytes": plan.budget_bytes if plan else None,
                 "batch": options.batch,
                 "seq": options.seq,
-                "depends_on": "peaks hold for batches of this size on this device with these versions; losses are equal "
-                "bit for bit only with the same versions, device and number of threads",
+                "depends_on": "peaks hold for batches of this size on this device with these versions; losses are "
+                "equal bit for bit only with the same versions, device and number of threads",
             },
             "observed": {
                 "steps": len(self.losses),

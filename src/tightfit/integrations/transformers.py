@@ -17,9 +17,8 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -32,19 +31,17 @@ from tightfit.catalog import model_names, model_shape, nearest
 from tightfit.core import InvalidInput, Plan, Proof, ReplayDiverged, Unsupported, format_bytes
 from tightfit.engine import Applied, apply
 from tightfit.plan import plan
-from tightfit.step import random_states, restore_random_states, tensors_in, unique_bytes
+from tightfit.step import no_key_value_cache, random_states, restore_random_states, tensors_in, unique_bytes
 from tightfit.trace import trace
 from tightfit.verify import PeakMeter, static_bytes, verify
 
 __all__ = [
-    "CacheOff",
     "PeakCallback",
     "TightfitCallback",
     "device_named",
     "dtype_named",
     "load_model",
     "random_batch",
-    "without_cache",
 ]
 
 logger = logging.get_logger(__name__)
@@ -193,42 +190,6 @@ def random_batch(model: nn.Module, batch: int, seq: int, seed: int = 0) -> dict[
     return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
-# ------------------------------------------------------------------------------------------------- cache
-
-
-class CacheOff:
-    """`use_cache=False` on every config of a model until `remove()`; also a context manager.
-
-    A training step has no use for keys and values of earlier tokens, but a model that caches holds on to them until
-    its output goes, where no plan can free them.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
-        self._before = [(config, config.use_cache) for config in configs.values()]
-        for config, _ in self._before:
-            config.use_cache = False
-
-    def remove(self) -> None:
-        """Put back what was there. Twice is once."""
-        for config, use_cache in self._before:
-            config.use_cache = use_cache
-        self._before = []
-
-    def __enter__(self) -> CacheOff:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.remove()
-
-
-def without_cache(model: nn.Module) -> CacheOff:
-    """Switch the key-value cache off, now; `with` or `.remove()` switches it back exactly."""
-    return CacheOff(model)
-
-
 # ---------------------------------------------------------------------------------------------- callback
 
 
@@ -316,7 +277,7 @@ class TightfitCallback(PeakCallback):
         self.plan: Plan | None = None
         self.proof: Proof | None = None
         self.applied: Applied | None = None
-        self._cache: CacheOff | None = None
+        self._cache = ExitStack()
         self._warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -325,7 +286,7 @@ class TightfitCallback(PeakCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self.plan = self.proof = None
         self._warned = False
-        self._cache = without_cache(model)
+        self._cache.enter_context(no_key_value_cache(model))
         model.train()
         try:
             with _metrics_kept(trainer), _accumulating(model, args.gradient_accumulation_steps > 1):
@@ -368,9 +329,7 @@ class TightfitCallback(PeakCallback):
         if self.applied is not None:
             self.applied.remove()
             self.applied = None
-        if self._cache is not None:
-            self._cache.remove()
-            self._cache = None
+        self._cache.close()
 
 
 def _running_trainer() -> transformers.Trainer:

@@ -1,0 +1,256 @@
+"""Tables for the terminal, and the JSON documents that `--json` prints.
+
+A plan is explained unit by unit: what is kept and what is run again, what that buys and costs, and why the peak is
+where it is. Equal neighbours are shown as one row. Figures are the trace's and the simulator's own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tightfit.core import Category, Choice, Kind, Measurement, Plan, Proof, Row, Status, Trace, format_bytes, to_json
+from tightfit.plan.program import kept_values, recipe
+from tightfit.plan.simulate import simulate
+
+__all__ = ["explain", "explanation", "measurement_report", "measurement_table", "plan_report", "proof_table"]
+
+# --------------------------------------------------------------------------------------------- measurement
+
+
+def measurement_table(measured: Measurement) -> RenderableType:
+    """The three modes side by side, and the note."""
+    table = Table(
+        title=f"{measured.model}, {measured.method}, batch {measured.batch} x {measured.seq}, {measured.dtype}, "
+        f"{measured.device}",
+        title_justify="left",
+    )
+    table.add_column("")
+    for row in measured.rows:
+        table.add_column(_MODES.get(row.mode, row.mode), justify="right")
+    base = measured.rows[0]
+
+    def line(name: str, cell: Any) -> None:
+        table.add_row(name, *(cell(row) for row in measured.rows))
+
+    line("peak, measured", lambda r: f"{format_bytes(r.peak_bytes)} ({r.peak_bytes / base.peak_bytes:.0%})")
+    line("peak, predicted", lambda r: f"{format_bytes(r.predicted_peak_bytes)} ({_off(r)})")
+    line("above the step's start", lambda r: format_bytes(r.activation_peak_bytes))
+    line("step", lambda r: f"{r.step_seconds:.2f} s ({r.step_seconds / base.step_seconds:.2f} x)")
+    line("recompute", lambda r: _recompute(r.recompute_flops, r.forward_flops))
+    line("gradients", lambda r: r.gradients)
+    budget = Text(
+        f"budget {format_bytes(measured.budget_bytes)} ({measured.budget_bytes / base.predicted_peak_bytes:.0%} of the "
+        f"unplanned peak); plan {measured.plan.status.value}, {measured.plan.replays} units replayed"
+    )
+    return Group(table, budget, Text(measured.note))
+
+
+_MODES = {"none": "no checkpointing", "every-block": "every block", "tightfit": "tightfit"}
+
+
+def _off(row: Row) -> str:
+    return f"{row.peak_bytes / row.predicted_peak_bytes - 1:+.2%}"
+
+
+def _recompute(recompute_flops: int, forward_flops: int) -> str:
+    if not forward_flops:
+        return "no counted FLOPs"
+    return f"{recompute_flops / 1e9:,.1f} GFLOP ({recompute_flops / forward_flops:.0%} of forward)"
+
+
+def measurement_report(measured: Measurement) -> dict[str, Any]:
+    """The document of `measure --json`."""
+    report: dict[str, Any] = to_json(measured)
+    report["plan"] = plan_report(measured.plan)
+    return report
+
+
+def plan_report(plan: Plan) -> dict[str, Any]:
+    """The plan without its programs, which only the engine needs."""
+    report: dict[str, Any] = to_json(plan)
+    del report["programs"]
+    return report
+
+
+# --------------------------------------------------------------------------------------------------- proof
+
+
+def proof_table(proof: Proof) -> Table:
+    table = Table(title="proof", title_justify="left")
+    for column in ("check", "expected", "measured", "tolerance", ""):
+        table.add_column(column, overflow="fold")
+    for check in proof.checks:
+        verdict = "passed" if check.passed else "[red]failed[/red]"
+        table.add_row(check.name, check.expected, check.measured, check.tolerance, verdict)
+    return table
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitExplained:
+    """What a plan does in one unit. Bytes and seconds are of all its calls in a step."""
+
+    unit: str
+    action: str  # keep all, recompute, or why it is pinned
+    needed_bytes: int  # what backward reads of the unit's own values
+    kept_bytes: int  # held by autograd or stored for the replay
+    ops: int
+    rerun_ops: int
+    rerun_seconds: float
+    forward_seconds: float
+    rerun_most: tuple[tuple[str, float], ...]  # op name -> seconds, most expensive first
+
+
+def explanation(trace: Trace, plan: Plan) -> tuple[UnitExplained, ...]:
+    """One entry per unit, in the model's order."""
+    choices = {choice.unit: choice for choice in plan.choices}
+    return tuple(_explained(trace, unit.path, choices.get(unit.path), unit.pinned) for unit in trace.units)
+
+
+def _explained(trace: Trace, path: str, choice: Choice | None, pinned: str) -> UnitExplained:
+    frames = {frame.id for frame in trace.frames if frame.unit == path}
+    sizes = {(trace.ops[v.producer].frame, v.ordinal): v.size_bytes for v in trace.values if v.producer is not None}
+    ops = [op for op in trace.ops if op.frame in frames and op.ordinal is not None]
+    needed = kept = rerun = 0
+    seconds: dict[str, float] = defaultdict(float)
+    for frame in frames:
+        program = trace.programs[frame]
+        wanted = set(program.needed)
+        needed += sum(sizes[frame, v] for v in wanted)
+        if choice is None or choice.keeps_all or len(choice.actions) != program.values:
+            kept += sum(sizes[frame, v] for v in wanted)
+            continue
+        chosen = recipe(program, kept_values(choice.actions))
+        kept += sum(sizes[frame, v] for v in (wanted - chosen.dropped) | chosen.captured)
+        mine = [op for op in ops if op.frame == frame]
+        for ordinal in chosen.runs:
+            rerun += mine[ordinal].kind is not Kind.VIEW
+            seconds[mine[ordinal].name] += mine[ordinal].seconds
+    return UnitExplained(
+        unit=path or "the model",
+        action="recompute" if rerun else pinned or "keep all",
+        needed_bytes=needed,
+        kept_bytes=kept,
+        ops=len(ops),
+        rerun_ops=rerun,
+        rerun_seconds=sum(seconds.values()),
+        forward_seconds=sum(op.seconds for op in ops),
+        rerun_most=tuple(sorted(seconds.items(), key=lambda item: -item[1])[:3]),
+    )
+
+
+def explain(trace: Trace, plan: Plan) -> RenderableType:
+    """The plan as a readable table: every unit, the peak and its owner, and what the budget leaves."""
+    table = Table(title="the plan, unit by unit", title_justify="left")
+    table.add_column("units", overflow="fold")
+    for name in ("kept of needed", "rerun", "costs"):
+        table.add_column(name, justify="right")
+    table.add_column("most of it", overflow="fold")
+    for group in _grouped(explanation(trace, plan)):
+        first = group[0]
+        share = first.kept_bytes / first.needed_bytes if first.needed_bytes else 1.0
+        table.add_row(
+            _range([unit.unit for unit in group]),
+            f"{share:.0%} of {format_bytes(first.needed_bytes)}",
+            f"{first.rerun_ops} of {first.ops} ops" if first.rerun_ops else first.action,
+            f"{first.rerun_seconds / first.forward_seconds:.1%} of its forward"
+            if first.rerun_ops and first.forward_seconds
+            else "nothing",
+            ", ".join(_short(name) for name, _ in first.rerun_most) or "-",
+        )
+    return Group(table, *(Text(line) for line in _why(trace, plan)))
+
+
+def _grouped(units: Sequence[UnitExplained]) -> list[list[UnitExplained]]:
+    """Neighbours that do the same, together."""
+    groups: list[list[UnitExplained]] = []
+    for unit in units:
+        if groups and _alike(groups[-1][-1], unit):
+            groups[-1].append(unit)
+        else:
+            groups.append([unit])
+    return groups
+
+
+def _alike(one: UnitExplained, other: UnitExplained) -> bool:
+    return (one.action, one.needed_bytes, one.kept_bytes, one.rerun_ops, one.rerun_most) == (
+        other.action, other.needed_bytes, other.kept_bytes, other.rerun_ops, other.rerun_most,
+    )  # fmt: skip
+
+
+def _range(paths: Sequence[str]) -> str:
+    if len(paths) == 1:
+        return paths[0]
+    head = paths[0].rpartition(".")[0]
+    same_head = all(path.rpartition(".")[0] == head for path in paths)
+    last = paths[-1].rpartition(".")[2] if same_head else paths[-1]
+    return f"{paths[0]} to {last} ({len(paths)})" if same_head else f"{paths[0]} ... {last} ({len(paths)})"
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("aten.").removesuffix(".default")
+
+
+_ROWS = (
+    (Category.PARAMETERS, "parameters"), (Category.OPTIMIZER_STATE, "optimizer state"),
+    (Category.GRADIENTS, "gradients"), (Category.BUFFERS, "buffers"), (Category.INPUTS, "batch"),
+    (Category.SAVED, "held for backward"), (Category.TEMPORARIES, "temporaries, logits and loss"),
+)  # fmt: skip
+
+
+def _why(trace: Trace, plan: Plan) -> list[str]:
+    line = simulate(trace, plan)
+    before = simulate(trace)
+    at_peak = {name: line.by_category[category.value][line.peak_event] for category, name in _ROWS}
+    lines = [
+        f"peak {format_bytes(plan.peak_bytes)} of a budget of {format_bytes(plan.budget_bytes)} "
+        f"({format_bytes(plan.budget_bytes - plan.peak_bytes)} to spare); without a plan "
+        f"{format_bytes(plan.unplanned_peak_bytes)}, at: {before.peak_owner}",
+        f"the peak is at: {line.peak_owner}",
+        "live there: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in at_peak.items() if size),
+    ]
+    lines.append(_reason(trace, plan, line.peak_owner))
+    lines.append(
+        f"recompute: {_recompute(plan.recompute_flops, plan.forward_flops)}, {plan.recompute_seconds:.4f} s of a step "
+        f"of {plan.step_seconds:.4f} s, {plan.replays} replays"
+    )
+    lines.append(_proven(plan))
+    return [line for line in lines if line]
+
+
+def _reason(trace: Trace, plan: Plan, owner: str) -> str:
+    if not plan.replays:
+        return "why: the step fits as it is, so nothing is run again"
+    if owner.startswith("replay of"):
+        return "why: this unit's replay needs room while earlier units' kept values are still held"
+    if owner.startswith("optimizer"):
+        return "why: the optimizer's temporaries are the highest point; recompute cannot lower it"
+    if "outside the units" in owner:
+        return (
+            "why: the head and the loss are there at the moment when every unit's kept values are held; "
+            "what the units keep is what the budget leaves beside them"
+        )
+    if owner.startswith("backward"):
+        return "why: gradients made so far and this unit's own backward meet what earlier units still hold"
+    return "why: this unit's forward meets what earlier units hold"
+
+
+def _proven(plan: Plan) -> str:
+    if plan.status is Status.OPTIMAL:
+        return "status: optimal, proven under the planner's model"
+    if not plan.recompute_seconds:
+        return f"status: {plan.status.value}"
+    gap = 1 - plan.bound_seconds / plan.recompute_seconds
+    return (
+        f"status: {plan.status.value}; no plan of this kind recomputes for less than {plan.bound_seconds:.4f} s "
+        f"(at most {gap:.0%} below this one)"
+    )
