@@ -1,0 +1,39 @@
+"""Shared set-up: quiet libraries, no network, the benchmarks' harnesses within reach."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """A script of `benchmarks/` as a module, so that tests and benchmarks run the same harness."""
+    key = f"benchmarks_{name}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, BENCHMARKS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module
+        spec.loader.exec_module(module)
+    return sys.modules[key]
+
+
+@pytest.fixture(scope="session")
+def zoo() -> ModuleType:
+    return load_benchmark("zoo")
+
+
+@pytest.fixture(scope="session")
+def random_modules() -> ModuleType:
+    return load_benchmark("random_modules")

@@ -1,0 +1,144 @@
+"""Whole plans against brute force: every keep set of every unit of small real modules, judged by `simulate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import tightfit
+from tightfit.core import Action, BudgetInfeasible, Choice, InvalidInput, PlanMismatch, Status, Trace
+from tightfit.plan import every_block
+from tightfit.plan.program import kept_values, recipe
+from tightfit.plan.simulate import simulate_choices
+
+
+class Gated(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, 2 * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.inner(x).chunk(2, -1)
+        return x + torch.tanh(a) * torch.sigmoid(b)
+
+
+class Stack(nn.Module):
+    def __init__(self, depth: int, width: int, head: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Gated(width) for _ in range(depth))
+        self.head = nn.Linear(width, head)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).exp().mean()
+
+
+@functools.cache
+def traced(depth: int, width: int, head: int, rows: int) -> Trace:
+    torch.manual_seed(0)
+    model = Stack(depth, width, head)
+    trace = tightfit.trace(model, torch.randn(rows, width))
+    # seconds that do not depend on the machine: bytes written, with a floor
+    sizes = {v.id: v.size_bytes for v in trace.values}
+    ops = tuple(
+        dataclasses.replace(op, seconds=1e-3 + 1e-6 * sum(sizes[v] for v in op.outputs if v is not None))
+        for op in trace.ops
+    )
+    return dataclasses.replace(trace, ops=ops)
+
+
+@functools.cache
+def brute_force(depth: int, width: int, head: int, rows: int) -> tuple[tuple[int, float], ...]:
+    """(peak, recompute seconds) of every combination of what the units keep, keeping all among them."""
+    trace = traced(depth, width, head, rows)
+    program = trace.programs[0]
+    candidates = sorted({v for v in program.needed} | {v for step in program.steps for v in step.reads})
+    free = set(program.held)
+    options = []
+    for count in range(len(candidates) + 1):
+        for chosen in itertools.combinations([v for v in candidates if v not in free], count):
+            kept = frozenset(chosen) | free
+            actions = tuple(Action.KEEP if v in kept else Action.RECOMPUTE for v in range(program.values))
+            options.append(actions)
+    options = list(dict.fromkeys([*options, (Action.KEEP,) * program.values]))
+    found = []
+    for combination in itertools.product(options, repeat=depth):
+        choices = tuple(
+            Choice(unit=unit.path, actions=actions, signature=unit.signature, program=unit.digest)
+            for unit, actions in zip(trace.units, combination, strict=True)
+        )
+        line = simulate_choices(trace, choices)
+        found.append((line.peak_bytes, line.recompute_seconds))
+    return tuple(found)
+
+
+SHAPES = [(2, 16, 4, 64), (2, 8, 64, 64), (3, 8, 8, 32)]
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.0])
+def test_plan_against_every_combination(shape: tuple[int, int, int, int], share: float) -> None:
+    trace, every = traced(*shape), brute_force(*shape)
+    least = min(peak for peak, _ in every)
+    unplanned = tightfit.simulate(trace).peak_bytes
+    budget = least + int(share * (unplanned - least))
+    best = min(seconds for peak, seconds in every if peak <= budget)
+    try:
+        plan = tightfit.plan(trace, budget)
+    except BudgetInfeasible as error:
+        # the frontier leaves out points nearer than a thousandth of a unit's bytes
+        assert error.least_bytes <= least * 1.01
+        assert error.least_bytes > budget
+        return
+    assert plan.peak_bytes <= budget
+    assert plan.recompute_seconds >= best - 1e-9, "faster than brute force: the simulator and the planner disagree"
+    assert plan.bound_seconds <= best + 1e-9, "the bound is no bound"
+    if plan.status is Status.OPTIMAL:
+        assert plan.recompute_seconds == pytest.approx(best)
+    assert plan.recompute_seconds <= best * 1.35 + 1e-9, "far from the optimum"
+
+
+def test_every_block_keeps_nothing_and_is_replayed_whole() -> None:
+    trace = traced(*SHAPES[2])
+    plan = every_block(trace)
+    program = trace.programs[0]
+    for choice in plan.choices:
+        assert not recipe(program, kept_values(choice.actions)).captured - set(program.held)
+    assert plan.replays == len(trace.units)
+
+
+def test_a_budget_that_holds_the_step_plans_nothing() -> None:
+    trace = traced(*SHAPES[2])
+    plan = tightfit.plan(trace, "100%")
+    assert plan.replays == 0
+    assert plan.recompute_seconds == 0
+    assert plan.status is Status.OPTIMAL
+    assert all(choice.keeps_all for choice in plan.choices)
+
+
+def test_infeasible_says_the_least_and_it_is_feasible() -> None:
+    trace = traced(*SHAPES[2])
+    with pytest.raises(BudgetInfeasible) as caught:
+        tightfit.plan(trace, 1000)
+    assert caught.value.budget_bytes == 1000
+    assert str(caught.value).count("\n") == 0
+    assert caught.value.advice
+    assert tightfit.plan(trace, caught.value.least_bytes).peak_bytes <= caught.value.least_bytes
+
+
+@pytest.mark.parametrize("budget", ["x", "-1GiB", "0", 0, -5, "12QB", "", "nan%", True])
+def test_a_budget_that_is_none(budget: object) -> None:
+    with pytest.raises(InvalidInput):
+        tightfit.plan(traced(*SHAPES[2]), budget)
+
+
+def test_simulate_refuses_a_foreign_plan() -> None:
+    plan = tightfit.plan(traced(*SHAPES[2]), "100%")
+    with pytest.raises(PlanMismatch, match="trace"):
+        tightfit.simulate(traced(*SHAPES[0]), plan)
