@@ -72,7 +72,7 @@ def measure(
         TIGHTFIT: (lambda: apply(model, chosen), chosen.peak_bytes),
     }
     forward_flops = sum(op.flops for op in recorded.ops if op.phase.value == "forward")
-    with undisturbed(model) as restart, no_key_value_cache(model):
+    with undisturbed(model, batch) as restart, no_key_value_cache(model):
         outcomes, flops = {}, {}
         for mode, (context, _) in modes.items():
             progress(f"gradients: {mode}")

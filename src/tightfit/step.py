@@ -135,14 +135,16 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Run steps inside; afterwards gradients, buffers and random states are what they were.
+def undisturbed(model: nn.Module, batch: Any = None) -> Iterator[Callable[[], None]]:
+    """Run steps inside; afterwards gradients (those of the batch's leaves too), buffers and random states are what
+    they were.
 
     Yields `restart`, which puts the model at the start of a step again, so that every pass inside sees the same
     step. A parameter that came with a gradient has a zero one inside, so that accumulation shows its true
     memory; one that came without starts without.
     """
-    gradients = [(p, p.grad) for p in model.parameters()]
+    leaves = [t for t in tensors_in(batch) if t.is_leaf and t.requires_grad]
+    gradients = [(p, p.grad) for p in (*model.parameters(), *leaves)]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     states = random_states()
 

@@ -504,13 +504,15 @@ def trace(
     if device is not None:
         batch = torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, batch)
     modules = find_units(model, units)
+    if any(getattr(module.forward, "__tightfit__", False) for module in model.modules()):
+        raise InvalidInput("a plan is in force on this model, so its own step cannot be seen; remove the plan first")
     if not torch.is_grad_enabled():
         raise InvalidInput("gradients are switched off here (torch.no_grad): there is no training step to trace")
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     if fake:
         with _faked(model, batch) as (_, fake_batch), undisturbed_fake(model) as restart, no_key_value_cache(model):
             return _trace(model, fake_batch, loss, optimizer, modules, restart, fake=True)
-    with undisturbed(model) as restart, no_key_value_cache(model):
+    with undisturbed(model, batch) as restart, no_key_value_cache(model):
         return _trace(model, batch, loss, optimizer, modules, restart, fake=False)
 
 

@@ -116,7 +116,7 @@ def verify(
 
     Raises `PlanMismatch`, `InvalidInput`. A check that fails is not raised: see `Proof.passed`.
     """
-    with undisturbed(model) as restart, no_key_value_cache(model):
+    with undisturbed(model, batch) as restart, no_key_value_cache(model):
 
         def observe() -> Outcome:
             restart()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import sys
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_every_plan_is_within_its_budget(seed: int, share: float) -> None:
 def test_time_never_rises_with_the_budget(seed: int, wanted: list[float]) -> None:
     trace = recorded(seed)
     seconds = [plan.recompute_seconds for share in sorted(wanted) if (plan := planned(trace, share))]
-    assert all(later <= earlier * 1.02 + 1e-9 for earlier, later in zip(seconds, seconds[1:], strict=False))
+    assert all(later <= earlier * 1.02 + 1e-9 for earlier, later in itertools.pairwise(seconds))
 
 
 @LAW

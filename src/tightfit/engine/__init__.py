@@ -53,6 +53,7 @@ class Applied:
                     return original(*args, **kwargs)
                 return Frame(name or "the model", original, args, kwargs, plan, self._stats, module).run()
 
+            forward.__tightfit__ = True  # type: ignore[attr-defined]  # how a second plan, or a trace, sees this one
             return forward
 
         return make

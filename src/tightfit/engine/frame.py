@@ -20,6 +20,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import random
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -245,16 +247,20 @@ class Frame:
         self.args, self.kwargs = args, kwargs
         self.on_plan = plan is not None
         self.released = False
-        self.funcs: list[Any] = []  # the forward's ops, as they came; empty when nothing watched
-        self.watched = False
+        self.funcs: list[Any] = []  # the forward's ops, as they came
         self.outlines: dict[int, Any] = {}
         self.stored: dict[int, tuple[torch.Tensor, int]] = {}  # value -> tensor, version at the frame's end
         self.states: dict[int, torch.Tensor] = {}
         self.first_states: list[tuple[torch.Generator, torch.Tensor]] = []
         # autocast's copies of weights: whoever saved one for backward has it still, so replay need not cast again
         self.casts: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.foreign: dict[str, Any] = {}  # Python's and NumPy's random states at the start
         self.slots: dict[int, weakref.ref[_Slot]] = {}
-        self.packed = 0
+        self.packed_at: list[int] = []  # per saved tensor: how many ops had run when it was saved
+        # Some ops write a tensor that autograd has saved already (rrelu its noise): a replay must not stop before that.
+        # Addresses can be used again, so this may be later than need be.
+        self.saved_addresses: set[int] = set()
+        self.complete_at = 0  # ops to run until every saved tensor has its final content
         self.observe: Callable[[torch.Tensor], None] | None = None  # told of every tensor that is saved
         inputs = tensors_in((args, kwargs))
         kinds = dict.fromkeys(["cpu", *(t.device.type for t in inputs if t.device.type != "meta")])
@@ -267,11 +273,12 @@ class Frame:
     def run(self) -> Any:
         """The unit's output, with autograd holding slots instead of what the plan drops."""
         self.stats.frames += 1
-        watch = _Watch(self) if self.plan is not None else _draw_ahead(self)
-        with _activated(), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack), watch:
+        if self.plan is None:  # planned units that draw from Python or NumPy are pinned, so only regions need this
+            self.foreign = _foreign_random_states()
+        with _activated(), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack), _Watch(self):
             out = self.forward(*self.args, **self.kwargs)
         if self.plan is not None and self.on_plan:
-            same_length = len(self.funcs) == len(self.plan.names) and self.packed == len(self.plan.wanted)
+            same_length = len(self.funcs) == len(self.plan.names) and len(self.packed_at) == len(self.plan.wanted)
             if not same_length:
                 self.leave_plan()
         for tensor, version in self.versions:
@@ -291,8 +298,9 @@ class Frame:
         self.states.clear()
 
     def _pack(self, tensor: torch.Tensor) -> _Held | _Slot:
-        index = self.packed
-        self.packed += 1
+        index = len(self.packed_at)
+        self.packed_at.append(len(self.funcs))
+        self.saved_addresses.add(_address(tensor))
         if self.observe is not None:
             self.observe(tensor)
         if self.on_plan:
@@ -354,6 +362,7 @@ class Frame:
         self.args, self.kwargs = (), {}
         self.versions, self.funcs, self.first_states = [], [], []
         self.outlines, self.stored, self.states = {}, {}, {}
+        self.saved_addresses = set()
 
     def _has_empty_slots(self) -> bool:
         """Does autograd still hold a slot that this replay left out, because the planned step never read it?"""
@@ -378,6 +387,8 @@ class Frame:
             index = refilled
             refilled += 1
             slot = waiting.pop(index, None)
+            if index >= len(self.packed_at) or mode.count != self.packed_at[index]:
+                raise _Differs(f"saved tensor {index} is not saved by the same op")
             if slot is not None:
                 if tensor.shape != slot.shape or tensor.dtype != slot.dtype:
                     raise ReplayDiverged(
@@ -387,19 +398,18 @@ class Frame:
                 if isinstance(tensor, Ghost):
                     raise ReplayDiverged(f"{self.name}: saved tensor {index} is needed, but the plan left it out")
                 slot.tensor = tensor.detach()
-                if not waiting:
-                    raise _Stop
+                mode.filled = not waiting
+                mode.stop_if_done()
             return 0
 
         args, kwargs = pytree.tree_map_only(torch.Tensor, _cut_off, (self.args, self.kwargs))
         generators = list(dict.fromkeys(generator for generator, _ in self.first_states))
         saved_states = [generator.get_state() for generator in generators]
+        foreign = _foreign_random_states() if self.foreign else {}
         hooks = torch.autograd.graph.saved_tensors_hooks(refill, _never_read)
         try:
             with _activated(), torch.enable_grad(), self.surroundings.restored(), hooks, mode:
-                if not self.watched:
-                    for generator, state in self.first_states:
-                        generator.set_state(state)
+                _restore_foreign_random_states(self.foreign)
                 self.forward(*args, **kwargs)
         except _Stop:
             pass
@@ -410,15 +420,30 @@ class Frame:
         finally:
             for generator, state in zip(generators, saved_states, strict=True):
                 generator.set_state(state)
+            _restore_foreign_random_states(foreign)
             self.stats.rerun_ops += mode.ran
         if waiting:
             raise ReplayDiverged(
-                f"{self.name}: {len(waiting)} of {self.packed} saved tensors of the forward were not made in its replay"
+                f"{self.name}: {len(waiting)} of {len(self.packed_at)} saved tensors of the forward were not made again"
             )
 
     def _is_wanted(self, index: int) -> bool:
         assert self.plan is not None
         return self.plan.wanted[index]
+
+
+def _foreign_random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"python": random.getstate()}
+    if "numpy" in sys.modules:
+        states["numpy"] = sys.modules["numpy"].random.get_state()
+    return states
+
+
+def _restore_foreign_random_states(states: Mapping[str, Any]) -> None:
+    if "python" in states:
+        random.setstate(states["python"])
+    if "numpy" in states:
+        sys.modules["numpy"].random.set_state(states["numpy"])
 
 
 def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
@@ -428,32 +453,19 @@ def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-@contextlib.contextmanager
-def _draw_ahead(frame: Frame) -> Iterator[None]:
-    """For a region that no mode watches: its generators' states before anything is drawn."""
-    frame.first_states = [(torch.default_generator, torch.default_generator.get_state())]
-    for device in {t.device for t in tensors_in((frame.args, frame.kwargs)) if t.device.type == "cuda"}:
-        generator = _generator_of((), {"device": device})
-        frame.first_states.append((generator, generator.get_state()))
-    yield
-
-
 # ------------------------------------------------------------------------------------------------- modes
 
 
 class _Watch(TorchDispatchMode):
-    """The forward of a planned frame: compare with the plan, store what replay will read."""
+    """A frame's forward: note the ops, compare them with the plan, store what replay will read."""
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
         self.frame = frame
-        frame.watched = True
-        assert frame.plan is not None
-        self.plan = frame.plan
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        frame, recipe = self.frame, self.plan.recipe
+        frame, plan = self.frame, self.frame.plan
         if is_uncounted(func, args):
             out = func(*args, **kwargs)
             if func is _CAST:
@@ -461,22 +473,27 @@ class _Watch(TorchDispatchMode):
             return out
         index = len(frame.funcs)
         frame.funcs.append(func)
-        if frame.on_plan and (index >= len(self.plan.names) or self.plan.names[index] != op_name(func)):
+        expected = plan.names[index] if plan is not None and index < len(plan.names) else ""
+        if frame.on_plan and expected != op_name(func):
             frame.leave_plan()
         if is_random(func, args, kwargs):
             generator = _generator_of(args, kwargs)
             first = all(known is not generator for known, _ in frame.first_states)
-            if first or (frame.on_plan and index in recipe.states):
+            again = plan is not None and frame.on_plan and index in plan.recipe.states
+            if first or again:
                 state = generator.get_state()
                 if first:
                     frame.first_states.append((generator, state))
-                if frame.on_plan and index in recipe.states:
+                if again:
                     frame.states[index] = state
         out = func(*args, **kwargs)
-        if frame.on_plan and recipe.rerun[index] is Rerun.SKIP:
-            if not func._schema.is_mutable:
-                frame.outlines[index] = _outline(out)
-            for position, value in recipe.store[index]:
+        if func._schema.is_mutable and any(
+            _address(t) in frame.saved_addresses for t in tensors_in(_written_arguments(func, args, kwargs))
+        ):
+            frame.complete_at = index + 1
+        if plan is not None and frame.on_plan and plan.recipe.rerun[index] is Rerun.SKIP:
+            frame.outlines[index] = _outline(out, _written_arguments(func, args, kwargs))
+            for position, value in plan.recipe.store[index]:
                 frame.stored[value] = (_tensor_at(out, position).detach(), 0)
         return out
 
@@ -488,6 +505,7 @@ class _Replay(TorchDispatchMode):
         super().__init__()
         self.frame, self.planned = frame, planned
         self.count = self.ran = 0
+        self.filled = False  # has every slot that waits its tensor?
         self.drawn: set[int] = set()
         # what a whole replay, which has no program to go by, learns about storages as it runs
         self.made: set[int] = set()
@@ -503,16 +521,27 @@ class _Replay(TorchDispatchMode):
             return func(*args, **kwargs)
         index = self.count
         self.count += 1
-        if frame.watched and (index >= len(frame.funcs) or frame.funcs[index] is not func):
+        if index >= len(frame.funcs) or frame.funcs[index] is not func:
             expected = op_name(frame.funcs[index]) if index < len(frame.funcs) else "the end"
             raise _Differs(f"op {index} was {expected} in forward and is {op_name(func)} in replay")
+        out = self._result(index, func, args, kwargs)
+        self.stop_if_done()
+        return out
+
+    def stop_if_done(self) -> None:
+        """End the replay once every slot is filled and nothing more is written to what fills them."""
+        if self.filled and self.count >= self.frame.complete_at:
+            raise _Stop
+
+    def _result(self, index: int, func: Any, args: Any, kwargs: Any) -> Any:
+        frame = self.frame
         if self.planned:
             assert frame.plan is not None
             if frame.plan.recipe.rerun[index] is Rerun.SKIP:
                 return self._stand_in(index, func, args, kwargs)
             if index in frame.states:
                 _generator_of(args, kwargs).set_state(frame.states[index])
-        elif frame.watched and is_random(func, args, kwargs):
+        elif is_random(func, args, kwargs):
             self._rewind(_generator_of(args, kwargs))
         self.ran += 1
         if op_name(func) in BATCH_NORMS:
@@ -533,10 +562,8 @@ class _Replay(TorchDispatchMode):
     def _stand_in(self, index: int, func: Any, args: Any, kwargs: Any) -> Any:
         frame = self.frame
         assert frame.plan is not None
-        if func._schema.is_mutable:
-            return _written_arguments(func, args, kwargs)
         stored = {position: frame.stored[value][0] for position, value in frame.plan.recipe.store[index]}
-        return _filled(frame.outlines[index], stored)
+        return _filled(frame.outlines[index], stored, _written_arguments(func, args, kwargs))
 
     def _outside_effect(self, func: Any, args: Any, kwargs: Any) -> Any:
         """In a whole replay: what an op that writes outside storage returns, without writing it again.
@@ -547,7 +574,7 @@ class _Replay(TorchDispatchMode):
         addresses = {_address(t) for t in tensors_in((args, kwargs))}
         written: set[int] = set()
         if func._schema.is_mutable:
-            written = {_address(t) for t in tensors_in(_written_arguments(func, args, kwargs, whole=True))} - self.made
+            written = {_address(t) for t in tensors_in(_written_arguments(func, args, kwargs))} - self.made
         outside = addresses - self.made
         if written & self.read or (self.changed & outside) - written:
             raise ReplayDiverged(
@@ -556,7 +583,13 @@ class _Replay(TorchDispatchMode):
             )
         if written:
             self.changed |= written
-            return _written_arguments(func, args, kwargs)
+            arguments = _written_arguments(func, args, kwargs)
+            if len(func._schema.returns) > len(arguments):
+                raise ReplayDiverged(
+                    f"{self.frame.name} calls {op_name(func)}, which makes a result and changes a tensor from outside "
+                    "at once, so it cannot be run again"
+                )
+            return arguments[0] if len(func._schema.returns) == 1 else tuple(arguments)
         self.read |= outside
         return None
 
@@ -578,41 +611,51 @@ def _spare_running_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str
     )
 
 
-def _written_arguments(func: Any, args: Any, kwargs: Any, whole: bool = False) -> Any:
-    """What an in-place or out= op returns: the arguments that it writes. `whole`: all of them, as a list."""
-    written = [
+def _written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that an in-place or out= op writes, in the order of its schema."""
+    if not func._schema.is_mutable:
+        return []
+    return [
         kwargs.get(argument.name, args[position] if position < len(args) else None)
         for position, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    if whole or not func._schema.returns:
-        return written if whole else None
-    return written[0] if len(func._schema.returns) == 1 else tuple(written)
 
 
 def _tensor_at(out: Any, position: int) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else tensors_in(out)[position]
 
 
-def _outline(out: Any) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """In an outline: the result is the argument that the op wrote, by its position among those."""
+
+    position: int
+
+
+def _outline(out: Any, written: Sequence[Any]) -> Any:
     """The result without its data; a result that is no tensor (a number read) stays what it is."""
     if isinstance(out, torch.Tensor):
-        return Shape.of(out)
+        found = next((i for i, argument in enumerate(written) if argument is out), None)
+        return Shape.of(out) if found is None else _Written(found)
     if isinstance(out, (tuple, list)):
-        return [type(out), *(_outline(item) for item in out)]
+        return [type(out), *(_outline(item, written) for item in out)]
     return out
 
 
-def _filled(outline: Any, stored: Mapping[int, torch.Tensor]) -> Any:
-    """A result of the outlined form: stored tensors where there are some, ghosts for the rest."""
-    return _fill(outline, stored, itertools.count())
+def _filled(outline: Any, stored: Mapping[int, torch.Tensor], written: Sequence[Any]) -> Any:
+    """A result of the outlined form: written arguments, stored tensors where there are some, ghosts for the rest."""
+    return _fill(outline, stored, written, itertools.count())
 
 
-def _fill(part: Any, stored: Mapping[int, torch.Tensor], positions: Iterator[int]) -> Any:
+def _fill(part: Any, stored: Mapping[int, torch.Tensor], written: Sequence[Any], positions: Iterator[int]) -> Any:
     # no closure: one that calls itself is a cycle, and would hold the stored tensors until the next collection
+    if isinstance(part, _Written):
+        next(positions)
+        return written[part.position]
     if isinstance(part, Shape):
         position = next(positions)
         return stored[position].detach() if position in stored else Ghost(part)
     if isinstance(part, list):
-        return part[0](_fill(item, stored, positions) for item in part[1:])
+        return part[0](_fill(item, stored, written, positions) for item in part[1:])
     return part
