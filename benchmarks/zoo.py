@@ -65,7 +65,13 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 #: What an architecture needs besides, because its own sizes hang together.
-SPECIAL: dict[str, dict[str, Any]] = {}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]]},
+    "mamba2": {"head_dim": 32},
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "ernie4_5_moe": {"moe_k": 2},
+}
 
 AUTO = {
     "causal": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),

@@ -23,6 +23,8 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,12 +99,12 @@ def parse_bytes(text: str | int, whole_bytes: int | None = None) -> int:
     elif percent := _PERCENT.fullmatch(text.strip()):
         if whole_bytes is None:
             raise InvalidInput(f"{text!r} is a percentage, but there is nothing known to take it of; give bytes")
-        size_bytes = math.floor(float(percent[1]) / 100 * whole_bytes)
+        size_bytes = math.floor(Fraction(Decimal(percent[1])) / 100 * whole_bytes)
     elif size := _SIZE.fullmatch(text.strip()):
         unit = size[2].upper()
         if unit not in _UNITS:
             raise InvalidInput(f"unknown unit {size[2]!r} in {text!r}: use B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
-        size_bytes = math.floor(float(size[1]) * _UNITS[unit])
+        size_bytes = math.floor(Fraction(Decimal(size[1])) * _UNITS[unit])
     else:
         raise InvalidInput(f"expected {asked}")
     if size_bytes <= 0:

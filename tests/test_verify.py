@@ -1,0 +1,208 @@
+"""`verify` catches engines that cheat. Each saboteur changes the engine from outside and must be found out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tightfit
+from tightfit.core import Plan
+from tightfit.engine import frame as engine
+from tightfit.verify import PeakMeter, static_bytes
+
+WIDTH = 32
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer, self.norm = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.outer(F.dropout(F.gelu(self.norm(self.inner(x))), 0.3))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+@pytest.fixture
+def subject() -> tuple[nn.Module, torch.Tensor, torch.optim.Optimizer, Plan]:
+    torch.manual_seed(0)
+    model, batch = Model(), torch.randn(256, WIDTH)
+    optimizer = torch.optim.AdamW(model.parameters())
+    trace = tightfit.trace(model, batch, optimizer=optimizer)
+    return model, batch, optimizer, tightfit.plan(trace, "55%")
+
+
+def proof_of(subject: Any) -> Any:
+    model, batch, optimizer, plan = subject
+    return tightfit.verify(model, batch, plan, optimizer=optimizer)
+
+
+def test_the_honest_engine_passes(subject: Any) -> None:
+    assert subject[3].replays == 3
+    proof = proof_of(subject)
+    assert [check.name for check in proof.checks] == ["gradients", "buffers", "peak", "prediction", "time"]
+    assert proof.passed
+    assert proof.environment["torch"]
+
+
+def sabotage_slots(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Let every slot hand out `change(tensor)` where that is not None."""
+    honest = engine._Slot.get
+
+    def get(slot: Any) -> torch.Tensor:
+        tensor = honest(slot)
+        changed = change(tensor)
+        return tensor if changed is None else changed
+
+    monkeypatch.setattr(engine._Slot, "get", get)
+
+
+def test_stale_tensor(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[Any, torch.Tensor] = {}
+
+    def stale(tensor: torch.Tensor) -> torch.Tensor | None:
+        key = (tensor.shape, tensor.dtype)
+        old = seen.get(key)
+        seen[key] = tensor.clone()
+        return old
+
+    sabotage_slots(monkeypatch, stale)
+    assert not proof_of(subject)["gradients"].passed
+
+
+def test_zeros(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sabotage_slots(monkeypatch, torch.zeros_like)
+    assert not proof_of(subject)["gradients"].passed
+
+
+def test_wrong_strides(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sheared(tensor: torch.Tensor) -> torch.Tensor | None:
+        if tensor.dim() == 2 and tensor.is_contiguous():
+            return tensor.flatten().as_strided(tensor.shape, (1, tensor.shape[0]))
+        return None
+
+    sabotage_slots(monkeypatch, sheared)
+    assert not proof_of(subject)["gradients"].passed
+
+
+def test_last_bit(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nudged(tensor: torch.Tensor) -> torch.Tensor | None:
+        if tensor.dtype is not torch.float32:
+            return None
+        bits = tensor.clone().view(torch.int32)
+        bits.view(-1)[0] ^= 1
+        return bits.view(torch.float32)
+
+    sabotage_slots(monkeypatch, nudged)
+    assert not proof_of(subject)["gradients"].passed
+
+
+def test_wrong_random_state(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, optimizer, _ = subject
+    trace = tightfit.trace(model, batch, optimizer=optimizer)
+    from tightfit.plan import every_block
+
+    plan = every_block(trace)  # every mask is drawn again
+    assert tightfit.verify(model, batch, plan).checks[0].passed
+    honest = engine._Watch.__torch_dispatch__
+
+    def forgetful(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = honest(mode, func, types, args, kwargs)
+        mode.frame.states = {index: torch.get_rng_state() for index in mode.frame.states}
+        return out
+
+    monkeypatch.setattr(engine._Watch, "__torch_dispatch__", forgetful)
+    assert not tightfit.verify(model, batch, plan)["gradients"].passed
+
+
+def test_dropped_gradient(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = engine.Frame.run
+
+    def run(frame: Any) -> Any:
+        out = honest(frame)
+        return out.detach().requires_grad_() if frame.name == "blocks.1" else out
+
+    monkeypatch.setattr(engine.Frame, "run", run)
+    check = proof_of(subject)["gradients"]
+    assert not check.passed
+    assert "missing" in check.measured
+
+
+def test_running_statistics_updated_twice(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_spare_running_statistics", lambda func, args, kwargs: (args, kwargs))
+    model, batch, optimizer, _ = subject
+    trace = tightfit.trace(model, batch, optimizer=optimizer)
+    from tightfit.plan import every_block
+
+    check = tightfit.verify(model, batch, every_block(trace))["buffers"]
+    assert not check.passed
+    assert "running_mean" in check.measured
+
+
+def test_an_engine_that_holds_everything(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.Frame, "_pack", lambda frame, tensor: engine._Held(tensor))
+    proof = proof_of(subject)
+    assert proof["gradients"].passed
+    assert not proof["peak"].passed
+    assert not proof["prediction"].passed
+
+
+def test_verify_leaves_no_mark(subject: Any) -> None:
+    model, batch, optimizer, plan = subject
+    model(batch).backward()
+    optimizer.step()  # so that there is a state to be left alone, and gradients
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    gradients = [p.grad.clone() for p in model.parameters()]
+    generator = torch.get_rng_state()
+    tightfit.verify(model, batch, plan, optimizer=optimizer)
+    assert all(torch.equal(before[0][key], value) for key, value in model.state_dict().items())
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(before[1]["state"][index][key], value) for key, value in state.items())
+    assert all(torch.equal(a, p.grad) for a, p in zip(gradients, model.parameters(), strict=True))
+    assert torch.equal(generator, torch.get_rng_state())
+
+
+def test_an_optimizer_without_a_state_has_none_afterwards(subject: Any) -> None:
+    _, _, optimizer, _ = subject
+    proof_of(subject)
+    assert not optimizer.state
+
+
+def test_peak_meter_counts_what_was_allocated() -> None:
+    older = torch.empty(1_000_000)
+    with PeakMeter("cpu") as meter:
+        first = torch.empty(250_000)
+        second = torch.empty(500_000)
+        del first
+        third = torch.empty(100_000)
+        del older
+    assert meter.rise_bytes == 4 * 750_000
+    del second, third
+
+
+def test_static_bytes_counts_each_storage_once() -> None:
+    layer = nn.Linear(10, 10)
+    other = nn.Linear(10, 10)
+    other.weight = layer.weight
+    model = nn.Sequential(layer, other)
+    assert static_bytes(model) == 4 * (100 + 10 + 10)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    model(torch.randn(2, 10)).sum().backward()
+    assert static_bytes(model, optimizer, torch.empty(7)) == 2 * 4 * 120 + 28
+    optimizer.step()
+    assert static_bytes(model, optimizer) == 3 * 4 * 120
