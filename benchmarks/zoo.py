@@ -67,7 +67,7 @@ SMALL: dict[str, Any] = {
 #: What an architecture needs besides, because its own sizes hang together.
 SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]]},
-    "mamba2": {"head_dim": 32},
+    "mamba2": {"head_dim": 32, "n_groups": 1},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "ernie4_5_moe": {"moe_k": 2},

@@ -27,6 +27,7 @@ from tightfit.core import (
     TightfitError,
     Unsupported,
     format_bytes,
+    parse_bytes,
 )
 
 if TYPE_CHECKING:
@@ -100,9 +101,10 @@ class _Prepared:
 
 
 def _prepare(
-    name: str, *, batch: int, seq: int, dtype: str, device: str, method: str, optimizer: str, seed: int
+    name: str, *, batch: int, seq: int, dtype: str, device: str, method: str, optimizer: str, budget: str, seed: int
 ) -> _Prepared:
     """Build what `measure` and `plan` work on. Raises `InvalidInput` before anything large is made, where it can."""
+    parse_bytes(budget, whole_bytes=2**40)  # what it is a percentage of is known later, its form is not
     if method not in ("full", "lora"):
         raise InvalidInput(f"unknown method {method!r}: use full or lora")
     if optimizer not in ("adamw", "adamw8bit", "sgd", "none"):
@@ -185,7 +187,15 @@ def measure(
 ) -> None:
     """Real steps side by side: no checkpointing, every block, tightfit at --budget."""
     prepared = _prepare(
-        model, batch=batch, seq=seq, dtype=dtype, device=device, method=method, optimizer=optimizer, seed=seed
+        model,
+        batch=batch,
+        seq=seq,
+        dtype=dtype,
+        device=device,
+        method=method,
+        optimizer=optimizer,
+        budget=budget,
+        seed=seed,
     )
     from tightfit.measure import measure as run_measure
     from tightfit.report import measurement_report, measurement_table
@@ -227,7 +237,15 @@ def plan(
     if not out.parent.is_dir() or out.is_dir():
         raise InvalidInput(f"cannot write the plan to {str(out)!r}: give a file in a folder that exists as --out")
     prepared = _prepare(
-        model, batch=batch, seq=seq, dtype=dtype, device=device, method=method, optimizer=optimizer, seed=seed
+        model,
+        batch=batch,
+        seq=seq,
+        dtype=dtype,
+        device=device,
+        method=method,
+        optimizer=optimizer,
+        budget=budget,
+        seed=seed,
     )
     from tightfit.plan import plan as make_plan
     from tightfit.report import explain as explained
