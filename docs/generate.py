@@ -133,7 +133,7 @@ def _reached(found: dict[str, Any]) -> str:
     return (
         f"Predicted against the allocator's count in {len(rows)} cases (gpt2 and a LoRA Llama; fp32, bf16, autocast; "
         f"`benchmarks/step.py`): off by at most {worst:.4%}, over budget by at most {max(over, 0):.4%}, gradients "
-        f"identical in {sum(row['passed'] for row in rows)}. Seconds rerun, as a part of a block's forward, for the part "
+        f"identical in {sum(row['passed'] for row in rows)}. Seconds rerun, of a block's forward, for the part "
         f"of what backward needs that is kept: {shares}.\n"
     )
 

@@ -177,11 +177,7 @@ def _differs(expected: torch.Tensor | None, found: torch.Tensor | None) -> str:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bytes as integers, so that NaN equals NaN and zero does not equal minus zero."""
-    return (
-        tensor.contiguous().view(torch.uint8)
-        if tensor.numel() and tensor.dim()
-        else tensor.reshape(1).view(torch.uint8)
-    )
+    return tensor.flatten().view(torch.uint8)
 
 
 def _largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
