@@ -460,15 +460,16 @@ class _Timer(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         self.names.append(op_name(func))
         if self.cuda:
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
-            out = func(*args, **(kwargs or {}))
-            torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter() - started)
-            self.risen_bytes.append(torch.cuda.max_memory_allocated() - before)
-            return out
+            with torch.profiler.record_function(_MARK):
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                started = time.perf_counter()
+                out = func(*args, **(kwargs or {}))
+                torch.cuda.synchronize()
+                self.seconds.append(time.perf_counter() - started)
+                self.risen_bytes.append(torch.cuda.max_memory_allocated() - before)
+                return out
         with torch.profiler.record_function(_MARK):
             started = time.perf_counter()
             out = func(*args, **(kwargs or {}))
@@ -591,12 +592,12 @@ def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: _Rec
     """Seconds once more, and each op's scratch bytes by the allocator's own count."""
     cuda = device_of(model).type == "cuda"
     timer = _Timer(cuda)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    profiler = None if cuda else torch.profiler.profile(activities=activities, profile_memory=True)
-    with profiler or contextlib.nullcontext(), timer:
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=not cuda)
+    with profiler, timer:
         compute_loss(model, batch, loss).backward()
     _same_ops("the measured pass", timer.names, [c.name for c in full.calls])
     risen = timer.risen_bytes if cuda else _risen_bytes(profiler, len(full.calls))
+    _sum_in_place(full, _summed_by_engine(profiler, len(full.calls)))
     for call, seconds, rise in zip(full.calls, timer.seconds, risen, strict=True):
         call.seconds.append(seconds)
         call.scratch_bytes = max(0, rise - call.out_bytes)
@@ -621,6 +622,59 @@ def _risen_bytes(profiler: Any, count: int) -> list[int]:
             cursor += 1
         risen.append(top)
     return risen
+
+
+_ENGINE = "autograd::engine::evaluate_function: "
+
+
+def _summed_by_engine(profiler: torch.profiler.profile, count: int) -> list[bool]:
+    """Per marked op: did autograd's engine call it, between two nodes, to sum gradients that meet?"""
+    results: Any = profiler.profiler
+    threads: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+    for event in results.kineto_results.events():
+        name = event.name()
+        if name != "[memory]":
+            threads[event.start_thread_id()].append((event.start_ns(), -(event.start_ns() + event.duration_ns()), name))
+    marks: list[tuple[int, bool]] = []
+    for events in threads.values():
+        open_events: list[tuple[int, str]] = []
+        for start, minus_end, name in sorted(events):
+            while open_events and open_events[-1][0] <= start:
+                open_events.pop()
+            if name == _MARK:
+                # the node's own event has the engine event's name without its prefix
+                names = [each for _, each in open_events]
+                engine = max((i for i, each in enumerate(names) if each.startswith(_ENGINE)), default=None)
+                between = engine is not None and names[engine].removeprefix(_ENGINE) not in names[engine + 1 :]
+                marks.append((start, between))
+            open_events.append((-minus_end, name))
+    marks.sort()
+    return [between for _, between in marks] if len(marks) == count else [False] * count
+
+
+def _sum_in_place(full: _Recorder, summed: list[bool]) -> None:
+    """Put back what a dispatch mode takes away: the engine sums gradients in place where nobody else holds them.
+
+    Under a mode it never does (`isTensorSubclassLike` in torch/csrc/autograd/input_buffer.cpp). Where the first
+    addend dies at the sum, its bytes become the sum's: it is freed before the sum is made, not after.
+    """
+    position = {subject: i for i, (what, subject) in enumerate(full.events) if what is Happening.OP}
+    for call, by_engine in zip(full.calls, summed, strict=True):
+        if not by_engine or call.name != "aten.add.Tensor" or len(call.fresh) != 1 or not call.reads:
+            continue
+        old, new = call.reads[0][0], call.fresh[0]
+        at = position[call.id]
+        until = next((i for i in range(at + 1, len(full.events)) if full.events[i][0] is Happening.OP), None)
+        dies = next(
+            (i for i in range(at + 1, until or len(full.events)) if full.events[i] == (Happening.FREE, old)), None
+        )
+        if dies is None or full.storages[old].size_bytes != full.storages[new].size_bytes:
+            continue
+        made = full.events.index((Happening.ALLOC, new), max(0, at - 4))
+        # neither move changes the position of an op's own event by more than the two entries swap
+        del full.events[dies]
+        full.events.insert(made, (Happening.FREE, old))
+        position[call.id] = at + 1
 
 
 def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
