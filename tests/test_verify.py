@@ -195,6 +195,22 @@ def test_peak_meter_counts_what_was_allocated() -> None:
     del second, third
 
 
+def test_peak_meter_is_not_misled_by_sizes_of_earlier_blocks() -> None:
+    size = 1 << 24
+    with PeakMeter("cpu"):
+        seen = torch.empty(size)
+    address = seen.data_ptr()
+    del seen
+    unseen = torch.empty(size)
+    if unseen.data_ptr() != address:
+        pytest.skip("the allocator gave another address")
+    with PeakMeter("cpu") as meter:
+        del unseen  # torch would report it with the size that it saw at this address before
+        fresh = torch.empty(size)
+    assert meter.rise_bytes == 4 * size
+    del fresh
+
+
 def test_static_bytes_counts_each_storage_once() -> None:
     layer = nn.Linear(10, 10)
     other = nn.Linear(10, 10)

@@ -419,6 +419,8 @@ class _Recorder(TorchDispatchMode):
             self.frames.append(frame)
             self.events.append((Happening.ENTER, frame.id))
             self.open = frame
+            if any(_is_cache(item) for item in (*args, *kwargs.values())):
+                frame.pinned = "it is given a key-value cache, which a second run would append to again"
             drawn = _foreign_random_state()
             try:
                 return original(*args, **kwargs)
@@ -430,6 +432,11 @@ class _Recorder(TorchDispatchMode):
                 self.events.append((Happening.EXIT, frame.id))
 
         return forward
+
+
+def _is_cache(item: Any) -> bool:
+    """A key-value cache of transformers, by what it can do: the models that make their own pass it along."""
+    return callable(getattr(item, "get_seq_length", None)) and callable(getattr(item, "update", None))
 
 
 def _foreign_random_state() -> tuple[int, int]:

@@ -512,6 +512,15 @@ def test_retain_graph(fitted: Any) -> None:
     with_and_without(fitted, run)
 
 
+def test_retain_graph_gives_the_bytes_back_and_replays_again(fitted: Any) -> None:
+    model, batch, plans = fitted
+    with tightfit.apply(model, plans[0]) as applied:
+        loss = model(batch)
+        for times in (1, 2, 3):
+            loss.backward(retain_graph=True)
+            assert applied.stats().replays == times * plans[0].replays
+
+
 def test_backward_after_the_graph_was_freed_is_an_error(fitted: Any) -> None:
     model, batch, plans = fitted
     with tightfit.apply(model, plans[0]):

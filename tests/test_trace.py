@@ -1,0 +1,220 @@
+"""The trace against the allocator's own count, and the marks that it must not leave."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tightfit
+from tightfit.core import InvalidInput, Kind, Phase, Trace, Unsupported, dumps, loads
+from tightfit.step import find_units, undisturbed
+from tightfit.verify import PeakMeter, static_bytes
+
+WIDTH = 64
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.dropout(self.outer(F.gelu(self.inner(x))), 0.1)
+
+
+class Stack(nn.Module):
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+class Summed(nn.Module):
+    """Gradients of many readers meet at one tensor and are summed in place by autograd's engine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x).sin()
+        total = sum(layer(x).cos() for layer in self.layers)
+        return (total + x[:, :1] + x.roll(1, 0)).square().mean()
+
+
+def convolutions() -> nn.Module:
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)) for _ in range(3)]
+    return Stack(list(blocks))
+
+
+def language_model(kind: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            n_layer=2, n_embd=64, n_head=4, vocab_size=500, n_positions=64, bos_token_id=0, eos_token_id=0
+        )
+        return transformers.GPT2LMHeadModel(config)
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=500
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def case(name: str) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    if name in ("gpt2", "llama"):
+        ids = torch.randint(0, 500, (2, 48))
+        return language_model(name).train(), {"input_ids": ids, "labels": ids}
+    if name == "convolutions":
+        return convolutions(), torch.randn(4, 4, 32, 32)
+    if name == "summed":
+        return Summed(), torch.randn(512, WIDTH)
+    return Stack([Residual() for _ in range(3)]), torch.randn(256, WIDTH)
+
+
+CASES = ["mlp", "convolutions", "summed", "gpt2", "llama"]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("accumulating", [False, True])
+def test_the_simulated_peak_is_the_allocators(name: str, accumulating: bool) -> None:
+    model, batch = case(name)
+
+    def step() -> None:
+        (model(**batch).loss if isinstance(batch, dict) else model(batch)).backward()
+
+    if accumulating:
+        step()
+    predicted = tightfit.simulate(tightfit.trace(model, batch)).peak_bytes
+    with undisturbed(model):
+        before = static_bytes(model, None, batch)
+        with PeakMeter("cpu") as meter:
+            step()
+    assert before + meter.rise_bytes == pytest.approx(predicted, rel=1e-3)
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.AdamW(p, foreach=True), lambda p: torch.optim.AdamW(p, foreach=False),
+    lambda p: torch.optim.AdamW(p, fused=True), lambda p: torch.optim.SGD(p, lr=0.1),
+    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.optim.Adafactor,
+])  # fmt: skip
+def test_the_optimizers_step_is_part_of_it(make: Any) -> None:
+    model, _ = case("mlp")
+    batch = torch.randn(4, WIDTH)  # few activations: the peak is the optimizer's
+    optimizer = make(model.parameters())
+    trace = tightfit.trace(model, batch, optimizer=optimizer)
+    assert not optimizer.state
+    assert any(op.phase is Phase.OPTIMIZER for op in trace.ops)
+    plan = tightfit.plan(trace, "100%")
+    proof = tightfit.verify(model, batch, plan, optimizer=optimizer)
+    assert proof["prediction"].passed, proof["prediction"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_left_changed(name: str) -> None:
+    model, batch = case(name)
+    before = copy.deepcopy(model.state_dict())
+    attributes = [set(module.__dict__) for module in model.modules()]
+    generator = torch.get_rng_state()
+    tightfit.trace(model, batch)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert [set(module.__dict__) for module in model.modules()] == attributes
+    assert torch.equal(generator, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+
+    def broken(model: nn.Module, batch: Any) -> torch.Tensor:
+        model(**batch) if isinstance(batch, dict) else model(batch)
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        tightfit.trace(model, batch, loss=broken)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert [set(module.__dict__) for module in model.modules()] == attributes
+    assert torch.equal(generator, torch.get_rng_state())
+
+
+def test_what_is_recorded() -> None:
+    model, batch = case("mlp")
+    trace = tightfit.trace(model, batch)
+    assert [unit.path for unit in trace.units] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert trace.units[0].digest != trace.units[1].digest, "the first block's input needs no gradient"
+    assert trace.units[1].digest == trace.units[2].digest, "equal blocks share a frontier"
+    assert trace.static_bytes["parameters"] == sum(p.numel() * 4 for p in model.parameters())
+    kinds = {op.kind for op in trace.ops if op.unit == "blocks.1" and op.phase is Phase.FORWARD}
+    assert {Kind.PURE, Kind.RANDOM, Kind.INPLACE, Kind.VIEW} >= kinds >= {Kind.PURE, Kind.RANDOM}
+    flops = sum(op.flops for op in trace.ops if op.phase is Phase.FORWARD)
+    assert flops == 3 * 2 * 2 * 256 * WIDTH * 4 * WIDTH
+    assert all(op.seconds >= 0 for op in trace.ops)
+    assert loads(Trace, dumps(trace)) == trace
+    assert trace.digest == tightfit.trace(model, batch).digest
+
+
+def test_a_fake_trace_says_the_same_bytes() -> None:
+    model, batch = case("llama")
+    real, fake = tightfit.trace(model, batch), tightfit.trace(model, batch, fake=True)
+    assert tightfit.simulate(fake).peak_bytes == pytest.approx(tightfit.simulate(real).peak_bytes, rel=0.02)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"batch": torch.randn(3, WIDTH + 1)}, None),
+        ({"batch": {"nonsense": 1}}, "refuses this batch"),
+        ({"loss": lambda m, b: m.blocks[0](b)}, "scalar"),
+        ({"loss": lambda m, b: 3.0}, "scalar"),
+        ({"loss": lambda m, b: m(b).detach()}, "trainable"),
+        ({"units": "layers.*"}, "no module"),
+        ({"units": ["blocks.0", "blocks.0.inner"]}, "inside"),
+    ],
+)
+def test_wrong_input(change: dict[str, Any], said: str | None) -> None:
+    model, batch = case("mlp")
+    with pytest.raises((InvalidInput, RuntimeError)) as caught:
+        tightfit.trace(model, **{"batch": batch, **change})
+    if said is not None:
+        assert isinstance(caught.value, InvalidInput)
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_train_and_no_grad() -> None:
+    model, batch = case("mlp")
+    with torch.no_grad(), pytest.raises(InvalidInput, match="no_grad"):
+        tightfit.trace(model, batch)
+    with pytest.raises(InvalidInput, match="requires a gradient"):
+        tightfit.trace(model.requires_grad_(False), batch)
+    with pytest.raises(InvalidInput, match="Module"):
+        tightfit.trace(lambda x: x, batch)
+
+
+def test_a_step_that_changes_from_run_to_run_is_refused() -> None:
+    model, batch = case("mlp")
+    turn = itertools.count()
+
+    def restless(model: nn.Module, batch: Any) -> torch.Tensor:
+        loss: torch.Tensor = model(batch)
+        return loss.sin() if next(turn) % 2 else loss
+
+    with pytest.raises(Unsupported, match="not the same twice"):
+        tightfit.trace(model, batch, loss=restless)
+
+
+def test_find_units() -> None:
+    blocks = Stack([Residual() for _ in range(3)])
+    assert list(find_units(blocks)) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert list(find_units(blocks, "blocks.*")) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert list(find_units(blocks, [blocks.blocks[1]])) == ["blocks.1"]
+    stages = nn.Sequential(nn.Sequential(Residual(), Residual()), nn.Sequential(Residual()))
+    assert list(find_units(stages)) == ["0.0", "0.1", "1.0"]
+    assert list(find_units(Residual())) == [""]
