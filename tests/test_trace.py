@@ -44,12 +44,11 @@ class Summed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.layer = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.layers[0](x).sin()
-        total = sum(layer(x).cos() for layer in self.layers)
-        return (total + x[:, :1] + x.roll(1, 0)).square().mean()
+        x = self.layer(x)
+        return (x.roll(1, 0) + x.flip(0) + x.roll(2, 1)).mean()
 
 
 def convolutions() -> nn.Module:
