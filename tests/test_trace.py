@@ -48,7 +48,10 @@ class Summed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.layer(x)
-        return (x.roll(1, 0) + x.flip(0) + x.roll(2, 1)).mean()
+        total = x.roll(1, 0)
+        total += x.flip(0)
+        total += x.roll(2, 1)
+        return total.mean()
 
 
 def convolutions() -> nn.Module:
