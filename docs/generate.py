@@ -73,10 +73,11 @@ def measured() -> str:
     zoo, cases, step = (RESULTS / f"{name}.json" for name in ("zoo", "random_modules", "step"))
     if zoo.exists():
         counts = json.loads(zoo.read_text(encoding="utf-8"))["counts"]
+        trained = sum(n for status, n in counts.items() if not status.startswith("cannot"))
         parts.append(
-            f"Gradients were bit for bit the same on all {counts['ok']} transformers architectures that could be built "
-            "small and trained (`benchmarks/zoo.py`, every one in `benchmarks/results/zoo.json` with its reason if it "
-            "could not).\n"
+            f"Of the {trained} transformers architectures that could be built small and trained, {counts['ok']} gave the "
+            "same gradients bit for bit within their budgets (`benchmarks/zoo.py`; every one, with the reason where it "
+            "could not be built or did not pass, is in `benchmarks/results/zoo.json`).\n"
         )
     if cases.exists():
         tally = json.loads(cases.read_text(encoding="utf-8"))
