@@ -428,7 +428,7 @@ class _Recorder(TorchDispatchMode):
                 self.open = None
                 if _foreign_random_state() != drawn:
                     frame.pinned = "it draws random numbers from Python or NumPy, whose state is not restored"
-                frame.exit_versions = {v: self.storages[v].version for v in frame.values}
+                frame.exit_versions = {v: self.storages[v].version for v in (*frame.values, *frame.inputs)}
                 self.events.append((Happening.EXIT, frame.id))
 
         return forward
@@ -486,6 +486,14 @@ class _Timer(TorchDispatchMode):
 
 _MARK = "tightfit::op"
 
+#: Wrappers whose steps a dispatch mode cannot see, or whose peaks are not those of one device.
+_NOT_OURS = {
+    "OptimizedModule": "compiled code is not seen op by op; fit the module before torch.compile, or without it",
+    "DataParallel": "it copies the model to several devices; fit the module inside it, on one",
+    "DistributedDataParallel": "distributed steps are not planned yet; fit the module inside it, on one device",
+    "FullyShardedDataParallel": "sharded steps are not planned yet",
+}
+
 
 # -------------------------------------------------------------------------------------------- the verb
 
@@ -514,6 +522,9 @@ def trace(
     modules = find_units(model, units)
     if any(getattr(module.forward, "__tightfit__", False) for module in model.modules()):
         raise InvalidInput("a plan is in force on this model, so its own step cannot be seen; remove the plan first")
+    for path, module in model.named_modules():
+        if type(module).__name__ in _NOT_OURS:
+            raise Unsupported(f"{path or 'the model'} is a {type(module).__name__}: {_NOT_OURS[type(module).__name__]}")
     if not torch.is_grad_enabled():
         raise InvalidInput("gradients are switched off here (torch.no_grad): there is no training step to trace")
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
@@ -858,8 +869,8 @@ def _program_of(recorder: _Recorder, frame: _FrameRecord, read: Container[int], 
         )
     if frame.effects & set(frame.inputs):
         frame.pinned = "it changes one of its inputs in place"
-    if any(recorder.storages[v].version != frame.exit_versions[v] for v in frame.values):
-        frame.pinned = frame.pinned or "a value that it made is changed in place after it returned"
+    if any(recorder.storages[v].version != frame.exit_versions[v] for v in (*frame.values, *frame.inputs)):
+        frame.pinned = frame.pinned or "something that it was given or made is changed in place after it returned"
     return Program(
         steps=tuple(steps),
         slots=tuple(ordinal.get(recorder.saved[s][0], -1) for s in frame.slots),

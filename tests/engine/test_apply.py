@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 import tightfit
 from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, Status, Trace, Unsupported
 from tightfit.engine import Applied
+from tightfit.plan import every_block
 from tightfit.plan.program import kept_values, recipe
 from tightfit.plan.simulate import simulate_choices
 from tightfit.step import compute_loss, undisturbed
@@ -65,10 +67,12 @@ def plan_keeping(trace: Trace, keep: Callable[[str, int], bool]) -> Plan:
 
 
 def some_plans(trace: Trace) -> list[Plan]:
+    """Keeping nothing (or, where that is impossible, as little as the planner can), and random keep sets."""
     draw = random.Random(0)
-    plans = [plan_keeping(trace, lambda unit, value: False)]
-    plans += [plan_keeping(trace, lambda unit, value: draw.random() < 0.5) for _ in range(4)]
-    plans += [plan_keeping(trace, lambda unit, value: draw.random() < 0.85) for _ in range(3)]
+    plans = [every_block(trace)]
+    for share in (0.0, *[0.5] * 4, *[0.85] * 3):
+        with contextlib.suppress(Unsupported):  # this keep set would run something twice that must not
+            plans.append(plan_keeping(trace, lambda unit, value, share=share: draw.random() < share))
     return plans
 
 
@@ -697,6 +701,67 @@ def test_a_unit_that_changes_its_input_is_pinned_or_refused() -> None:
     x = torch.randn(6, WIDTH)
     with pytest.raises(Unsupported, match="in place"):
         tightfit.checkpoint(model.blocks[0], x)
+
+
+class Adding(nn.Module):
+    """Autograd saves nothing of its input, so the caller may go on and change it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner((x + 1).sin())
+
+
+def test_an_input_that_is_changed_later_is_pinned() -> None:
+    class Greedy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start = nn.Linear(WIDTH, WIDTH)
+            self.blocks = nn.ModuleList([Adding(), Adding()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.start(x)
+            y = self.blocks[0](x)
+            x.add_(y.detach())
+            return self.blocks[1](x + y).square().mean()
+
+    torch.manual_seed(0)
+    trace = check(Greedy(), fallbacks=None)
+    assert "changed in place" in trace.units[0].pinned
+    assert not trace.units[1].pinned
+
+
+@pytest.mark.parametrize("normed", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_parametrized_weights(normed: Any) -> None:
+    torch.manual_seed(0)
+    blocks = [Block(FUNCTIONS["dropout"]) for _ in range(2)]
+    for block in blocks:
+        normed(block.inner)
+    check(Stack(*blocks), fallbacks=None)
+
+
+def test_hooks_and_buffers_that_count() -> None:
+    class Counting(Block):
+        def __init__(self) -> None:
+            super().__init__(FUNCTIONS["gelu"])
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(WIDTH))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    check(Stack(Counting(), Counting()), fallbacks=None)
+
+
+def test_compiled_and_wrapped_models_are_refused() -> None:
+    model = Stack(Block(FUNCTIONS["gelu"]), Block(FUNCTIONS["gelu"]))
+    with pytest.raises(Unsupported, match=r"torch\.compile"):
+        tightfit.trace(torch.compile(model), torch.randn(6, WIDTH))
 
 
 def test_a_parameter_changed_before_backward_is_an_error(fitted: Any) -> None:
