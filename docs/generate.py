@@ -75,7 +75,8 @@ def measured() -> str:
         counts = json.loads(zoo.read_text(encoding="utf-8"))["counts"]
         trained = sum(n for status, n in counts.items() if not status.startswith("cannot"))
         parts.append(
-            f"Of the {trained} transformers architectures that could be built small and trained, {counts['ok']} gave "
+            f"Of the {trained} transformers architectures that could be built small and trained, "
+            f"{counts['ok']} gave "
             "the same gradients bit for bit within their budgets (`benchmarks/zoo.py`; every one, with the reason where it "
             "could not be built or did not pass, is in `benchmarks/results/zoo.json`).\n"
         )
