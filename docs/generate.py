@@ -77,8 +77,8 @@ def measured() -> str:
         parts.append(
             f"Of the {trained} transformers architectures that could be built small and trained, "
             f"{counts['ok']} gave "
-            "the same gradients bit for bit within their budgets (`benchmarks/zoo.py`; every one, with the reason where "
-            "it could not be built or did not pass, is in `benchmarks/results/zoo.json`).\n"
+            "the same gradients bit for bit within their budgets (`benchmarks/zoo.py`; each of them, with the reason "
+            "where it could not be built or did not pass, is in `benchmarks/results/zoo.json`).\n"
         )
     if cases.exists():
         tally = json.loads(cases.read_text(encoding="utf-8"))
