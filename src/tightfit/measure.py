@@ -39,7 +39,7 @@ from tightfit.step import (
 from tightfit.trace import op_flops, trace
 from tightfit.verify import Outcome, PeakMeter, differences, run_step, static_bytes, timed, untrained
 
-__all__ = ["every_block_checkpointed", "measure"]
+__all__ = ["FlopCount", "every_block_checkpointed", "measure"]
 
 NONE, EVERY_BLOCK, TIGHTFIT = "none", "every-block", "tightfit"
 
@@ -77,7 +77,7 @@ def measure(
         for mode, (context, _) in modes.items():
             progress(f"gradients: {mode}")
             restart()
-            with context(), _FlopCount() as count:
+            with context(), FlopCount() as count:
                 compute_loss(model, batch, loss).backward()
             outcomes[mode], flops[mode] = Outcome(model), count.flops
         steps = _steps(model, batch, loss, optimizer, modes, restart, repeats, progress)
@@ -167,7 +167,7 @@ def _steps(
     return found
 
 
-class _FlopCount(TorchDispatchMode):
+class FlopCount(TorchDispatchMode):
     """FLOPs of every op that really runs, replays included."""
 
     def __init__(self) -> None:
