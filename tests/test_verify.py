@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import tightfit
 from tightfit.core import Plan
 from tightfit.engine import frame as engine
+from tightfit.engine import tape
 from tightfit.verify import PeakMeter, static_bytes
 
 WIDTH = 32
@@ -119,14 +120,15 @@ def test_wrong_random_state(subject: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
     plan = every_block(trace)  # every mask is drawn again
     assert tightfit.verify(model, batch, plan).checks[0].passed
-    honest = engine._Watch.__torch_dispatch__
+    honest = tape.Tape.finish
 
-    def forgetful(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = honest(mode, func, types, args, kwargs)
-        mode.frame.states = {index: torch.get_rng_state() for index in mode.frame.states}
-        return out
+    def forgetful(made: Any) -> None:
+        honest(made)
+        for entry in made.entries.values():
+            if entry.state is not None:
+                entry.state = torch.get_rng_state()
 
-    monkeypatch.setattr(engine._Watch, "__torch_dispatch__", forgetful)
+    monkeypatch.setattr(tape.Tape, "finish", forgetful)
     assert not tightfit.verify(model, batch, plan)["gradients"].passed
 
 
@@ -144,7 +146,7 @@ def test_dropped_gradient(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_running_statistics_updated_twice(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_spare_running_statistics", lambda func, args, kwargs: (args, kwargs))
+    monkeypatch.setattr(tape, "spare_running_statistics", lambda func, args, kwargs: (args, kwargs))
     model, batch, optimizer, _ = subject
     trace = tightfit.trace(model, batch, optimizer=optimizer)
     from tightfit.plan import every_block

@@ -1,25 +1,24 @@
-"""One call of a unit: run it once holding less, run it again when backward asks.
+"""One call of a unit: run it once holding less, make what is missing again when backward asks.
 
-Idea: autograd's own graph stays as it is. Saved-tensor hooks hand it either the tensor (held) or an empty
-slot; the first empty slot that backward asks for makes the frame *replay*, which runs the unit's Python again
-and fills the slots in the order in which they were made. A dispatch mode watches both runs: in forward it
-stores the kept values that the replay will read, in replay it runs the live ops, hands out stored values for
-kept ones and ghosts for dead ones, and stops as soon as the last slot is filled.
+Idea: autograd's own graph stays as it is. Saved-tensor hooks hand it either the tensor (held) or an empty slot.
+A frame with a plan takes its live ops down on a tape (`engine.tape`) while they run, and a slot that backward
+asks for has the tape make its value again. A frame without a plan, or whose forward turns out not to be the
+planned one, runs the unit's Python again, whole, as `torch.utils.checkpoint` does: the first slot that is asked
+for fills all of them, in the order in which they were made.
 
 Invariants:
-- A slot is only ever filled with what the same op sequence made; another sequence is `ReplayDiverged`.
-- Anything unexpected in a planned replay is answered by replaying the whole unit, counted in `Stats`.
-- Tensors that were held or read again are checked for in-place changes in between, as autograd itself does.
+- The forward's ops are compared with the plan one by one; any difference means a whole replay, counted in `Stats`.
+- In a whole replay a slot is only filled with what the same op sequence made; another one is `ReplayDiverged`.
+- Tensors that were held or are read again are checked for in-place changes in between, as autograd itself does.
 
-Refused: a unit that changes what it is given (`Unsupported`), a replay after the graph was freed (torch's own
-`RuntimeError`).
+Refused: a whole replay of a unit that changes what it is given (`Unsupported`), a replay after the graph was freed
+(torch's own `RuntimeError`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import random
 import sys
 import threading
@@ -33,9 +32,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tightfit.core import Program, ReplayDiverged, Unsupported
-from tightfit.engine.ghost import Ghost, Shape
-from tightfit.plan.program import Recipe, Rerun
+from tightfit.core import Kind, Program, ReplayDiverged, Unsupported
+from tightfit.engine.tape import NotOnTape, Reference, Tape, generator_of, spare_running_statistics
+from tightfit.plan.program import Recipe, first_random
 from tightfit.step import tensors_in
 from tightfit.trace import BATCH_NORMS, is_random, is_uncounted, op_name
 
@@ -57,15 +56,32 @@ class Stats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FramePlan:
-    """A unit's program with its recipe, in the form that the modes read."""
+    """A unit's program with its recipe, in the form that the forward reads."""
 
     names: tuple[str, ...]
-    recipe: Recipe
+    outputs: tuple[tuple[int | None, ...], ...]
+    live: tuple[bool, ...]
+    writes: tuple[bool, ...]  # does the op change something in place? Then it must not be something on the tape
+    states: frozenset[int]
+    first_random: int | None
+    drop: tuple[bool, ...]
     wanted: tuple[bool, ...]
+    funcs: list[Any]  # the ops themselves, once a forward has called them
 
     @classmethod
     def of(cls, program: Program, recipe: Recipe) -> FramePlan:
-        return cls(names=tuple(step.name for step in program.steps), recipe=recipe, wanted=program.wanted)
+        steps = program.steps
+        return cls(
+            names=tuple(step.name for step in steps),
+            outputs=tuple(step.outputs for step in steps),
+            live=tuple(i in recipe.runs for i in range(len(steps))),
+            writes=tuple(step.kind in (Kind.INPLACE, Kind.RANDOM, Kind.OPAQUE) for step in steps),
+            states=recipe.states,
+            first_random=first_random(program),
+            drop=recipe.drop,
+            wanted=program.wanted,
+            funcs=[None] * len(steps),
+        )
 
 
 class _Stop(BaseException):
@@ -144,26 +160,6 @@ class _Surroundings:
                 switch(want)
 
 
-def _generator_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Generator:
-    """The generator that a random op draws from: the one it was given, else its device's own."""
-    for item in (*args, *kwargs.values()):
-        if isinstance(item, torch.Generator):
-            return item
-    device = kwargs.get("device")
-    if device is None:
-        tensors = tensors_in((args, kwargs))
-        device = tensors[0].device if tensors else torch.device("cpu")
-    device = torch.device(device)
-    if device.type == "cpu":
-        return torch.default_generator
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    if device.type == "meta":
-        return torch.default_generator
-    raise Unsupported(f"random numbers on {device.type} cannot be drawn again: its generator is not known")
-
-
 # ----------------------------------------------------------------------------------------- saved tensors
 
 
@@ -187,24 +183,25 @@ class _Held:
 
 
 class _Slot:
-    """A saved tensor that will be made again."""
+    """A saved tensor that will be made again, by the tape if there is a reference into it."""
 
-    __slots__ = ("__weakref__", "dtype", "frame", "index", "shape", "tensor")
+    __slots__ = ("__weakref__", "counted", "dtype", "frame", "index", "reference", "shape", "tensor")
 
-    def __init__(self, frame: Frame, index: int, tensor: torch.Tensor) -> None:
-        self.frame = frame
-        self.index = index
+    def __init__(
+        self, frame: Frame, index: int, tensor: torch.Tensor, reference: Reference | None = None, counted: bool = False
+    ) -> None:
+        self.frame, self.index = frame, index
+        self.reference, self.counted = reference, counted
         self.shape, self.dtype = tensor.shape, tensor.dtype
         self.tensor: torch.Tensor | None = None
 
     def get(self) -> torch.Tensor:
-        if self.tensor is None:
-            self.frame.replay(self.index)
         tensor = self.tensor
+        kept = _graph_is_kept()
         if tensor is None:
-            raise ReplayDiverged(f"{self.frame.name}: the replay did not make saved tensor {self.index} again")
-        if _graph_is_kept():
-            self.tensor = None  # the next backward through this graph makes it once more
+            tensor = self.frame.saved(self, kept)
+        # while the graph is kept, the next backward through it makes the tensor once more
+        self.tensor = None if kept else tensor
         return tensor
 
 
@@ -245,12 +242,13 @@ class Frame:
     ) -> None:
         self.name, self.forward, self.plan, self.stats = name, forward, plan, stats
         self.args, self.kwargs = args, kwargs
-        self.on_plan = plan is not None
+        self.tape: Tape | None = None if plan is None else Tape()  # None: the unit's Python will run again
+        self.kept_reads: set[int] = set()  # slots read so far by a backward that keeps its graph
+        self.counted = 0  # slots that backward is expected to read
+        self.replayed = False
         self.released = False
+        self.watch: _Watch  # the mode of its forward
         self.funcs: list[Any] = []  # the forward's ops, as they came
-        self.outlines: dict[int, Any] = {}
-        self.stored: dict[int, tuple[torch.Tensor, int]] = {}  # value -> tensor, version at the frame's end
-        self.states: dict[int, torch.Tensor] = {}
         self.first_states: list[tuple[torch.Generator, torch.Tensor]] = []
         # autocast's copies of weights: whoever saved one for backward has it still, so replay need not cast again
         self.casts: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -275,52 +273,106 @@ class Frame:
         self.stats.frames += 1
         if self.plan is None:  # planned units that draw from Python or NumPy are pinned, so only regions need this
             self.foreign = _foreign_random_states()
-        with _activated(), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack), _Watch(self):
-            out = self.forward(*self.args, **self.kwargs)
-        if self.plan is not None and self.on_plan:
-            same_length = len(self.funcs) == len(self.plan.names) and len(self.packed_at) == len(self.plan.wanted)
-            if not same_length:
-                self.leave_plan()
+        watch = _Watch(self)
+        try:
+            with _activated(), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack), watch:
+                out = self.forward(*self.args, **self.kwargs)
+        except BaseException:
+            self.tape = None  # it holds tensors whose history holds it
+            raise
+        if self.tape is not None:
+            assert self.plan is not None
+            if watch.count != len(self.plan.names) or len(self.packed_at) != len(self.plan.wanted):
+                self.leave_plan(watch.count)
+            else:
+                try:
+                    self.tape.finish()
+                except NotOnTape:
+                    self.leave_plan(watch.count)
+        if self.tape is not None:
+            self.release()
+            return out
         for tensor, version in self.versions:
             if _version(tensor) != version:
                 raise Unsupported(
                     f"{self.name} changes a tensor that it is given in place, so it cannot be run again; "
                     "leave it out of the units or clone the tensor first"
                 )
-        self.stored = {value: (tensor, _version(tensor)) for value, (tensor, _) in self.stored.items()}
         return out
 
-    def leave_plan(self) -> None:
+    def leave_plan(self, count: int) -> None:
         """This forward is not the one that was planned: hold what is held, replay the whole unit later."""
-        self.on_plan = False
-        self.outlines.clear()
-        self.stored.clear()
-        self.states.clear()
+        assert self.plan is not None
+        self.tape = None
+        self.funcs = self.plan.funcs[:count]
+        self.complete_at = sys.maxsize  # which saved tensors were written later was not looked at
 
     def _pack(self, tensor: torch.Tensor) -> _Held | _Slot:
         index = len(self.packed_at)
-        self.packed_at.append(len(self.funcs))
-        self.saved_addresses.add(_address(tensor))
-        if self.observe is not None:
-            self.observe(tensor)
-        if self.on_plan:
-            assert self.plan is not None
-            drop = self.plan.recipe.drop
-            if index >= len(drop) or not drop[index]:
+        plan = self.plan
+        if self.tape is not None:
+            assert plan is not None
+            self.packed_at.append(self.watch.count)
+            if index >= len(plan.drop) or not plan.drop[index]:
                 return _Held(tensor)
-        slot = _Slot(self, index, tensor)
+            counted = plan.wanted[index]
+            try:
+                reference = self.tape.slot(tensor, counted)
+            except NotOnTape:
+                reference = None
+            if reference is None:
+                return _Held(tensor)
+            slot = _Slot(self, index, tensor, reference, counted)
+            self.counted += counted
+        else:
+            self.packed_at.append(len(self.funcs))
+            self.saved_addresses.add(_address(tensor))
+            if self.observe is not None:
+                self.observe(tensor)
+            slot = _Slot(self, index, tensor)
         self.slots[index] = weakref.ref(slot)
         return slot
 
-    # -- replay
+    # -- backward
 
-    def replay(self, asked: int) -> None:
-        """Fill every slot that autograd still holds."""
+    def saved(self, slot: _Slot, kept: bool) -> torch.Tensor:
+        """The tensor of an empty slot; `kept`: the graph will be walked once more."""
+        tape = self.tape
+        if tape is None or slot.reference is None:
+            self._replay_whole()
+            tensor = slot.tensor
+            if tensor is None:
+                raise ReplayDiverged(f"{self.name}: the replay did not make saved tensor {slot.index} again")
+            return tensor
+        if not self.replayed:
+            self.replayed = True
+            self.stats.replays += 1
+        if self.kept_reads and not kept:
+            tape.forget_made()
+            self.kept_reads.clear()
+        before = tape.ran
+        try:
+            tensor = tape.follow(slot.reference, counted=slot.counted, last=not kept)
+        except ReplayDiverged as error:
+            raise ReplayDiverged(f"{self.name}: {error}") from None
+        except RuntimeError as error:
+            raise type(error)(f"{self.name}: {error}") from None
+        finally:
+            self.stats.rerun_ops += tape.ran - before
+        if kept and slot.counted:
+            self.kept_reads.add(slot.index)
+            if len(self.kept_reads) == self.counted:  # this pass is through with the frame; the next makes all anew
+                tape.forget_made()
+                self.kept_reads.clear()
+                self.replayed = False
+        return tensor
+
+    def _replay_whole(self) -> None:
+        """Run the unit's Python again and fill every slot that autograd still holds."""
         if self.released:
             raise RuntimeError(
-                f"{self.name}: trying to backward through the graph a second time, or to read a saved tensor that "
-                "the planned step never read, after its inputs were freed; use retain_graph=True for the first "
-                "backward, or make the plan with the loss that is trained"
+                f"{self.name}: trying to backward through the graph a second time, after its inputs were freed; use "
+                "retain_graph=True for the first backward"
             )
         for tensor, version in self.versions:
             if _version(tensor) != version:
@@ -330,56 +382,26 @@ class Frame:
                     f"{_version(tensor)}; expected version {version}"
                 )
         self.stats.replays += 1
-        if self.on_plan:
-            assert self.plan is not None
-            if any(_version(tensor) != version for tensor, version in self.stored.values()):
-                self.leave_plan()  # somebody wrote over a kept value; its making can still be run again
-                self.stats.fallbacks += 1
-            elif not self.plan.wanted[asked]:
-                self.leave_plan()  # backward reads more than it did when the plan was made
-                self.stats.fallbacks += 1
-        elif self.plan is not None:
+        if self.plan is not None:
             self.stats.fallbacks += 1
-        if self.on_plan:
-            try:
-                self._replay(planned=True)
-            except (torch.OutOfMemoryError, MemoryError):
-                raise
-            except Exception:
-                # Whatever went wrong with ghosts in the way (one was read, code looked at a tensor's type),
-                # the same Python without ghosts is the forward itself. Nothing that was filled is trusted.
-                self._empty_slots()
-                self.stats.fallbacks += 1
-                self._replay(planned=False)
-        else:
-            self._replay(planned=False)
-        if not _graph_is_kept() and not self._has_empty_slots():
+        self._replay()
+        if not _graph_is_kept():
             self.release()
 
     def release(self) -> None:
-        """Let go of everything but the filled slots."""
+        """Let go of everything but the slots and the tape."""
         self.released = True
         self.args, self.kwargs = (), {}
         self.versions, self.funcs, self.first_states = [], [], []
-        self.outlines, self.stored, self.states = {}, {}, {}
         self.saved_addresses = set()
 
-    def _has_empty_slots(self) -> bool:
-        """Does autograd still hold a slot that this replay left out, because the planned step never read it?"""
-        return any((slot := reference()) is not None and slot.tensor is None for reference in self.slots.values())
-
-    def _empty_slots(self) -> None:
-        for reference in self.slots.values():
-            if (slot := reference()) is not None:
-                slot.tensor = None
-
-    def _replay(self, planned: bool) -> None:
+    def _replay(self) -> None:
         waiting: dict[int, _Slot] = {}
         for index, reference in self.slots.items():
             slot = reference()
-            if slot is not None and slot.tensor is None and not (planned and not self._is_wanted(index)):
+            if slot is not None and slot.tensor is None:
                 waiting[index] = slot
-        mode = _Replay(self, planned)
+        mode = _Replay(self)
         refilled = 0
 
         def refill(tensor: torch.Tensor) -> int:
@@ -395,8 +417,6 @@ class Frame:
                         f"{self.name}: saved tensor {index} was {tuple(slot.shape)} {slot.dtype} in forward and is "
                         f"{tuple(tensor.shape)} {tensor.dtype} in replay"
                     )
-                if isinstance(tensor, Ghost):
-                    raise ReplayDiverged(f"{self.name}: saved tensor {index} is needed, but the plan left it out")
                 slot.tensor = tensor.detach()
                 mode.filled = not waiting
                 mode.stop_if_done()
@@ -427,10 +447,6 @@ class Frame:
                 f"{self.name}: {len(waiting)} of {len(self.packed_at)} saved tensors of the forward were not made again"
             )
 
-    def _is_wanted(self, index: int) -> bool:
-        assert self.plan is not None
-        return self.plan.wanted[index]
-
 
 def _foreign_random_states() -> dict[str, Any]:
     states: dict[str, Any] = {"python": random.getstate()}
@@ -457,57 +473,96 @@ def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Watch(TorchDispatchMode):
-    """A frame's forward: note the ops, compare them with the plan, store what replay will read."""
+    """A frame's forward: compare the ops with the plan and take the live ones down, or just note what there is."""
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
         self.frame = frame
+        frame.watch = self
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        frame, plan = self.frame, self.frame.plan
+        frame = self.frame
         if is_uncounted(func, args):
-            out = func(*args, **kwargs)
+            out = func(*args, **(kwargs or {}))
             if func is _CAST:
                 frame.casts[id(args[0])] = weakref.ref(out)
+                if frame.tape is not None:
+                    frame.tape.cast(func, args, kwargs or {}, out)
             return out
-        index = len(frame.funcs)
+        index = self.count
+        self.count += 1
+        if frame.tape is not None:
+            plan = frame.plan
+            assert plan is not None
+            if index < len(plan.names) and (
+                plan.funcs[index] is func or (plan.funcs[index] is None and self._is_planned(plan, index, func))
+            ):
+                if not (plan.live[index] or plan.writes[index] or index == plan.first_random):
+                    return func(*args, **kwargs) if kwargs else func(*args)
+                return self._taken_down(plan, frame.tape, index, func, args, kwargs or {})
+            frame.leave_plan(index)
+        return self._noted(index, func, args, kwargs or {})
+
+    @staticmethod
+    def _is_planned(plan: FramePlan, index: int, func: Any) -> bool:
+        if plan.names[index] != op_name(func):
+            return False
+        plan.funcs[index] = func
+        return True
+
+    def _taken_down(self, plan: FramePlan, tape: Tape, index: int, func: Any, args: Any, kwargs: Any) -> Any:
+        state = None
+        if index == plan.first_random or index in plan.states:
+            generator = generator_of(args, kwargs)
+            state = generator.get_state()
+            if index == plan.first_random:  # for a whole replay, should this forward leave the plan
+                self.frame.first_states.append((generator, state))
+        try:
+            if not plan.live[index]:
+                if plan.writes[index] and any(
+                    tape.knows(t) for t in tensors_in(_written_arguments(func, args, kwargs))
+                ):
+                    raise NotOnTape(f"{op_name(func)} changes a value that was to be made again")
+                return func(*args, **kwargs)
+            entry = tape.before(index, func, args, kwargs)
+        except NotOnTape:
+            self.frame.leave_plan(index + 1)
+            return func(*args, **kwargs)
+        if index in plan.states:
+            entry.state = state
+        out = func(*args, **kwargs)
+        try:
+            tape.after(entry, out, plan.outputs[index])
+        except NotOnTape:
+            self.frame.leave_plan(index + 1)
+        return out
+
+    def _noted(self, index: int, func: Any, args: Any, kwargs: Any) -> Any:
+        frame = self.frame
         frame.funcs.append(func)
-        expected = plan.names[index] if plan is not None and index < len(plan.names) else ""
-        if frame.on_plan and expected != op_name(func):
-            frame.leave_plan()
         if is_random(func, args, kwargs):
-            generator = _generator_of(args, kwargs)
-            first = all(known is not generator for known, _ in frame.first_states)
-            again = plan is not None and frame.on_plan and index in plan.recipe.states
-            if first or again:
-                state = generator.get_state()
-                if first:
-                    frame.first_states.append((generator, state))
-                if again:
-                    frame.states[index] = state
+            generator = generator_of(args, kwargs)
+            if all(known is not generator for known, _ in frame.first_states):
+                frame.first_states.append((generator, generator.get_state()))
         out = func(*args, **kwargs)
         if func._schema.is_mutable and any(
             _address(t) in frame.saved_addresses for t in tensors_in(_written_arguments(func, args, kwargs))
         ):
-            frame.complete_at = index + 1
-        if plan is not None and frame.on_plan and plan.recipe.rerun[index] is Rerun.SKIP:
-            frame.outlines[index] = _outline(out, _written_arguments(func, args, kwargs))
-            for position, value in plan.recipe.store[index]:
-                frame.stored[value] = (_tensor_at(out, position).detach(), 0)
+            frame.complete_at = max(frame.complete_at, index + 1)
         return out
 
 
 class _Replay(TorchDispatchMode):
-    """The replay of a frame: run live ops, stand in for the rest, refuse another op sequence."""
+    """A whole replay: run every op again, refuse another op sequence, and write nothing outside twice."""
 
-    def __init__(self, frame: Frame, planned: bool) -> None:
+    def __init__(self, frame: Frame) -> None:
         super().__init__()
-        self.frame, self.planned = frame, planned
+        self.frame = frame
         self.count = self.ran = 0
         self.filled = False  # has every slot that waits its tensor?
         self.drawn: set[int] = set()
-        # what a whole replay, which has no program to go by, learns about storages as it runs
+        # what it learns about storages as it runs
         self.made: set[int] = set()
         self.read: set[int] = set()
         self.changed: set[int] = set()
@@ -524,7 +579,7 @@ class _Replay(TorchDispatchMode):
         if index >= len(frame.funcs) or frame.funcs[index] is not func:
             expected = op_name(frame.funcs[index]) if index < len(frame.funcs) else "the end"
             raise _Differs(f"op {index} was {expected} in forward and is {op_name(func)} in replay")
-        out = self._result(index, func, args, kwargs)
+        out = self._result(func, args, kwargs)
         self.stop_if_done()
         return out
 
@@ -533,24 +588,16 @@ class _Replay(TorchDispatchMode):
         if self.filled and self.count >= self.frame.complete_at:
             raise _Stop
 
-    def _result(self, index: int, func: Any, args: Any, kwargs: Any) -> Any:
-        frame = self.frame
-        if self.planned:
-            assert frame.plan is not None
-            if frame.plan.recipe.rerun[index] is Rerun.SKIP:
-                return self._stand_in(index, func, args, kwargs)
-            if index in frame.states:
-                _generator_of(args, kwargs).set_state(frame.states[index])
-        elif is_random(func, args, kwargs):
-            self._rewind(_generator_of(args, kwargs))
+    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if is_random(func, args, kwargs):
+            self._rewind(generator_of(args, kwargs))
         self.ran += 1
         if op_name(func) in BATCH_NORMS:
-            args, kwargs = _spare_running_statistics(func, args, kwargs)
-        elif not self.planned and (skipped := self._outside_effect(func, args, kwargs)) is not None:
+            args, kwargs = spare_running_statistics(func, args, kwargs)
+        elif (skipped := self._outside_effect(func, args, kwargs)) is not None:
             return skipped
         out = func(*args, **kwargs)
-        if not self.planned:
-            self.made.update(_address(t) for t in tensors_in(out))
+        self.made.update(_address(t) for t in tensors_in(out))
         return out
 
     def _rewind(self, generator: torch.Generator) -> None:
@@ -559,14 +606,8 @@ class _Replay(TorchDispatchMode):
                 self.drawn.add(id(generator))
                 generator.set_state(state)
 
-    def _stand_in(self, index: int, func: Any, args: Any, kwargs: Any) -> Any:
-        frame = self.frame
-        assert frame.plan is not None
-        stored = {position: frame.stored[value][0] for position, value in frame.plan.recipe.store[index]}
-        return _filled(frame.outlines[index], stored, _written_arguments(func, args, kwargs))
-
     def _outside_effect(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """In a whole replay: what an op that writes outside storage returns, without writing it again.
+        """What an op that writes outside storage returns, without writing it again.
 
         None when the op writes nothing from outside. Raises `ReplayDiverged` when the unit also reads what it
         writes there, since the value that it read is gone.
@@ -598,19 +639,6 @@ def _address(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
 
 
-def _spare_running_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A batch norm's arguments with copies of its running statistics: they were updated in forward."""
-
-    def spare(name: str, value: Any) -> Any:
-        return value.clone() if name.startswith("running_") and isinstance(value, torch.Tensor) else value
-
-    names = [argument.name for argument in func._schema.arguments]
-    return (
-        tuple(spare(name, value) for name, value in zip(names, args, strict=False)),
-        {name: spare(name, value) for name, value in kwargs.items()},
-    )
-
-
 def _written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
     """The arguments that an in-place or out= op writes, in the order of its schema."""
     if not func._schema.is_mutable:
@@ -620,42 +648,3 @@ def _written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
         for position, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-
-
-def _tensor_at(out: Any, position: int) -> torch.Tensor:
-    return out if isinstance(out, torch.Tensor) else tensors_in(out)[position]
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """In an outline: the result is the argument that the op wrote, by its position among those."""
-
-    position: int
-
-
-def _outline(out: Any, written: Sequence[Any]) -> Any:
-    """The result without its data; a result that is no tensor (a number read) stays what it is."""
-    if isinstance(out, torch.Tensor):
-        found = next((i for i, argument in enumerate(written) if argument is out), None)
-        return Shape.of(out) if found is None else _Written(found)
-    if isinstance(out, (tuple, list)):
-        return [type(out), *(_outline(item, written) for item in out)]
-    return out
-
-
-def _filled(outline: Any, stored: Mapping[int, torch.Tensor], written: Sequence[Any]) -> Any:
-    """A result of the outlined form: written arguments, stored tensors where there are some, ghosts for the rest."""
-    return _fill(outline, stored, written, itertools.count())
-
-
-def _fill(part: Any, stored: Mapping[int, torch.Tensor], written: Sequence[Any], positions: Iterator[int]) -> Any:
-    # no closure: one that calls itself is a cycle, and would hold the stored tensors until the next collection
-    if isinstance(part, _Written):
-        next(positions)
-        return written[part.position]
-    if isinstance(part, Shape):
-        position = next(positions)
-        return stored[position].detach() if position in stored else Ghost(part)
-    if isinstance(part, list):
-        return part[0](_fill(item, stored, written, positions) for item in part[1:])
-    return part

@@ -21,7 +21,7 @@ import numpy as np
 
 from tightfit.core import Action, Choice, Happening, Program, TightfitError, Trace, Unsupported
 from tightfit.plan.frontier import MANY, Frontier, Point, frontier, solver
-from tightfit.plan.program import Recipe, first_random, recipe
+from tightfit.plan.program import Recipe, demanded, first_random, recipe
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -139,17 +139,17 @@ class Model:
         for frame in frames:
             program = self.trace.programs[frame]
             chosen = recipe(program, point.kept if same_ops(program, first) else frozenset())
-            if self._dropped_loads(frame, chosen):
+            if any(s in self.load for _, s in self._dropped_slots(frame, chosen)):
                 found[frame] = chosen
         return found
 
     def _replays(self, path: str, point: Point) -> bool:
         return bool(self._recipes(path, point))
 
-    def _dropped_loads(self, frame: int, chosen: Recipe) -> list[int]:
-        """Events at which backward reads what `chosen` dropped; the replay comes before the first of them."""
+    def _dropped_slots(self, frame: int, chosen: Recipe) -> list[tuple[int, int]]:
+        """(ordinal, saved id) of what autograd does not hold."""
         pairs = zip(self.slots[frame], chosen.drop, strict=True)
-        return [self.load[s] for s, drop in pairs if drop and s in self.load]
+        return [(i, s) for i, (s, drop) in enumerate(pairs) if drop]
 
     def _effect(self, path: str, point: Point) -> tuple[Floats, list[tuple[int, float]], float]:
         """Of choosing `point`: the change of live bytes at every mark, the spikes (mark, bytes) of the replays
@@ -166,52 +166,91 @@ class Model:
                 change[self.mark_at[after + 1]] += size
                 change[self.mark_at[until]] -= size
 
+        state_bytes = trace.random_state_bytes
         for frame, chosen in self._recipes(path, point).items():
-            first = min(self._dropped_loads(frame, chosen))
             values = self.values[frame]
-            for ordinal in {v for v, drop in zip(trace.programs[frame].slots, chosen.drop, strict=True) if drop}:
-                value = trace.values[values[ordinal]]
-                end = self.freed.get(value.id, end_of_step)
+            program = trace.programs[frame]
+            whole = not same_ops(program, trace.programs[self.frames_of[path][0]])
+            loads = sorted((self.load[s], i) for i, s in self._dropped_slots(frame, chosen) if s in self.load)
+            if whole:
+                batches = [(loads[0][0], tuple(sorted(chosen.runs)))]
+            else:
+                event_of = {i: event for event, i in loads}
+                batches = [(event_of[i], ops) for i, ops in demanded(program, chosen, tuple(i for _, i in loads))]
+            last_release = max(self.released.get(s, end_of_step) for s in self.slots[frame])
+            # what the dropped saved tensors held goes at once, and what was made again with the last of them
+            until: dict[int, int] = {}
+            for ordinal, slot in self._dropped_slots(frame, chosen):
+                value = trace.values[values[program.slots[ordinal]]]
+                if trace.saved[slot].read:
+                    until[value.id] = max(until.get(value.id, -1), self.released.get(slot, end_of_step))
+                else:
+                    until.setdefault(value.id, -1)
+            for value_id in until:
+                value = trace.values[value_id]
+                end = self.freed.get(value_id, end_of_step)
                 natural = end if value.natural_end is None else value.natural_end
-                gone = max(natural, self.kept_elsewhere.get(value.id, -1))
-                back = first if ordinal in chosen.dropped else end_of_step
-                live(-value.size_bytes, gone, min(back, end))
-            stored = (values[ordinal] for ordinal in chosen.captured)
-            for value_id in (*stored, *trace.frames[frame].inputs):
-                if trace.values[value_id].producer is not None:
-                    live(trace.values[value_id].size_bytes, self.freed.get(value_id, end_of_step), first)
-            states = chosen.states | ({drawn} if (drawn := first_random(trace.programs[frame])) is not None else set())
-            live(len(states) * trace.random_state_bytes, self.enter[frame], first)
-            top, spent = self._replay(frame, chosen)
-            spikes.append((int(self.mark_at[first]), top + (trace.random_state_bytes if states else 0)))
-            seconds += spent
+                live(-value.size_bytes, max(natural, self.kept_elsewhere.get(value_id, -1)), end)
+            runs_at = {self.ops[frame][op]: event for event, ops in batches for op in ops}
+            made = {v for op in chosen.runs for v in self._made_by(self.ops[frame][op])}
+            held: dict[int, int] = {}
+            last_read: dict[int, int] = {}
+            for ordinal in chosen.runs:
+                op_id = self.ops[frame][ordinal]
+                for value_id in trace.ops[op_id].inputs:
+                    if value_id in made:
+                        if op_id != trace.values[value_id].producer:
+                            last_read[value_id] = max(last_read.get(value_id, -1), runs_at.get(op_id, -1))
+                    elif trace.values[value_id].producer is not None and not whole:
+                        held[value_id] = max(held.get(value_id, -1), runs_at.get(op_id, last_release))
+            if whole:
+                held = {v: batches[0][0] for v in trace.frames[frame].inputs if trace.values[v].producer is not None}
+            for value_id, event in held.items():
+                end = self.freed.get(value_id, end_of_step)
+                live(trace.values[value_id].size_bytes, end, event)
+            for event, ops in batches:
+                top, left, spent = self._run_again(frame, ops, event, until, last_read)
+                for value_id in left:
+                    end = max(until.get(value_id, -1), last_read.get(value_id, -1))
+                    live(trace.values[value_id].size_bytes, event - 1, end)
+                spikes.append((int(self.mark_at[event]), top + (state_bytes if chosen.states else 0)))
+                seconds += spent
+            drawn = first_random(program)
+            if drawn is not None:
+                extra = len(chosen.states | {drawn}) * state_bytes
+                live(extra, self.enter[frame], self.exit[frame])
+                live(extra if whole else len(chosen.states) * state_bytes, self.exit[frame], batches[-1][0])
         return np.cumsum(change)[: len(self.marks)], spikes, seconds
 
-    def _replay(self, frame: int, chosen: Recipe) -> tuple[float, float]:
-        """(most bytes that the replay adds before it is done, beyond what it leaves; its seconds)."""
+    def _made_by(self, op_id: int) -> list[int]:
+        return [v for v in self.trace.ops[op_id].outputs if v is not None and self.trace.values[v].producer == op_id]
+
+    def _run_again(
+        self, frame: int, ops: Sequence[int], event: int, until: Mapping[int, int], last_read: Mapping[int, int]
+    ) -> tuple[float, list[int], float]:
+        """Of the ops that run before `event`: (most bytes that they add for a while beyond what they leave, the values
+        that they leave, their seconds)."""
         trace = self.trace
-        level = top = 0.0
-        seconds = 0.0
-        leaves = sum(trace.values[self.values[frame][v]].size_bytes for v in chosen.dropped)
-        last = max(chosen.runs, default=-1)
-        ends: dict[int, list[int]] = defaultdict(list)
-        for ordinal, op_id in enumerate(self.ops[frame]):
-            if ordinal > last:
-                break
-            op = trace.ops[op_id]
-            if ordinal in chosen.runs:
-                for value_id in op.outputs:
-                    if value_id is not None and trace.values[value_id].producer == op_id:
-                        value = trace.values[value_id]
-                        level += value.size_bytes
-                        if value.ordinal not in chosen.dropped and value.natural_end is not None:
-                            ends[value.natural_end].append(value.size_bytes)
-                top = max(top, level + op.scratch_bytes)
-                seconds += op.seconds
-            event = self.op_event[op_id]
-            for end in [e for e in ends if e <= event]:
-                level -= sum(ends.pop(end))
-        return top - leaves, seconds
+        left: list[int] = []
+        passing: dict[int, int] = {}  # value -> last op of this batch that reads it
+        for ordinal in ops:
+            op_id = self.ops[frame][ordinal]
+            for value_id in trace.ops[op_id].inputs:
+                if value_id in passing:
+                    passing[value_id] = op_id
+            for value_id in self._made_by(op_id):
+                if max(until.get(value_id, -1), last_read.get(value_id, -1)) > event:
+                    left.append(value_id)
+                else:
+                    passing[value_id] = op_id
+        level = top = seconds = 0.0
+        for ordinal in ops:
+            op = trace.ops[self.ops[frame][ordinal]]
+            level += sum(trace.values[v].size_bytes for v in self._made_by(op.id))
+            top = max(top, level + op.scratch_bytes)
+            level -= sum(trace.values[v].size_bytes for v, last in passing.items() if last == op.id)
+            seconds += op.seconds
+        return top - level, left, seconds
 
     # -- all units, cut into segments
 

@@ -10,7 +10,6 @@ Refused: a kept set whose closure holds an op that must not run twice (`Unsuppor
 
 from __future__ import annotations
 
-import enum
 import functools
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,28 +17,19 @@ from dataclasses import dataclass
 from tightfit.core import Action, Kind, Program, Unsupported
 
 
-class Rerun(enum.Enum):
-    """What one op does in replay."""
-
-    RUN = "run"
-    SKIP = "skip"  # hand out stored outputs where there are any, ghosts otherwise
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # one object per (program, kept): see `recipe`
 class Recipe:
-    """How to treat one frame of a unit in forward and replay.
+    """How to treat one frame of a unit in forward and backward.
 
-    `store[i]` lists (output index, value) that op i must store for replay, `drop[j]` says that saved tensor j
-    is not held, `states` are the random ops that need their own generator state.
+    `drop[j]` says that saved tensor j is not held, because `runs` make it again; `states` are the random ops among
+    those, which need the generator state that they had.
     """
 
-    rerun: tuple[Rerun, ...]
-    store: tuple[tuple[tuple[int, int], ...], ...]
+    runs: frozenset[int]  # live ops: they run again, each when something first asks for what it makes
     drop: tuple[bool, ...]
     states: frozenset[int]
-    captured: frozenset[int]  # values stored for replay
+    captured: frozenset[int]  # kept values that live ops read
     dropped: frozenset[int]  # values that backward reads and that are made again
-    runs: frozenset[int]  # ops whose results replay makes again; the views that it takes besides cost nothing
     replays: bool
 
 
@@ -131,40 +121,64 @@ def recipe(program: Program, kept: frozenset[int]) -> Recipe:
     made = {v for cluster in live for op in groups[cluster] for v in program.steps[op].writes}
     read = {v for op in live_ops for v in program.steps[op].reads}
     captured = frozenset(v for v in read & kept if v not in made)
-    present = made | captured
-    rerun: list[Rerun] = []
-    store: list[tuple[tuple[int, int], ...]] = []
-    stored: set[int] = set()
-    for i, step in enumerate(program.steps):
-        if step.kind is Kind.VIEW:
-            # a view of something that is there costs nothing; of a dead value it is itself a ghost
-            runs = all(v in present for v in (*step.reads, *step.reads_early))
-        elif not step.writes:
-            runs = False  # no tensor of the unit's own comes out: a number read, an assertion, an outside effect
-        else:
-            runs = i in live_ops
-        rerun.append(Rerun.RUN if runs else Rerun.SKIP)
-        mine = []
-        if step.kind is not Kind.VIEW and not runs:
-            for position, value in enumerate(step.outputs):
-                if value is not None and value in captured and value not in stored:
-                    mine.append((position, value))
-                    stored.add(value)
-        store.append(tuple(mine))
     needed = set(program.needed)
-    drop = tuple(value >= 0 and value not in kept for value in program.slots)
-    dropped = frozenset(needed - kept)
-    states = frozenset(i for i in live_ops if program.steps[i].kind is Kind.RANDOM)
     return Recipe(
-        rerun=tuple(rerun),
-        store=tuple(store),
-        drop=drop,
-        states=states,
-        captured=captured,
-        dropped=dropped,
         runs=frozenset(live_ops),
-        replays=bool(dropped),
+        # what is neither kept nor made again is something that backward never read: held, should it ever be
+        drop=tuple(value in made and value not in kept for value in program.slots),
+        states=frozenset(i for i in live_ops if program.steps[i].kind is Kind.RANDOM),
+        captured=captured,
+        dropped=frozenset(needed - kept),
+        replays=bool(needed - kept),
     )
+
+
+@functools.lru_cache(maxsize=65536)
+def demanded(program: Program, chosen: Recipe, loads: tuple[int, ...]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """What each of `loads` (ordinals of dropped saved tensors, in the order in which backward first reads them) makes
+    run: pairs of (load, op ordinals in the order in which they run); loads that make nothing run are left out.
+
+    An op runs when something first needs what it makes. Ops that change the same value, and live ops that read it in
+    between, run together.
+    """
+    owner, groups = cluster_of(program), clusters(program)
+    leader = list(range(len(groups)))
+
+    def root(cluster: int) -> int:
+        while leader[cluster] != cluster:
+            cluster = leader[cluster]
+        return cluster
+
+    live = [c for c in range(len(groups)) if groups[c][0] in chosen.runs]
+    for cluster in live:
+        for value in demands(program, cluster)[1]:
+            other = owner[value]
+            if other is not None and groups[other][0] in chosen.runs:
+                leader[root(other)] = root(cluster)
+    members: dict[int, list[int]] = {}
+    for cluster in live:
+        members.setdefault(root(cluster), []).append(cluster)
+    done: set[int] = set()
+    found = []
+    for load in loads:
+        wanted: set[int] = set()
+        pending = [program.slots[load]]
+        while pending:
+            made_by = owner[pending.pop()]
+            if made_by is None or groups[made_by][0] not in chosen.runs:
+                continue
+            group = root(made_by)
+            if group in done or group in wanted:
+                continue
+            wanted.add(group)
+            for cluster in members[group]:
+                final, early = demands(program, cluster)
+                pending += [*final, *early]
+        if wanted:
+            done |= wanted
+            ops = sorted(op for group in wanted for cluster in members[group] for op in groups[cluster])
+            found.append((load, tuple(ops)))
+    return tuple(found)
 
 
 def kept_values(actions: Collection[Action]) -> frozenset[int]:

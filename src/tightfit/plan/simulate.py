@@ -2,9 +2,9 @@
 
 Idea: every storage lives from its making until the last of its holders lets go. Python holds it up to its
 natural end; each saved tensor holds it up to its release. A plan takes away some of these holders (dropped
-saved tensors), adds others (stored values and unit inputs, until the replay is done) and inserts each unit's
-replay before the first backward read of something dropped. Walking the events in order and adding up gives the
-live bytes after each.
+saved tensors), adds others (what the tape's ops will read, until they have run) and inserts the ops that run
+again before the first backward read that needs them. Walking the events in order and adding up gives the live
+bytes after each.
 
 Invariant: written without the planner's model; with `plan=None` the result is the recorded step itself.
 Refused: a plan that was made from another trace (`PlanMismatch`).
@@ -13,7 +13,6 @@ Refused: a plan that was made from another trace (`PlanMismatch`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tightfit.core import (
@@ -28,7 +27,7 @@ from tightfit.core import (
     Timeline,
     Trace,
 )
-from tightfit.plan.program import Recipe, first_random, kept_values, recipe
+from tightfit.plan.program import Recipe, demanded, first_random, kept_values, recipe
 
 _STATIC = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS, Category.INPUTS)
 
@@ -53,12 +52,23 @@ def simulate_choices(trace: Trace, choices: tuple[Choice, ...]) -> Timeline:
 
 @dataclass
 class _Replayed:
-    """One frame that will be replayed."""
+    """One frame in which something runs again."""
 
     frame: int
     recipe: Recipe
-    first_load: int  # event before which the replay happens
-    extra_states: int  # saved generator states
+    whole: bool  # not the planned op sequence: everything runs again at once
+    batches: tuple[tuple[int, tuple[int, ...]], ...]  # (event before which they run, op ordinals)
+    states_in_forward: int  # saved generator states while the forward runs
+
+
+@dataclass
+class _Copy:
+    """A value that is there again."""
+
+    size_bytes: int
+    readers: set[int]  # ops that have yet to read it
+    until: int | None  # event at which autograd lets go of it; None: it does not hold it
+    is_live: bool = False
 
 
 class _Walk:
@@ -96,24 +106,32 @@ class _Walk:
                 continue
             program = trace.programs[frame.id]
             planned = trace.programs[next(f.id for f in trace.frames if f.unit == frame.unit)]
-            if program.slots != planned.slots or [s.name for s in program.steps] != [s.name for s in planned.steps]:
+            whole = program.slots != planned.slots or [s.name for s in program.steps] != [s.name for s in planned.steps]
+            if whole:
                 chosen = recipe(program, frozenset())  # the engine's answer to another op sequence
+            elif len(choice.actions) != program.values:
+                raise InvalidInput(
+                    f"the choice for {frame.unit!r} has {len(choice.actions)} actions, not {program.values}"
+                )
             else:
-                if len(choice.actions) != program.values:
-                    raise InvalidInput(
-                        f"the choice for {frame.unit!r} has {len(choice.actions)} actions, not {program.values}"
-                    )
                 chosen = recipe(program, kept_values(choice.actions))
-            dropped_loads = [
-                load_event[s] for s, drop in zip(slots[frame.id], chosen.drop, strict=True) if drop and s in load_event
-            ]
-            if not dropped_loads:
+            loads = sorted(
+                (load_event[s], i)
+                for i, (s, drop) in enumerate(zip(slots[frame.id], chosen.drop, strict=True))
+                if drop and s in load_event
+            )
+            if not loads:
                 continue
+            if whole:
+                batches: tuple[tuple[int, tuple[int, ...]], ...] = ((loads[0][0], tuple(sorted(chosen.runs))),)
+            else:
+                event_of = {i: event for event, i in loads}
+                ran = demanded(program, chosen, tuple(i for _, i in loads))
+                batches = tuple((event_of[i], ops) for i, ops in ran)
             first = first_random(program)
-            states = chosen.states | ({first} if first is not None else set())
             found[frame.id] = _Replayed(
-                frame=frame.id, recipe=chosen, first_load=min(dropped_loads),
-                extra_states=len(states),
+                frame=frame.id, recipe=chosen, whole=whole, batches=batches,
+                states_in_forward=len(chosen.states | ({first} if first is not None else set())),
             )  # fmt: skip
         return found
 
@@ -140,15 +158,44 @@ class _Walk:
                 natural = end if value.natural_end is None else value.natural_end
                 end = max(natural, kept_until.get(value.id, -1))
             ends[value.id] = end
+        self.tape_readers: dict[int, set[int]] = defaultdict(set)  # value -> ops that will read it once more
+        self.copies: dict[int, _Copy] = {}
         for replayed in self.replays.values():
-            stored = (self.values_of[replayed.frame][ordinal] for ordinal in replayed.recipe.captured)
-            for value_id in (*stored, *trace.frames[replayed.frame].inputs):
-                ends[value_id] = max(ends[value_id], replayed.first_load)
+            slots = [saved for saved in trace.saved if saved.frame == replayed.frame]
+            last_release = max(released.get(s.id, end_of_step) for s in slots)
+            if replayed.whole:
+                for value_id in trace.frames[replayed.frame].inputs:
+                    ends[value_id] = max(ends[value_id], replayed.batches[0][0])
+            made = {v for op in replayed.recipe.runs for v in self._made_by(replayed.frame, op)}
+            running = {op: event for event, ops in replayed.batches for op in ops}
+            for ordinal in replayed.recipe.runs:
+                op = self.ops_of[replayed.frame][ordinal]
+                for value_id in op.inputs:
+                    if value_id not in made and not replayed.whole:
+                        if ordinal in running:
+                            self.tape_readers[value_id].add(op.id)
+                        else:  # nobody asks for it in this call; the tape goes with the graph
+                            ends[value_id] = max(ends[value_id], last_release)
+            for value_id in made:
+                value = trace.values[value_id]
+                holders = [
+                    released.get(s.id, end_of_step)
+                    for s, drop in zip(slots, replayed.recipe.drop, strict=True)
+                    if drop and s.value == value_id and s.read
+                ]
+                self.copies[value_id] = _Copy(
+                    size_bytes=value.size_bytes, readers=set(), until=max(holders, default=None)
+                )
+            for ordinal in running:
+                op = self.ops_of[replayed.frame][ordinal]
+                for value_id in op.inputs:
+                    if value_id in made and op.id != trace.values[value_id].producer:
+                        self.copies[value_id].readers.add(op.id)
+        self.ends = ends
         after: dict[int, list[int]] = defaultdict(list)
         for value_id, end in ends.items():
             if trace.values[value_id].producer is not None:
                 after[end].append(value_id)
-        self.freed = freed
         return after
 
     # -- the walk
@@ -156,31 +203,40 @@ class _Walk:
     def timeline(self) -> Timeline:
         trace = self.trace
         after = self._lives()
-        by_event: dict[int, list[_Replayed]] = defaultdict(list)
+        by_event: dict[int, list[tuple[_Replayed, tuple[int, ...]]]] = defaultdict(list)
         for replayed in self.replays.values():
-            by_event[replayed.first_load].append(replayed)
+            for event_index, ops in replayed.batches:
+                by_event[event_index].append((replayed, ops))
+        letting_go: dict[int, list[int]] = defaultdict(list)
+        for value_id, copy in self.copies.items():
+            if copy.until is not None:
+                letting_go[copy.until].append(value_id)
         self.level = {category: int(trace.static_bytes.get(category.value, 0)) for category in _STATIC}
         self.level[Category.SAVED] = self.level[Category.TEMPORARIES] = 0
         self.labels: list[str] = []
         self.rows: list[dict[Category, int]] = []
         self.seconds = 0.0
         self.flops = 0
-        replayed_free: dict[int, list[int]] = defaultdict(list)  # event -> sizes of replayed values to free
+        state_bytes = trace.random_state_bytes
         for index, event in enumerate(trace.events):
-            for replayed in by_event.get(index, ()):
-                for value, end in self._replay(replayed):
-                    replayed_free[end].append(value)
+            for replayed, ops in by_event.get(index, ()):
+                self._run_again(replayed, ops, index)
             if event.what is Happening.ALLOC:
                 self._add(self._category(event.subject), trace.values[event.subject].size_bytes)
             elif event.what is Happening.OP:
                 op = trace.ops[event.subject]
                 self._mark(self._label(op), op.scratch_bytes)
             elif event.what is Happening.ENTER and event.subject in self.replays:
-                self._add(Category.SAVED, self.replays[event.subject].extra_states * trace.random_state_bytes)
+                self._add(Category.SAVED, self.replays[event.subject].states_in_forward * state_bytes)
+            elif event.what is Happening.EXIT and event.subject in self.replays:
+                replayed = self.replays[event.subject]
+                states = replayed.states_in_forward if replayed.whole else len(replayed.recipe.states)
+                self._add(Category.SAVED, (states - replayed.states_in_forward) * state_bytes)
             for value_id in after.get(index, ()):
-                self._add(self._category(value_id), -trace.values[value_id].size_bytes)
-            for value_id in replayed_free.get(index, ()):
-                self._add(Category.SAVED, -trace.values[value_id].size_bytes)
+                if not self.tape_readers.get(value_id):
+                    self._add(self._category(value_id), -trace.values[value_id].size_bytes)
+            for value_id in letting_go.get(index, ()):
+                self._drop_copy(self.copies[value_id], index)
         totals = [sum(row.values()) for row in self.rows]
         peak = max(range(len(totals)), key=totals.__getitem__) if totals else 0
         return Timeline(
@@ -195,37 +251,48 @@ class _Walk:
             replays=len(self.replays),
         )
 
-    def _replay(self, replayed: _Replayed) -> Iterator[tuple[int, int]]:
-        """Walk one replay; yields (value, event after which it is freed) for what stays behind in slots."""
-        trace, chosen = self.trace, replayed.recipe
-        states = trace.random_state_bytes if replayed.extra_states else 0
-        self._add(Category.TEMPORARIES, states)  # the state to go back to
-        transient: dict[int, int] = {}  # value -> event of its natural end
-        last = max(chosen.runs, default=-1)  # the replay stops once the last slot is filled
-        for op in self.ops_of[replayed.frame]:
-            assert op.ordinal is not None
-            if op.ordinal > last:
-                break
-            if op.ordinal in chosen.runs:
-                for value_id in op.outputs:
-                    if value_id is None or trace.values[value_id].producer != op.id:
-                        continue
-                    value = trace.values[value_id]
-                    self._add(Category.SAVED, value.size_bytes)
-                    if value.ordinal in chosen.dropped:
-                        yield value_id, self.freed.get(value_id, len(trace.events))
-                    else:
-                        transient[value_id] = len(trace.events) if value.natural_end is None else value.natural_end
-                self._mark(f"replay of {op.unit}: {op.name}", op.scratch_bytes)
-                self.seconds += op.seconds
-                self.flops += op.flops
-            for value_id in [v for v, end in transient.items() if end <= self.op_event[op.id]]:
-                self._add(Category.SAVED, -trace.values[value_id].size_bytes)
-                del transient[value_id]
-        for value_id in transient:
-            self._add(Category.SAVED, -trace.values[value_id].size_bytes)
-        self._add(Category.TEMPORARIES, -states)
-        self._add(Category.SAVED, -replayed.extra_states * trace.random_state_bytes)
+    def _made_by(self, frame: int, ordinal: int) -> list[int]:
+        """Value ids that an op of a frame makes."""
+        op = self.ops_of[frame][ordinal]
+        return [v for v in op.outputs if v is not None and self.trace.values[v].producer == op.id]
+
+    def _drop_copy(self, copy: _Copy, index: int) -> None:
+        """Free `copy` if after event `index` neither autograd nor the tape has any use for it."""
+        if copy.is_live and not copy.readers and (copy.until is None or copy.until <= index):
+            self._add(Category.SAVED, -copy.size_bytes)
+            copy.is_live = False
+
+    def _run_again(self, replayed: _Replayed, ops: tuple[int, ...], index: int) -> None:
+        """Walk the ops that run again before event `index`."""
+        trace = self.trace
+        state_bytes = trace.random_state_bytes
+        for ordinal in ops:
+            op = self.ops_of[replayed.frame][ordinal]
+            made = [self.copies[v] for v in self._made_by(replayed.frame, ordinal)]
+            for copy in made:
+                self._add(Category.SAVED, copy.size_bytes)
+                copy.is_live = True
+            draws = ordinal in replayed.recipe.states
+            self._add(Category.TEMPORARIES, state_bytes if draws else 0)  # the state to go back to
+            self._mark(f"replay of {op.unit}: {op.name}", op.scratch_bytes)
+            self._add(Category.TEMPORARIES, -state_bytes if draws else 0)
+            self._add(Category.SAVED, -state_bytes if draws and not replayed.whole else 0)
+            self.seconds += op.seconds
+            self.flops += op.flops
+            for value_id in dict.fromkeys(op.inputs):
+                if value_id in self.copies:
+                    copy = self.copies[value_id]
+                    copy.readers.discard(op.id)
+                    self._drop_copy(copy, index - 1)
+                elif op.id in self.tape_readers.get(value_id, ()):
+                    readers = self.tape_readers[value_id]
+                    readers.discard(op.id)
+                    if not readers and self.ends[value_id] < index and trace.values[value_id].producer is not None:
+                        self._add(self._category(value_id), -trace.values[value_id].size_bytes)
+            for copy in made:
+                self._drop_copy(copy, index - 1)
+        if replayed.whole:
+            self._add(Category.SAVED, -replayed.states_in_forward * state_bytes)
 
     # -- rows
 

@@ -1,0 +1,435 @@
+"""The ops of one frame that backward will want again, with the arguments they had.
+
+Idea: a frame's forward notes each *live* op below autograd: the op, its plain arguments, and for each tensor
+either the tensor itself (it stays: a kept value, a parameter, something from outside the unit) or a *reference*
+to a value that another live op makes, with the shape and strides that were read of it. When backward asks for
+a dropped value, the tape runs the ops that lead to it and no others, in their old order, and lets go of each
+value after its last reader. No Python of the model runs again: no module code, no hooks, no branch that could
+turn out differently, and everything else (dead ops, views) costs nothing at all.
+
+Invariants:
+- What a reference means is decided by the identity of the storage that the forward really read, not by the plan.
+  A tensor that is not known to come from a live op is held, so confusion costs bytes and never a gradient.
+- Ops run again in an order in which each reads what it read in forward: ops that write the same value, and ops
+  that read it in between, run together in their old order.
+- A tensor on the tape that was changed in place since is an error, as it is in autograd.
+
+Refused: sparse, conjugated and subclassed tensors made by live ops, and live ops that write what they did not make
+(`NotOnTape`; the frame then does without the tape).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from tightfit.core import ReplayDiverged, Unsupported
+from tightfit.step import tensors_in
+from tightfit.trace import BATCH_NORMS, METADATA_ONLY, op_name
+
+
+class NotOnTape(Exception):
+    """This forward cannot be taken down; whoever runs it falls back to running the module again."""
+
+
+class Geometry(NamedTuple):
+    """How a tensor lies on its storage."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    storage_offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Geometry:
+        return cls(tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+
+    def on(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This geometry on the storage of `tensor`."""
+        if tensor.dtype == self.dtype:
+            return tensor.as_strided(self.size, self.stride, self.storage_offset)
+        empty = torch.empty(0, dtype=self.dtype, device=tensor.device)
+        return empty.set_(tensor.untyped_storage(), self.storage_offset, self.size, self.stride)
+
+
+class Reference:
+    """Stands in an argument list, or in autograd's hands, for a tensor that a live op makes."""
+
+    __slots__ = ("geometry", "state", "value")
+
+    def __init__(self, value: int, geometry: Geometry | None, state: int) -> None:
+        self.value = value
+        self.geometry = geometry  # None: as the op made it
+        self.state = state  # how many ops had written the value
+
+
+class _Cast:
+    """Stands for autocast's copy of a weight: the copy while anybody has it, else the cast made anew."""
+
+    __slots__ = ("args", "func", "geometry", "kwargs", "storage")
+
+    def __init__(self, func: Any, args: Any, kwargs: Any, storage: weakref.ref[Any]) -> None:
+        self.func, self.args, self.kwargs, self.storage = func, args, kwargs, storage
+
+    def tensor(self, geometry: Geometry) -> torch.Tensor:
+        storage = self.storage()
+        if storage is None:
+            return geometry.on(self.func(*self.args, **self.kwargs))
+        empty = torch.empty(0, dtype=geometry.dtype, device=storage.device)
+        return empty.set_(storage, geometry.storage_offset, geometry.size, geometry.stride)
+
+
+class _CastView:
+    __slots__ = ("cast", "geometry")
+
+    def __init__(self, cast: _Cast, geometry: Geometry) -> None:
+        self.cast, self.geometry = cast, geometry
+
+
+class _Held:
+    """A tensor that an op on the tape reads and that stays where it is."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.version: int | None = _version(tensor)
+
+
+class _Outline:
+    """An argument of which only the shape is read."""
+
+    __slots__ = ("geometry",)
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+
+    def tensor(self) -> torch.Tensor:
+        size, stride, offset, dtype = self.geometry
+        reach = offset + 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        return torch.empty(max(reach, 0), dtype=dtype, device="meta").as_strided(size, stride, offset)
+
+
+class _Entry:
+    """One live op."""
+
+    __slots__ = ("args", "done", "func", "held", "index", "kwargs", "makes", "nbytes", "reads", "state", "writes")
+
+    def __init__(self, index: int, func: Any) -> None:
+        self.index, self.func = index, func
+        self.args: Sequence[Any] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.reads: list[Reference] = []
+        self.held: list[_Held] = []
+        self.makes: tuple[tuple[int, int], ...] = ()  # (output, value)
+        self.nbytes: tuple[int, ...] = ()
+        self.writes: list[int] = []  # values that it changes in place
+        self.state: torch.Tensor | None = None  # of its generator, before it drew
+        self.done = False
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class Tape:
+    """Taken down in a frame's forward, run in pieces in its backward."""
+
+    __slots__ = ("by_value", "entries", "known", "made", "ran", "together", "uses", "written")
+
+    def __init__(self) -> None:
+        self.entries: dict[int, _Entry] = {}  # by op ordinal, in order
+        self.known: dict[int, tuple[Callable[[], Any], int | _Cast, Geometry | None]] = {}  # by storage address
+        self.by_value: dict[int, list[int]] = {}  # value -> ops that make or change it
+        self.written: dict[int, int] = {}  # value -> how many ops have written it
+        self.uses: dict[int, int] = {}  # value -> references that nobody has followed yet
+        self.made: dict[int, torch.Tensor] = {}  # values that are there again
+        self.together: dict[int, tuple[int, ...]] | None = None  # op -> ops that run with it
+        self.ran = 0
+
+    # -- forward
+
+    def refer(self, tensor: torch.Tensor) -> Reference | _CastView | None:
+        """What stands for `tensor`, if it lies in a value that a live op made; None: hold it."""
+        if tensor.layout is not torch.strided:
+            return None
+        storage = tensor.untyped_storage()
+        found = self.known.get(storage._cdata)
+        if found is None or found[0]() is not storage:
+            return None
+        if tensor.is_conj() or tensor.is_neg():
+            raise NotOnTape("a conjugated view of something to be made again")
+        geometry = Geometry.of(tensor)
+        _, value, made_as = found
+        if isinstance(value, _Cast):
+            return _CastView(value, geometry)
+        return Reference(value, None if geometry == made_as else geometry, self.written[value])
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Does `tensor` lie in a value that a live op made?"""
+        return isinstance(self.refer(tensor), Reference)
+
+    def slot(self, tensor: torch.Tensor, counted: bool) -> Reference | None:
+        """A reference for autograd to hold; `counted` if backward is expected to follow it."""
+        found = self.refer(tensor)
+        if not isinstance(found, Reference):
+            return None
+        found.state = -1  # autograd reads whatever the value became
+        if counted:
+            self.uses[found.value] = self.uses.get(found.value, 0) + 1
+        return found
+
+    def cast(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+        """Take note of a cast that autocast made of a weight."""
+        storage = out.untyped_storage()
+        self.known[storage._cdata] = (weakref.ref(storage), _Cast(func, args, kwargs, weakref.ref(storage)), None)
+
+    def before(self, index: int, func: Any, args: Any, kwargs: Any) -> _Entry:
+        """Take down the arguments of live op `index`, which is about to run."""
+        entry = _Entry(index, func)
+        if func in METADATA_ONLY:
+            source = args[0]
+            kwargs = {"device": source.device, **{k: v for k, v in kwargs.items() if v is not None}}
+            entry.args = (_Outline(Geometry.of(source)), *args[1:])
+            entry.kwargs = kwargs
+            return entry
+        entry.args = [self._encoded(a, entry) for a in args]
+        if kwargs:
+            entry.kwargs = {k: self._encoded(a, entry) for k, a in kwargs.items()}
+        if op_name(func) in BATCH_NORMS:
+            for name, item in _named(func, entry.args, entry.kwargs):
+                if name.startswith("running_") and isinstance(item, _Held):
+                    item.version = None  # it is updated right now, and its content does not matter
+        elif func._schema.is_mutable:
+            written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+            for name, target in _named(func, entry.args, entry.kwargs):
+                if name in written:
+                    for item in target if isinstance(target, list) else [target]:
+                        if isinstance(item, Reference):
+                            entry.writes.append(item.value)
+                        elif item is not None:
+                            raise NotOnTape(f"{op_name(func)} writes what the unit did not make")
+        return entry
+
+    def after(self, entry: _Entry, out: Any, outputs: Sequence[int | None]) -> None:
+        """Live op `entry` has run and given `out`, whose tensors are the values `outputs`."""
+        for reference in entry.reads:
+            self.uses[reference.value] = self.uses.get(reference.value, 0) + 1
+        for value in entry.writes:
+            self.written[value] += 1
+            self.by_value[value].append(entry.index)
+        makes, sizes = [], []
+        for position, tensor in enumerate([out] if isinstance(out, torch.Tensor) else tensors_in(out)):
+            made = outputs[position] if position < len(outputs) else None
+            if made is None or made < 0 or made in self.written:
+                continue
+            if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+                raise NotOnTape(f"{op_name(entry.func)} makes a {type(tensor).__name__}")
+            storage = tensor.untyped_storage()
+            self.known[storage._cdata] = (weakref.ref(storage), made, Geometry.of(tensor))
+            self.written[made] = 1
+            self.by_value[made] = [entry.index]
+            makes.append((position, made))
+            sizes.append(storage.nbytes())
+        entry.makes, entry.nbytes = tuple(makes), tuple(sizes)
+        self.entries[entry.index] = entry
+
+    def finish(self) -> None:
+        """The forward is over. Raises `NotOnTape` when something on the tape has been changed in place meanwhile."""
+        self.known.clear()
+        for entry in self.entries.values():
+            for held in entry.held:
+                tensor = held.tensor
+                if held.version not in (None, _version(tensor)):
+                    raise NotOnTape("something that a live op read was changed in place later in the unit")
+                if tensor.grad_fn is not None:
+                    held.tensor = tensor.detach()  # its history would hold the tape, and the tape its history
+
+    def _encoded(self, item: Any, entry: _Entry) -> Any:
+        if isinstance(item, torch.Tensor):
+            found = self.refer(item)
+            if found is None:
+                held = _Held(item)
+                entry.held.append(held)
+                return held
+            if isinstance(found, Reference):
+                entry.reads.append(found)
+            return found
+        if isinstance(item, (list, tuple)) and any(isinstance(x, (torch.Tensor, list, tuple)) for x in item):
+            return [self._encoded(x, entry) for x in item]
+        return item
+
+    # -- backward
+
+    def follow(self, reference: Reference, *, counted: bool, last: bool) -> torch.Tensor:
+        """The tensor that `reference` stands for; `last`: nobody will follow this reference again."""
+        if not counted:
+            self.uses[reference.value] = self.uses.get(reference.value, 0) + 1
+        if reference.value not in self.made:
+            self._make(reference.value, keep=not last)
+        made = self.made[reference.value]
+        tensor = made if reference.geometry is None else reference.geometry.on(made)
+        if last or not counted:
+            self._count_down(reference)
+        return tensor
+
+    def forget_made(self) -> None:
+        """Drop every value that is there again; they can all be made once more."""
+        self.made.clear()
+        for entry in self.entries.values():
+            entry.done = False
+
+    def _count_down(self, reference: Reference) -> None:
+        left = self.uses[reference.value] = self.uses[reference.value] - 1
+        if left <= 0:
+            self.made.pop(reference.value, None)
+
+    def _make(self, value: int, keep: bool) -> None:
+        """Run what leads to `value`. `keep`: leave the tape as it is, so that it can all run once more."""
+        if self.together is None:
+            self.together = self._groups()
+        wanted: set[int] = set()
+        pending = [value]
+        while pending:
+            value = pending.pop()
+            if value in self.made:
+                continue
+            writers = self.by_value.get(value)
+            if not writers or self.entries[writers[0]].done:
+                raise RuntimeError(
+                    "trying to backward through the graph a second time, or to read a saved tensor that the planned "
+                    "step never read, after what it is made from was freed; use retain_graph=True for the first "
+                    "backward, or make the plan with the loss that is trained"
+                )
+            if writers[0] in wanted:
+                continue
+            for index in self.together.get(writers[0], (writers[0],)):
+                wanted.add(index)
+                pending += [reference.value for reference in self.entries[index].reads]
+        # grad mode as in forward: below autograd it only matters to kernels that then make more (the LSTM cell's)
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+            for index in sorted(wanted):
+                self._run(self.entries[index], keep)
+
+    def _run(self, entry: _Entry, keep: bool) -> None:
+        for held in entry.held:
+            if held.version not in (None, _version(held.tensor)):
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation "
+                    f"between forward and backward: a tensor of shape {list(held.tensor.shape)}, read by "
+                    f"{op_name(entry.func)}, is at version {_version(held.tensor)}; expected version {held.version}"
+                )
+        args = [self._decoded(item) for item in entry.args]
+        kwargs = {name: self._decoded(item) for name, item in entry.kwargs.items()} if entry.kwargs else {}
+        if op_name(entry.func) in BATCH_NORMS:
+            args, kwargs = spare_running_statistics(entry.func, args, kwargs)
+        if entry.state is None:
+            out = entry.func(*args, **kwargs)
+        else:
+            generator = generator_of(args, kwargs)
+            now = generator.get_state()
+            generator.set_state(entry.state)
+            try:
+                out = entry.func(*args, **kwargs)
+            finally:
+                generator.set_state(now)
+        self.ran += 1
+        entry.done = True
+        if entry.makes:
+            tensors = [out] if isinstance(out, torch.Tensor) else tensors_in(out)
+            for (position, value), nbytes in zip(entry.makes, entry.nbytes, strict=True):
+                tensor = tensors[position]
+                if tensor.untyped_storage().nbytes() != nbytes:
+                    raise ReplayDiverged(
+                        f"{op_name(entry.func)} made {nbytes:,} bytes in forward and "
+                        f"{tensor.untyped_storage().nbytes():,} when run again with the same arguments"
+                    )
+                if self.uses.get(value, 0) > 0:
+                    self.made[value] = tensor
+            del tensors
+        del out, args, kwargs
+        if not keep:
+            entry.args, entry.kwargs, entry.held, entry.state = (), {}, [], None
+            for reference in entry.reads:
+                self._count_down(reference)
+            entry.reads = []
+
+    def _decoded(self, item: Any) -> Any:
+        kind = type(item)
+        if kind is Reference:
+            made = self.made[item.value]
+            return made if item.geometry is None else item.geometry.on(made)
+        if kind is _Held:
+            return item.tensor
+        if kind is list:
+            return [self._decoded(x) for x in item]
+        if kind is _CastView:
+            return item.cast.tensor(item.geometry)
+        if kind is _Outline:
+            return item.tensor()
+        return item
+
+    def _groups(self) -> dict[int, tuple[int, ...]]:
+        """Ops that must run together, in order, because they change the same value or read it between changes."""
+        if all(len(ops) == 1 for ops in self.by_value.values()):
+            return {}
+        root = {index: index for index in self.entries}
+
+        def find(index: int) -> int:
+            while root[index] != index:
+                index = root[index]
+            return index
+
+        for ops in self.by_value.values():
+            for other in ops[1:]:
+                root[find(other)] = find(ops[0])
+        for index, entry in self.entries.items():
+            for reference in entry.reads:
+                if reference.state < self.written[reference.value]:
+                    root[find(index)] = find(self.by_value[reference.value][0])
+        members: dict[int, list[int]] = {}
+        for index in self.entries:
+            members.setdefault(find(index), []).append(index)
+        return {index: tuple(ops) for ops in members.values() if len(ops) > 1 for index in ops}
+
+
+def _named(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Arguments with the names that the op's schema gives them."""
+    names = [argument.name for argument in func._schema.arguments]
+    return [*zip(names, args, strict=False), *kwargs.items()]
+
+
+def spare_running_statistics(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A batch norm's arguments with copies of its running statistics: they were updated in forward."""
+
+    def spare(name: str, value: Any) -> Any:
+        return value.clone() if name.startswith("running_") and isinstance(value, torch.Tensor) else value
+
+    names = [argument.name for argument in func._schema.arguments]
+    return (
+        tuple(spare(name, value) for name, value in zip(names, args, strict=False)),
+        {name: spare(name, value) for name, value in kwargs.items()},
+    )
+
+
+def generator_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Generator:
+    """The generator that a random op draws from: the one it was given, else its device's own."""
+    for item in (*args, *kwargs.values()):
+        if isinstance(item, torch.Generator):
+            return item
+    device = kwargs.get("device")
+    if device is None:
+        tensors = tensors_in((args, kwargs))
+        device = tensors[0].device if tensors else torch.device("cpu")
+    device = torch.device(device)
+    if device.type == "cpu":
+        return torch.default_generator
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    if device.type == "meta":
+        return torch.default_generator
+    raise Unsupported(f"random numbers on {device.type} cannot be drawn again: its generator is not known")
