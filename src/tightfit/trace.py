@@ -213,6 +213,7 @@ class _Call:
     seconds: list[float] = field(default_factory=list)
     scratch_bytes: int = 0
     rerunnable: bool = True
+    adds_to_view: bool = False  # its first argument is a view, whose base keeps autograd from summing into it
 
 
 @dataclass
@@ -333,6 +334,8 @@ class _Recorder(TorchDispatchMode):
             else None,
             flops=op_flops(func, args, kwargs, out), out_bytes=0, seconds=[seconds],
         )  # fmt: skip
+        if func is _aten.add.Tensor and self.phase is Phase.BACKWARD:
+            call.adds_to_view = args[0]._is_view()
         outside, self.open = self.open, frame  # an uncounted op's output belongs to no frame
         flat = tensors_in(out) if not isinstance(out, torch.Tensor) else [out]
         for tensor in flat:
@@ -674,11 +677,14 @@ def _sum_in_place(full: _Recorder, summed: list[bool]) -> None:
     """Put back what a dispatch mode takes away: the engine sums gradients in place where nobody else holds them.
 
     Under a mode it never does (`isTensorSubclassLike` in torch/csrc/autograd/input_buffer.cpp). Where the first
-    addend dies at the sum, its bytes become the sum's: it is freed before the sum is made, not after.
+    addend dies at the sum, its bytes become the sum's: it is freed before the sum is made, not after. A view (the
+    gradient of a linear layer's weight is one) holds its base, so nothing is summed into it.
     """
     position = {subject: i for i, (what, subject) in enumerate(full.events) if what is Happening.OP}
     for call, by_engine in zip(full.calls, summed, strict=True):
         if not by_engine or call.name != "aten.add.Tensor" or len(call.fresh) != 1 or not call.reads:
+            continue
+        if call.adds_to_view:
             continue
         old, new = call.reads[0][0], call.fresh[0]
         at = position[call.id]
