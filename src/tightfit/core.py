@@ -287,6 +287,16 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """A cross entropy outside the units whose gradient can be made in place (`tightfit.loss`); op ids."""
+
+    log_softmax: int
+    nll_backward: int
+    softmax_backward: int
+    rows_bytes: int  # of the rows that are made at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
     """One recorded step: what ran, what lived, what autograd held, in order."""
 
@@ -304,6 +314,7 @@ class Trace:
     batch_sizes: tuple[int, ...] = ()  # leading sizes of the batch's tensors, for advice
     random_state_bytes: int = 0  # one saved generator state
     notes: tuple[str, ...] = ()
+    losses: tuple[Loss, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,6 +361,7 @@ class Plan:
     trace_digest: str
     versions: Mapping[str, str]
     programs: Mapping[str, Program] = field(default_factory=dict)
+    in_place_loss: bool = False  # the loss makes its gradient in place of what it saved; costs no recompute
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON: whole or not at all."""

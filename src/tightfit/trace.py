@@ -43,6 +43,7 @@ from tightfit.core import (
     Happening,
     InvalidInput,
     Kind,
+    Loss,
     Op,
     Phase,
     Program,
@@ -56,6 +57,7 @@ from tightfit.core import (
     to_json,
 )
 from tightfit.cost import op_seconds
+from tightfit.loss import rows_at_once, watched
 from tightfit.step import (
     ForwardPatch,
     LossFunction,
@@ -260,6 +262,10 @@ class _Recorder(TorchDispatchMode):
         self.saved: list[tuple[int, int | None, int | None]] = []  # value, frame, ordinal
         self.read: set[int] = set()
         self.reading_unit: str | None = None
+        self.in_cross_entropy = False
+        self.log_softmaxes: list[
+            tuple[int, int]
+        ] = []  # calls that a plain cross entropy made, bytes of a chunk of rows
 
     # -- storages
 
@@ -356,6 +362,10 @@ class _Recorder(TorchDispatchMode):
                         if written is not None:
                             call.writes.append(written)
                             self.storages[written].version += 1
+        if self.in_cross_entropy and func is _aten._log_softmax.default:
+            rows, classes = out.shape
+            row_bytes = classes * out.element_size()
+            self.log_softmaxes.append((call.id, rows_at_once(rows, row_bytes) * row_bytes))
         self._classify(call, func, args, kwargs, frame)
         self.calls.append(call)
         for value in call.fresh:
@@ -593,9 +603,16 @@ def _record(
     patches = [
         ForwardPatch(module, functools.partial(recorder.frame_forward, path)) for path, module in modules.items()
     ]
+
+    def note_cross_entropy(entered: bool) -> None:
+        recorder.in_cross_entropy = entered
+
     try:
         with recorder:
-            with torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack):
+            with (
+                torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack),
+                watched(note_cross_entropy),
+            ):
                 result = compute_loss(model, batch, loss)
             if dry:
                 recorder.recording = False
@@ -982,7 +999,43 @@ class _Assembly:
             batch_sizes=tuple(t.shape[0] for t in tensors_in(self.batch) if t.dim()),
             random_state_bytes=torch.get_rng_state().numel() if device_of(self.model).type == "cpu" else 16,
             notes=self.notes,
+            losses=tuple(self._losses()),
         )  # fmt: skip
+
+    def _losses(self) -> Iterator[Loss]:
+        """Cross entropies outside the units, whose saved log-probabilities only their own backward reads."""
+        full = self.full
+        readers: dict[int, list[_Call]] = defaultdict(list)
+        for call in full.calls:
+            for value in dict.fromkeys(v for v, _ in call.reads):
+                readers[value].append(call)
+        freed = {subject: i for i, (what, subject) in enumerate(full.events) if what is Happening.FREE}
+        position = {subject: i for i, (what, subject) in enumerate(full.events) if what is Happening.OP}
+        for log_softmax, rows_bytes in full.log_softmaxes:
+            call = full.calls[log_softmax]
+            if call.frame is not None or len(call.fresh) != 1:
+                continue
+            saved = call.fresh[0]
+            backward = [c for c in readers[saved] if c.phase is Phase.BACKWARD]
+            names = [c.name for c in readers[saved]]
+            if names != [
+                f"aten.{n}.default" for n in ("nll_loss_forward", "nll_loss_backward", "_log_softmax_backward_data")
+            ]:
+                continue
+            likelihood, softmax = backward
+            size = full.storages[saved].size_bytes
+            alike = all(len(c.fresh) == 1 and full.storages[c.fresh[0]].size_bytes == size for c in backward)
+            made = [c.fresh[0] for c in backward] if alike else []
+            if not made or any(v not in freed for v in (saved, *made)) or freed[saved] < position[softmax.id]:
+                continue
+            if [c.id for c in readers[made[0]]] != [softmax.id]:
+                continue
+            yield Loss(
+                log_softmax=log_softmax,
+                nll_backward=likelihood.id,
+                softmax_backward=softmax.id,
+                rows_bytes=rows_bytes,
+            )
 
     def _share_wanted(self, programs: dict[int, Program]) -> None:
         """A plan has one program per unit, so what backward reads in one call of it counts as read in all alike."""

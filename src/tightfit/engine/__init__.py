@@ -8,6 +8,7 @@ Invariant: `remove` puts back exactly what was there. Refused: a plan for anothe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from tightfit.core import Choice, InvalidInput, Plan, PlanMismatch, Trace
 from tightfit.engine.frame import Frame, FramePlan, Stats, is_active
 from tightfit.engine.region import checkpoint
+from tightfit.loss import in_place
 from tightfit.plan.program import kept_values, recipe
 from tightfit.step import ForwardPatch, no_key_value_cache
 from tightfit.trace import signature_of
@@ -35,6 +37,9 @@ class Applied:
         self._cache = no_key_value_cache(model)
         matched = _matched(model, plan)
         self._cache.__enter__()
+        self._loss: contextlib.AbstractContextManager[None] | None = in_place() if plan.in_place_loss else None
+        if self._loss is not None:
+            self._loss.__enter__()
         try:
             for choice, module in matched:
                 frame_plan = _frame_plan(plan, choice)
@@ -72,6 +77,9 @@ class Applied:
         """Restore every `forward`. Harmless when called twice; graphs made before stay valid."""
         while self._patches:
             self._patches.pop().undo()
+        if self._loss is not None:
+            self._loss.__exit__(None, None, None)
+            self._loss = None
         self._cache.__exit__(None, None, None)
 
     def __enter__(self) -> Applied:

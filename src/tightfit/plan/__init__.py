@@ -9,6 +9,7 @@ No torch here: a trace read from JSON is enough.
 
 from __future__ import annotations
 
+import functools
 from importlib import metadata
 
 from tightfit.core import (
@@ -25,6 +26,7 @@ from tightfit.core import (
     parse_bytes,
 )
 from tightfit.plan.choose import Model, Solution
+from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.simulate import simulate, simulate_choices
 
 __all__ = ["every_block", "plan", "simulate"]
@@ -40,53 +42,90 @@ def plan(trace: Trace, budget: str | int) -> Plan:
     """
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
-    model = _model(trace)
-    if unplanned.peak_bytes <= budget_bytes:
+    planner = _planner(trace)
+    best, lowest = _best(trace, planner, budget_bytes, unplanned)
+    if trace.losses and (best is None or best.recompute_seconds > 0):
+        other, lower = _best(trace, planner.in_place_loss, budget_bytes, unplanned)
+        if other is not None and (best is None or other.recompute_seconds < best.recompute_seconds):
+            best = other
+        lowest = min(lowest, lower, key=lambda line: line.peak_bytes)
+    if best is not None:
+        return best
+    raise BudgetInfeasible(budget_bytes, lowest.peak_bytes, _advice(trace, lowest, budget_bytes))
+
+
+def _best(trace: Trace, planner: _Planner, budget_bytes: int, unplanned: Timeline) -> tuple[Plan | None, Timeline]:
+    """The best plan by `planner`, that of `trace` or of what a lever makes of it; and the last timeline looked at, that
+    of the lowest peak when there is no plan."""
+    lever, model = planner.trace, planner.model
+    line = simulate_choices(lever, ())
+    if line.peak_bytes <= budget_bytes:
         nothing = Solution(points={u.path: 0 for u in trace.units}, seconds=0.0, bound_seconds=0.0)
-        return _plan(trace, budget_bytes, model.choices(nothing), unplanned, unplanned, 0.0)
+        return _plan(trace, lever, budget_bytes, model.choices(nothing), line, unplanned, 0.0), line
     target = budget_bytes
     for _ in range(_REFEREE_ROUNDS):
         solution = model.solve(target)
         if solution is None:
             break
         choices = model.choices(solution)
-        line = simulate_choices(trace, choices)
+        line = simulate_choices(lever, choices)
         if line.peak_bytes <= budget_bytes:
-            return _plan(trace, budget_bytes, choices, line, unplanned, solution.bound_seconds)
+            return _plan(trace, lever, budget_bytes, choices, line, unplanned, solution.bound_seconds), line
         # the model was too hopeful by this much; ask it for that much less
         target -= max(1, line.peak_bytes - budget_bytes)
     lowest = model.solve(None)
     assert lowest is not None
     choices = model.choices(lowest)
-    line = simulate_choices(trace, choices)
+    line = simulate_choices(lever, choices)
     if line.peak_bytes <= budget_bytes:
-        return _plan(trace, budget_bytes, choices, line, unplanned, 0.0)
-    raise BudgetInfeasible(budget_bytes, line.peak_bytes, _advice(trace, line, budget_bytes))
+        return _plan(trace, lever, budget_bytes, choices, line, unplanned, 0.0), line
+    return None, line
 
 
 def every_block(trace: Trace) -> Plan:
     """The book recipe as a plan: every unit keeps only its inputs. Its budget is its own peak."""
     unplanned = simulate_choices(trace, ())
-    model = _model(trace)
+    model = _planner(trace).model
     points = {path: len(options) - 1 for path, options in model.options.items()}
     choices = model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
     line = simulate_choices(trace, choices)
-    return _plan(trace, line.peak_bytes, choices, line, unplanned, 0.0)
+    return _plan(trace, trace, line.peak_bytes, choices, line, unplanned, 0.0)
 
 
-_latest: tuple[Trace, Model] | None = None
+class _Planner:
+    """What of a trace does not depend on the budget, made when first asked for."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+
+    @functools.cached_property
+    def model(self) -> Model:
+        return Model(self.trace)
+
+    @functools.cached_property
+    def in_place_loss(self) -> _Planner:
+        return _Planner(with_loss_in_place(self.trace))
 
 
-def _model(trace: Trace) -> Model:
-    """`Model(trace)`, kept for the next budget of the same trace."""
+_latest: _Planner | None = None
+
+
+def _planner(trace: Trace) -> _Planner:
+    """Kept for the next budget of the same trace."""
     global _latest  # noqa: PLW0603 - one entry of a cache
-    if _latest is None or _latest[0] is not trace:
-        _latest = (trace, Model(trace))
-    return _latest[1]
+    if _latest is None or _latest.trace is not trace:
+        _latest = _Planner(trace)
+    return _latest
 
 
 def _plan(
-    trace: Trace, budget_bytes: int, choices: tuple[Choice, ...], line: Timeline, unplanned: Timeline, bound: float
+    trace: Trace,
+    lever: Trace,
+    budget_bytes: int,
+    choices: tuple[Choice, ...],
+    line: Timeline,
+    unplanned: Timeline,
+    bound: float,
 ) -> Plan:
     step_seconds = sum(op.seconds for op in trace.ops)
     proven = line.recompute_seconds <= bound * (1 + 1e-6) + 1e-12
@@ -115,6 +154,7 @@ def _plan(
         }
         | {"highspy": metadata.version("highspy")},
         programs=programs,
+        in_place_loss=lever is not trace,
     )
 
 

@@ -27,6 +27,7 @@ from tightfit.core import (
     Timeline,
     Trace,
 )
+from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.program import Recipe, demanded, first_random, kept_values, recipe
 
 _STATIC = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS, Category.INPUTS)
@@ -42,6 +43,8 @@ def simulate(trace: Trace, plan: Plan | None = None) -> Timeline:
         raise PlanMismatch(
             f"the plan was made from trace {plan.trace_digest}, this is trace {trace.digest}; make the plan anew"
         )
+    if plan is not None and plan.in_place_loss:
+        trace = with_loss_in_place(trace)
     return simulate_choices(trace, () if plan is None else plan.choices)
 
 
