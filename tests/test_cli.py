@@ -176,13 +176,18 @@ def test_ctrl_c_leaves_a_readable_record(model: str, tmp_path: Path) -> None:
         [sys.executable, "-m", "tightfit.cli", "train", "--model", model, "--data", str(data), "--batch", "4", "--seq",
          "64", "--steps", "100000", "--budget", "80%", "--compare-steps", "1", "--out", "run"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell that runs the tests in the background has them, and so this process, ignore the interrupt
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - nothing else runs here
     )  # fmt: skip
     losses = tmp_path / "run" / "losses.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (losses.exists() and losses.read_text().count("\n") > 3):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     record = json.loads((tmp_path / "run" / "record.json").read_text())

@@ -25,7 +25,7 @@ from tightfit.plan.program import Recipe, demanded, first_random, recipe
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-SOLVER_SECONDS = 8.0
+SOLVER_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,22 +335,51 @@ class Model:
     def _relaxed(self) -> dict[str, Floats]:
         """A table that is nowhere above what any kept set of at least these seconds would cost.
 
-        Outside its own segments a unit holds its kept bytes and lacks, at most, everything else that it needs;
-        inside them it is taken to hold nothing at all.
+        Outside its own segments a unit holds its kept bytes and lacks, at most, everything else that it needs. Inside
+        them it lacks, at most, what backward has not yet asked for and what it has already let go of.
         """
         tables = {}
         for path, options in self.options.items():
             rows = []
             own = self._own_segments(path)
-            nothing = np.min(self.least[path], axis=0)
+            inside = np.maximum.reduceat(self.base + self._least_inside(path), self.starts) - self.base_top
             for index, option in enumerate(options):
                 if option is None:
                     rows.append(np.zeros(len(self.starts)))
                 else:
-                    least = self.least[path][index]
-                    rows.append(np.where(own, np.minimum(nothing, least), least) - option.passed_bytes)
+                    rows.append(np.where(own, inside, self.least[path][index] - option.passed_bytes))
             tables[path] = np.array(rows)
         return tables
+
+    def _least_inside(self, path: str) -> Floats:
+        """At every mark, no less than the change of live bytes that dropping everything droppable could make there.
+
+        From its first read to its last release a value is alive whether it was kept or made again.
+        """
+        trace = self.trace
+        change = np.zeros(len(self.marks) + 1)
+        end_of_step = len(trace.events)
+        for frame in self.frames_of[path]:
+            held = set(trace.programs[frame].held)
+            reads: dict[int, tuple[int, int]] = {}
+            for slot in self.slots[frame]:
+                value = trace.values[trace.saved[slot].value]
+                if self.maker.get(value.id) != frame or value.ordinal in held:
+                    continue
+                first, last = reads.get(value.id, (end_of_step, -1))
+                if slot in self.load:
+                    first, last = min(first, self.load[slot]), max(last, self.released.get(slot, end_of_step))
+                reads[value.id] = first, last
+            for value_id, (first, last) in reads.items():
+                value = trace.values[value_id]
+                end = self.freed.get(value_id, end_of_step)
+                natural = end if value.natural_end is None else value.natural_end
+                gone = max(natural, self.kept_elsewhere.get(value_id, -1))
+                for start, stop in ((gone, min(first, end)), (max(gone, last), end)):
+                    if stop > start:
+                        change[self.mark_at[start + 1]] -= value.size_bytes
+                        change[self.mark_at[stop]] += value.size_bytes
+        return np.asarray(np.cumsum(change)[: len(self.marks)])
 
     def _solve(
         self, budget_bytes: int | None, table: Mapping[str, Floats]
