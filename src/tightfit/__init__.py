@@ -28,8 +28,9 @@ from tightfit.plan.simulate import simulate
 
 if TYPE_CHECKING:
     from tightfit.engine import Applied, apply, checkpoint
+    from tightfit.fitting import fit
     from tightfit.trace import trace
-    from tightfit.verify import fit, verify
+    from tightfit.verify import verify
 
 __version__ = "0.1.0"
 
@@ -59,7 +60,7 @@ _LAZY = {
     "Applied": "tightfit.engine",
     "apply": "tightfit.engine",
     "checkpoint": "tightfit.engine",
-    "fit": "tightfit.verify",
+    "fit": "tightfit.fitting",
     "trace": "tightfit.trace",
     "verify": "tightfit.verify",
 }

@@ -20,11 +20,9 @@ import torch
 from torch import nn
 
 from tightfit.core import Check, Plan, Proof, format_bytes, make_verb
-from tightfit.engine import Applied, apply
-from tightfit.plan import plan as make_plan
+from tightfit.engine import apply
 from tightfit.step import (
     LossFunction,
-    UnitsAsked,
     compute_loss,
     device_of,
     environment,
@@ -32,29 +30,12 @@ from tightfit.step import (
     static_bytes_by_category,
     undisturbed,
 )
-from tightfit.trace import memory_events, trace
+from tightfit.trace import memory_events
 
-__all__ = ["Outcome", "PeakMeter", "differences", "fit", "run_step", "static_bytes", "timed", "untrained", "verify"]
+__all__ = ["Outcome", "PeakMeter", "differences", "run_step", "static_bytes", "timed", "untrained", "verify"]
 
 PEAK_TOLERANCE = 0.005
 TIMED_STEPS = 3
-
-
-def fit(
-    model: nn.Module,
-    batch: Any,
-    budget: str | int,
-    loss: LossFunction | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    units: UnitsAsked = None,
-) -> Applied:
-    """Trace one step, plan it for `budget` bytes, apply the plan. `applied.remove()` undoes it.
-
-    `budget` is the peak of the whole step: bytes, a size (`"22GiB"`), or a percentage of the unplanned step's
-    peak. Pass the `optimizer` so that its state and its step count too. Raises what `trace`, `plan` and `apply` do.
-    """
-    recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
-    return Applied(model, make_plan(recorded, budget), trace=recorded)
 
 
 class PeakMeter:

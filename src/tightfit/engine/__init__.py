@@ -31,32 +31,51 @@ class Applied:
     """A plan in force. `remove()`, or leaving it as a context manager, restores the model exactly."""
 
     def __init__(self, model: nn.Module, plan: Plan, trace: Trace | None = None) -> None:
-        self.model, self.plan, self.trace = model, plan, trace
+        self.model = model
         self._stats = Stats()
         self._patches: list[ForwardPatch] = []
-        self._cache = no_key_value_cache(model)
-        matched = _matched(model, plan)
-        self._cache.__enter__()
-        self._loss: contextlib.AbstractContextManager[None] | None = in_place() if plan.in_place_loss else None
-        if self._loss is not None:
-            self._loss.__enter__()
+        self._switches = contextlib.ExitStack()
+        self._on_remove: list[Callable[[], None]] = []
+        self.resume(plan, trace)
+
+    def resume(self, plan: Plan, trace: Trace | None = None) -> None:
+        """Put `plan` in force; on a suspended handle, which goes on counting."""
+        self.plan, self.trace = plan, trace
+        matched = _matched(self.model, plan)
         try:
+            self._switches.enter_context(no_key_value_cache(self.model))
+            if plan.in_place_loss:
+                self._switches.enter_context(in_place())
             for choice, module in matched:
                 frame_plan = _frame_plan(plan, choice)
                 if frame_plan is not None:
                     self._patches.append(ForwardPatch(module, self._planned(choice.unit, module, frame_plan)))
         except BaseException:
-            self.remove()
+            self.suspend()
             raise
+
+    def suspend(self) -> None:
+        """Restore the model until `resume`. Graphs made before stay valid."""
+        while self._patches:
+            self._patches.pop().undo()
+        self._switches.close()
+
+    def on_remove(self, run: Callable[[], None]) -> None:
+        """Have `remove` call `run` too."""
+        self._on_remove.append(run)
 
     def _planned(
         self, name: str, module: nn.Module, plan: FramePlan
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            checked = False  # the first frame's replay is compared with its forward, bit by bit
+
             def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal checked
                 if not torch.is_grad_enabled() or is_active():
                     return original(*args, **kwargs)
-                return Frame(name or "the model", original, args, kwargs, plan, self._stats, module).run()
+                check, checked = not checked, True
+                return Frame(name or "the model", original, args, kwargs, plan, self._stats, module, check).run()
 
             forward.__tightfit__ = True  # type: ignore[attr-defined]  # how a second plan, or a trace, sees this one
             return forward
@@ -75,12 +94,9 @@ class Applied:
 
     def remove(self) -> None:
         """Restore every `forward`. Harmless when called twice; graphs made before stay valid."""
-        while self._patches:
-            self._patches.pop().undo()
-        if self._loss is not None:
-            self._loss.__exit__(None, None, None)
-            self._loss = None
-        self._cache.__exit__(None, None, None)
+        self.suspend()
+        while self._on_remove:
+            self._on_remove.pop()()
 
     def __enter__(self) -> Applied:
         return self

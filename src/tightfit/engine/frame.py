@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tightfit.core import Kind, Program, ReplayDiverged, Unsupported
 from tightfit.engine.tape import NotOnTape, Reference, Tape, generator_of, spare_running_statistics
@@ -185,7 +185,7 @@ class _Held:
 class _Slot:
     """A saved tensor that will be made again, by the tape if there is a reference into it."""
 
-    __slots__ = ("__weakref__", "counted", "dtype", "frame", "index", "reference", "shape", "tensor")
+    __slots__ = ("__weakref__", "checksum", "counted", "dtype", "frame", "index", "reference", "shape", "tensor")
 
     def __init__(
         self, frame: Frame, index: int, tensor: torch.Tensor, reference: Reference | None = None, counted: bool = False
@@ -194,6 +194,7 @@ class _Slot:
         self.reference, self.counted = reference, counted
         self.shape, self.dtype = tensor.shape, tensor.dtype
         self.tensor: torch.Tensor | None = None
+        self.checksum: torch.Tensor | None = None  # of the forward's tensor, in the first frame of a unit
 
     def get(self) -> torch.Tensor:
         tensor = self.tensor
@@ -239,15 +240,17 @@ class Frame:
         plan: FramePlan | None,
         stats: Stats,
         module: nn.Module | None = None,
+        check: bool = False,
     ) -> None:
         self.name, self.forward, self.plan, self.stats = name, forward, plan, stats
+        self.check = check  # compare what is made again with what was there, bit by bit
         self.args, self.kwargs = args, kwargs
         self.tape: Tape | None = None if plan is None else Tape()  # None: the unit's Python will run again
         self.kept_reads: set[int] = set()  # slots read so far by a backward that keeps its graph
         self.counted = 0  # slots that backward is expected to read
         self.replayed = False
         self.released = False
-        self.watch: _Watch  # the mode of its forward
+        self.count = 0  # ops of the forward so far
         self.funcs: list[Any] = []  # the forward's ops, as they came
         self.first_states: list[tuple[torch.Generator, torch.Tensor]] = []
         # autocast's copies of weights: whoever saved one for backward has it still, so replay need not cast again
@@ -273,22 +276,23 @@ class Frame:
         self.stats.frames += 1
         if self.plan is None:  # planned units that draw from Python or NumPy are pinned, so only regions need this
             self.foreign = _foreign_random_states()
-        watch = _Watch(self)
         try:
-            with _activated(), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack), watch:
+            with _activated(), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack), _Watch(self):
                 out = self.forward(*self.args, **self.kwargs)
         except BaseException:
             self.tape = None  # it holds tensors whose history holds it
             raise
         if self.tape is not None:
             assert self.plan is not None
-            if watch.count != len(self.plan.names) or len(self.packed_at) != len(self.plan.wanted):
-                self.leave_plan(watch.count)
+            if self.count != len(self.plan.names) or len(self.packed_at) != len(self.plan.wanted):
+                self.leave_plan(self.count)
             else:
                 try:
                     self.tape.finish()
                 except NotOnTape:
-                    self.leave_plan(watch.count)
+                    self.leave_plan(self.count)
+                else:
+                    self._forgo_checksums(self.tape)
         if self.tape is not None:
             self.release()
             return out
@@ -312,7 +316,7 @@ class Frame:
         plan = self.plan
         if self.tape is not None:
             assert plan is not None
-            self.packed_at.append(self.watch.count)
+            self.packed_at.append(self.count)
             if index >= len(plan.drop) or not plan.drop[index]:
                 return _Held(tensor)
             counted = plan.wanted[index]
@@ -324,6 +328,8 @@ class Frame:
                 return _Held(tensor)
             slot = _Slot(self, index, tensor, reference, counted)
             self.counted += counted
+            if self.check and tensor.numel():
+                slot.checksum = _checksum(tensor)
         else:
             self.packed_at.append(len(self.funcs))
             self.saved_addresses.add(_address(tensor))
@@ -332,6 +338,18 @@ class Frame:
             slot = _Slot(self, index, tensor)
         self.slots[index] = weakref.ref(slot)
         return slot
+
+    def _forgo_checksums(self, tape: Tape) -> None:
+        """Those of tensors that were written again after autograd saved them, of an op's further outputs (workspaces,
+        statistics: parts of them may never be written), and of ops that come out anew each time."""
+        results = {value for entry in tape.entries.values() for position, value in entry.makes if position == 0}
+        unsteady = any(torch.Tag.nondeterministic_bitwise in entry.func.tags for entry in tape.entries.values())
+        for known in self.slots.values():
+            slot = known()
+            if slot is not None and slot.reference is not None:
+                reference = slot.reference
+                if unsteady or reference.value not in results or reference.state < tape.written[reference.value]:
+                    slot.checksum = None
 
     # -- backward
 
@@ -359,6 +377,12 @@ class Frame:
             raise type(error)(f"{self.name}: {error}") from None
         finally:
             self.stats.rerun_ops += tape.ran - before
+        if slot.checksum is not None and bool(_checksum(tensor) != slot.checksum):
+            raise ReplayDiverged(
+                f"{self.name}: a saved tensor of shape {list(tensor.shape)} came out different when it was made again: "
+                "something that torch does not see writes it (NumPy, a kernel of its own), or an op is not "
+                "deterministic; leave this unit out of the units"
+            )
         if kept and slot.counted:
             self.kept_reads.add(slot.index)
             if len(self.kept_reads) == self.counted:  # this pass is through with the frame; the next makes all anew
@@ -448,6 +472,12 @@ class Frame:
             )
 
 
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """All bits of `tensor` in eight bytes, without a copy of it."""
+    with _disable_current_modes(), torch.no_grad():
+        return torch.hash_tensor(tensor)
+
+
 def _foreign_random_states() -> dict[str, Any]:
     states: dict[str, Any] = {"python": random.getstate()}
     if "numpy" in sys.modules:
@@ -478,8 +508,6 @@ class _Watch(TorchDispatchMode):
     def __init__(self, frame: Frame) -> None:
         super().__init__()
         self.frame = frame
-        frame.watch = self
-        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         frame = self.frame
@@ -490,8 +518,8 @@ class _Watch(TorchDispatchMode):
                 if frame.tape is not None:
                     frame.tape.cast(func, args, kwargs or {}, out)
             return out
-        index = self.count
-        self.count += 1
+        index = frame.count
+        frame.count += 1
         if frame.tape is not None:
             plan = frame.plan
             assert plan is not None

@@ -177,7 +177,6 @@ class Tape:
         found = self.refer(tensor)
         if not isinstance(found, Reference):
             return None
-        found.state = -1  # autograd reads whatever the value became
         if counted:
             self.uses[found.value] = self.uses.get(found.value, 0) + 1
         return found

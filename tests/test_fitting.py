@@ -1,0 +1,154 @@
+"""A plan for the longest batch: shorter ones under the same plan and budget, longer ones as the user chose."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import tightfit
+from tightfit import fitting
+from tightfit.core import BudgetInfeasible, InvalidInput
+from tightfit.verify import Outcome, PeakMeter, differences, static_bytes
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=3, n_embd=64, n_head=4, vocab_size=512, n_positions=256, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config).train()
+
+
+def tokens(rows: int, length: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 512, (rows, length), generator=torch.Generator().manual_seed(rows * length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """One entry per trace that `fit` makes."""
+    made: list[int] = []
+    honest = fitting.trace
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(1)
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(fitting, "trace", counted)
+    yield made
+
+
+def outcome(model: nn.Module, batch: Any) -> Outcome:
+    model.zero_grad()
+    torch.manual_seed(7)
+    model(**batch).loss.backward()
+    return Outcome(model)
+
+
+def peak_bytes(model: nn.Module, batch: Any) -> int:
+    model.zero_grad()
+    before = static_bytes(model, None, batch)
+    with PeakMeter("cpu") as meter:
+        model(**batch).loss.backward()
+    return before + meter.rise_bytes
+
+
+def test_shorter_batches(traces: list[int]) -> None:
+    model = gpt2()
+    applied = tightfit.fit(model, tokens(4, 128), "55%")
+    for rows, length in ((4, 128), (4, 97), (3, 128), (2, 64), (2, 2), (1, 7), (1, 1), (4, 128)):
+        batch = tokens(rows, length)
+        before = applied.stats()
+        assert peak_bytes(model, batch) <= applied.plan.budget_bytes * 1.005
+        if rows > 1:  # a single row calls other ops in attention's reshapes: whole replays, counted
+            assert (applied.stats() - before).fallbacks == 0
+        found = outcome(model, batch)
+        applied.suspend()
+        assert not differences(outcome(model, batch), found)
+        applied.resume(applied.plan, applied.trace)
+    assert applied.stats().replays > 0
+    assert len(traces) == 1
+    applied.remove()
+
+
+def test_a_longer_batch_is_planned_anew_for_the_same_bytes(traces: list[int]) -> None:
+    model = gpt2()
+    applied = tightfit.fit(model, tokens(4, 96), "90%")
+    first = applied.plan
+    longer = tokens(4, 128)
+    expected = outcome(model, longer)  # planned anew inside
+    assert len(traces) == 2
+    assert applied.plan is not first
+    assert applied.plan.budget_bytes == first.budget_bytes
+    assert peak_bytes(model, longer) <= first.budget_bytes * 1.005
+    assert len(traces) == 2
+    applied.remove()
+    assert not differences(outcome(model, longer), expected)
+    assert not model._forward_pre_hooks
+    assert "forward" not in model.transformer.h[0].__dict__
+
+
+def test_more_rows_of_the_same_tokens_are_not_longer(traces: list[int]) -> None:
+    model = gpt2()
+    with tightfit.fit(model, tokens(4, 128), "70%") as applied:
+        assert peak_bytes(model, tokens(8, 64)) <= applied.plan.budget_bytes * 1.005
+    assert len(traces) == 1
+
+
+def test_a_longer_batch_that_fits_nowhere() -> None:
+    model = gpt2()
+    with tightfit.fit(model, tokens(2, 32), "90%") as applied:
+        before = applied.plan
+        with pytest.raises(BudgetInfeasible):
+            model(**tokens(8, 256))
+        assert applied.plan is before
+        assert peak_bytes(model, tokens(2, 32)) <= before.budget_bytes * 1.005
+
+
+def test_refused() -> None:
+    model = gpt2()
+    with tightfit.fit(model, tokens(2, 64), "70%", longer="refuse"):
+        with pytest.raises(InvalidInput, match=r"length 65 came.*at most 128 and 64"):
+            model(**tokens(1, 65))
+        with pytest.raises(InvalidInput, match="192 elements"):
+            model(**tokens(3, 64))
+        with torch.no_grad():
+            model(**tokens(4, 200))  # nothing is held here
+        model.eval()
+        model(**tokens(4, 200))
+        model.train()
+        model(**tokens(2, 64)).loss.backward()
+
+
+def test_allowed(traces: list[int]) -> None:
+    model = gpt2()
+    longer = tokens(2, 128)
+    with tightfit.fit(model, tokens(2, 64), "70%", longer="allow"):
+        found = outcome(model, longer)
+    assert not differences(outcome(model, longer), found)
+    assert len(traces) == 1
+
+
+def test_with_a_loss_function_it_warns_once() -> None:
+    model = gpt2()
+
+    def loss(subject: Any, batch: Any) -> torch.Tensor:
+        return subject(input_ids=batch["input_ids"]).logits.float().logsumexp(-1).mean()
+
+    with tightfit.fit(model, tokens(2, 64), "80%", loss=loss):
+        with pytest.warns(UserWarning, match="the budget is not promised"):
+            loss(model, tokens(2, 96)).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss(model, tokens(2, 96)).backward()
+
+
+def test_another_word() -> None:
+    with pytest.raises(InvalidInput, match="'replan', 'refuse', 'allow'"):
+        tightfit.fit(gpt2(), tokens(1, 8), "80%", longer="maybe")
