@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tightfit.core import Kind, Program, ReplayDiverged, Unsupported
-from tightfit.engine.tape import NotOnTape, Reference, Tape, generator_of, spare_running_statistics
+from tightfit.engine.tape import NotOnTape, Reference, Tape, Todo, generator_of, spare_running_statistics
 from tightfit.plan.program import Recipe, first_random
 from tightfit.step import tensors_in
 from tightfit.trace import BATCH_NORMS, is_random, is_uncounted, op_name
@@ -66,7 +66,8 @@ class FramePlan:
     first_random: int | None
     drop: tuple[bool, ...]
     wanted: tuple[bool, ...]
-    funcs: list[Any]  # the ops themselves, once a forward has called them
+    todo: list[Todo | None]  # once a forward has called the op; None before, and for casts, which need a closer look
+    funcs: list[Any]  # the ops themselves, as forwards have called them
 
     @classmethod
     def of(cls, program: Program, recipe: Recipe) -> FramePlan:
@@ -80,6 +81,7 @@ class FramePlan:
             first_random=first_random(program),
             drop=recipe.drop,
             wanted=program.wanted,
+            todo=[None] * len(steps),
             funcs=[None] * len(steps),
         )
 
@@ -342,7 +344,7 @@ class Frame:
     def _forgo_checksums(self, tape: Tape) -> None:
         """Those of tensors that were written again after autograd saved them, of an op's further outputs (workspaces,
         statistics: parts of them may never be written), and of ops that come out anew each time."""
-        results = {value for entry in tape.entries.values() for position, value in entry.makes if position == 0}
+        results = {value for entry in tape.entries.values() for position, value, _ in entry.makes if position == 0}
         unsteady = any(torch.Tag.nondeterministic_bitwise in entry.func.tags for entry in tape.entries.values())
         for known in self.slots.values():
             slot = known()
@@ -511,57 +513,60 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         frame = self.frame
+        tape, index = frame.tape, frame.count
+        if tape is not None:
+            plan = frame.plan
+            assert plan is not None
+            todo = plan.todo[index] if index < len(plan.todo) else None
+            if todo is not None and todo.func is func:
+                frame.count = index + 1
+                if todo.plain:
+                    return func(*args, **kwargs) if kwargs else func(*args)
+                return self._taken_down(todo, tape, index, args, kwargs or {})
         if is_uncounted(func, args):
             out = func(*args, **(kwargs or {}))
             if func is _CAST:
                 frame.casts[id(args[0])] = weakref.ref(out)
-                if frame.tape is not None:
-                    frame.tape.cast(func, args, kwargs or {}, out)
+                if tape is not None:
+                    tape.cast(func, args, kwargs or {}, out)
             return out
-        index = frame.count
-        frame.count += 1
-        if frame.tape is not None:
-            plan = frame.plan
+        frame.count = index + 1
+        if tape is not None:
             assert plan is not None
-            if index < len(plan.names) and (
-                plan.funcs[index] is func or (plan.funcs[index] is None and self._is_planned(plan, index, func))
-            ):
-                if not (plan.live[index] or plan.writes[index] or index == plan.first_random):
-                    return func(*args, **kwargs) if kwargs else func(*args)
-                return self._taken_down(plan, frame.tape, index, func, args, kwargs or {})
+            if index < len(plan.names) and plan.names[index] == op_name(func):
+                todo = Todo(
+                    func, live=plan.live[index], writes=plan.writes[index], draws=index in plan.states,
+                    first_random=index == plan.first_random, outputs=plan.outputs[index],
+                )  # fmt: skip
+                plan.funcs[index] = func
+                if func is not _CAST:
+                    plan.todo[index] = todo
+                return self._taken_down(todo, tape, index, args, kwargs or {})
             frame.leave_plan(index)
         return self._noted(index, func, args, kwargs or {})
 
-    @staticmethod
-    def _is_planned(plan: FramePlan, index: int, func: Any) -> bool:
-        if plan.names[index] != op_name(func):
-            return False
-        plan.funcs[index] = func
-        return True
-
-    def _taken_down(self, plan: FramePlan, tape: Tape, index: int, func: Any, args: Any, kwargs: Any) -> Any:
+    def _taken_down(self, todo: Todo, tape: Tape, index: int, args: Any, kwargs: Any) -> Any:
+        func = todo.func
         state = None
-        if index == plan.first_random or index in plan.states:
+        if todo.draws or todo.first_random:
             generator = generator_of(args, kwargs)
             state = generator.get_state()
-            if index == plan.first_random:  # for a whole replay, should this forward leave the plan
+            if todo.first_random:  # for a whole replay, should this forward leave the plan
                 self.frame.first_states.append((generator, state))
         try:
-            if not plan.live[index]:
-                if plan.writes[index] and any(
-                    tape.knows(t) for t in tensors_in(_written_arguments(func, args, kwargs))
-                ):
+            if not todo.live:
+                if todo.mutates and any(tape.knows(t) for t in tensors_in(_written_arguments(func, args, kwargs))):
                     raise NotOnTape(f"{op_name(func)} changes a value that was to be made again")
                 return func(*args, **kwargs)
-            entry = tape.before(index, func, args, kwargs)
+            entry = tape.before(index, todo, args, kwargs)
         except NotOnTape:
             self.frame.leave_plan(index + 1)
             return func(*args, **kwargs)
-        if index in plan.states:
+        if todo.draws:
             entry.state = state
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if kwargs else func(*args)
         try:
-            tape.after(entry, out, plan.outputs[index])
+            tape.after(entry, out, todo.outputs)
         except NotOnTape:
             self.frame.leave_plan(index + 1)
         return out

@@ -116,7 +116,7 @@ class _Outline:
 class _Entry:
     """One live op."""
 
-    __slots__ = ("args", "done", "func", "held", "index", "kwargs", "makes", "nbytes", "reads", "state", "writes")
+    __slots__ = ("args", "done", "func", "held", "index", "kwargs", "makes", "reads", "state", "writes")
 
     def __init__(self, index: int, func: Any) -> None:
         self.index, self.func = index, func
@@ -124,11 +124,25 @@ class _Entry:
         self.kwargs: dict[str, Any] = {}
         self.reads: list[Reference] = []
         self.held: list[_Held] = []
-        self.makes: tuple[tuple[int, int], ...] = ()  # (output, value)
-        self.nbytes: tuple[int, ...] = ()
-        self.writes: list[int] = []  # values that it changes in place
+        self.makes: list[tuple[int, int, int]] = []  # (output, value, its bytes)
+        self.writes: Sequence[int] = ()  # values that it changes in place
         self.state: torch.Tensor | None = None  # of its generator, before it drew
         self.done = False
+
+
+class Todo:
+    """What is known about a planned op before it runs; the same for every frame of a unit."""
+
+    __slots__ = ("draws", "first_random", "func", "is_batch_norm", "live", "mutates", "outputs", "plain", "shape_only")
+
+    def __init__(
+        self, func: Any, *, live: bool, writes: bool, draws: bool, first_random: bool, outputs: Sequence[int | None]
+    ) -> None:
+        self.func, self.live, self.draws, self.first_random, self.outputs = func, live, draws, first_random, outputs
+        self.plain = not (live or writes or first_random)  # it runs as it is
+        self.shape_only = func in METADATA_ONLY
+        self.is_batch_norm = op_name(func) in BATCH_NORMS
+        self.mutates = bool(func._schema.is_mutable) and not self.is_batch_norm
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -142,7 +156,8 @@ class Tape:
 
     def __init__(self) -> None:
         self.entries: dict[int, _Entry] = {}  # by op ordinal, in order
-        self.known: dict[int, tuple[Callable[[], Any], int | _Cast, Geometry | None]] = {}  # by storage address
+        # by storage address: the storage, what it holds, the tensor as its op made it
+        self.known: dict[int, tuple[Callable[[], Any], int | _Cast, Callable[[], Any] | None]] = {}
         self.by_value: dict[int, list[int]] = {}  # value -> ops that make or change it
         self.written: dict[int, int] = {}  # value -> how many ops have written it
         self.uses: dict[int, int] = {}  # value -> references that nobody has followed yet
@@ -154,19 +169,23 @@ class Tape:
 
     def refer(self, tensor: torch.Tensor) -> Reference | _CastView | None:
         """What stands for `tensor`, if it lies in a value that a live op made; None: hold it."""
-        if tensor.layout is not torch.strided:
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:  # sparse
             return None
-        storage = tensor.untyped_storage()
         found = self.known.get(storage._cdata)
         if found is None or found[0]() is not storage:
             return None
+        _, value, as_made = found
+        if as_made is not None and as_made() is tensor:
+            return Reference(value, None, self.written[value])  # type: ignore[index,arg-type]  # a value: casts have none
         if tensor.is_conj() or tensor.is_neg():
             raise NotOnTape("a conjugated view of something to be made again")
         geometry = Geometry.of(tensor)
-        _, value, made_as = found
-        if isinstance(value, _Cast):
-            return _CastView(value, geometry)
-        return Reference(value, None if geometry == made_as else geometry, self.written[value])
+        if type(value) is int:
+            return Reference(value, geometry, self.written[value])
+        assert isinstance(value, _Cast)
+        return _CastView(value, geometry)
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Does `tensor` lie in a value that a live op made?"""
@@ -186,54 +205,72 @@ class Tape:
         storage = out.untyped_storage()
         self.known[storage._cdata] = (weakref.ref(storage), _Cast(func, args, kwargs, weakref.ref(storage)), None)
 
-    def before(self, index: int, func: Any, args: Any, kwargs: Any) -> _Entry:
+    def before(self, index: int, todo: Todo, args: Any, kwargs: Any) -> _Entry:
         """Take down the arguments of live op `index`, which is about to run."""
+        func = todo.func
         entry = _Entry(index, func)
-        if func in METADATA_ONLY:
+        if todo.shape_only:
             source = args[0]
-            kwargs = {"device": source.device, **{k: v for k, v in kwargs.items() if v is not None}}
             entry.args = (_Outline(Geometry.of(source)), *args[1:])
-            entry.kwargs = kwargs
+            entry.kwargs = {"device": source.device, **{k: v for k, v in kwargs.items() if v is not None}}
             return entry
-        entry.args = [self._encoded(a, entry) for a in args]
+        encoded = []
+        for item in args:
+            kind = type(item)
+            if kind is torch.Tensor or isinstance(item, torch.Tensor):
+                found = self.refer(item)
+                if found is None:
+                    found = _Held(item)  # type: ignore[assignment]  # whatever stands for the tensor
+                    entry.held.append(found)  # type: ignore[arg-type]
+                elif type(found) is Reference:
+                    entry.reads.append(found)
+                encoded.append(found)
+            elif kind is list or kind is tuple:
+                encoded.append(self._encoded(item, entry))
+            else:
+                encoded.append(item)
+        entry.args = encoded
         if kwargs:
             entry.kwargs = {k: self._encoded(a, entry) for k, a in kwargs.items()}
-        if op_name(func) in BATCH_NORMS:
+        if todo.is_batch_norm:
             for name, item in _named(func, entry.args, entry.kwargs):
                 if name.startswith("running_") and isinstance(item, _Held):
                     item.version = None  # it is updated right now, and its content does not matter
-        elif func._schema.is_mutable:
-            written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-            for name, target in _named(func, entry.args, entry.kwargs):
-                if name in written:
-                    for item in target if isinstance(target, list) else [target]:
-                        if isinstance(item, Reference):
-                            entry.writes.append(item.value)
-                        elif item is not None:
-                            raise NotOnTape(f"{op_name(func)} writes what the unit did not make")
+        elif todo.mutates:
+            entry.writes = self._written(func, entry)
         return entry
+
+    def _written(self, func: Any, entry: _Entry) -> list[int]:
+        names = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        found = []
+        for name, target in _named(func, entry.args, entry.kwargs):
+            if name in names:
+                for item in target if isinstance(target, list) else [target]:
+                    if isinstance(item, Reference):
+                        found.append(item.value)
+                    elif item is not None:
+                        raise NotOnTape(f"{op_name(func)} writes what the unit did not make")
+        return found
 
     def after(self, entry: _Entry, out: Any, outputs: Sequence[int | None]) -> None:
         """Live op `entry` has run and given `out`, whose tensors are the values `outputs`."""
+        uses, written = self.uses, self.written
         for reference in entry.reads:
-            self.uses[reference.value] = self.uses.get(reference.value, 0) + 1
+            uses[reference.value] = uses.get(reference.value, 0) + 1
         for value in entry.writes:
-            self.written[value] += 1
+            written[value] += 1
             self.by_value[value].append(entry.index)
-        makes, sizes = [], []
-        for position, tensor in enumerate([out] if isinstance(out, torch.Tensor) else tensors_in(out)):
+        for position, tensor in enumerate([out] if type(out) is torch.Tensor else tensors_in(out)):
             made = outputs[position] if position < len(outputs) else None
-            if made is None or made < 0 or made in self.written:
+            if made is None or made < 0 or made in written:
                 continue
             if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
                 raise NotOnTape(f"{op_name(entry.func)} makes a {type(tensor).__name__}")
             storage = tensor.untyped_storage()
-            self.known[storage._cdata] = (weakref.ref(storage), made, Geometry.of(tensor))
-            self.written[made] = 1
+            self.known[storage._cdata] = (weakref.ref(storage), made, weakref.ref(tensor))
+            written[made] = 1
             self.by_value[made] = [entry.index]
-            makes.append((position, made))
-            sizes.append(storage.nbytes())
-        entry.makes, entry.nbytes = tuple(makes), tuple(sizes)
+            entry.makes.append((position, made, storage.nbytes()))
         self.entries[entry.index] = entry
 
     def finish(self) -> None:
@@ -339,7 +376,7 @@ class Tape:
         entry.done = True
         if entry.makes:
             tensors = [out] if isinstance(out, torch.Tensor) else tensors_in(out)
-            for (position, value), nbytes in zip(entry.makes, entry.nbytes, strict=True):
+            for position, value, nbytes in entry.makes:
                 tensor = tensors[position]
                 if tensor.untyped_storage().nbytes() != nbytes:
                     raise ReplayDiverged(
