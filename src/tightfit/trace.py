@@ -91,7 +91,7 @@ BATCH_NORMS = frozenset(
 )
 
 
-#: Look only at the shape, strides and dtype of their first argument, so a ghost serves them as well.
+#: Look only at the shape, strides and dtype of their first argument, so they run again without its data.
 METADATA_ONLY = frozenset(
     op
     for packet in (
