@@ -1,4 +1,5 @@
-"""Write `docs/cli.md` from the program's own `--help`, and README's measured part from `benchmarks/results`.
+"""Write `docs/cli.md` from the program's own `--help`, and `docs/peers.md` and README's measured part from
+`benchmarks/results`.
 
 Invariant: the page depends on the program alone, not on the terminal: the width is fixed and colour is off; every
 figure in README's measured part is in a results file.
@@ -18,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("cli.md")
+PEERS = Path(__file__).with_name("peers.md")
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured: begin; written by docs/generate.py -->\n", "<!-- measured: end -->\n"
@@ -88,7 +90,90 @@ def measured() -> str:
         )
     if step.exists():
         parts.append(_reached(json.loads(step.read_text(encoding="utf-8"))))
+    for name, told in (("peers", _against_peers), ("overhead", _overhead), ("planning", _planning)):
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            parts.append(told(json.loads(file.read_text(encoding="utf-8"))))
     return "\n".join(parts)
+
+
+def _compared(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in found["rows"] if "extra_flops" in row]
+
+
+def _against_peers(found: dict[str, Any]) -> str:
+    rows = _compared(found)
+    good = [row for row in rows if row["extra_flops"] <= row["peer_extra_flops"] * 0.9 + 1e-6]
+    timed = [row for row in rows if "time" in row]
+    slower = [row for row in timed if row["time"] > row["peer_time"] * 1.03]
+    wrong = [row for row in rows if row["gradients"] != "identical"]
+    shown = [row for row in rows if row["seq"] == min(r["seq"] for r in rows) and row["model"] in ("gpt2", "gpt2-lora")]
+    return (
+        "At each peer's own measured peak (`benchmarks/peers.py`; activation peak as part of the unplanned one, extra "
+        "FLOPs of a step; every row of five models and two sequence lengths in [docs/peers.md](docs/peers.md)):\n\n"
+        + _peer_table(shown)
+        + "\n![peak against recompute](docs/peers.png)\n\n"
+        f"Of {len(rows)} comparisons, {len(good)} need at most 0.9 of the peer's extra FLOPs; of the {len(timed)} that "
+        f"were timed, {len(slower)} are slower than the peer by more than 3 %; {len(wrong)} have other gradients than "
+        "the plain step.\n"
+    )
+
+
+def _peer_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | peer | its peak | its extra FLOPs | tightfit's | its step time | tightfit's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = [f"{row[k]:.2f}" if k in row else "" for k in ("peer_time", "time")]
+        model = f"{row['model']}, {row['seq']}"
+        lines.append(
+            f"| {model} | {row['peer']} | {row['peer_peak']:.3f} | {row['peer_extra_flops']:.1%} "
+            f"| {row['extra_flops']:.1%} | {times[0]} | {times[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def peers_page() -> str:
+    """docs/peers.md: every comparison, those that were lost included."""
+    file = RESULTS / "peers.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
+    failed = [row for row in found["rows"] if "extra_flops" not in row]
+    notes = "".join(
+        f"- {row['model']}, {row['seq']}, {row['peer']}: "
+        + (row.get("peer_failed") or f"no plan reaches its peak; the least is {row.get('least_peak')}")
+        + "\n"
+        for row in failed
+    )
+    return (
+        "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# Peers\n\n"
+        "Each peer's step was measured, then tightfit was given the peer's peak as its budget. Activation peak of "
+        "forward and backward by the allocator's count, as part of the unplanned step's; FLOPs of matrix products and "
+        "attention beyond the plain step's; step time as a ratio to the plain step in the same run. Written from "
+        "`benchmarks/results/peers.json`.\n\n"
+        + _peer_table(_compared(found))
+        + ("\nNot compared:\n\n" + notes if notes else "")
+    )
+
+
+def _overhead(found: dict[str, Any]) -> str:
+    return (
+        f"The engine's own work per op, on tensors so small that only it is left (`benchmarks/overhead.py`): "
+        f"{found['ratio']['step_microseconds_per_op']:.2f} of selective checkpointing's in a whole step, "
+        f"{found['ratio']['forward_microseconds_per_op']:.2f} in its forward, the same values kept.\n"
+    )
+
+
+def _planning(found: dict[str, Any]) -> str:
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        by_model.setdefault(row["model"], []).append(row)
+    told = "; ".join(
+        f"{model}: at most {max(r['plan_seconds'] for r in rows):.1f} s a plan after {rows[0]['trace_seconds']:.0f} s "
+        f"of fake trace, within {max(r.get('gap_of_step', 0) for r in rows):.1%} of the step's bound"
+        for model, rows in by_model.items()
+    )
+    return f"Planning (`benchmarks/planning.py`; LoRA, bf16, 2,048 tokens, no weights in memory): {told}.\n"
 
 
 def _measured_table(name: str, found: dict[str, Any]) -> str:
@@ -150,13 +235,13 @@ def with_measured(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write docs/cli.md and README's measured part.")
+    parser = argparse.ArgumentParser(description="Write docs/cli.md, docs/peers.md and README's measured part.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
     check = parser.parse_args().check
     fix_terminal()
     readme = README.read_text(encoding="utf-8")
     stale = False
-    for page, text in ((PAGE, render()), (README, with_measured(readme))):
+    for page, text in ((PAGE, render()), (PEERS, peers_page()), (README, with_measured(readme))):
         on_disk = page.read_text(encoding="utf-8") if page.exists() else ""
         if page.exists() and text == on_disk:
             print(f"{page}: unchanged")

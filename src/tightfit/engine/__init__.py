@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,10 @@ from tightfit.step import ForwardPatch, no_key_value_cache
 from tightfit.trace import signature_of
 
 __all__ = ["Applied", "Stats", "apply", "checkpoint"]
+
+
+#: What has been compared with its forward already: by module, the op sequences with what of them ran again.
+_checked: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
 
 
 class Applied:
@@ -68,13 +73,14 @@ class Applied:
         self, name: str, module: nn.Module, plan: FramePlan
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            checked = False  # the first frame's replay is compared with its forward, bit by bit
+            checked = _checked.setdefault(module, set())
+            key = (plan.names, plan.live, plan.drop)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                nonlocal checked
                 if not torch.is_grad_enabled() or is_active():
                     return original(*args, **kwargs)
-                check, checked = not checked, True
+                check = key not in checked
+                checked.add(key)
                 return Frame(name or "the model", original, args, kwargs, plan, self._stats, module, check).run()
 
             forward.__tightfit__ = True  # type: ignore[attr-defined]  # how a second plan, or a trace, sees this one
