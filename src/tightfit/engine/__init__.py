@@ -28,8 +28,8 @@ from tightfit.trace import signature_of
 __all__ = ["Applied", "Stats", "apply", "checkpoint"]
 
 
-#: What has been compared with its forward already: by module, the op sequences with what of them ran again.
-_checked: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+#: What has been compared with its forward already: by module, hashes of op sequence and of what of it ran again.
+_checked: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
 
 
 class Applied:
@@ -74,7 +74,7 @@ class Applied:
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             checked = _checked.setdefault(module, set())
-            key = (plan.names, plan.live, plan.drop)
+            key = hash((plan.names, plan.live, plan.drop))
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if not torch.is_grad_enabled() or is_active():
