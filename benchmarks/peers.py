@@ -217,8 +217,7 @@ def partitioned(model: Any, budget: float) -> Iterator[None]:
         compiled = torch.compile(model, backend="aot_eager_decomp_partition")
         model.__dict__["_peer_call"] = compiled
         try:
-            with undisturbed(model):
-                yield
+            yield
         finally:
             del model.__dict__["_peer_call"]
             torch._dynamo.reset()

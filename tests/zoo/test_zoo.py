@@ -8,6 +8,11 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
+import torch
+
+import tightfit
+from tightfit.plan import every_block
+from tightfit.verify import differences
 
 ARCHITECTURES = [
     # dense, and grouped-query with gated MLPs
@@ -32,3 +37,38 @@ def test_architecture(zoo: ModuleType, name: str) -> None:
     assert outcome.status == "ok", outcome
     assert outcome.fallbacks == 0
     assert outcome.units >= 2
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "seq2seq:switch_transformers", "jetmoe"])
+def test_routing_that_differs_from_the_traced_one(zoo: ModuleType, name: str) -> None:
+    """The plan is made on one batch; others are routed otherwise, and fall back where that changes what runs."""
+    with zoo.quiet():
+        model, batch = zoo.build(name)
+        plan = every_block(tightfit.trace(model, batch))
+        vocabulary = int(batch["labels"].max()) + 1
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            other = {
+                key: torch.randint(0, vocabulary, value.shape, generator=generator) if "ids" in key or key == "labels"
+                else value
+                for key, value in batch.items()
+            }  # fmt: skip
+            reference = zoo.observe(model, other)
+            with tightfit.apply(model, plan) as applied:
+                assert not differences(reference, zoo.observe(model, other))
+                assert applied.stats().replays == plan.replays
+
+
+def test_lora_on_the_last_layers_replays_only_those(zoo: ModuleType) -> None:
+    peft = pytest.importorskip("peft")
+    with zoo.quiet():
+        model, batch = zoo.build("llama")
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[2])
+        model = peft.get_peft_model(model, config).train()
+        trace = tightfit.trace(model, batch)
+        plan = every_block(trace)
+        reference = zoo.observe(model, batch)
+        with tightfit.apply(model, plan) as applied:
+            assert not differences(reference, zoo.observe(model, batch))
+            assert applied.stats().replays == plan.replays == 1
+            assert [path.rpartition(".")[2] for path in applied.active_units] == ["2"]
