@@ -71,6 +71,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "ernie4_5_moe": {"moe_k": 2},
+    "deepseek_v32": {"num_key_value_heads": 4},
+    "glm_moe_dsa": {"num_key_value_heads": 4},
+    "axk2": {"num_key_value_heads": 4},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "nemotron": {"num_key_value_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": {
+        "ffn_hidden_size": 128,
+        "expert_ffn_hidden_size": 32,
+        "num_layers": 2,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+        "head_dim": 8,
+    },
+    "xmod": {"default_language": "en_XX"},
 }
 
 AUTO = {
@@ -128,7 +143,7 @@ def small_config(model_type: str) -> Any:
 def _shrunk(cls: Any, special: dict[str, Any]) -> Any:
     """A config of class `cls` with every size that it has made small, its inner configs too."""
     default = cls()
-    wanted = {k: v for k, v in SMALL.items() if hasattr(default, k)} | special
+    wanted = {k: v for k, v in SMALL.items() if hasattr(default, k)}
     for key in getattr(cls, "sub_configs", {}):
         inner = getattr(default, key, None)
         if isinstance(inner, transformers.PreTrainedConfig):
@@ -144,6 +159,7 @@ def _shrunk(cls: Any, special: dict[str, Any]) -> Any:
             # as many kinds of layers as fit, so that a hybrid stays one
             distinct = list(dict.fromkeys(kinds))
             wanted[key] = (distinct * layers)[:layers]
+    wanted |= special
     accepted = inspect.signature(cls.__init__).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     return cls(**{k: v for k, v in wanted.items() if open_ended or k in accepted})

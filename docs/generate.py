@@ -1,4 +1,4 @@
-"""Write `docs/cli.md` from the program's own `--help`, and `docs/peers.md` and README's measured part from
+"""Write `docs/cli.md` from the program's own `--help`; `docs/peers.md`, `docs/zoo.md` and README's measured part from
 `benchmarks/results`.
 
 Invariant: the page depends on the program alone, not on the terminal: the width is fixed and colour is off; every
@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("cli.md")
 PEERS = Path(__file__).with_name("peers.md")
+ZOO = Path(__file__).with_name("zoo.md")
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured: begin; written by docs/generate.py -->\n", "<!-- measured: end -->\n"
@@ -80,7 +81,7 @@ def measured() -> str:
             f"Of the {trained} transformers architectures that could be built small and trained, "
             f"{counts['ok']} gave "
             "the same gradients bit for bit within their budgets (`benchmarks/zoo.py`; each of them, with the reason "
-            "where it could not be built or did not pass, is in `benchmarks/results/zoo.json`).\n"
+            "where it could not be built or did not pass, is in [docs/zoo.md](docs/zoo.md)).\n"
         )
     if cases.exists():
         tally = json.loads(cases.read_text(encoding="utf-8"))
@@ -154,6 +155,33 @@ def peers_page() -> str:
         + _peer_table(_compared(found))
         + ("\nNot compared:\n\n" + notes if notes else "")
     )
+
+
+def zoo_page() -> str:
+    """docs/zoo.md: every architecture, those that could not be built included."""
+    found = json.loads((RESULTS / "zoo.json").read_text(encoding="utf-8"))
+    lines = [
+        "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# Architectures\n",
+        "Tiny models with random weights, made from the configs that transformers ships. Gradients bit for bit at two "
+        "budgets (75 % and 50 % of the activation peak, or the least that is feasible), the allocator's peak against "
+        "the budget, removal. Written from `benchmarks/results/zoo.json`: "
+        + ", ".join(f"{number} {status}" for status, number in found["counts"].items())
+        + ".\n",
+        "| architecture | outcome | units | budgets, of the activation peak | recompute, of the forward's FLOPs "
+        "| whole replays | prediction off by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        if row["status"] != "ok":
+            reason = row["reason"][:100].replace("|", "/").replace("`", "'")
+            lines.append(f"| {row['name']} | {row['status']}: {reason} | | | | | |")
+            continue
+        shares, recompute = (", ".join(f"{x:.0%}" for x in row[k]) for k in ("shares", "recompute_share"))
+        lines.append(
+            f"| {row['name']} | ok | {row['units']} | {shares} | {recompute} | {row['fallbacks']} "
+            f"| {row['prediction_off']:.3%} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _overhead(found: dict[str, Any]) -> str:
@@ -235,13 +263,15 @@ def with_measured(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write docs/cli.md, docs/peers.md and README's measured part.")
+    parser = argparse.ArgumentParser(
+        description="Write docs/cli.md, docs/peers.md, docs/zoo.md and README's measured part."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
     check = parser.parse_args().check
     fix_terminal()
     readme = README.read_text(encoding="utf-8")
     stale = False
-    for page, text in ((PAGE, render()), (PEERS, peers_page()), (README, with_measured(readme))):
+    for page, text in ((PAGE, render()), (PEERS, peers_page()), (ZOO, zoo_page()), (README, with_measured(readme))):
         on_disk = page.read_text(encoding="utf-8") if page.exists() else ""
         if page.exists() and text == on_disk:
             print(f"{page}: unchanged")

@@ -200,7 +200,8 @@ def _note(model: nn.Module, rows: list[Row], plan: Plan) -> str:
     if len(said) == 1:
         said.append("Checkpointing pays off here: the bytes saved outweigh the time lost.")
     if not plan.replays:
-        said.append("The budget holds the step as it is, so the plan recomputes nothing.")
+        how = "with the loss's gradient made in place" if plan.in_place_loss else "as it is"
+        said.append(f"The budget holds the step {how}, so the plan recomputes nothing.")
     return " ".join(said)
 
 

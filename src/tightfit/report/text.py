@@ -218,6 +218,8 @@ def _why(trace: Trace, plan: Plan) -> list[str]:
         f"the peak is at: {line.peak_owner}",
         "live there: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in at_peak.items() if size),
     ]
+    if plan.in_place_loss:
+        lines.append("the loss makes its gradient in place of what it saved: no recompute, the same bits")
     lines.append(_reason(trace, plan, line.peak_owner))
     lines.append(
         f"recompute: {_recompute(plan.recompute_flops, plan.forward_flops)}, {plan.recompute_seconds:.4f} s of a step "
@@ -229,7 +231,8 @@ def _why(trace: Trace, plan: Plan) -> list[str]:
 
 def _reason(trace: Trace, plan: Plan, owner: str) -> str:
     if not plan.replays:
-        return "why: the step fits as it is, so nothing is run again"
+        how = "with the loss in place" if plan.in_place_loss else "as it is"
+        return f"why: the step fits {how}, so nothing is run again"
     if owner.startswith("replay of"):
         return "why: this unit's replay needs room while earlier units' kept values are still held"
     if owner.startswith("optimizer"):
