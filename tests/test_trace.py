@@ -220,3 +220,18 @@ def test_find_units() -> None:
     stages = nn.Sequential(nn.Sequential(Residual(), Residual()), nn.Sequential(Residual()))
     assert list(find_units(stages)) == ["0.0", "0.1", "1.0"]
     assert list(find_units(Residual())) == [""]
+
+
+def test_a_backward_inside_the_forward_is_refused() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            point = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.blocks[0](point).sin().sum(), point)
+            return self.blocks[1](slope).square().mean()
+
+    with pytest.raises(Unsupported, match="a backward of its own"):
+        tightfit.trace(Inner(), torch.randn(4, 8))

@@ -412,7 +412,11 @@ class _Recorder(TorchDispatchMode):
         return saved
 
     def unpack(self, holder: _Holder) -> torch.Tensor:
-        assert holder.tensor is not None
+        if holder.tensor is None:
+            raise Unsupported(
+                "the model runs a backward of its own inside its forward (torch.autograd.grad, as physics losses do), "
+                "which cannot be traced"
+            )
         if holder.saved not in self.read:
             self.read.add(holder.saved)
             self.events.append((Happening.LOAD, holder.saved))

@@ -474,10 +474,15 @@ class Frame:
             )
 
 
-def _checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """All bits of `tensor` in eight bytes, without a copy of it."""
+def _checksum(tensor: torch.Tensor) -> torch.Tensor | None:
+    """All bits of `tensor` in eight bytes, without a copy of it; None for a dtype or device that has no such kernel."""
     with _disable_current_modes(), torch.no_grad():
-        return torch.hash_tensor(tensor)
+        try:
+            return torch.hash_tensor(tensor)
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError):
+            return None
 
 
 def _foreign_random_states() -> dict[str, Any]:
