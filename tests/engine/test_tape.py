@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 from torch import nn
 
 import tightfit
-from tightfit.core import ReplayDiverged
+from tightfit.core import Action, Plan, ReplayDiverged
 from tightfit.plan import every_block
 from tightfit.verify import Outcome, PeakMeter, differences, static_bytes
 
@@ -188,9 +191,6 @@ def test_halves_are_made_again_one_at_a_time() -> None:
 
 
 def test_no_leak_after_an_exception_in_forward() -> None:
-    import gc
-    import weakref
-
     class Failing(Branch):
         fail = False
 
@@ -219,3 +219,88 @@ def test_no_leak_after_an_exception_in_forward() -> None:
             assert watch() is None
     finally:
         gc.enable()
+
+
+class ReadBeforeItChanges(nn.Module):
+    """`a` comes from `y` as it was, `b` from `y` as it became; backward asks for `b` first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x) * 1.0
+        a = torch.tanh(y + 1.0).sin()
+        y.mul_(2.0)
+        b = torch.sigmoid(y)
+        return a + b
+
+
+def test_a_value_read_before_it_is_changed_in_place() -> None:
+    torch.manual_seed(0)
+    model, batch = Net(*(ReadBeforeItChanges() for _ in range(2))), torch.randn(8, WIDTH)
+    expected = gradients(model, batch)
+    plan = every_block(tightfit.trace(model, batch))
+    with tightfit.apply(model, plan) as applied:
+        assert not differences(expected, gradients(model, batch))
+        assert applied.stats().replays == plan.replays == 2
+        assert applied.stats().fallbacks == 0
+
+
+def keeping(plan: Plan, name: str) -> Plan:
+    """`plan`, with the outputs of all ops called `name` kept besides."""
+    choices = []
+    for choice in plan.choices:
+        program = plan.programs[choice.program]
+        kept = {value for step in program.steps if step.name == name for value in step.writes}
+        assert kept
+        actions = tuple(Action.KEEP if v in kept else action for v, action in enumerate(choice.actions))
+        choices.append(dataclasses.replace(choice, actions=actions))
+    return dataclasses.replace(plan, choices=tuple(choices))
+
+
+def test_a_forward_without_a_backward_leaves_nothing() -> None:
+    model, batch = Net(Branch(), Branch(), Branch()), torch.randn(8, WIDTH)
+    plan = keeping(every_block(tightfit.trace(model, batch)), "aten.addmm.default")
+    seen: list[weakref.ref[torch.Tensor]] = []
+    for block in model.blocks:
+        block.first.register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out)))  # type: ignore[union-attr,operator]
+    gc.collect()
+    gc.disable()
+    try:
+        with tightfit.apply(model, plan) as applied:
+            loss = model(batch)
+            assert len(seen) == 3
+            assert all(ref() is not None for ref in seen)  # sin will read them again
+            del loss
+            assert all(ref() is None for ref in seen)
+            model(batch).backward()
+            assert applied.stats().replays == 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_autocast_around_one_of_the_two(forward: bool, backward: bool) -> None:
+    model, batch = Net(Branch(), Branch(), Branch()), torch.randn(8, WIDTH)
+
+    def run() -> Outcome:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=forward):
+            loss = model(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward):
+            loss.backward()
+        return Outcome(model)
+
+    def loss_of(subject: nn.Module, given: Any) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=forward):
+            out: torch.Tensor = subject(given)
+            return out
+
+    plan = every_block(tightfit.trace(model, batch, loss=loss_of))
+    expected = run()
+    with tightfit.apply(model, plan) as applied:
+        assert not differences(expected, run())
+        assert applied.stats().fallbacks == 0
+        assert applied.stats().replays == plan.replays > 0
