@@ -10,7 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import tightfit
+import tightfit.loss
 from tightfit.loss import in_place
+from tightfit.plan.lever import with_loss_in_place
+from tightfit.plan.simulate import simulate_choices
 from tightfit.step import static_bytes_by_category
 from tightfit.verify import Outcome, PeakMeter, differences
 
@@ -32,7 +35,11 @@ def loss_and_gradient(make: Any, dtype: torch.dtype, backwards: int = 1, **optio
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backwards", [1, 3])
-def test_bit_for_bit(reduction: str, dtype: torch.dtype, backwards: int) -> None:
+@pytest.mark.parametrize("at_once", [7, ROWS])
+def test_bit_for_bit(
+    reduction: str, dtype: torch.dtype, backwards: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tightfit.loss, "rows_at_once", lambda rows, row_bytes: at_once)
     expected = loss_and_gradient(F.cross_entropy, dtype, backwards, reduction=reduction)
     with in_place():
         # looked up again: the function that callers see is the one that is replaced
@@ -124,6 +131,21 @@ def test_the_planner_takes_it_before_it_recomputes(autocast: bool) -> None:
         assert not differences(expected, Outcome(model))
     assert before + meter.rise_bytes <= plan.budget_bytes * 1.005
     assert before + meter.rise_bytes == pytest.approx(plan.peak_bytes, rel=0.005)
+
+
+def test_the_lever_only_moves_bytes() -> None:
+    trace = tightfit.trace(Tagger(), batch_of(256))
+    logits_bytes = 256 * 4096 * 4
+    plain, levered = simulate_choices(trace, ()), simulate_choices(with_loss_in_place(trace), ())
+    assert plain.live_bytes[-1] == levered.live_bytes[-1]
+    assert len(plain.live_bytes) == len(levered.live_bytes)
+    at = next(i for i, label in enumerate(plain.labels) if "_log_softmax_backward_data" in label)
+    # there were the log-probabilities and two gradients; now there is one, and some rows
+    rows_bytes = trace.losses[0].rows_bytes
+    assert plain.live_bytes[at] - levered.live_bytes[at] == 2 * logits_bytes - 2 * rows_bytes
+    # after it only the gradient is left in both
+    after = next(i for i in range(at + 1, len(plain.labels)) if "mm" in plain.labels[i])
+    assert plain.live_bytes[after] == levered.live_bytes[after]
 
 
 def test_a_plan_that_fits_as_it_is_leaves_the_loss_alone() -> None:

@@ -15,6 +15,8 @@ from torch import nn
 import tightfit
 from tightfit.core import Action, Plan, ReplayDiverged
 from tightfit.plan import every_block
+from tightfit.plan.program import demanded, recipe
+from tightfit.step import undisturbed
 from tightfit.verify import Outcome, PeakMeter, differences, static_bytes
 
 WIDTH = 16
@@ -304,3 +306,56 @@ def test_autocast_around_one_of_the_two(forward: bool, backward: bool) -> None:
         assert not differences(expected, run())
         assert applied.stats().fallbacks == 0
         assert applied.stats().replays == plan.replays > 0
+
+
+class ChangesOneOfTwo(nn.Module):
+    """In place, the same op in the same place: a tensor that backward never needs, or one that it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.other_one = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, z = self.linear(x) * 1.0, torch.ones_like(x)
+        (y if self.other_one else z).mul_(2.0)
+        return torch.sigmoid(y) + z
+
+
+def test_an_op_that_changes_another_tensor_than_in_the_trace() -> None:
+    torch.manual_seed(0)
+    model, batch = Net(*(ChangesOneOfTwo() for _ in range(2))), torch.randn(8, WIDTH)
+    plan = every_block(tightfit.trace(model, batch))
+    with tightfit.apply(model, plan) as applied:
+        gradients(model, batch)  # the first frames are compared; what follows must be right without that
+        assert applied.stats().fallbacks == 0
+    for block in model.blocks:
+        block.other_one = True  # type: ignore[assignment]
+    expected = gradients(model, batch)
+    with tightfit.apply(model, plan) as applied:
+        assert not differences(expected, gradients(model, batch))
+        assert applied.stats().fallbacks == 2
+
+
+def test_batch_norm_runs_again_from_the_tape() -> None:
+    model = Net(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh()) for _ in range(2)))
+    batch = torch.randn(8, WIDTH)
+    plan = every_block(tightfit.trace(model, batch, units=["blocks.0", "blocks.1"]))
+    with undisturbed(model, batch):
+        expected = gradients(model, batch)
+    with undisturbed(model, batch), tightfit.apply(model, plan) as applied:
+        assert not differences(expected, gradients(model, batch))
+        assert applied.stats().replays == plan.replays == 2
+        assert applied.stats().fallbacks == 0
+
+
+def test_the_planner_knows_what_runs_together() -> None:
+    model, batch = Net(*(ReadBeforeItChanges() for _ in range(2))), torch.randn(8, WIDTH)
+    trace = tightfit.trace(model, batch)
+    program = trace.programs[0]
+    chosen = recipe(program, frozenset())
+    loads = tuple(reversed([slot for slot, drop in enumerate(chosen.drop) if drop]))
+    ((_, first), *_) = demanded(program, chosen, loads)
+    names = [program.steps[op].name for op in first]
+    # sigmoid's result is asked for first; what was read of `y` before `mul_` is made in the same go
+    assert names.index("aten.add.Tensor") < names.index("aten.mul_.Tensor") < names.index("aten.sigmoid.default")
