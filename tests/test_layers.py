@@ -23,8 +23,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"catalog", "cost"}),
     frozenset({"plan"}),
     frozenset({"report"}),
-    frozenset({"step", "trace", "engine"}),
-    frozenset({"verify", "measure"}),
+    frozenset({"step", "loss", "trace", "engine"}),
+    frozenset({"verify", "measure", "fitting"}),
     frozenset({"integrations", "train"}),
     frozenset({"cli", "__main__"}),
 )
