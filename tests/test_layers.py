@@ -20,12 +20,12 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tightfit"
 # From the ground up. A module may import its own line and the lines before it.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
-    frozenset({"catalog", "cost"}),
+    frozenset({"catalog", "cost", "allocator", "unroll"}),
     frozenset({"plan"}),
     frozenset({"report"}),
-    frozenset({"step", "loss", "trace", "engine"}),
+    frozenset({"step", "loss", "fake", "trace", "engine"}),
     frozenset({"verify", "measure", "fitting"}),
-    frozenset({"integrations", "train"}),
+    frozenset({"integrations", "train", "forecast"}),
     frozenset({"cli", "__main__"}),
 )
 LINE = {module: line for line, modules in enumerate(LAYERS) for module in modules}
@@ -33,7 +33,10 @@ FIRST_TORCH_LINE = LINE["trace"]
 # `tightfit` itself re-exports verbs of every layer up to `verify`, so only the lines after that may use it.
 ROOT_LINE = LINE["verify"]
 
-NO_TORCH = ["tightfit", *(f"tightfit.{name}" for name in ("core", "cost", "catalog", "plan", "report"))]
+NO_TORCH = [
+    "tightfit",
+    *(f"tightfit.{name}" for name in ("core", "cost", "catalog", "allocator", "unroll", "plan", "report")),
+]
 
 IMPORT_WITHOUT_TORCH = """
 import importlib, importlib.abc, pkgutil, sys

@@ -8,6 +8,7 @@ with `--debug`. Nothing heavy is imported before a command needs it, so `--help`
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -215,6 +216,79 @@ def measure(
     else:
         _stdout().print(measurement_table(measured))
     if any(row.gradients == "differs" for row in measured.rows):
+        raise typer.Exit(EXIT_NO)
+
+
+@app.command()
+def check(
+    model: Model,
+    gpu: Annotated[str, typer.Option(help="A GPU of the catalog (rtx-4090), a size (24GiB), or all.")] = "rtx-4090",
+    method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "full",
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
+    seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 2048,
+    dtype: Annotated[
+        str, typer.Option(help="bf16, fp16, fp32; bf16-mixed, fp16-mixed: fp32 weights, autocast.")
+    ] = "bf16",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, adamw-fused, adamw8bit, paged-adamw8bit, sgd or none.")
+    ] = "adamw",
+    rank: Annotated[int, typer.Option(help="Of the LoRA adapters.")] = 16,
+    accumulate: Annotated[
+        bool, typer.Option("--accumulate", help="Gradients of earlier micro-batches are there when a step begins.")
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="A size, or a percentage of the GPU's memory.", show_default="all that is usable"),
+    ] = None,
+    lengths: Annotated[
+        Path | None, typer.Option(help="Lengths of the examples: a histogram, a list, or JSON lines; sets --seq.")
+    ] = None,
+    search: Annotated[bool, typer.Option(help="Look for the largest batch and the longest sequence.")] = True,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Measure this machine's device, write it as a catalog file, and stop.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="What --calibrate measures: cpu or cuda.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Will it run on --gpu? Needs neither the GPU nor the weights."""
+    from tightfit import forecast
+    from tightfit.report import forecast_report, forecast_table, gpus_table
+
+    if calibrate is not None:
+        from tightfit.core import write_text
+        from tightfit.integrations.transformers import device_named
+
+        text = forecast.calibrated("here", device_named(device))
+        write_text(calibrate, text)
+        typer.echo(f"{calibrate}: use it with TIGHTFIT_CATALOG={calibrate} and --gpu here")
+        return
+    told: tuple[str, ...] = ()
+    if lengths is not None:
+        seq, line = forecast.longest_length(lengths)
+        told = (line,)
+    setup = forecast.Setup(
+        model=model, method=method, batch=batch, seq=seq, dtype=dtype, optimizer=optimizer, rank=rank,
+        accumulate=accumulate,
+    ).checked()  # fmt: skip
+    if gpu.strip().lower() == "all":
+        with _progress() as say:
+            answers = forecast.which_gpus(setup, progress=say)
+        if as_json:
+            typer.echo(json.dumps({**forecast_report(answers[0]), "gpus": [forecast_report(a) for a in answers]}))
+        else:
+            _stdout().print(gpus_table(answers))
+        if not any(answer.fits for answer in answers):
+            raise typer.Exit(EXIT_NO)
+        return
+    target = forecast.device_asked(gpu)
+    with _progress() as say:
+        answer = forecast.check(setup, target, budget=budget, search=search, progress=say)
+    answer = dataclasses.replace(answer, notes=(*told, *answer.notes))
+    if as_json:
+        typer.echo(json.dumps(forecast_report(answer)))
+    else:
+        _stdout().print(forecast_table(answer))
+    if not answer.fits:
         raise typer.Exit(EXIT_NO)
 
 

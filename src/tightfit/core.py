@@ -170,11 +170,14 @@ class Category(enum.Enum):
     """Whose bytes are live; the rows of a timeline."""
 
     PARAMETERS = "parameters"
+    QUANTISED = "quantised_parameters"  # packed weights and their scales
     GRADIENTS = "gradients"
     OPTIMIZER_STATE = "optimizer_state"
     BUFFERS = "buffers"
     INPUTS = "inputs"
+    WORKSPACE = "workspace"  # what a library keeps for its kernels, once asked for
     SAVED = "saved"
+    LOSS = "loss"  # made between the last unit's forward and its backward: logits, loss, their gradients
     TEMPORARIES = "temporaries"
 
 
@@ -326,6 +329,8 @@ class Device:
     h2d_bytes_per_second: float
     d2h_bytes_per_second: float
     source: str
+    kind: str = "cpu"  # cpu, cuda, rocm, mps
+    compute_capability: float | None = None  # 8.9; NVIDIA only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -443,6 +448,47 @@ class Measurement:
     budget_bytes: int
     plan: Plan
     note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """One way to run a step on a device that is not there. Bytes are forecast, seconds estimated."""
+
+    mode: str  # none, every-block, tightfit
+    fits: bool
+    peak_bytes: int  # allocated
+    reserved_bytes: int  # what the caching allocator takes from the driver for it
+    by_category: Mapping[str, int]  # at the peak; allocator_slack is reserved minus allocated
+    peak_owner: str
+    peak_phase: str  # forward, backward, optimizer
+    step_seconds: float  # estimated
+    slowdown: float  # step seconds against mode none's
+    recompute_flops: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """The answer to "will it run?" for one model, method, batch and device."""
+
+    model: str
+    method: str
+    batch: int
+    seq: int
+    dtype: str
+    optimizer: str
+    gpu: str
+    gpu_bytes: int
+    usable_bytes: int  # for the allocator: without the driver's context and the margin
+    fits: bool
+    modes: tuple[Mode, ...]
+    plan: Plan | None  # none when nothing fits
+    essence: tuple[str, ...]  # the plan in a few lines
+    largest_batch: int | None  # with tightfit, at this sequence; none: not looked for
+    longest_seq: int | None  # with tightfit, at this batch, in steps of 64 tokens
+    advice: tuple[str, ...]  # what would make it fit, each with its number
+    error_bar: str
+    notes: tuple[str, ...]
+    environment: Mapping[str, str]
 
 
 # ------------------------------------------------------------------------------------------------ JSON

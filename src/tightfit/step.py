@@ -81,18 +81,18 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`."""
+def unique_bytes(tensors: Iterable[torch.Tensor], granule_bytes: int = 1) -> int:
+    """Bytes of the distinct storages behind `tensors`, each rounded up to a multiple of `granule_bytes`."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
         if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
-            sizes[storage._cdata] = storage.nbytes()
+            sizes[storage._cdata] = -(-storage.nbytes() // granule_bytes) * granule_bytes
     return sum(sizes.values())
 
 
 def static_bytes_by_category(
-    model: nn.Module, batch: Any = None, optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module, batch: Any = None, optimizer: torch.optim.Optimizer | None = None, granule_bytes: int = 1
 ) -> dict[str, int]:
     """Bytes that live through a whole step, each storage counted once; gradients only where they exist already."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
@@ -102,9 +102,11 @@ def static_bytes_by_category(
     def new_bytes(tensors: list[torch.Tensor]) -> int:
         fresh = [t for t in tensors if t.layout is torch.strided and t.untyped_storage()._cdata not in seen]
         seen.update(t.untyped_storage()._cdata for t in fresh)
-        return unique_bytes(fresh)
+        return unique_bytes(fresh, granule_bytes)
 
+    quantised = [p for p in model.parameters() if getattr(p, "quant_state", None) is not None]
     return {
+        Category.QUANTISED.value: new_bytes([t for p in quantised for t in parameter_tensors(p)]),
         Category.PARAMETERS.value: new_bytes([t for p in model.parameters() for t in parameter_tensors(p)]),
         Category.GRADIENTS.value: new_bytes([p.grad for p in model.parameters() if p.grad is not None]),
         Category.BUFFERS.value: new_bytes(list(model.buffers())),

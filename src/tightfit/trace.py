@@ -17,7 +17,6 @@ Refused: steps whose three passes differ (`Unsupported`: the step is not determi
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,11 +32,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from tightfit.core import (
     Category,
+    Device,
     Event,
     Frame,
     Happening,
@@ -56,7 +56,8 @@ from tightfit.core import (
     make_verb,
     to_json,
 )
-from tightfit.cost import op_seconds
+from tightfit.cost import NOMINAL_CPU, NOMINAL_CUDA, op_seconds
+from tightfit.fake import FakeStep, faked, refusals_named
 from tightfit.loss import rows_at_once, watched
 from tightfit.step import (
     ForwardPatch,
@@ -73,8 +74,19 @@ from tightfit.step import (
     undisturbed,
     unique_bytes,
 )
+from tightfit.unroll import trace_digest
 
-__all__ = ["environment", "is_random", "is_uncounted", "memory_events", "op_flops", "op_name", "signature_of", "trace"]
+__all__ = [
+    "environment",
+    "is_random",
+    "is_uncounted",
+    "memory_events",
+    "op_flops",
+    "op_name",
+    "signature_of",
+    "trace",
+    "with_optimizer",
+]
 
 _aten = torch.ops.aten
 
@@ -156,12 +168,16 @@ _OWN_FLOPS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_flash_backward_flops,
 }
+#: Ops of libraries that may not be there, by namespace and name.
+_OTHERS_FLOPS: dict[str, dict[str, Callable[..., int]]] = {
+    "bitsandbytes": {"gemm_4bit": lambda a, _, shape, *__, **___: 2 * int(a.numel()) * int(shape[0])}
+}
 
 
 def op_flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
     """FLOPs of one call by torch's own formulas (matrix products, convolutions, attention); 0 for the rest."""
     packet = func._overloadpacket
-    own: Any = _OWN_FLOPS.get(packet)
+    own: Any = _OWN_FLOPS.get(packet) or _OTHERS_FLOPS.get(func.namespace, {}).get(packet.__name__)
     if own:
         return int(own(*args, **kwargs))
     formula: Any = flop_registry.get(packet)
@@ -246,9 +262,11 @@ class _Holder:
 class _Recorder(TorchDispatchMode):
     """Records one pass. `dry` throws saved tensors away."""
 
-    def __init__(self, *, dry: bool, fake: bool) -> None:
+    def __init__(self, *, dry: bool, fake: FakeStep | None = None) -> None:
         super().__init__()
         self.dry, self.fake = dry, fake
+        self.granule_bytes = 1 if fake is None else fake.granule_bytes
+        self.marks = False  # name each op to the profiler
         self.recording = True
         self.phase = Phase.FORWARD
         self.storages: list[_Storage] = []
@@ -284,7 +302,7 @@ class _Recorder(TorchDispatchMode):
         frame = self.open if producer is not None else None
         record = _Storage(
             id=len(self.storages),
-            size_bytes=storage.nbytes(),
+            size_bytes=-(-storage.nbytes() // self.granule_bytes) * self.granule_bytes,
             dtype=str(tensor.dtype).removeprefix("torch."),
             shape=tuple(tensor.shape),
             producer=producer,
@@ -313,9 +331,12 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.fake and func is _aten._local_scalar_dense.default:
-            return 1.0  # an optimizer reads its step count; only its control flow could depend on it
         if func is _aten.detach.default:
+            out = func(*args, **kwargs)
+            if self.fake is not None:
+                self.fake.learn(func, args, kwargs, out)
+            return out
+        if func in _QUERIES:
             return func(*args, **kwargs)
         uncounted = is_uncounted(func, args)
         frame = None if uncounted else self.open
@@ -326,7 +347,7 @@ class _Recorder(TorchDispatchMode):
             if value is not None and func not in METADATA_ONLY:
                 reads.append((value, self.storages[value].version))
         started = time.perf_counter()
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if self.fake is None else self._fake_result(func, args, kwargs)
         seconds = time.perf_counter() - started
         name = op_name(func)
         call = _Call(
@@ -340,6 +361,8 @@ class _Recorder(TorchDispatchMode):
             else None,
             flops=op_flops(func, args, kwargs, out), out_bytes=0, seconds=[seconds],
         )  # fmt: skip
+        if self.fake is not None and not self.dry:
+            self.fake.note(call.id, func, args, kwargs, call.flops)
         if func is _aten.add.Tensor and self.phase is Phase.BACKWARD:
             call.adds_to_view = args[0]._is_view()
         outside, self.open = self.open, frame  # an uncounted op's output belongs to no frame
@@ -374,6 +397,13 @@ class _Recorder(TorchDispatchMode):
         if frame is not None:
             frame.calls.append(call.id)
         return out
+
+    def _fake_result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        assert self.fake is not None
+        if not self.marks:
+            return self.fake.run(func, args, kwargs)
+        with torch.profiler.record_function(MARK):
+            return self.fake.run(func, args, kwargs)
 
     def _classify(self, call: _Call, func: Any, args: Any, kwargs: Any, frame: _FrameRecord | None) -> None:
         random = is_random(func, args, kwargs)
@@ -484,7 +514,7 @@ class _Timer(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         self.names.append(op_name(func))
         if self.cuda:
-            with torch.profiler.record_function(_MARK):
+            with torch.profiler.record_function(MARK):
                 torch.cuda.synchronize()
                 before = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
@@ -494,14 +524,17 @@ class _Timer(TorchDispatchMode):
                 self.seconds.append(time.perf_counter() - started)
                 self.risen_bytes.append(torch.cuda.max_memory_allocated() - before)
                 return out
-        with torch.profiler.record_function(_MARK):
+        with torch.profiler.record_function(MARK):
             started = time.perf_counter()
             out = func(*args, **(kwargs or {}))
             self.seconds.append(time.perf_counter() - started)
         return out
 
 
-_MARK = "tightfit::op"
+MARK = "tightfit::op"
+
+#: Ask a fake tensor about itself; a real step has no such ops.
+_QUERIES = frozenset({torch.ops.prim.device.default})
 
 #: Wrappers whose steps a dispatch mode cannot see, or whose peaks are not those of one device.
 _NOT_OURS = {
@@ -522,19 +555,27 @@ def trace(
     optimizer: torch.optim.Optimizer | None = None,
     units: UnitsAsked = None,
     fake: bool = False,
-    device: torch.device | str | None = None,
+    device: Device | torch.device | str | None = None,
 ) -> Trace:
     """One step of `model` on `batch`, recorded.
 
     `loss(model, batch)` gives the scalar; by default the output's `.loss`, or the output itself. With an
     `optimizer` its state and its step are part of the trace. Gradients that exist when `trace` is called
-    are taken to exist at every step (accumulation). `units` as in `find_units`. `fake=True` runs the step on
-    fake tensors: no memory, no seconds (they are estimated), no kernel scratch. `device` only moves `batch`.
+    are taken to exist at every step (accumulation). `units` as in `find_units`.
+
+    `fake=True` runs the step on fake tensors (`tightfit.fake`): the model may live on `meta`, nothing is allocated and
+    seconds are estimated. Then `device` is the target: a `Device` of the catalog, or `"cuda"` for CUDA's kernels in
+    general. Otherwise `device` only moves `batch`.
 
     Raises `InvalidInput` (batch, loss, units), `Unsupported` (a step that cannot be recorded).
     """
     check_trainable(model)
-    if device is not None:
+    target = _target(device) if fake else None
+    if device is not None and not fake:
+        if isinstance(device, Device):
+            raise InvalidInput(
+                f"a real step runs where the model is; {device.name} can only be the target of fake=True"
+            )
         batch = torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, batch)
     modules = find_units(model, units)
     if any(getattr(module.forward, "__tightfit__", False) for module in model.modules()):
@@ -546,19 +587,26 @@ def trace(
         raise InvalidInput("gradients are switched off here (torch.no_grad): there is no training step to trace")
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     if fake:
-        with _faked(model, batch) as (_, fake_batch), undisturbed_fake(model) as restart, no_key_value_cache(model):
-            return _trace(model, fake_batch, loss, optimizer, modules, restart, fake=True)
+        step = FakeStep(target)
+        with (
+            refusals_named(f"the {type(model).__name__}"),
+            faked(model, batch, step) as fake_batch,
+            no_key_value_cache(model),
+        ):
+            return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step)
     with undisturbed(model, batch) as restart, no_key_value_cache(model):
-        return _trace(model, batch, loss, optimizer, modules, restart, fake=False)
+        return _trace(model, batch, loss, optimizer, modules, restart, None)
 
 
-@contextlib.contextmanager
-def undisturbed_fake(model: nn.Module) -> Iterator[Callable[[], None]]:
-    def restart() -> None:
-        for parameter in model.parameters():
-            parameter.grad = None
-
-    yield restart
+def _target(device: Device | torch.device | str | None) -> Device | None:
+    if device is None or isinstance(device, Device):
+        return device
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return None
+    if kind != "cuda":
+        raise InvalidInput(f"no kernels of {device!r} are known: use cpu, cuda or a GPU of the catalog")
+    return NOMINAL_CUDA
 
 
 def _trace(
@@ -568,15 +616,16 @@ def _trace(
     optimizer: torch.optim.Optimizer | None,
     modules: Mapping[str, nn.Module],
     restart: Callable[[], None],
-    fake: bool,
+    fake: FakeStep | None,
 ) -> Trace:
+    restart()
     dry = _record(model, batch, loss, modules, dry=True, fake=fake)
     if not dry.frames:
         modules = {"": model}
         restart()
         dry = _record(model, batch, loss, modules, dry=True, fake=fake)
     restart()
-    static = static_bytes_by_category(model, batch)
+    static = static_bytes_by_category(model, batch, granule_bytes=1 if fake is None else fake.granule_bytes)
     full = _record(model, batch, loss, modules, dry=False, fake=fake)
     gradients = {
         v for p in model.parameters() if p.grad is not None for v in [full.value_of(p.grad)[0]] if v is not None
@@ -585,18 +634,27 @@ def _trace(
     _same_ops("the dry pass", [c.name for c in dry.calls], [c.name for c in full.calls if c.phase is Phase.FORWARD])
     for call, other in zip(full.calls, dry.calls, strict=False):
         call.seconds += other.seconds
-    if not fake:
+    notes: tuple[str, ...] = ()
+    if fake is None:
         restart()
         _measure(model, batch, loss, full)
-    notes: tuple[str, ...] = ()
-    if optimizer is not None:
-        state_bytes = _record_optimizer(optimizer, full)
-        static[Category.OPTIMIZER_STATE.value] = state_bytes
-    return _Assembly(model, batch, dry, full, modules, static, gradients, fake, notes).trace()
+    else:
+        for number, size_bytes in fake.scratch_bytes().items():
+            full.calls[number].scratch_bytes = size_bytes
+        static[Category.WORKSPACE.value] = fake.workspace_bytes
+        notes = fake.notes
+    recorded = _Assembly(model, batch, dry, full, modules, static, gradients, fake, notes).trace()
+    return recorded if optimizer is None else with_optimizer(recorded, optimizer, fake.target if fake else None)
 
 
 def _record(
-    model: nn.Module, batch: Any, loss: LossFunction | None, modules: Mapping[str, nn.Module], *, dry: bool, fake: bool
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    modules: Mapping[str, nn.Module],
+    *,
+    dry: bool,
+    fake: FakeStep | None,
 ) -> _Recorder:
     recorder = _Recorder(dry=dry, fake=fake)
     for tensor in [*model.parameters(), *model.buffers(), *tensors_in(batch)]:
@@ -622,12 +680,26 @@ def _record(
                 recorder.recording = False
             else:
                 recorder.phase = Phase.BACKWARD
-                result.backward()
+                if fake is None:
+                    result.backward()
+                else:
+                    _backward_marked(result, recorder)
                 del result
     finally:
         for patch in patches:
             patch.undo()
     return recorder
+
+
+def _backward_marked(result: torch.Tensor, recorder: _Recorder) -> None:
+    """Fake tensors are never summed in place; see from the profile which sums the engine would have made so."""
+    first = len(recorder.calls)
+    recorder.marks = True
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        result.backward()
+    recorder.marks = False
+    count = len(recorder.calls) - first
+    _sum_in_place(recorder, [False] * first + _summed_by_engine(profiler, count))
 
 
 def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: _Recorder) -> None:
@@ -638,17 +710,17 @@ def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: _Rec
     with profiler, timer:
         compute_loss(model, batch, loss).backward()
     _same_ops("the measured pass", timer.names, [c.name for c in full.calls])
-    risen = timer.risen_bytes if cuda else _risen_bytes(profiler, len(full.calls))
+    risen = timer.risen_bytes if cuda else risen_bytes(profiler, len(full.calls))
     _sum_in_place(full, _summed_by_engine(profiler, len(full.calls)))
     for call, seconds, rise in zip(full.calls, timer.seconds, risen, strict=True):
         call.seconds.append(seconds)
         call.scratch_bytes = max(0, rise - call.out_bytes)
 
 
-def _risen_bytes(profiler: Any, count: int) -> list[int]:
+def risen_bytes(profiler: Any, count: int) -> list[int]:
     """Per marked op, how far the CPU allocator's count rose inside it."""
     events = profiler.profiler.kineto_results.events()
-    marks = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == _MARK)
+    marks = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == MARK)
     memory = memory_events(profiler)
     if len(marks) != count:
         return [0] * count  # the profiler lost events; scratch is then only known as zero
@@ -683,7 +755,7 @@ def _summed_by_engine(profiler: torch.profiler.profile, count: int) -> list[bool
         for start, minus_end, name in sorted(events):
             while open_events and open_events[-1][0] <= start:
                 open_events.pop()
-            if name == _MARK:
+            if name == MARK:
                 # the node's own event has the engine event's name without its prefix
                 names = [each for _, each in open_events]
                 engine = max((i for i, each in enumerate(names) if each.startswith(_ENGINE)), default=None)
@@ -763,12 +835,27 @@ def _same_ops(which: str, found: list[str], expected: list[str]) -> None:
     )
 
 
-def _record_optimizer(optimizer: torch.optim.Optimizer, full: _Recorder) -> int:
-    """Append the optimizer's step to the record; returns the bytes of its state.
+def with_optimizer(trace: Trace, optimizer: torch.optim.Optimizer, target: Device | None = None) -> Trace:
+    """`trace` with the optimizer's step behind it and its state among the static bytes."""
+    return behind(trace, record_optimizer(optimizer, target))
 
-    The step runs on fake copies: the first builds the state, the second is recorded. `foreach` is decided as
-    torch decides it for the real parameters, since fake ones would silently switch it off.
+
+@dataclass(frozen=True)
+class OptimizerRecord:
+    """A step of an optimizer: what ran, and the bytes of the state that was there before."""
+
+    tail: _Recorder
+    state_bytes: int
+
+
+def record_optimizer(optimizer: torch.optim.Optimizer, target: Device | None = None) -> OptimizerRecord:
+    """One step of `optimizer` on fake copies of its parameters: the first builds the state, the second is recorded.
+
+    `foreach` is decided as torch decides it for the real parameters, or for the target's, since fake ones would
+    silently switch it off.
     """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    step = FakeStep(target, guesses=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     groups = []
     parameters: list[torch.Tensor] = []
@@ -778,7 +865,9 @@ def _record_optimizer(optimizer: torch.optim.Optimizer, full: _Recorder) -> int:
         if "foreach" in group and group["foreach"] is None and not group.get("fused"):
             from torch.optim.optimizer import _default_to_fused_or_foreach
 
-            chosen["foreach"] = _default_to_fused_or_foreach(trained, group.get("differentiable", False), False)[1]
+            chosen["foreach"] = (
+                step.cuda or _default_to_fused_or_foreach(trained, group.get("differentiable", False), False)[1]
+            )
         with mode:
             chosen["params"] = [torch.empty(p.shape, dtype=p.dtype, requires_grad=True) for p in trained]
         parameters += chosen["params"]
@@ -786,7 +875,7 @@ def _record_optimizer(optimizer: torch.optim.Optimizer, full: _Recorder) -> int:
             groups.append(chosen)
     if not groups:
         raise InvalidInput("the optimizer holds no trainable parameter")
-    recorder = _Recorder(dry=True, fake=True)
+    recorder = _Recorder(dry=True, fake=step)
     recorder.phase = Phase.OPTIMIZER
     recorder.recording = False
     try:
@@ -796,7 +885,9 @@ def _record_optimizer(optimizer: torch.optim.Optimizer, full: _Recorder) -> int:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
             twin.step()
-            state_bytes = unique_bytes(tensors_in([list(s.values()) for s in twin.state.values()]))
+            state_bytes = unique_bytes(
+                tensors_in([list(s.values()) for s in twin.state.values()]), recorder.granule_bytes
+            )
             recorder.calls, recorder.events = [], []
             recorder.recording = True
             twin.step()
@@ -806,64 +897,39 @@ def _record_optimizer(optimizer: torch.optim.Optimizer, full: _Recorder) -> int:
             f"the step of {type(optimizer).__name__} cannot be run on fake tensors ({type(error).__name__}: {error}); "
             "trace without an optimizer and leave room for its state"
         ) from error
-    _append(full, recorder)
-    return state_bytes
+    return OptimizerRecord(recorder, state_bytes)
 
 
-def _append(full: _Recorder, tail: _Recorder) -> None:
-    """Put `tail`'s ops, values and events behind `full`'s, renumbered."""
-    ops, values = len(full.calls), len(full.storages)
+def behind(trace: Trace, optimizer: OptimizerRecord) -> Trace:
+    """`trace` with the optimizer's ops, values and events behind its own, renumbered."""
+    tail = optimizer.tail
+    static_bytes = {**trace.static_bytes, Category.OPTIMIZER_STATE.value: optimizer.state_bytes}
+    ops, values = len(trace.ops), len(trace.values)
     made = {value for what, value in tail.events if what is Happening.ALLOC}
-    for storage in tail.storages:
-        storage.id += values
-        storage.producer = (
-            storage.producer + ops if storage.producer is not None and storage.id - values in made else None
+    all_values = trace.values + tuple(
+        Value(
+            id=s.id + values, size_bytes=s.size_bytes, dtype=s.dtype, shape=s.shape, unit=None, needed=False,
+            producer=s.producer + ops if s.producer is not None and s.id in made else None,
         )
-        full.storages.append(storage)
-    for call in tail.calls:
-        call.id += ops
-        call.reads = [(v + values, version) for v, version in call.reads]
-        call.outputs = [None if v is None else v + values for v in call.outputs]
-        call.seconds = [0.0]  # fake ops take no time; the same whatever the plan
-        full.calls.append(call)
-    for what, subject in tail.events:
-        if what is Happening.OP:
-            full.events.append((what, subject + ops))
-        elif subject in made:
-            full.events.append((what, subject + values))
-
-
-@contextlib.contextmanager
-def _faked(model: nn.Module, batch: Any) -> Iterator[tuple[FakeTensorMode, Any]]:
-    """The model with fake parameters and buffers in place of its own, and a fake batch."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    undo: list[tuple[Any, str, Any]] = []
-    twins: dict[int, torch.Tensor] = {}
-
-    def fake_of(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in twins:
-            with mode:
-                device = "cpu" if tensor.is_meta else tensor.device
-                twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            if isinstance(tensor, nn.Parameter):
-                twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
-            twins[id(tensor)] = twin
-        return twins[id(tensor)]
-
-    try:
-        for module in model.modules():
-            tables: tuple[Any, ...] = (module._parameters, module._buffers)
-            for table in tables:
-                for name, tensor in table.items():
-                    if tensor is not None:
-                        undo.append((table, name, tensor))
-                        table[name] = fake_of(tensor)
-        fake_batch = torch.utils._pytree.tree_map(lambda t: fake_of(t) if isinstance(t, torch.Tensor) else t, batch)
-        with mode:
-            yield mode, fake_batch
-    finally:
-        for table, name, tensor in undo:
-            table[name] = tensor
+        for s in tail.storages
+    )  # fmt: skip
+    all_ops = trace.ops + tuple(
+        Op(
+            id=c.id + ops, unit=None, ordinal=None, name=c.name, inputs=tuple(v + values for v, _ in c.reads),
+            outputs=tuple(None if v is None else v + values for v in c.outputs), seconds=0.0, flops=c.flops,
+            kind=c.kind, phase=c.phase,
+        )
+        for c in tail.calls
+    )  # fmt: skip
+    events = [
+        Event(what=what, subject=subject + (ops if what is Happening.OP else values))
+        for what, subject in tail.events
+        if what is Happening.OP or subject in made
+    ]
+    return dataclasses.replace(
+        trace, ops=all_ops, values=all_values, events=(*trace.events, *events), static_bytes=static_bytes,
+        digest=trace_digest(trace.units, all_ops, all_values),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ from the record to a trace
@@ -914,7 +980,7 @@ class ProgramRecorder:
     """
 
     def __init__(self) -> None:
-        self._recorder = _Recorder(dry=True, fake=False)
+        self._recorder = _Recorder(dry=True)
         self._frame = _FrameRecord(id=0, unit="region", inputs=())
 
     def __enter__(self) -> ProgramRecorder:
@@ -948,7 +1014,7 @@ class _Assembly:
     modules: Mapping[str, nn.Module]
     static: dict[str, int]
     gradients: set[int]
-    fake: bool
+    fake: FakeStep | None
     notes: tuple[str, ...]
     pinned: dict[str, str] = field(default_factory=dict)
 
@@ -969,27 +1035,31 @@ class _Assembly:
         self._share_wanted(programs)
         needed = {full.saved[s][0] for s in full.read}
         units = self._units(programs)
-        seconds = self._pooled(units, self._estimated_seconds if self.fake else lambda c: c.seconds)
+        loss = self._loss_values()
+        seconds = self._pooled(units, self._estimated_seconds if self.fake is not None else lambda c: c.seconds)
+        ops = tuple(
+            Op(
+                id=c.id, unit=c.unit, ordinal=c.ordinal, name=c.name, inputs=tuple(v for v, _ in c.reads),
+                outputs=tuple(c.outputs), seconds=seconds[c.id], flops=c.flops, kind=c.kind, phase=c.phase,
+                frame=c.frame, scratch_bytes=c.scratch_bytes,
+            )
+            for c in full.calls
+        )  # fmt: skip
+        values = tuple(
+            Value(
+                id=s.id, size_bytes=s.size_bytes, dtype=s.dtype, shape=s.shape, producer=s.producer,
+                unit=None if s.frame is None else full.frames[s.frame].unit, needed=s.id in needed,
+                ordinal=s.ordinal, natural_end=natural.get(s.id),
+                category=Category.GRADIENTS if s.id in self.gradients
+                else Category.LOSS if s.id in loss else Category.TEMPORARIES,
+            )
+            for s in full.storages
+        )  # fmt: skip
         return Trace(
             units=units,
             frames=tuple(Frame(id=f.id, unit=f.unit, inputs=f.inputs) for f in full.frames),
-            ops=tuple(
-                Op(
-                    id=c.id, unit=c.unit, ordinal=c.ordinal, name=c.name, inputs=tuple(v for v, _ in c.reads),
-                    outputs=tuple(c.outputs), seconds=seconds[c.id], flops=c.flops, kind=c.kind, phase=c.phase,
-                    frame=c.frame, scratch_bytes=c.scratch_bytes,
-                )
-                for c in full.calls
-            ),
-            values=tuple(
-                Value(
-                    id=s.id, size_bytes=s.size_bytes, dtype=s.dtype, shape=s.shape, producer=s.producer,
-                    unit=None if s.frame is None else full.frames[s.frame].unit, needed=s.id in needed,
-                    ordinal=s.ordinal, natural_end=natural.get(s.id),
-                    category=Category.GRADIENTS if s.id in self.gradients else Category.TEMPORARIES,
-                )
-                for s in full.storages
-            ),
+            ops=ops,
+            values=values,
             saved=tuple(
                 Saved(id=i, value=value, frame=frame, ordinal=ordinal, read=i in full.read)
                 for i, (value, frame, ordinal) in enumerate(full.saved)
@@ -997,14 +1067,35 @@ class _Assembly:
             events=tuple(Event(what=what, subject=subject) for what, subject in full.events),
             programs=programs,
             static_bytes=self.static,
-            device=str(device_of(self.model)),
+            device=self._device(),
             environment=environment(),
-            digest=self._digest(units),
+            digest=trace_digest(units, ops, values),
             batch_sizes=tuple(t.shape[0] for t in tensors_in(self.batch) if t.dim()),
-            random_state_bytes=torch.get_rng_state().numel() if device_of(self.model).type == "cpu" else 16,
+            random_state_bytes=self._random_state_bytes(),
             notes=self.notes,
             losses=tuple(self._losses()),
-        )  # fmt: skip
+        )
+
+    def _device(self) -> str:
+        target = None if self.fake is None else self.fake.target
+        return str(device_of(self.model)) if target is None else target.name
+
+    def _random_state_bytes(self) -> int:
+        """A saved state of a GPU's generator is a CPU tensor."""
+        if self.fake is not None and self.fake.cuda:
+            return 0
+        with _disable_current_modes():
+            return torch.get_rng_state().numel() if device_of(self.model).type == "cpu" else 16
+
+    def _loss_values(self) -> set[int]:
+        """What is made after the last unit's forward and before the first unit's backward."""
+        full = self.full
+        exits = [i for i, (what, _) in enumerate(full.events) if what is Happening.EXIT]
+        loads = (
+            i for i, (what, s) in enumerate(full.events) if what is Happening.LOAD and full.saved[s][1] is not None
+        )
+        first, last = max(exits, default=0), next(loads, len(full.events))
+        return {s for what, s in full.events[first:last] if what is Happening.ALLOC} if exits else set()
 
     def _losses(self) -> Iterator[Loss]:
         """Cross entropies outside the units, whose saved log-probabilities only their own backward reads."""
@@ -1108,13 +1199,8 @@ class _Assembly:
             return [0.0]
         dtype = self.full.storages[call.fresh[0]].dtype if call.fresh else "float32"
         moved = call.out_bytes + sum(self.full.storages[v].size_bytes for v in {v for v, _ in call.reads})
-        return [op_seconds(call.flops, moved, dtype)]
-
-    def _digest(self, units: tuple[Unit, ...]) -> str:
-        content = json.dumps(
-            [[u.path, u.digest, u.signature] for u in units] + [[c.name, c.out_bytes] for c in self.full.calls]
-        )
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        target = NOMINAL_CPU if self.fake is None or self.fake.target is None else self.fake.target
+        return [op_seconds(call.flops, moved, dtype, target)]
 
 
 make_verb(__name__, trace)

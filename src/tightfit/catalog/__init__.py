@@ -1,24 +1,32 @@
-"""Named model shapes: the fields of a transformers config, each with the place where they were published.
+"""Named model shapes and GPUs, each with the place where its figures were published.
 
-A name such as `llama-2-7b` stands for the shape alone; whoever builds it gets random weights, which is all that
-memory and time depend on. Invariant: reading the catalog imports no torch, opens no connection and runs no code;
-every entry has a source. Refused: an unknown name, as `InvalidInput` with the nearest names that exist.
+A model's name such as `llama-2-7b` stands for the shape alone; whoever builds it gets random weights, which is all that
+memory and time depend on. A user's own file (`TIGHTFIT_CATALOG`, or `--catalog`) has the tables `[models.NAME]` and
+`[gpus.NAME]` with the same fields and goes before the catalog's entries.
+
+Invariant: reading the catalog imports no torch, opens no connection and runs no code; every entry has a source.
+Refused: an unknown name, as `InvalidInput` with the nearest names that exist; a file of one's own that lacks a field.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tightfit.core import InvalidInput
+from tightfit.core import Device, InvalidInput
 
-__all__ = ["ModelShape", "model_names", "model_shape"]
+__all__ = ["ModelShape", "gpu", "gpu_names", "model_names", "model_shape", "nearest"]
+
+#: Names a TOML file with models and GPUs of one's own.
+VARIABLE = "TIGHTFIT_CATALOG"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,36 +39,104 @@ class ModelShape:
     source: str
 
 
+def _read(file: str) -> dict[str, Any]:
+    return tomllib.loads(resources.files("tightfit.catalog").joinpath(file).read_text(encoding="utf-8"))
+
+
+def _own() -> dict[str, Any]:
+    path = os.environ.get(VARIABLE)
+    return _own_file(path) if path else {}
+
+
 @functools.cache
-def _shapes() -> Mapping[str, ModelShape]:
-    text = resources.files("tightfit.catalog").joinpath("models.toml").read_text(encoding="utf-8")
-    shapes = {}
-    for name, entry in tomllib.loads(text).items():
-        shapes[name] = ModelShape(
-            name=name,
-            model_type=entry["model_type"],
-            config=MappingProxyType(entry["config"]),
-            source=entry["source"],
-        )
-    return MappingProxyType(shapes)
+def _own_file(path: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidInput(f"cannot read the catalog {path!r}: {error}") from None
+
+
+def _entries(table: str, file: str) -> dict[str, Any]:
+    own = _own().get(table, {})
+    if not isinstance(own, dict) or not all(isinstance(entry, dict) for entry in own.values()):
+        raise InvalidInput(f"the catalog {os.environ[VARIABLE]!r} needs tables [{table}.NAME]")
+    return {**_packaged(file), **{name.lower(): entry for name, entry in own.items()}}
+
+
+@functools.cache
+def _packaged(file: str) -> Mapping[str, Any]:
+    return MappingProxyType(_read(file))
+
+
+def _field(name: str, entry: Mapping[str, Any], field: str) -> Any:
+    if field not in entry:
+        raise InvalidInput(f"the catalog's entry {name!r} has no {field!r}")
+    return entry[field]
+
+
+# ------------------------------------------------------------------------------------------------- models
 
 
 def model_names() -> tuple[str, ...]:
-    """Every name in the catalog, in the catalog's order."""
-    return tuple(_shapes())
+    """Every model's name, in the catalog's order."""
+    return tuple(_entries("models", "models.toml"))
 
 
 def model_shape(name: str) -> ModelShape:
     """The shape called `name`; upper and lower case are the same. Raises `InvalidInput` for a name it does not have."""
-    shape = _shapes().get(name.strip().lower())
-    if shape is None:
+    key = name.strip().lower()
+    entry = _entries("models", "models.toml").get(key)
+    if entry is None:
         raise InvalidInput(f"unknown model {name!r}: {nearest(name)}")
-    return shape
+    return ModelShape(
+        name=key,
+        model_type=_field(key, entry, "model_type"),
+        config=MappingProxyType(_field(key, entry, "config")),
+        source=_field(key, entry, "source"),
+    )
 
 
-def nearest(name: str) -> str:
+def nearest(name: str, names: Callable[[], Iterable[str]] = model_names) -> str:
     """Advice for a name that is not in the catalog: the names like it, or all of them when none is."""
-    close = difflib.get_close_matches(name.strip().lower(), model_names(), n=3, cutoff=0.6)
+    there = list(names())
+    close = difflib.get_close_matches(name.strip().lower(), there, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"the catalog has {', '.join(model_names())}"
+    return f"the catalog has {', '.join(there)}"
+
+
+# --------------------------------------------------------------------------------------------------- GPUs
+
+_GIB, _TERA, _GIGA = 2**30, 1e12, 1e9
+
+
+def gpu_names() -> tuple[str, ...]:
+    """Every GPU's name, in the catalog's order."""
+    return tuple(_entries("gpus", "gpus.toml"))
+
+
+def gpu(name: str) -> Device:
+    """The GPU called `name`; case, blanks and underscores do not matter. Raises `InvalidInput` for an unknown one."""
+    key = "-".join(name.strip().lower().replace("_", " ").replace("-", " ").split())
+    entry = _entries("gpus", "gpus.toml").get(key)
+    if entry is None:
+        raise InvalidInput(f"unknown GPU {name!r}: {nearest(key, gpu_names)}")
+    fp32 = float(_field(key, entry, "fp32_tflops")) * _TERA
+    half = float(_field(key, entry, "half_tflops")) * _TERA
+    link = float(_field(key, entry, "pcie_gb_per_second")) * _GIGA
+    capability = entry.get("compute_capability")
+    return Device(
+        name=key,
+        memory_bytes=int(_field(key, entry, "memory_gib") * _GIB),
+        flops_per_second={
+            "float32": fp32,
+            "float16": half,
+            "bfloat16": half if entry.get("bf16", True) else fp32,  # emulated where the cores do not have it
+        },
+        memory_bytes_per_second=float(_field(key, entry, "memory_gb_per_second")) * _GIGA,
+        h2d_bytes_per_second=link,
+        d2h_bytes_per_second=link,
+        source=_field(key, entry, "source"),
+        kind=entry.get("kind", "cuda"),
+        compute_capability=None if capability is None else float(capability),
+    )

@@ -38,6 +38,7 @@ from tightfit.verify import PeakMeter, static_bytes, verify
 __all__ = [
     "PeakCallback",
     "TightfitCallback",
+    "config_named",
     "device_named",
     "dtype_named",
     "load_model",
@@ -81,6 +82,31 @@ def device_named(name: str) -> torch.device:
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise InvalidInput(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
     return device
+
+
+def config_named(name: str) -> Any:
+    """The config of a model of the catalog, of a folder with `config.json`, or of a hub id; no weights are read.
+
+    Raises `InvalidInput` when there is no such model or its config lacks what it needs.
+    """
+    folder = Path(name).expanduser()
+    if name.strip().lower() in model_names():
+        shape = model_shape(name)
+        with _one_line(f"the catalog's entry {name!r} is no config"):
+            return AutoConfig.for_model(shape.model_type, **copy.deepcopy(dict(shape.config)))
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InvalidInput(f"the folder {str(folder)!r} has no config.json")
+        with _one_line(f"cannot read the config in {str(folder)!r}"):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if folder.is_file():
+        raise InvalidInput(f"{name!r} is a file: give the folder that holds its config.json")
+    if len(name.split("/")) == 2 and all(name.split("/")) and not name.startswith((".", "~")):
+        with _one_line(f"cannot load the config of {name!r} from the hub"):
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    raise InvalidInput(
+        f"unknown model {name!r}: it is no folder, no hub id (owner/name) and not in the catalog; {nearest(name)}"
+    )
 
 
 def load_model(

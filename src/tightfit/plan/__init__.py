@@ -25,16 +25,16 @@ from tightfit.core import (
     make_verb,
     parse_bytes,
 )
-from tightfit.plan.choose import Model, Solution
+from tightfit.plan.choose import THOROUGH, Effort, Model, Solution
 from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.simulate import simulate, simulate_choices
 
-__all__ = ["every_block", "plan", "simulate"]
+__all__ = ["Effort", "every_block", "lowest", "plan", "simulate"]
 
 _REFEREE_ROUNDS = 12
 
 
-def plan(trace: Trace, budget: str | int) -> Plan:
+def plan(trace: Trace, budget: str | int, *, effort: Effort = THOROUGH) -> Plan:
     """The plan of least recompute whose simulated peak is within `budget`.
 
     `budget`: bytes, a size, or a percentage of the unplanned step's peak. Raises `InvalidInput` for a budget
@@ -42,7 +42,7 @@ def plan(trace: Trace, budget: str | int) -> Plan:
     """
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
-    planner = _planner(trace)
+    planner = _planner(trace, effort)
     best, lowest = _best(trace, planner, budget_bytes, unplanned)
     if trace.losses and (best is None or best.recompute_seconds > 0):
         other, lower = _best(trace, planner.in_place_loss, budget_bytes, unplanned)
@@ -82,10 +82,18 @@ def _best(trace: Trace, planner: _Planner, budget_bytes: int, unplanned: Timelin
     return None, line
 
 
-def every_block(trace: Trace) -> Plan:
+def lowest(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
+    """The plan of the lowest peak. Its budget is its own peak."""
+    try:
+        return plan(trace, 1, effort=effort)
+    except BudgetInfeasible as error:
+        return plan(trace, error.least_bytes, effort=effort)
+
+
+def every_block(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
     """The book recipe as a plan: every unit keeps only its inputs. Its budget is its own peak."""
     unplanned = simulate_choices(trace, ())
-    model = _planner(trace).model
+    model = _planner(trace, effort).model
     points = {path: len(options) - 1 for path, options in model.options.items()}
     choices = model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
     line = simulate_choices(trace, choices)
@@ -95,26 +103,26 @@ def every_block(trace: Trace) -> Plan:
 class _Planner:
     """What of a trace does not depend on the budget, made when first asked for."""
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
+    def __init__(self, trace: Trace, effort: Effort) -> None:
+        self.trace, self.effort = trace, effort
 
     @functools.cached_property
     def model(self) -> Model:
-        return Model(self.trace)
+        return Model(self.trace, self.effort)
 
     @functools.cached_property
     def in_place_loss(self) -> _Planner:
-        return _Planner(with_loss_in_place(self.trace))
+        return _Planner(with_loss_in_place(self.trace), self.effort)
 
 
 _latest: _Planner | None = None
 
 
-def _planner(trace: Trace) -> _Planner:
+def _planner(trace: Trace, effort: Effort = THOROUGH) -> _Planner:
     """Kept for the next budget of the same trace."""
     global _latest  # noqa: PLW0603 - one entry of a cache
-    if _latest is None or _latest.trace is not trace:
-        _latest = _Planner(trace)
+    if _latest is None or _latest.trace is not trace or _latest.effort != effort:
+        _latest = _Planner(trace, effort)
     return _latest
 
 

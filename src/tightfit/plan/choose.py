@@ -11,6 +11,7 @@ take the least of everything, so no plan of this kind takes fewer seconds.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,18 @@ SOLVER_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How long to look for a plan. What is found with less is as right, but recomputes more than it might."""
+
+    points: int = MANY  # of a unit's frontier, or not many more
+    solver_seconds: float = SOLVER_SECONDS  # for each choice across the units
+    proves: bool = True  # also look for the bound
+
+
+THOROUGH = Effort()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
     points: Mapping[str, int]  # unit path -> index of its point; -1: keep everything
     seconds: float
@@ -38,8 +51,8 @@ class Solution:
 class Model:
     """Everything about a trace that does not depend on the budget."""
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
+    def __init__(self, trace: Trace, effort: Effort = THOROUGH) -> None:
+        self.trace, self.effort = trace, effort
         self._index()
         self.base = self._base()
         self.frontiers: dict[str, Frontier] = {}
@@ -128,8 +141,10 @@ class Model:
         sizes = [sum(trace.values[self.values[f][v]].size_bytes for f in alike) for v in range(program.values)]
         seconds = [sum(trace.ops[self.ops[f][i]].seconds for f in alike) for i in range(len(program.steps))]
         # large units and many different ones (a mixture of experts routes differently in each) get fewer points
-        many = max(12, min(MANY, 8000 // max(1, len(program.steps)), 800 // kinds))
-        return frontier(program, sizes, seconds, many)
+        many = max(
+            min(12, self.effort.points), min(self.effort.points, 8000 // max(1, len(program.steps)), 800 // kinds)
+        )
+        return _known_frontier(program, tuple(sizes), tuple(seconds), many)
 
     def _recipes(self, path: str, point: Point) -> dict[int, Recipe]:
         """What each call of the unit does when `point` is chosen; other op sequences are replayed whole."""
@@ -327,7 +342,9 @@ class Model:
         if budget_bytes is None:
             return Solution(points=chosen, seconds=seconds, bound_seconds=0.0)
         bound = min(dual, seconds)
-        if seconds > 0:
+        if not self.effort.proves:
+            bound = 0.0
+        elif seconds > 0:
             relaxed = self._solve(budget_bytes, self._relaxed())
             bound = 0.0 if relaxed is None else min(relaxed[2], seconds)
         return Solution(points=chosen, seconds=seconds, bound_seconds=bound)
@@ -396,7 +413,7 @@ class Model:
             rows = list(range(len(self.starts)))
         keep_rows = _undominated(usage, room, rows) if budget_bytes is not None else rows
         highs = solver()
-        highs.setOptionValue("time_limit", SOLVER_SECONDS)
+        highs.setOptionValue("time_limit", self.effort.solver_seconds)
         highs.setOptionValue("mip_rel_gap", 1e-4 if budget_bytes is None else 0.0)
         scale = float(max(1.0, np.abs(usage).max() if usage.size else 1.0))
         second_scale = float(max(unit_seconds.max(), 1e-12)) if columns else 1.0
@@ -466,6 +483,12 @@ class Model:
             signature=unit.signature,
             program=unit.digest,
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _known_frontier(program: Program, sizes: tuple[int, ...], seconds: tuple[float, ...], many: int) -> Frontier:
+    """The same unit comes back with every lever and every budget."""
+    return frontier(program, sizes, seconds, many)
 
 
 def same_ops(one: Program, other: Program) -> bool:

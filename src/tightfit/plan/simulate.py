@@ -13,6 +13,7 @@ Refused: a plan that was made from another trace (`PlanMismatch`).
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from tightfit.core import (
@@ -30,7 +31,15 @@ from tightfit.core import (
 from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.program import Recipe, demanded, first_random, kept_values, recipe
 
-_STATIC = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS, Category.INPUTS)
+_STATIC = (
+    Category.PARAMETERS,
+    Category.QUANTISED,
+    Category.WORKSPACE,
+    Category.GRADIENTS,
+    Category.OPTIMIZER_STATE,
+    Category.BUFFERS,
+    Category.INPUTS,
+)
 
 
 def simulate(trace: Trace, plan: Plan | None = None) -> Timeline:
@@ -46,6 +55,36 @@ def simulate(trace: Trace, plan: Plan | None = None) -> Timeline:
     if plan is not None and plan.in_place_loss:
         trace = with_loss_in_place(trace)
     return simulate_choices(trace, () if plan is None else plan.choices)
+
+
+def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list[tuple[Hashable, int]]]:
+    """What an allocator sees of the step: sizes of the blocks that live throughout, and (name, bytes) in order, with
+    minus the bytes where a block is given back.
+
+    Blocks throughout are those of the trace's values from before the step; what the static bytes hold beyond them
+    (optimizer state, gradients) is shaped like the trainable parameters' gradients.
+    """
+    if plan is not None and plan.in_place_loss:
+        trace = with_loss_in_place(trace)
+    walk = _Walk(trace, {choice.unit: choice for choice in (plan.choices if plan is not None else ())})
+    walk.timeline()
+    total = sum(trace.static_bytes.values())
+    static = []
+    rest = total
+    for value in trace.values:
+        if value.producer is None and 0 < value.size_bytes <= rest:
+            static.append(value.size_bytes)
+            rest -= value.size_bytes
+    pieces = [v.size_bytes for v in trace.values if v.category is Category.GRADIENTS and v.size_bytes]
+    while rest > 0 and pieces:
+        for piece in pieces:
+            static.append(min(piece, rest))
+            rest -= static[-1]
+            if rest <= 0:
+                break
+    if rest > 0:
+        static.append(rest)
+    return static, walk.blocks
 
 
 def simulate_choices(trace: Trace, choices: tuple[Choice, ...]) -> Timeline:
@@ -89,6 +128,7 @@ class _Walk:
                 self.values_of[frame_id][value.ordinal] = value.id
         self.op_event = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.OP}
         self.replays = self._replays(choices)
+        self.blocks: list[tuple[Hashable, int]] = []  # what an allocator sees, in order
 
     # -- which frames replay, and when
 
@@ -215,7 +255,7 @@ class _Walk:
             if copy.until is not None:
                 letting_go[copy.until].append(value_id)
         self.level = {category: int(trace.static_bytes.get(category.value, 0)) for category in _STATIC}
-        self.level[Category.SAVED] = self.level[Category.TEMPORARIES] = 0
+        self.level[Category.SAVED] = self.level[Category.LOSS] = self.level[Category.TEMPORARIES] = 0
         self.labels: list[str] = []
         self.rows: list[dict[Category, int]] = []
         self.seconds = 0.0
@@ -225,7 +265,9 @@ class _Walk:
             for replayed, ops in by_event.get(index, ()):
                 self._run_again(replayed, ops, index)
             if event.what is Happening.ALLOC:
-                self._add(self._category(event.subject), trace.values[event.subject].size_bytes)
+                self._add(
+                    self._category(event.subject), trace.values[event.subject].size_bytes, ("value", event.subject)
+                )
             elif event.what is Happening.OP:
                 op = trace.ops[event.subject]
                 self._mark(self._label(op), op.scratch_bytes)
@@ -237,7 +279,7 @@ class _Walk:
                 self._add(Category.SAVED, (states - replayed.states_in_forward) * state_bytes)
             for value_id in after.get(index, ()):
                 if not self.tape_readers.get(value_id):
-                    self._add(self._category(value_id), -trace.values[value_id].size_bytes)
+                    self._free(value_id)
             for value_id in letting_go.get(index, ()):
                 self._drop_copy(self.copies[value_id], index)
         totals = [sum(row.values()) for row in self.rows]
@@ -262,7 +304,7 @@ class _Walk:
     def _drop_copy(self, copy: _Copy, index: int) -> None:
         """Free `copy` if after event `index` neither autograd nor the tape has any use for it."""
         if copy.is_live and not copy.readers and (copy.until is None or copy.until <= index):
-            self._add(Category.SAVED, -copy.size_bytes)
+            self._add(Category.SAVED, -copy.size_bytes, ("copy", id(copy)))
             copy.is_live = False
 
     def _run_again(self, replayed: _Replayed, ops: tuple[int, ...], index: int) -> None:
@@ -273,7 +315,7 @@ class _Walk:
             op = self.ops_of[replayed.frame][ordinal]
             made = [self.copies[v] for v in self._made_by(replayed.frame, ordinal)]
             for copy in made:
-                self._add(Category.SAVED, copy.size_bytes)
+                self._add(Category.SAVED, copy.size_bytes, ("copy", id(copy)))
                 copy.is_live = True
             draws = ordinal in replayed.recipe.states
             self._add(Category.TEMPORARIES, state_bytes if draws else 0)  # the state to go back to
@@ -291,7 +333,7 @@ class _Walk:
                     readers = self.tape_readers[value_id]
                     readers.discard(op.id)
                     if not readers and self.ends[value_id] < index and trace.values[value_id].producer is not None:
-                        self._add(self._category(value_id), -trace.values[value_id].size_bytes)
+                        self._free(value_id)
             for copy in made:
                 self._drop_copy(copy, index - 1)
         if replayed.whole:
@@ -301,8 +343,8 @@ class _Walk:
 
     def _category(self, value_id: int) -> Category:
         value = self.trace.values[value_id]
-        if value.category is Category.GRADIENTS:
-            return Category.GRADIENTS
+        if value.category is not Category.TEMPORARIES:
+            return value.category
         return Category.SAVED if value.needed and self._is_forward(value.producer) else Category.TEMPORARIES
 
     def _is_forward(self, op: int | None) -> bool:
@@ -316,11 +358,18 @@ class _Walk:
             else f"optimizer step: {op.name}"
         )
 
-    def _add(self, category: Category, size_bytes: int) -> None:
+    def _free(self, value_id: int) -> None:
+        self._add(self._category(value_id), -self.trace.values[value_id].size_bytes, ("value", value_id))
+
+    def _add(self, category: Category, size_bytes: int, block: Hashable = None) -> None:
         self.level[category] += size_bytes
+        if block is not None and size_bytes:
+            self.blocks.append((block, size_bytes))
 
     def _mark(self, label: str, scratch_bytes: int) -> None:
         row = dict(self.level)
         row[Category.TEMPORARIES] += scratch_bytes
+        if scratch_bytes:
+            self.blocks += [(("scratch",), scratch_bytes), (("scratch",), -scratch_bytes)]
         self.labels.append(label)
         self.rows.append(row)

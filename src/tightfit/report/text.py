@@ -15,11 +15,34 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tightfit.core import Category, Choice, Kind, Measurement, Plan, Proof, Row, Status, Trace, format_bytes, to_json
+from tightfit.core import (
+    Category,
+    Choice,
+    Forecast,
+    Kind,
+    Measurement,
+    Plan,
+    Proof,
+    Row,
+    Status,
+    Trace,
+    format_bytes,
+    to_json,
+)
 from tightfit.plan.program import kept_values, recipe
 from tightfit.plan.simulate import simulate
 
-__all__ = ["explain", "explanation", "measurement_report", "measurement_table", "plan_report", "proof_table"]
+__all__ = [
+    "explain",
+    "explanation",
+    "forecast_report",
+    "forecast_table",
+    "gpus_table",
+    "measurement_report",
+    "measurement_table",
+    "plan_report",
+    "proof_table",
+]
 
 # --------------------------------------------------------------------------------------------- measurement
 
@@ -76,6 +99,84 @@ def plan_report(plan: Plan) -> dict[str, Any]:
     """The plan without its programs, which only the engine needs."""
     report: dict[str, Any] = to_json(plan)
     del report["programs"]
+    return report
+
+
+# ------------------------------------------------------------------------------------------------ forecast
+
+_FORECAST_ROWS = (
+    ("parameters", "weights"), ("quantised_parameters", "quantised weights"), ("gradients", "gradients"),
+    ("optimizer_state", "optimizer state"), ("buffers", "buffers"), ("inputs", "batch"),
+    ("saved", "saved tensors"), ("loss", "loss and logits"), ("temporaries", "temporaries"),
+    ("workspace", "kernel workspace"), ("allocator_slack", "allocator slack"),
+)  # fmt: skip
+
+
+def forecast_table(forecast: Forecast) -> RenderableType:
+    """The answer first; then each way to run the step, by category, and what would help."""
+    shown = f"{forecast.model}, {forecast.method}, {forecast.dtype}, batch {forecast.batch} x {forecast.seq}"
+    verdict = Text(
+        f"{'fits' if forecast.fits else 'does not fit'}: {shown} on {forecast.gpu} "
+        f"({format_bytes(forecast.gpu_bytes)}, {format_bytes(forecast.usable_bytes)} for tensors)",
+        style="bold green" if forecast.fits else "bold red",
+    )
+    table = Table(title="bytes at the peak (forecast)", title_justify="left")
+    table.add_column("")
+    for mode in forecast.modes:
+        table.add_column(_MODES.get(mode.mode, mode.mode), justify="right")
+
+    def line(name: str, cell: Any) -> None:
+        table.add_row(name, *(cell(mode) for mode in forecast.modes))
+
+    for key, name in _FORECAST_ROWS:
+        if any(mode.by_category.get(key) for mode in forecast.modes):
+            line(name, lambda m, key=key: format_bytes(m.by_category.get(key, 0)))
+    table.add_section()
+    line("peak, allocated", lambda m: format_bytes(m.peak_bytes))
+    line("reserved", lambda m: format_bytes(m.reserved_bytes))
+    line("fits", lambda m: "yes" if m.fits else "no")
+    line("step (estimated)", lambda m: f"{m.step_seconds:.2f} s ({m.slowdown:.2f} x)")
+    lines = [
+        f"{_MODES.get(m.mode, m.mode)}: the peak is in the {m.peak_phase}, at: {m.peak_owner}" for m in forecast.modes
+    ]
+    lines += [f"plan: {said}" for said in forecast.essence]
+    if forecast.largest_batch is not None:
+        lines.append(
+            f"largest batch at {forecast.seq} tokens: {forecast.largest_batch or 'none'}; "
+            f"longest sequence at batch {forecast.batch}: {forecast.longest_seq or 'none'} (in steps of 64)"
+        )
+    lines += [f"it would fit: {said}" if " fit" in said else said for said in forecast.advice]
+    lines += [*forecast.notes, f"error bar: {forecast.error_bar}"]
+    return Group(verdict, table, *(Text(said) for said in lines))
+
+
+def gpus_table(forecasts: Sequence[Forecast]) -> RenderableType:
+    """One row per GPU, those that run it first, fastest first."""
+    first = forecasts[0]
+    table = Table(
+        title=f"{first.model}, {first.method}, {first.dtype}, batch {first.batch} x {first.seq}", title_justify="left"
+    )
+    table.add_column("GPU")
+    for name in ("memory", "fits", "step (estimated)", "slowdown", "recompute"):
+        table.add_column(name, justify="right")
+    for each in forecasts:
+        best = each.modes[-1]
+        forward = each.plan.forward_flops if each.plan is not None else 0
+        table.add_row(
+            each.gpu,
+            format_bytes(each.gpu_bytes),
+            "yes" if each.fits else "no",
+            f"{best.step_seconds:.2f} s" if each.fits else "-",
+            f"{best.slowdown:.2f} x" if each.fits else "-",
+            f"{best.recompute_flops / forward:.0%} of forward" if each.fits and forward else "-",
+        )
+    return Group(table, Text(f"error bar: {first.error_bar}"))
+
+
+def forecast_report(forecast: Forecast) -> dict[str, Any]:
+    """The document of `check --json`."""
+    report: dict[str, Any] = to_json(forecast)
+    report["plan"] = None if forecast.plan is None else plan_report(forecast.plan)
     return report
 
 

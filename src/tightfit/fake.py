@@ -1,0 +1,472 @@
+"""The step on fake tensors: shapes, strides and dtypes of the real one, none of its bytes.
+
+Idea: the model's parameters are swapped for fake CPU tensors, so that a step of any size runs in seconds. Three
+things that fake tensors alone get wrong are put right:
+
+* *Known values.* Token ids, positions and masks steer control flow (transformers asks whether sequences are packed).
+  Small integer and boolean tensors are computed for real beside the fake ones, so such questions get true answers.
+* *The target's kernels.* For a CUDA target the attention kernel that CUDA would choose is called by name, dropout
+  keeps a boolean mask, layer norm keeps float32 statistics, and every block is rounded as the caching allocator does.
+* *Scratch*, what a kernel holds only while it runs. On the CPU each distinct kernel is run once on tensors of its own
+  shape under the allocator's count; for CUDA the sizes are computed from the kernels' sources.
+
+Invariant: the model is given back with its own tensors, and no random state moves. Refused: control flow that depends
+on a value that is not known, and ops without a fake kernel (`Unsupported`, with the op's name).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tightfit.core import Device, Unsupported
+from tightfit.step import parameter_tensors, tensors_in
+
+__all__ = ["CUDA_GRANULE_BYTES", "FakeStep", "faked", "refusals_named"]
+
+_aten = torch.ops.aten
+
+#: c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize; every block is a multiple of it.
+CUDA_GRANULE_BYTES = 512
+
+#: Larger tensors are not computed for real: control flow asks about positions and masks of tokens, not about weights.
+_KNOWN_ELEMENTS = 1 << 20
+
+#: No kernel is tried out on operands larger than this, or for longer.
+_PROBE_BYTES, _PROBE_FLOPS = 1 << 28, 4_000_000_000
+
+#: Matrix products in these dtypes go to a BLAS whose buffers are not the allocator's.
+_BLAS = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default})
+_BLAS_DTYPES = frozenset({torch.float32, torch.float64})
+
+
+class FakeStep:
+    """What one step on fake tensors knows beyond them. `target`: the device whose kernels are meant; CPU by default."""
+
+    def __init__(self, target: Device | None = None, *, guesses: bool = False) -> None:
+        self.target = target
+        self.cuda = target is not None and target.kind != "cpu"
+        self.granule_bytes = CUDA_GRANULE_BYTES if self.cuda else 1
+        self.guesses = guesses  # an optimizer reads its step count; only its control flow could depend on it
+        self._known: Any = WeakIdKeyDictionary()
+        self._probes: dict[Any, tuple[Any, Any, list[int]]] = {}
+        self._unprobed: set[str] = set()
+        self._accumulating: list[nn.Parameter] = []
+        self._model: nn.Module | None = None
+        self._scratch: dict[int, int] = {}
+
+    @property
+    def workspace_bytes(self) -> int:
+        """cuBLAS's default workspace, `:4096:2:16:8`, which lives in the caching allocator from the first product on.
+
+        Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`; 32 MiB since compute capability 9.
+        """
+        if self.target is None or self.target.kind != "cuda":
+            return 0
+        capability = self.target.compute_capability
+        return 32 * 2**20 if capability is not None and capability >= 9.0 else 8_519_680
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self._unprobed:
+            return ()
+        return (
+            f"kernels too large to be tried out, their scratch is not counted: {', '.join(sorted(self._unprobed))}",
+        )
+
+    def restart(self) -> None:
+        """Gradients as at the start of a step: zeros where the model came with one, else none."""
+        assert self._model is not None
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        for parameter in self._accumulating:
+            parameter.grad = torch.zeros_like(parameter)
+
+    # -- running
+
+    def know(self, fake: torch.Tensor, real: torch.Tensor) -> None:
+        """`fake` has the values of `real`, when they are of the kind that steers control flow."""
+        steers = not (real.is_floating_point() or real.is_complex())
+        if steers and not real.is_meta and real.numel() <= _KNOWN_ELEMENTS:
+            with _disable_current_modes():
+                self._known[fake] = real.detach().to("cpu", copy=True)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The fake result of one op, or the true one where it is known."""
+        if func is _aten._local_scalar_dense.default:
+            return self._scalar(args[0])
+        if func is _aten._grouped_mm.default:
+            out: Any = _grouped_mm(*args, **kwargs)
+        elif func is _aten.nonzero.default and args[0] in self._known:
+            with _disable_current_modes():
+                found = self._known[args[0]].nonzero()
+            out = args[0].new_empty(found.shape, dtype=torch.int64)
+        else:
+            out = func(*args, **kwargs)
+        if self.cuda and func is _aten.native_layer_norm.default and args[0].dtype in (torch.bfloat16, torch.float16):
+            out = (out[0], *(torch.empty_like(t, dtype=torch.float32) for t in out[1:]))
+        self.learn(func, args, kwargs, out)
+        return out
+
+    def _scalar(self, tensor: torch.Tensor) -> Any:
+        value = self._known.get(tensor)
+        if value is not None:
+            with _disable_current_modes():
+                return value.item()
+        if self.guesses:
+            return 1.0
+        raise Unsupported(
+            f"the model asks for the value of a {str(tensor.dtype).removeprefix('torch.')} tensor "
+            "(aten._local_scalar_dense), which a step on fake tensors does not have"
+        )
+
+    def learn(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Compute `out` for real too, where everything that it depends on is known."""
+        results = [out] if isinstance(out, torch.Tensor) else tensors_in(out)
+        small = all(t.numel() <= _KNOWN_ELEMENTS and not t.is_floating_point() and not t.is_complex() for t in results)
+        if not results or not small or torch.Tag.nondeterministic_seeded in func.tags:
+            return
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        if any(isinstance(leaf, torch.Tensor) and leaf not in self._known for leaf in leaves):
+            return
+        if not any(isinstance(leaf, torch.Tensor) for leaf in leaves) and "empty" in func.__name__:
+            return
+        with _disable_current_modes():
+            try:
+                real_args, real_kwargs = pytree.tree_unflatten(
+                    [self._known[leaf] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
+                )
+                real = func(*real_args, **real_kwargs)
+            except (RuntimeError, NotImplementedError, TypeError):
+                return
+        found = [real] if isinstance(real, torch.Tensor) else tensors_in(real)
+        for fake, value in zip(results, found, strict=False):
+            self._known[fake] = value
+
+    # -- scratch
+
+    def note(self, call: int, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], flops: int) -> None:
+        """Op number `call` of the pass whose scratch is asked for later."""
+        if self.cuda:
+            scratch = _CUDA_SCRATCH.get(func)
+            if scratch is not None:
+                self._scratch[call] = scratch(*args, **kwargs)
+            return
+        tensors = tensors_in((args, dict(kwargs)))
+        if func.is_view or not tensors or func in (_aten._local_scalar_dense.default, _aten.nonzero.default):
+            return
+        if func in _BLAS and tensors[0].dtype in _BLAS_DTYPES:
+            return
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        key = (func, spec, *(_outline(leaf) for leaf in leaves))
+        try:
+            known = self._probes.get(key)
+        except TypeError:  # an argument that cannot be hashed
+            return
+        if known is None:
+            moved = sum(t.numel() * t.element_size() for t in tensors)
+            if moved > _PROBE_BYTES or flops > _PROBE_FLOPS:
+                self._unprobed.add(str(func))
+                return
+            known = self._probes[key] = (func, (spec, key[2:]), [])
+        known[2].append(call)
+
+    def scratch_bytes(self) -> dict[int, int]:
+        """Most bytes that each noted op held beyond its outputs, by its number; 0 for those left out."""
+        if self._probes:
+            for (_, _, calls), size in zip(self._probes.values(), self._probe(), strict=True):
+                self._scratch.update(dict.fromkeys(calls, size))
+        return self._scratch
+
+    def _probe(self) -> list[int]:
+        from tightfit.trace import MARK, risen_bytes  # the one place that reads the profiler
+
+        made: list[int] = []
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=()), profiler:
+            for func, (spec, outlines), _ in self._probes.values():
+                leaves = [_real(outline) if isinstance(outline, _Outline) else outline for outline in outlines]
+                args, kwargs = pytree.tree_unflatten(leaves, spec)
+                given = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
+                with torch.profiler.record_function(MARK):
+                    try:
+                        out = func(*args, **kwargs)
+                    except Exception:  # zeros are no input for every kernel; then its scratch stays unknown
+                        out = None
+                storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors_in(out)}
+                made.append(sum(s.nbytes() for key, s in storages.items() if key not in given))
+                del out, storages, leaves, args, kwargs
+        return [max(0, rise - size) for rise, size in zip(risen_bytes(profiler, len(made)), made, strict=True)]
+
+
+class _Outline(tuple[Any, ...]):
+    """(shape, strides, dtype) of a tensor argument."""
+
+    __slots__ = ()
+
+
+def _outline(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return _Outline((tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype))
+    return leaf
+
+
+def _real(outline: _Outline) -> torch.Tensor:
+    shape, strides, dtype = outline
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
+    return torch.zeros(extent, dtype=dtype).as_strided(shape, strides)
+
+
+def _grouped_mm(
+    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> torch.Tensor:
+    """torch's own fake kernel takes bfloat16 only. Sizes as in `at::_grouped_mm`: a 2-d operand is the ragged one."""
+    if a.dim() == 2 and b.dim() == 2:
+        assert offs is not None
+        shape = (offs.size(0), a.size(0), b.size(1))
+    elif a.dim() == 2:
+        shape = (a.size(0), b.size(-1))  # type: ignore[assignment]  # tuples of two lengths
+    elif b.dim() == 2:
+        shape = (a.size(1), b.size(1))  # type: ignore[assignment]
+    else:
+        shape = (a.size(0), a.size(1), b.size(-1))
+    return torch.empty(shape, dtype=out_dtype or a.dtype, device=a.device)
+
+
+# --------------------------------------------------------------------------------- what CUDA kernels hold
+
+
+def _round_up(number: int, to: int) -> int:
+    return -(-number // to) * to
+
+
+def _flash_backward_scratch(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> int:
+    """`dq_accum` and `softmax_d` in float32, and expanded key and value gradients where heads are shared.
+
+    Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, `mha_bwd`.
+    """
+    batch, heads, tokens, width = query.shape
+    rows = _round_up(tokens, 128)
+    padded = 64 if width <= 64 else _round_up(width, 32)
+    scratch = batch * heads * rows * (padded + 1) * 4
+    if key.size(1) != heads:
+        scratch += 2 * batch * key.size(2) * heads * _round_up(width, 8) * key.element_size()
+    return int(scratch)
+
+
+def _efficient_backward_scratch(grad: torch.Tensor, query: torch.Tensor, *_: Any, **__: Any) -> int:
+    """`delta`, the row sums of gradient times output, and its rounded float32 rows.
+
+    Source: aten/src/ATen/native/transformers/cuda/attention_backward.cu, `_efficient_attention_backward`.
+    """
+    batch, heads, tokens, width = query.shape
+    accumulators = 0 if query.dtype is torch.float32 else batch * heads * tokens * width * 4
+    return int(batch * heads * _round_up(tokens, 32) * 4 + accumulators)
+
+
+_CUDA_SCRATCH: dict[Any, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_scratch,
+    _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward_scratch,
+}
+
+_HALF = frozenset({torch.float16, torch.bfloat16})
+
+
+def _attention_like_cuda(flash: bool) -> Callable[..., torch.Tensor]:
+    """`scaled_dot_product_attention` with the kernel that CUDA takes: flash, memory-efficient, math, in this order.
+
+    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, `select_sdp_backend`.
+    """
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        width = query.size(-1)
+        half = query.dtype in _HALF
+        same_heads = query.size(-3) == key.size(-3)
+        scale = width**-0.5 if scale is None else scale
+        dense = query.dim() == 4 and value.size(-1) == width
+        if dense and flash and half and attn_mask is None and width <= 256:
+            pad = -width % 8
+            if pad:
+                query, key, value = (nn.functional.pad(t, (0, pad)) for t in (query, key, value))
+            out: torch.Tensor = _aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale
+            )[0]
+            return out[..., :width] if pad else out
+        if dense and same_heads and width % (8 if half else 4) == 0:
+            bias = attn_mask
+            if bias is not None:
+                if bias.dtype is torch.bool:
+                    bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(bias.logical_not(), float("-inf"))
+                columns = bias.size(-1)
+                if columns % 8:  # the kernel reads rows of 16 bytes
+                    bias = nn.functional.pad(bias, (0, -columns % 8))[..., :columns]
+                bias = bias.expand(query.size(0), query.size(1), query.size(2), key.size(2))
+            trains = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+            out = _aten._scaled_dot_product_efficient_attention(
+                query, key, value, bias, trains, dropout_p, is_causal, scale=scale
+            )[0]
+            return out
+        out = _aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+        )[0]
+        return out
+
+    return attention
+
+
+def _dropout_like_cuda(
+    input: torch.Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """CUDA's fused dropout, which keeps a boolean mask. Source: aten/src/ATen/native/Dropout.cpp."""
+    if not training or p == 0:
+        return input
+    out: torch.Tensor = _aten.native_dropout(input, p, True)[0]
+    return input.copy_(out) if inplace else out
+
+
+# ------------------------------------------------------------------------------------------ the contexts
+
+
+@contextlib.contextmanager
+def faked(model: nn.Module, batch: Any, step: FakeStep) -> Iterator[Any]:
+    """The model with fake parameters and buffers in place of its own; yields the fake batch, inside the fake mode."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    undo: list[tuple[Any, str, Any]] = []
+    twins: dict[int, torch.Tensor] = {}
+    step._model = model
+
+    def fake_of(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in twins:
+            with mode:
+                device = "cpu" if tensor.is_meta else tensor.device
+                twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            if isinstance(tensor, nn.Parameter):
+                twin = parameter = _parameter_like(tensor, twin, fake_of)
+                if tensor.grad is not None:
+                    step._accumulating.append(parameter)
+            twins[id(tensor)] = twin
+            step.know(twin, tensor)
+        return twins[id(tensor)]
+
+    try:
+        for module in model.modules():
+            tables: tuple[Any, ...] = (module._parameters, module._buffers)
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        undo.append((table, name, tensor))
+                        table[name] = fake_of(tensor)
+            for name, plain in list(vars(module).items()):  # tensors that are neither: ALiBi slopes, rotary tables
+                if isinstance(plain, torch.Tensor):
+                    undo.append((vars(module), name, plain))
+                    vars(module)[name] = fake_of(plain)
+        fake_batch = pytree.tree_map(lambda t: fake_of(t) if isinstance(t, torch.Tensor) else t, batch)
+        with _untraced_transformers(), _kernels_of(step), mode:
+            yield fake_batch
+    finally:
+        for table, name, tensor in undo:
+            table[name] = tensor
+
+
+def _parameter_like(
+    original: nn.Parameter, twin: torch.Tensor, fake_of: Callable[[torch.Tensor], torch.Tensor]
+) -> nn.Parameter:
+    """A fake parameter; that of a 4-bit weight has a fake `quant_state`."""
+    made: Any = nn.Parameter(twin, requires_grad=original.requires_grad)
+    state = getattr(original, "quant_state", None)
+    if state is None or len(parameter_tensors(original)) == 1:
+        return made  # type: ignore[no-any-return]
+
+    def fake_state(state: Any) -> Any:
+        made = copy.copy(state)
+        for name, value in vars(state).items():
+            if isinstance(value, torch.Tensor):
+                setattr(made, name, fake_of(value))
+        if getattr(made, "state2", None) is not None:
+            made.state2 = fake_state(made.state2)
+        return made
+
+    # a tensor cannot be of two subclasses, but the layer only asks for these attributes
+    vars(made).update({name: value for name, value in vars(original).items() if name != "quant_state"})
+    made.quant_state = fake_state(state)
+    return made  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _untraced_transformers() -> Iterator[None]:
+    """transformers builds full attention masks when it sees fake tensors, since it cannot read values; here it can."""
+    library: Any = sys.modules.get("transformers.utils.import_utils")
+    if library is None or not hasattr(library, "is_fake_tensor"):
+        yield
+        return
+    original = library.is_fake_tensor
+    library.is_fake_tensor = lambda _: False
+    try:
+        yield
+    finally:
+        library.is_fake_tensor = original
+
+
+@contextlib.contextmanager
+def _kernels_of(step: FakeStep) -> Iterator[None]:
+    """For a CUDA target, the functions whose kernels differ from the CPU's. Patched, because a function mode is
+    popped inside `Tensor.backward`, where recompute runs."""
+    if not step.cuda:
+        yield
+        return
+    assert step.target is not None
+    capability = step.target.compute_capability
+    flash = capability is None or capability >= 8.0
+    patches: list[tuple[Any, str, Any]] = [
+        (nn.functional, "scaled_dot_product_attention", _attention_like_cuda(flash)),
+        (nn.functional, "dropout", _dropout_like_cuda),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    for owner, name, replacement in patches:
+        setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def refusals_named(what: str) -> Iterator[None]:
+    """Turn fake tensors' own refusals into `Unsupported` with the op's name."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        op = getattr(error, "func", error)
+        raise Unsupported(
+            f"{what} cannot run on fake tensors: {op} depends on values, or has no fake kernel"
+        ) from error

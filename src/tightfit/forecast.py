@@ -1,0 +1,795 @@
+"""Will it run? The step itself on fake tensors, with the plan applied, for a device that is not there.
+
+The model is built on `meta` from its published shape or its `config.json`, with the method's adapters, 4-bit twins and
+optimizer. Its step is traced for the device's kernels (`tightfit.fake`), a few blocks of it and the rest by repetition
+(`tightfit.unroll`), planned for the device's memory and laid out by the caching allocator's rules
+(`tightfit.allocator`). Seconds are a roofline over the catalog's rates and are only ever called estimated.
+
+Invariant: no weights are ever allocated, nothing is downloaded but a hub id's config. "Fits" means that the reserved
+bytes, the driver's context and the margin are within the card together. Refused: models whose step needs values that
+fake tensors do not have (`Unsupported`), sizes that the model has no positions for (`InvalidInput`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.allocator import OutOfMemory, reserved_peak_bytes
+from tightfit.catalog import gpu, gpu_names
+from tightfit.core import (
+    BudgetInfeasible,
+    Category,
+    Device,
+    Forecast,
+    InvalidInput,
+    Mode,
+    Plan,
+    Timeline,
+    Trace,
+    Unsupported,
+    format_bytes,
+    parse_bytes,
+)
+from tightfit.cost import NOMINAL_CUDA, retimed
+from tightfit.plan import Effort, every_block, lowest, plan, simulate
+from tightfit.plan.simulate import allocations
+from tightfit.step import compute_loss, environment, find_units, static_bytes_by_category
+from tightfit.trace import OptimizerRecord, behind, record_optimizer, signature_of, trace
+from tightfit.unroll import LEAST_BLOCKS, unroll
+
+__all__ = [
+    "Setup",
+    "calibrated",
+    "check",
+    "device_asked",
+    "least_peak_bytes",
+    "longest_length",
+    "trace_setup",
+    "usable_bytes",
+    "which_gpus",
+]
+
+METHODS = ("full", "lora", "qlora")
+OPTIMIZERS = ("adamw", "adamw-fused", "adamw8bit", "paged-adamw8bit", "sgd", "none")
+DTYPES = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "fp16": (torch.float16, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),  # float32 weights under autocast
+    "fp16-mixed": (torch.float32, torch.float16),
+}
+
+#: What the driver and the loaded kernels take before the first tensor; 0.3 to 0.6 GiB are reported.
+CONTEXT_BYTES = 600 * 2**20
+#: What Metal lets one process wire of the unified memory (`recommendedMaxWorkingSetSize`).
+UNIFIED_SHARE = 0.75
+#: Kept free beside the forecast: the CUDA side of it (kernels' scratch, libraries' workspaces) was not measured here.
+MARGIN = 0.02
+#: Reached rates against the makers' figures, where nobody measured: 55 % of FLOP/s, 80 % of bandwidth.
+FLOPS_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.55, 0.80
+SEQ_STEP = 64
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is asked about: a model and how it is trained."""
+
+    model: str
+    method: str = "full"
+    batch: int = 1
+    seq: int = 2048
+    dtype: str = "bf16"
+    optimizer: str = "adamw"
+    rank: int = 16
+    accumulate: bool = False  # gradients of earlier micro-batches are there when a step begins
+
+    def checked(self) -> Setup:
+        """Itself. Raises `InvalidInput` for what cannot be meant."""
+        for what, value, known in (
+            ("method", self.method, METHODS), ("optimizer", self.optimizer, OPTIMIZERS), ("dtype", self.dtype, DTYPES),
+        ):  # fmt: skip
+            if value not in known:
+                raise InvalidInput(f"unknown {what} {value!r}: use {', '.join(known)}")
+        if self.batch < 1:
+            raise InvalidInput(f"expected a batch of at least 1 sequence, not {self.batch}")
+        if self.seq < 2:
+            raise InvalidInput(f"expected a sequence of at least 2 tokens, not {self.seq}")
+        if self.rank < 1:
+            raise InvalidInput(f"expected a LoRA rank of at least 1, not {self.rank}")
+        return self
+
+
+# ------------------------------------------------------------------------------------------ the model
+
+
+@functools.lru_cache(maxsize=4)
+def _model(name: str, method: str, dtype: str, rank: int) -> Any:
+    """The model on `meta`, in training mode, with the method's parameters trainable."""
+    from transformers import AutoModelForCausalLM
+
+    from tightfit.integrations.transformers import config_named
+
+    config = copy.deepcopy(config_named(name))
+    weights, compute = DTYPES[dtype]
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=weights, trust_remote_code=False)
+    except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError, RuntimeError, ImportError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise InvalidInput(
+            f"no causal language model can be built from the config of {name!r} ({type(error).__name__}: {first_line})"
+        ) from error
+    model.train()
+    if method == "qlora":
+        from tightfit.integrations.bitsandbytes import quantise
+
+        model = quantise(model, compute or weights)
+    if method != "full":
+        from tightfit.integrations.peft import add_lora
+
+        with torch.device("meta"):
+            model = add_lora(model, rank=rank)
+    return model
+
+
+def _positions(model: Any) -> int | None:
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+class _HashableDevice:
+    """A device as a key: its rates are a mapping, and its kernels are all that matters here."""
+
+    def __init__(self, device: Device | None) -> None:
+        self.device = device
+        self.key = None if device is None else (device.kind, device.compute_capability)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _HashableDevice) and other.key == self.key
+
+
+def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if name == "adamw":
+        return torch.optim.AdamW(trainable)
+    if name == "adamw-fused":
+        optimizer = torch.optim.AdamW(trainable)
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False
+        return optimizer
+    if name == "sgd":
+        return torch.optim.SGD(trainable)
+    return _AdamW8bit(trainable, paged=name.startswith("paged"))
+
+
+class _AdamW8bit(torch.optim.Optimizer):
+    """The state of bitsandbytes' 8-bit AdamW, for fake tensors; its kernel updates in place, without temporaries.
+
+    Source: bitsandbytes/optim/optimizer.py, `Optimizer2State.init_state`: blocks of 256 with a float32 scale, float32
+    state below 4,096 elements; `get_state_buffer`: paged from 100,000 elements on.
+    """
+
+    def __init__(self, params: Any, paged: bool) -> None:
+        super().__init__(params, {"paged": paged})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's returns the closure's loss
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if state:
+                    continue
+                small = parameter.numel() < 4096
+                if group["paged"] and parameter.numel() >= 100_000:
+                    state["step"] = 0
+                    continue
+                for moment in ("state1", "state2"):
+                    dtype = torch.float32 if small else torch.uint8
+                    state[moment] = torch.zeros_like(parameter, dtype=dtype)
+                    if not small:
+                        state[f"absmax_{moment}"] = torch.zeros(-(-parameter.numel() // 256), dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------------ the trace
+
+
+def trace_setup(setup: Setup, device: Device | None = None) -> Trace:
+    """The step of `setup` on fake tensors, with the kernels of `device` (`None`: this machine's CPU).
+
+    Raises `InvalidInput` for more tokens than the model has positions, `Unsupported` for a step that fake tensors
+    cannot run.
+    """
+    setup.checked()
+    model = _model(setup.model, setup.method, setup.dtype, setup.rank)
+    positions = _positions(model)
+    if positions is not None and setup.seq > positions:
+        raise InvalidInput(f"a sequence of {setup.seq} tokens was asked for, but the model has {positions} positions")
+    ids = torch.zeros(setup.batch, setup.seq, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids}
+    compute = DTYPES[setup.dtype][1]
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=compute, enabled=compute is not None):
+            return compute_loss(model, batch)
+
+    with _gradients(model, setup.accumulate):
+        recorded = _traced(model, batch, loss if compute is not None else None, device)
+    if setup.optimizer == "none":
+        return recorded
+    return behind(
+        recorded,
+        _optimizer_record(setup.model, setup.method, setup.dtype, setup.rank, setup.optimizer, _HashableDevice(device)),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _optimizer_record(
+    model: str, method: str, dtype: str, rank: int, optimizer: str, device: _HashableDevice
+) -> OptimizerRecord:
+    """The optimizer's step depends on the parameters alone, so one serves every batch and length."""
+    return record_optimizer(_optimizer(_model(model, method, dtype, rank), optimizer), device.device)
+
+
+@contextlib.contextmanager
+def _gradients(model: nn.Module, there: bool) -> Iterator[None]:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable if there else ():
+        parameter.grad = torch.empty_like(parameter)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.grad = None
+
+
+def _traced(model: nn.Module, batch: Any, loss: Any, device: Device | None) -> Trace:
+    """The whole model's trace, by way of a few of its blocks where these are alike."""
+    stack = _stack(model)
+    if stack is not None:
+        paths = list(find_units(model))
+        with contextlib.suppress(IndexError, KeyError):  # a model that counts on all its layers
+            with _excerpt(stack):
+                few = trace(model, batch, loss, fake=True, device=device)
+            whole = unroll(few, paths, stack.period)
+            if whole is not None:
+                static = dict(few.static_bytes)
+                granule = 1 if device is None or device.kind == "cpu" else 512
+                static.update(
+                    (name, size) for name, size in static_bytes_by_category(model, batch, granule_bytes=granule).items()
+                )
+                return dataclasses.replace(whole, static_bytes=static)
+    return trace(model, batch, loss, fake=True, device=device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stack:
+    """The list that holds all of a model's units, and how many of them make a block that repeats."""
+
+    owner: nn.Module
+    name: str
+    period: int
+
+
+def _stack(model: nn.Module) -> _Stack | None:
+    """The model's stack when it is worth shortening: one list, blocks that repeat, at least two more than needed."""
+    units = find_units(model)
+    for owner in model.modules():
+        for name, child in owner.named_children():
+            layers = list(child.children()) if isinstance(child, nn.ModuleList) else []
+            if layers and layers == list(units.values()):
+                described = [_description(layer) for layer in layers]
+                for period in range(1, len(layers) // (LEAST_BLOCKS + 2) + 1):
+                    rest = range(2 * period, len(layers) - period)
+                    if len(layers) % period == 0 and all(described[i] == described[i + period] for i in rest):
+                        return _Stack(owner=owner, name=name, period=period)
+    return None
+
+
+#: How layers number themselves.
+_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx"})
+
+
+def _description(layer: nn.Module) -> str:
+    """What tells a layer from another: classes, parameters and settings (a window, a rotary base), not its number."""
+    settings = [
+        (path, type(module).__qualname__, name, repr(value))
+        for path, module in layer.named_modules()
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, (int, float, str, bool, type(None))) and name not in _NUMBERS
+    ]
+    return signature_of(layer) + repr(settings)
+
+
+@contextlib.contextmanager
+def _excerpt(stack: _Stack) -> Iterator[None]:
+    """The model with only its first blocks and its last."""
+    whole: Any = getattr(stack.owner, stack.name)
+    layers = list(whole)
+    first = (LEAST_BLOCKS - 1) * stack.period
+    setattr(stack.owner, stack.name, nn.ModuleList([*layers[:first], *layers[-stack.period :]]))
+    try:
+        yield
+    finally:
+        setattr(stack.owner, stack.name, whole)
+
+
+# ----------------------------------------------------------------------------------------- the device
+
+
+def device_asked(text: str) -> Device:
+    """A GPU of the catalog, or a card of the size that `text` gives (`24GiB`), with an A100's rates."""
+    try:
+        size_bytes = parse_bytes(text)
+    except InvalidInput:
+        if text.strip()[:1].isdigit():
+            raise
+        return gpu(text)
+    return dataclasses.replace(NOMINAL_CUDA, name=text, memory_bytes=size_bytes)
+
+
+def usable_bytes(device: Device) -> int:
+    """What the allocator may reserve: the memory without the driver's context and the margin."""
+    if device.kind == "mps":
+        return int(device.memory_bytes * UNIFIED_SHARE / (1 + MARGIN))
+    return max(0, int((device.memory_bytes - CONTEXT_BYTES) / (1 + MARGIN)))
+
+
+def reached(device: Device) -> Device:
+    """`device` with the rates that programs reach; those of a calibrated file are measured and stay."""
+    if device.source.startswith("measured"):
+        return device
+    return dataclasses.replace(
+        device,
+        flops_per_second={dtype: rate * FLOPS_EFFICIENCY for dtype, rate in device.flops_per_second.items()},
+        memory_bytes_per_second=device.memory_bytes_per_second * BANDWIDTH_EFFICIENCY,
+    )
+
+
+# ----------------------------------------------------------------------------------------- the answer
+
+
+def check(
+    setup: Setup,
+    device: Device,
+    *,
+    budget: str | int | None = None,
+    search: bool = True,
+    progress: Progress = lambda _: None,
+) -> Forecast:
+    """Whether the step of `setup` runs on `device`, and how.
+
+    `budget`: what the allocator may take of the device, bytes or a percentage of its memory; all that is usable by
+    default. `search` also looks for the largest batch and the longest sequence. Raises as `trace_setup` does, and
+    `InvalidInput` for a budget that is no size.
+    """
+    setup.checked()
+    room = usable_bytes(device)
+    if budget is not None:
+        room = min(room, parse_bytes(budget, whole_bytes=device.memory_bytes))
+    progress("tracing the step on fake tensors")
+    recorded = retimed(trace_setup(setup, device), reached(device))
+    progress("planning")
+    modes = [
+        _mode("none", recorded, simulate(recorded), None, room),
+        _blocks_mode(recorded, room),
+    ]
+    made = _fitted(recorded, room, _SHOWN)
+    shown = made or lowest(recorded, effort=_QUICK)
+    modes.append(_mode("tightfit", recorded, simulate(recorded, shown), shown, room))
+    base_seconds = modes[0].step_seconds
+    modes = [dataclasses.replace(mode, slowdown=mode.step_seconds / base_seconds) for mode in modes]
+    fits = made is not None
+    largest = longest = None
+    if search:
+        here = (fits, least_peak_bytes(recorded))
+        largest = _largest(setup, device, room, progress, "batch", here)
+        longest = _largest(setup, device, room, progress, "seq", here)
+    advice: tuple[str, ...] = ()
+    if not fits:
+        advice = tuple(_advice(setup, device, room, recorded, largest, longest, progress))
+    return Forecast(
+        model=setup.model,
+        method=setup.method,
+        batch=setup.batch,
+        seq=setup.seq,
+        dtype=setup.dtype,
+        optimizer=setup.optimizer,
+        gpu=device.name,
+        gpu_bytes=device.memory_bytes,
+        usable_bytes=room,
+        fits=fits,
+        modes=tuple(modes),
+        plan=made,
+        essence=tuple(_essence(recorded, made)) if made is not None else (),
+        largest_batch=largest,
+        longest_seq=longest,
+        advice=advice,
+        error_bar=_error_bar(device),
+        notes=(*recorded.notes, *_notes(setup, device)),
+        environment=environment(),
+    )
+
+
+def _mode(name: str, recorded: Trace, line: Timeline, made: Plan | None, room: int) -> Mode:
+    reserved = _reserved(recorded, made)
+    assert reserved is not None
+    within = _reserved(recorded, made, room)
+    fits = line.peak_bytes <= room and within is not None
+    if fits and within is not None:
+        reserved = min(reserved, within)  # on this card the allocator gives free segments back before it fails
+    at_peak = {category: rows[line.peak_event] for category, rows in line.by_category.items()}
+    step_seconds = sum(op.seconds for op in recorded.ops) + line.recompute_seconds
+    phase = line.peak_owner.split()[0]
+    return Mode(
+        mode=name,
+        fits=fits,
+        peak_bytes=line.peak_bytes,
+        reserved_bytes=reserved,
+        by_category={**at_peak, "allocator_slack": reserved - line.peak_bytes},
+        peak_owner=line.peak_owner,
+        peak_phase="backward" if phase == "replay" else phase,
+        step_seconds=step_seconds,
+        slowdown=1.0,
+        recompute_flops=line.recompute_flops,
+    )
+
+
+def _blocks_mode(recorded: Trace, room: int) -> Mode:
+    blocks = every_block(recorded, effort=_SHOWN)
+    return _mode("every-block", recorded, simulate(recorded, blocks), blocks, room)
+
+
+def _reserved(recorded: Trace, made: Plan | None, room: int | None = None) -> int | None:
+    """Most bytes reserved in a step, `None` when that fails; under `room` free segments are given back first."""
+    static, step = allocations(recorded, made)
+    if recorded.random_state_bytes:  # the CPU has no caching allocator
+        return simulate(recorded, made).peak_bytes
+    try:
+        return (
+            reserved_peak_bytes(static, step) if room is None else reserved_peak_bytes(static, step, limit_bytes=room)
+        )
+    except OutOfMemory:
+        return None
+
+
+def _fitted(recorded: Trace, room: int, effort: Effort) -> Plan | None:
+    """The plan of least recompute with which the allocator stays within `room`; `None` when there is none."""
+    budget = room
+    for _ in range(4):
+        try:
+            made = plan(recorded, budget, effort=effort)
+        except BudgetInfeasible:
+            return None
+        if _reserved(recorded, made, room) is not None:
+            return made
+        reserved = _reserved(recorded, made) or room
+        # fragmentation: leave the allocator as much more as it took beyond what was live
+        budget = int(min(budget * 0.97, room * made.peak_bytes / max(reserved, made.peak_bytes)))
+    made = lowest(recorded, effort=effort)
+    return None if _reserved(recorded, made, room) is None else made
+
+
+#: For the plan that is shown, and for the many that only have to be possible.
+_SHOWN = Effort(points=60, solver_seconds=0.4, proves=False)
+_QUICK = Effort(points=12, solver_seconds=0.3, proves=False)
+
+
+def _runs(recorded: Trace, room: int) -> bool:
+    """Does the plan of the lowest peak run?"""
+    made = lowest(recorded, effort=_QUICK)
+    return made.peak_bytes <= room and _reserved(recorded, made, room) is not None
+
+
+def least_peak_bytes(recorded: Trace) -> int:
+    """The lowest peak of any plan, in allocated bytes."""
+    return lowest(recorded, effort=_QUICK).peak_bytes
+
+
+# --------------------------------------------------------------------------------------- the searches
+
+
+def _largest(setup: Setup, device: Device, room: int, progress: Progress, what: str, here: tuple[bool, int]) -> int:
+    """The largest batch, or the longest sequence in steps of 64 tokens, whose step some plan fits into `room`.
+
+    The peak is affine in both but for kernels that change with the size, so two points say where to look; from there
+    it is a bisection in which every answer is a step, traced and planned. `here`: whether the size that was asked for
+    fits, and its least peak. 0: not even the smallest fits.
+    """
+    step = 1 if what == "batch" else SEQ_STEP
+    positions = _positions(_model(setup.model, setup.method, setup.dtype, setup.rank))
+    most = 1 << 16 if what == "batch" else (positions or 1 << 22) // step
+    asked = getattr(setup, what)
+    tried: dict[int, bool] = {}
+    least: dict[int, int] = {}
+    if asked % step == 0:
+        tried[asked // step], least[asked // step] = here
+
+    def good(count: int) -> bool:
+        if count not in tried:
+            amount = count * step
+            progress(f"looking for the {'largest batch' if what == 'batch' else 'longest sequence'}: {amount}")
+            recorded = retimed(trace_setup(_resized(setup, what, amount), device), reached(device))
+            least[count] = least_peak_bytes(recorded)
+            tried[count] = _runs(recorded, room)
+        return tried[count]
+
+    low, high = 0, most + 1  # low fits (or is nothing), high does not
+    guess = min(max(1, asked // step), most)
+    while low < high - 1:
+        if good(guess):
+            low = guess
+        else:
+            high = guess
+        if low < high - 1:
+            guess = _guess(least, room, low, high)
+    return low * step
+
+
+def _resized(setup: Setup, what: str, amount: int) -> Setup:
+    return dataclasses.replace(setup, batch=amount) if what == "batch" else dataclasses.replace(setup, seq=amount)
+
+
+def _guess(least: dict[int, int], room: int, low: int, high: int) -> int:
+    """Where the line through the two points next to the bounds meets `room`, strictly between `low` and `high`."""
+    if len(least) == 1:
+        guess = low * 2 if low else high // 2
+    else:
+        near = sorted(least, key=lambda count: abs(least[count] - room))[:2]
+        (a, b) = sorted(near)
+        slope = (least[b] - least[a]) / (b - a)
+        guess = int(a + (room - least[a]) / slope) if slope > 0 else (low + high) // 2
+        if guess in least:  # the allocator's slack decides, or the line has bent
+            guess = guess - 1 if guess >= high else guess + 1
+    return min(max(guess, low + 1), high - 1)
+
+
+# ----------------------------------------------------------------------------------------- the advice
+
+
+def _advice(
+    setup: Setup,
+    device: Device,
+    room: int,
+    recorded: Trace,
+    largest: int | None,
+    longest: int | None,
+    progress: Progress,
+) -> Iterable[str]:
+    """What would make it fit, cheapest first, each with its number."""
+    static = recorded.static_bytes
+    weights = static.get(Category.PARAMETERS.value, 0) + static.get(Category.QUANTISED.value, 0)
+    if weights > room:
+        yield (
+            f"the weights alone take {format_bytes(weights)}, more than the {format_bytes(room)} that {device.name} "
+            "leaves for tensors"
+        )
+
+    def tell(said: str, **changed: Any) -> Iterator[str]:
+        progress(f"trying {said}")
+        try:
+            other = trace_setup(dataclasses.replace(setup, **changed), device)
+        except (InvalidInput, Unsupported):
+            return
+        least = least_peak_bytes(other)
+        if _runs(other, room):
+            yield f"{said} fits: from {format_bytes(least)} on"
+
+    if setup.optimizer == "adamw":
+        yield from tell("the fused optimizer (--optimizer adamw-fused)", optimizer="adamw-fused")
+    if largest:
+        yield (
+            f"a batch of {largest} instead of {setup.batch} fits at {setup.seq} tokens" if largest < setup.batch else ""
+        )
+    if longest and longest < setup.seq:
+        yield f"sequences of {longest} instead of {setup.seq} tokens fit at a batch of {setup.batch}"
+    if setup.optimizer in ("adamw", "adamw-fused") and setup.method == "full":
+        yield from tell("an 8-bit optimizer (--optimizer adamw8bit)", optimizer="adamw8bit")
+        yield from tell("a paged 8-bit optimizer (--optimizer paged-adamw8bit)", optimizer="paged-adamw8bit")
+    if setup.method == "full":
+        yield from tell("LoRA (--method lora)", method="lora")
+    if setup.method != "qlora":
+        yield from tell("QLoRA in 4 bits (--method qlora)", method="qlora")
+    larger = sorted(
+        (g for g in map(gpu, gpu_names()) if g.kind == device.kind and _runs(recorded, usable_bytes(g))),
+        key=lambda g: g.memory_bytes,
+    )
+    if larger:
+        yield (
+            f"a card with {format_bytes(larger[0].memory_bytes)} is the smallest in the catalog that holds it "
+            f"({', '.join(g.name for g in larger if g.memory_bytes == larger[0].memory_bytes)})"
+        )
+
+
+# --------------------------------------------------------------------------------------- what is said
+
+
+def _essence(recorded: Trace, made: Plan) -> Iterable[str]:
+    """The plan in at most three lines."""
+    planned = [choice for choice in made.choices if not choice.keeps_all]
+    if not made.replays:
+        yield "nothing is recomputed: the step fits " + ("with the loss in place" if made.in_place_loss else "as it is")
+        return
+    yield f"{len(planned)} of {len(recorded.units)} units recompute part of what they make, {made.replays} replays"
+    share = made.recompute_flops / made.forward_flops if made.forward_flops else 0.0
+    yield f"recompute: {share:.1%} of the forward's FLOPs, plan {made.status.value}"
+    yield f"peak {format_bytes(made.peak_bytes)} of {format_bytes(made.unplanned_peak_bytes)} without a plan" + (
+        ", the loss makes its gradient in place" if made.in_place_loss else ""
+    )
+
+
+def _error_bar(device: Device) -> str:
+    return (
+        f"live bytes: within {WORST_ERROR:.3%} of the CPU allocator's count on {ERROR_CASES} measured steps "
+        "(benchmarks/forecast.py); the "
+        + (
+            "kernels of this device were not measured on a GPU"
+            if device.kind != "cpu"
+            else "kernels are this machine's"
+        )
+        + f", so {MARGIN:.0%} and {format_bytes(CONTEXT_BYTES)} for the driver are kept free; seconds are estimated "
+        "from the maker's rates"
+    )
+
+
+#: From benchmarks/results/forecast.json; a test compares.
+WORST_ERROR, ERROR_CASES = 0.0005, 60
+
+
+def _notes(setup: Setup, device: Device) -> Iterable[str]:
+    if device.kind in ("rocm", "mps"):
+        yield f"{device.name}: kernels are taken to be CUDA's, which {device.kind}'s resemble but are not"
+    if device.compute_capability is not None and device.compute_capability < 8.0 and setup.dtype.startswith("bf16"):
+        yield f"{device.name} has no bfloat16 units, so bf16 runs at float32 speed there: use fp16"
+    if device.name[:1].isdigit():
+        yield "for a size alone, seconds are those of an A100's rates"
+
+
+# ---------------------------------------------------------------------------------------- the worst batch
+
+
+def longest_length(path: str | Path) -> tuple[int, str]:
+    """The longest example in a file of lengths, and one line that says what was looked at.
+
+    A histogram `{"length": count}`, a list of lengths, one length a line, or JSON lines with `input_ids`. Raises
+    `InvalidInput` for anything else.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot read the lengths in {str(path)!r}: {error}") from None
+    try:
+        lengths = _lengths_in(text)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InvalidInput(
+            f"{str(path)!r} holds no lengths: expected a JSON object {length: count}, a list, a number a line, "
+            'or JSON lines with "input_ids"'
+        ) from None
+    if not lengths or max(lengths) < 1:
+        raise InvalidInput(f"{str(path)!r} holds no lengths")
+    total = sum(lengths.values())
+    mean = sum(length * count for length, count in lengths.items()) / total
+    longest = max(lengths)
+    return longest, f"planned for the longest of {total:,} examples: {longest} tokens (the mean is {mean:.0f})"
+
+
+def _lengths_in(text: str) -> dict[int, int]:
+    try:
+        data = json.loads(text)
+    except ValueError:
+        data = None
+    if isinstance(data, dict) and "input_ids" not in data:
+        return {int(length): int(count) for length, count in data.items() if int(count) > 0}
+    if isinstance(data, list) and all(isinstance(item, int) for item in data):
+        return dict(Counter(data))
+    lines = [line for line in text.splitlines() if line.strip()]
+    return dict(
+        Counter(len(json.loads(line)["input_ids"]) if line.lstrip().startswith("{") else int(line) for line in lines)
+    )
+
+
+# ------------------------------------------------------------------------------------------- calibration
+
+
+def calibrated(name: str, device: torch.device) -> str:
+    """TOML of this machine's own `device` under `name`, every rate measured here: the median of five runs."""
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 1536
+
+    def seconds(run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(6):
+            if cuda:
+                torch.cuda.synchronize(device)
+            started = time.perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
+
+    rates = {}
+    for label, dtype in (("fp32", torch.float32), ("half", torch.bfloat16)):
+        a = torch.randn(size, size, device=device).to(dtype)
+        rates[label] = 2 * size**3 / seconds(functools.partial(torch.mm, a, a)) / 1e12
+    block = torch.empty((1 << 30 if cuda else 1 << 27), dtype=torch.uint8, device=device)
+    target = torch.empty_like(block)
+    moved = 2 * block.numel() / seconds(lambda: target.copy_(block)) / 1e9
+    link = moved
+    if cuda:
+        host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+        link = host.numel() / seconds(lambda: target[: host.numel()].copy_(host, non_blocking=True)) / 1e9
+    memory = torch.cuda.get_device_properties(device).total_memory if cuda else int(environment()["memory_bytes"])
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else ""
+    lines = [
+        f"[gpus.{name}]", f"memory_gib = {memory / 2**30:.3f}", f"memory_gb_per_second = {moved:.1f}",
+        f"fp32_tflops = {rates['fp32']:.4f}", f"half_tflops = {rates['half']:.4f}", "bf16 = true",
+        f"pcie_gb_per_second = {link:.1f}", f'kind = "{device.type}"',
+        *([f"compute_capability = {capability}"] if capability else []),
+        f'source = "measured here: {environment()["platform"]}, torch {torch.__version__}"',
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------ all GPUs
+
+
+def which_gpus(setup: Setup, progress: Progress = lambda _: None) -> list[Forecast]:
+    """A forecast, without searches, for every GPU of the catalog: those that run it first, fastest first."""
+    setup.checked()
+    found = []
+    for name in gpu_names():
+        device = gpu(name)
+        progress(f"planning for {name}")
+        recorded = retimed(_trace_for_kernels(setup, device), reached(device))
+        room = usable_bytes(device)
+        base = simulate(recorded)
+        modes = [_mode("none", recorded, base, None, room)]
+        made = plan(recorded, base.peak_bytes) if modes[0].fits else _fitted(recorded, room, _QUICK)
+        if made is not None:
+            modes.append(_mode("tightfit", recorded, simulate(recorded, made), made, room))
+        modes = [dataclasses.replace(m, slowdown=m.step_seconds / modes[0].step_seconds) for m in modes]
+        found.append(
+            Forecast(
+                model=setup.model, method=setup.method, batch=setup.batch, seq=setup.seq, dtype=setup.dtype,
+                optimizer=setup.optimizer, gpu=name, gpu_bytes=device.memory_bytes, usable_bytes=room,
+                fits=made is not None, modes=tuple(modes), plan=made, essence=(), largest_batch=None, longest_seq=None,
+                advice=(), error_bar=_error_bar(device), notes=tuple(_notes(setup, device)), environment=environment(),
+            )
+        )  # fmt: skip
+    return sorted(found, key=lambda f: (not f.fits, f.modes[-1].step_seconds if f.fits else f.gpu_bytes))
+
+
+def _trace_for_kernels(setup: Setup, device: Device) -> Trace:
+    """The trace is the same for all devices that take the same kernels."""
+    flash = device.compute_capability is None or device.compute_capability >= 8.0
+    workspace = device.compute_capability is not None and device.compute_capability >= 9.0
+    key = (device.kind, flash, workspace)
+    return _by_kernels(setup, key, device)
+
+
+_kernel_traces: dict[tuple[Setup, Any], Trace] = {}
+
+
+def _by_kernels(setup: Setup, key: Any, device: Device) -> Trace:
+    if (setup, key) not in _kernel_traces:
+        _kernel_traces.clear() if any(known != setup for known, _ in _kernel_traces) else None
+        _kernel_traces[setup, key] = trace_setup(setup, device)
+    return _kernel_traces[setup, key]
