@@ -438,18 +438,25 @@ def _untraced_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kernels_of(step: FakeStep) -> Iterator[None]:
-    """For a CUDA target, the functions whose kernels differ from the CPU's. Patched, because a function mode is
+    """The functions that do something else on fake tensors, or on the target. Patched, because a function mode is
     popped inside `Tensor.backward`, where recompute runs."""
-    if not step.cuda:
-        yield
-        return
-    assert step.target is not None
-    capability = step.target.compute_capability
-    flash = capability is None or capability >= 8.0
-    patches: list[tuple[Any, str, Any]] = [
-        (nn.functional, "scaled_dot_product_attention", _attention_like_cuda(flash)),
-        (nn.functional, "dropout", _dropout_like_cuda),
-    ]
+    patches: list[tuple[Any, str, Any]] = []
+    if step.cuda:
+        assert step.target is not None
+        capability = step.target.compute_capability
+        flash = capability is None or capability >= 8.0
+        patches += [
+            (nn.functional, "scaled_dot_product_attention", _attention_like_cuda(flash)),
+            (nn.functional, "dropout", _dropout_like_cuda),
+        ]
+    with _disable_current_modes():
+        state_bytes = 0 if step.cuda else torch.get_rng_state().numel()
+    for owner in (torch, torch.random):
+        patches += [
+            # a saved state is memory of the host, which counts when that is the device
+            (owner, "get_rng_state", lambda: torch.empty(state_bytes, dtype=torch.uint8)),
+            (owner, "set_rng_state", lambda _: None),
+        ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
     for owner, name, replacement in patches:
         setattr(owner, name, replacement)

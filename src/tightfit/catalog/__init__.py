@@ -115,12 +115,17 @@ def gpu_names() -> tuple[str, ...]:
     return tuple(_entries("gpus", "gpus.toml"))
 
 
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
+
+
 def gpu(name: str) -> Device:
-    """The GPU called `name`; case, blanks and underscores do not matter. Raises `InvalidInput` for an unknown one."""
-    key = "-".join(name.strip().lower().replace("_", " ").replace("-", " ").split())
-    entry = _entries("gpus", "gpus.toml").get(key)
-    if entry is None:
-        raise InvalidInput(f"unknown GPU {name!r}: {nearest(key, gpu_names)}")
+    """The GPU called `name`; case and punctuation do not matter. Raises `InvalidInput` for an unknown one."""
+    entries = _entries("gpus", "gpus.toml")
+    key = next((known for known in entries if _letters(known) == _letters(name)), None)
+    if key is None:
+        raise InvalidInput(f"unknown GPU {name!r}: {nearest(name, gpu_names)}")
+    entry = entries[key]
     fp32 = float(_field(key, entry, "fp32_tflops")) * _TERA
     half = float(_field(key, entry, "half_tflops")) * _TERA
     link = float(_field(key, entry, "pcie_gb_per_second")) * _GIGA
