@@ -207,7 +207,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     totals = [abs(row["error"]) for row in rows]
     phases = [abs(each["error"]) for row in rows for each in row["phases"].values()]
     return {"cases": len(rows), "mean_error": statistics.fmean(totals), "worst_error": max(totals),
-            "phases": len(phases), "mean_phase_error": statistics.fmean(phases), "worst_phase_error": max(phases)}  # fmt: skip
+            "phases": len(phases), "mean_phase_error": statistics.fmean(phases),
+            "worst_phase_error": max(phases)}  # fmt: skip
 
 
 def each(count: int, seed: int) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The forecast against a real GPU: predictions are written first, measured after, and every miss is kept.
 
     python benchmarks/gpu_sweep.py --predict --gpu h200      # without the GPU: results/gpu_predictions_h200.json
-    python benchmarks/gpu_sweep.py --gpu h200                # on it: results/gpu_measured_h200.json, beside the predictions
+    python benchmarks/gpu_sweep.py --gpu h200                # on it: results/gpu_measured_h200.json, beside them
 
 A case is a model of the catalog (random weights), a method, a batch and a length, an optimizer and a way to run the
 step. Allocated and reserved are `torch.cuda.max_memory_allocated` and `max_memory_reserved` over three steps.
@@ -23,7 +23,7 @@ import torch
 import transformers
 
 import tightfit
-from tightfit.allocator import reserved_peak_bytes
+from tightfit.allocator import peaks
 from tightfit.catalog import gpu
 from tightfit.forecast import Setup, trace_setup
 from tightfit.measure import every_block_checkpointed
@@ -60,9 +60,8 @@ def predicted(setup: Setup, mode: str, device: Any) -> tuple[dict[str, int], Any
             made = plan(recorded, fixed + (top - fixed) * 6 // 10, effort=EFFORT)
         except tightfit.BudgetInfeasible:
             made = lowest(recorded, effort=EFFORT)
-    line = simulate(recorded, made)
-    static, step = allocations(recorded, made)
-    return {"allocated_bytes": line.peak_bytes, "reserved_bytes": reserved_peak_bytes(static, step)}, made
+    allocated, reserved = peaks(*allocations(recorded, made))
+    return {"allocated_bytes": allocated, "reserved_bytes": reserved}, made
 
 
 def measured(setup: Setup, mode: str, made: Any) -> dict[str, int]:

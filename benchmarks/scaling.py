@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py     # some minutes; writes benchmarks/results/scaling.json
 
-Per shape (full fine-tuning for GPT-2's family, LoRA r=16 for the rest; bf16, batch 1, 1,024 and 2,048 tokens, kernels of
-an H100): the activation peak (peak minus what lives through the step) and the recomputed FLOPs without checkpointing,
+Per shape (full fine-tuning for GPT-2's family, LoRA r=16 for the rest; bf16, batch 1, 1,024 or 2,048 tokens, an H100's
+kernels): the activation peak (peak minus what lives through the step) and the recomputed FLOPs without checkpointing,
 with every block recomputed, and with plans for a half and a quarter of the activation peak.
 
 The standard question: Llama-2-7B in 16 bits at batch 1 without checkpointing, from which length on do activations pass
@@ -56,15 +56,15 @@ def row(name: str, method: str, seq: int) -> dict[str, Any]:
             "slowdown_estimated": round(1 + line.recompute_seconds / step_seconds, 4),
         }
 
-    found: dict[str, Any] = {"model": name, "method": method, "seq": seq, "static_bytes": fixed,
-                             "modes": {"none": figures(None), "every-block": figures(every_block(recorded, effort=EFFORT))}}  # fmt: skip
+    modes = {"none": figures(None), "every-block": figures(every_block(recorded, effort=EFFORT))}
     for share in (0.5, 0.25):
         budget = fixed + int(share * (unplanned.peak_bytes - fixed))
         try:
-            found["modes"][f"tightfit at {share:.0%}"] = figures(plan(recorded, budget, effort=EFFORT))
+            modes[f"tightfit at {share:.0%}"] = figures(plan(recorded, budget, effort=EFFORT))
         except BudgetInfeasible as error:
-            found["modes"][f"tightfit at {share:.0%}"] = {"least_share": round((error.least_bytes - fixed) / (unplanned.peak_bytes - fixed), 4)}  # fmt: skip
-    return found
+            least = (error.least_bytes - fixed) / (unplanned.peak_bytes - fixed)
+            modes[f"tightfit at {share:.0%}"] = {"least_share": round(least, 4)}
+    return {"model": name, "method": method, "seq": seq, "static_bytes": fixed, "modes": modes}
 
 
 def _forward(recorded: Any) -> int:

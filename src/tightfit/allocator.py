@@ -24,7 +24,7 @@ import bisect
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
-__all__ = ["CachingAllocator", "OutOfMemory", "reserved_peak_bytes"]
+__all__ = ["CachingAllocator", "OutOfMemory", "peaks", "reserved_peak_bytes"]
 
 MIN_BLOCK_BYTES = 512
 SMALL_BYTES = 1 << 20
@@ -186,7 +186,20 @@ def reserved_peak_bytes(
     limit_bytes: int | None = None,
     expandable: bool = False,
 ) -> int:
-    """Most bytes reserved in `steps` equal steps over `static` blocks that live throughout.
+    """The second of `peaks`."""
+    return peaks(static, step, steps=steps, limit_bytes=limit_bytes, expandable=expandable)[1]
+
+
+def peaks(
+    static: Iterable[int],
+    step: Iterable[tuple[Hashable, int]],
+    *,
+    steps: int = 2,
+    limit_bytes: int | None = None,
+    expandable: bool = False,
+) -> tuple[int, int]:
+    """Most bytes allocated (blocks as they were split) and reserved in `steps` equal steps over `static` blocks, which
+    live throughout.
 
     `step`: (key, bytes) takes a block and (key, minus anything) gives it back, in order; what is left at the end of a
     step (gradients) goes before the next. Raises `OutOfMemory` beyond `limit_bytes`.
@@ -205,4 +218,4 @@ def reserved_peak_bytes(
         for key in allocator.live():
             if key not in kept:
                 allocator.free(key)
-    return allocator.reserved_peak_bytes
+    return allocator.allocated_peak_bytes, allocator.reserved_peak_bytes

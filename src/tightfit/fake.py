@@ -44,8 +44,16 @@ _aten = torch.ops.aten
 #: c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize; every block is a multiple of it.
 CUDA_GRANULE_BYTES = 512
 
-#: Larger tensors are not computed for real: control flow asks about positions and masks of tokens, not about weights.
-_KNOWN_ELEMENTS = 1 << 20
+#: Larger tensors are not computed for real: control flow asks about positions and masks of tokens (two dimensions),
+#: not about weights or scores.
+_KNOWN_TOKENS, _KNOWN_ELEMENTS = 1 << 24, 1 << 20
+
+
+def _steers(tensor: torch.Tensor) -> bool:
+    """Is it of the kind that control flow asks about?"""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return False
+    return tensor.numel() <= (_KNOWN_TOKENS if tensor.dim() <= 2 else _KNOWN_ELEMENTS)
 
 #: No kernel is tried out on operands larger than this, or for longer.
 _PROBE_BYTES, _PROBE_FLOPS = 1 << 28, 4_000_000_000
@@ -101,8 +109,7 @@ class FakeStep:
 
     def know(self, fake: torch.Tensor, real: torch.Tensor) -> None:
         """`fake` has the values of `real`, when they are of the kind that steers control flow."""
-        steers = not (real.is_floating_point() or real.is_complex())
-        if steers and not real.is_meta and real.numel() <= _KNOWN_ELEMENTS:
+        if not real.is_meta and _steers(real):
             with _disable_current_modes():
                 self._known[fake] = real.detach().to("cpu", copy=True)
 
@@ -138,8 +145,7 @@ class FakeStep:
     def learn(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Compute `out` for real too, where everything that it depends on is known."""
         results = [out] if isinstance(out, torch.Tensor) else tensors_in(out)
-        small = all(t.numel() <= _KNOWN_ELEMENTS and not t.is_floating_point() and not t.is_complex() for t in results)
-        if not results or not small or torch.Tag.nondeterministic_seeded in func.tags:
+        if not results or not all(map(_steers, results)) or torch.Tag.nondeterministic_seeded in func.tags:
             return
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         if any(isinstance(leaf, torch.Tensor) and leaf not in self._known for leaf in leaves):

@@ -82,6 +82,8 @@ MARGIN = 0.02
 #: Reached rates against the makers' figures, where nobody measured: 55 % of FLOP/s, 80 % of bandwidth.
 FLOPS_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.55, 0.80
 SEQ_STEP = 64
+#: No batch of more tokens is looked at.
+MOST_TOKENS = 1 << 24
 
 Progress = Callable[[str], None]
 
@@ -188,7 +190,7 @@ class _AdamW8bit(torch.optim.Optimizer):
     state below 4,096 elements; `get_state_buffer`: paged from 100,000 elements on.
     """
 
-    def __init__(self, params: Any, paged: bool) -> None:
+    def __init__(self, params: Any, paged: bool = False) -> None:
         super().__init__(params, {"paged": paged})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's returns the closure's loss
@@ -515,7 +517,7 @@ def _largest(setup: Setup, device: Device, room: int, progress: Progress, what: 
     """
     step = 1 if what == "batch" else SEQ_STEP
     positions = _positions(_model(setup.model, setup.method, setup.dtype, setup.rank))
-    most = 1 << 16 if what == "batch" else (positions or 1 << 22) // step
+    most = max(1, MOST_TOKENS // setup.seq) if what == "batch" else (positions or MOST_TOKENS // setup.batch) // step
     asked = getattr(setup, what)
     tried: dict[int, bool] = {}
     least: dict[int, int] = {}
@@ -607,8 +609,10 @@ def _advice(
         yield from tell("LoRA (--method lora)", method="lora")
     if setup.method != "qlora":
         yield from tell("QLoRA in 4 bits (--method qlora)", method="qlora")
+    needed = _reserved(recorded, lowest(recorded, effort=_QUICK))
+    assert needed is not None
     larger = sorted(
-        (g for g in map(gpu, gpu_names()) if g.kind == device.kind and _runs(recorded, usable_bytes(g))),
+        (g for g in map(gpu, gpu_names()) if g.kind == device.kind and usable_bytes(g) >= needed),
         key=lambda g: g.memory_bytes,
     )
     if larger:

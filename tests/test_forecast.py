@@ -1,0 +1,268 @@
+"""The forecast: against the allocator's own count, its searches against real answers, its refusals."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tightfit
+from tightfit import forecast
+from tightfit.catalog import gpu, gpu_names, model_names, model_shape
+from tightfit.core import Device, InvalidInput, Unsupported
+from tightfit.forecast import Setup
+
+ROOT = Path(__file__).parents[1]
+BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "forecast.py"))
+
+TINY = Setup(model="tightfit-demo", method="full", batch=1, seq=64, dtype="bf16", optimizer="adamw")
+
+
+def card(size_bytes: int) -> Device:
+    return forecast.device_asked(f"{size_bytes + forecast.CONTEXT_BYTES}")
+
+
+@pytest.mark.parametrize("case", BENCHMARK["cases"](24, seed=3), ids=lambda c: f"{c.arch}-{c.method}-{c.mode}")
+def test_live_bytes_are_the_allocators_own(case: Any) -> None:
+    row = BENCHMARK["run"](case)
+    assert abs(row["error"]) <= 0.0005, row
+    for phase, found in row["phases"].items():
+        assert abs(found["error"]) <= 0.0005, (phase, row)
+
+
+def test_the_error_bar_is_that_of_the_results() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "forecast.json").read_text())["summary"]
+    assert found["cases"] == forecast.ERROR_CASES
+    assert max(found["worst_error"], found["worst_phase_error"]) <= forecast.WORST_ERROR
+    assert forecast.WORST_ERROR <= 0.0005
+
+
+def test_the_seven_billion_question() -> None:
+    """The figures of DESIGN, section 1, for full fine-tuning: the foreach optimizer owns the peak."""
+    recorded = forecast.trace_setup(Setup(model="llama-2-7b", method="full", batch=1, seq=2048), gpu("a100-80gb"))
+    line = tightfit.simulate(recorded)
+    assert 62.5 < line.peak_bytes / 2**30 < 63.0
+    assert line.peak_owner.startswith("optimizer step: aten._foreach")
+    fused = forecast.trace_setup(
+        Setup(model="llama-2-7b", method="full", batch=1, seq=2048, optimizer="adamw-fused"), gpu("a100-80gb")
+    )
+    assert 50.0 < tightfit.simulate(fused).peak_bytes / 2**30 < 50.6
+
+
+def test_flash_attention_keeps_no_scores_and_old_cards_pay_for_them() -> None:
+    """Memory-efficient and flash attention are linear in the length; without flash a mask of scores must not appear."""
+    setup = Setup(model="llama-2-7b", method="full", batch=1, seq=4096, optimizer="none")
+    for name in ("a100-80gb", "rtx-2080-ti"):
+        names = {op.name for op in forecast.trace_setup(setup, gpu(name)).ops}
+        kernel = "flash" if name == "a100-80gb" else "efficient"
+        assert f"aten._scaled_dot_product_{kernel}_attention.default" in names
+        assert f"aten._scaled_dot_product_{kernel}_attention_backward.default" in names
+
+
+def test_cuda_rounds_every_block_and_keeps_boolean_dropout_masks() -> None:
+    recorded = forecast.trace_setup(Setup(model="gpt2", batch=1, seq=128, optimizer="none"), gpu("h100-sxm"))
+    assert all(value.size_bytes % 512 == 0 for value in recorded.values)
+    masks = [v for op in recorded.ops if op.name == "aten.native_dropout.default" for v in op.outputs[1:]]
+    assert masks and all(recorded.values[v].dtype == "bool" for v in masks)
+    assert recorded.static_bytes["workspace"] == 32 * 2**20
+    assert recorded.random_state_bytes == 0
+
+
+def test_unrolled_setups_are_the_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(model="smollm2-135m", method="lora", batch=2, seq=64, optimizer="adamw")
+    quick = forecast.trace_setup(setup, gpu("rtx-4090"))
+    monkeypatch.setattr(forecast, "_stack", lambda model: None)
+    whole = forecast.trace_setup(setup, gpu("rtx-4090"))
+    assert quick.digest == whole.digest
+    assert tightfit.simulate(quick) == tightfit.simulate(whole)
+    assert quick.static_bytes == whole.static_bytes
+
+
+def test_largest_batch_and_longest_sequence_are_exact() -> None:
+    room = 96 * 2**20
+    answer = forecast.check(TINY, card(int(room * (1 + forecast.MARGIN))))
+    assert answer.fits and answer.largest_batch and answer.longest_seq
+
+    def runs(**changed: int) -> bool:
+        setup = Setup(**{**{f: getattr(TINY, f) for f in TINY.__dataclass_fields__}, **changed})
+        return forecast.check(setup, card(int(room * (1 + forecast.MARGIN))), search=False).fits
+
+    assert runs(batch=answer.largest_batch) and not runs(batch=answer.largest_batch + 1)
+    assert runs(seq=answer.longest_seq)
+    positions = model_shape("tightfit-demo").config.get("max_position_embeddings") or 1024
+    assert answer.longest_seq + 64 > positions or not runs(seq=answer.longest_seq + 64)
+
+
+def test_a_card_that_is_too_small_gets_advice_with_numbers() -> None:
+    answer = forecast.check(Setup(model="tinyllama-1.1b", method="full", seq=512), gpu("rtx-2060"))
+    assert not answer.fits and answer.plan is None
+    assert answer.largest_batch == 0 and answer.longest_seq == 0
+    assert any("--method qlora" in said and "GiB" in said for said in answer.advice)
+    tiny = forecast.check(Setup(model="llama-2-7b", method="lora", seq=512), gpu("rtx-2060"), search=False)
+    assert tiny.advice[0].startswith("the weights alone take 12.")
+
+
+def test_what_fits_is_within_the_card_with_context_and_margin() -> None:
+    for size in (40, 80, 160):
+        device = card(size * 2**20)
+        for mode in forecast.check(TINY, device, search=False).modes:
+            total = mode.reserved_bytes * (1 + forecast.MARGIN) + forecast.CONTEXT_BYTES
+            if mode.fits:
+                assert total <= device.memory_bytes + 2
+            assert sum(mode.by_category.values()) == mode.reserved_bytes
+
+
+def test_eight_bit_and_paged_state_is_smaller() -> None:
+    state = {
+        name: forecast.trace_setup(Setup(model="gpt2", seq=64, optimizer=name), gpu("rtx-4090")).static_bytes[
+            "optimizer_state"
+        ]
+        for name in ("adamw", "adamw8bit", "paged-adamw8bit")
+    }
+    parameters = 124_439_808
+    assert state["adamw"] >= 2 * 2 * parameters  # two moments in bfloat16
+    assert 2 * parameters < state["adamw8bit"] < 2.1 * parameters
+    assert state["paged-adamw8bit"] < 0.01 * parameters
+
+
+def test_accumulated_gradients_are_there_from_the_start() -> None:
+    plain, later = (
+        forecast.trace_setup(Setup(model="gpt2", seq=64, optimizer="none", accumulate=a), gpu("rtx-4090"))
+        for a in (False, True)
+    )
+    assert plain.static_bytes["gradients"] == 0
+    assert later.static_bytes["gradients"] >= 2 * 124_439_808
+
+
+def test_control_flow_on_unknown_values_is_unsupported_and_known_values_are_known() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            if int(ids.max()) == 7:  # known: small integers are computed for real
+                x = x * 2
+            out = self.linear(x)
+            return out.sum() if bool(ids.any()) else out.mean()
+
+    class AsksTooMuch(Asks):
+        def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            out = self.linear(x)
+            return out.sum() if bool(out.sum() > 0) else out.mean()
+
+    batch = (torch.randn(2, 4), torch.tensor([1, 7]))
+    names = [op.name for op in tightfit.trace(Asks(), batch, fake=True).ops]
+    assert "aten.mul.Tensor" in names and "aten.sum.default" in names and "aten.mean.default" not in names
+    with pytest.raises(Unsupported, match="_local_scalar_dense"):
+        tightfit.trace(AsksTooMuch(), batch, fake=True)
+
+
+def test_a_fake_step_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    attention, dropout = nn.functional.scaled_dot_product_attention, nn.functional.dropout
+    tightfit.trace(model, torch.randn(3, 4), loss=lambda m, b: m(b).sum(), fake=True, device="cuda")
+    for name, parameter in model.named_parameters():
+        assert id(parameter) == before[name][0] and torch.equal(parameter, before[name][1]) and parameter.grad is None
+    assert nn.functional.scaled_dot_product_attention is attention and nn.functional.dropout is dropout
+    assert torch.equal(torch.get_rng_state(), torch.get_rng_state()) and state.numel() == torch.get_rng_state().numel()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"method": "prefix"}, "unknown method"),
+        ({"optimizer": "lion"}, "unknown optimizer"),
+        ({"dtype": "int8"}, "unknown dtype"),
+        ({"batch": 0}, "at least 1 sequence"),
+        ({"seq": 1}, "at least 2 tokens"),
+        ({"seq": 10**6}, "positions"),
+        ({"model": "gpt-5"}, "unknown model"),
+        ({"model": "gpt2", "method": "qlora"}, "Conv1D"),
+    ],
+)
+def test_bad_input_is_one_line(changed: dict[str, Any], said: str) -> None:
+    fields = {**{f: getattr(TINY, f) for f in TINY.__dataclass_fields__}, **changed}
+    with pytest.raises(InvalidInput, match=said) as caught:
+        forecast.trace_setup(Setup(**fields))
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------- catalog, lengths
+
+
+def test_the_catalog_is_large_and_every_entry_has_a_source() -> None:
+    assert len(gpu_names()) >= 40 and len(model_names()) >= 30
+    for name in gpu_names():
+        device = gpu(name)
+        assert device.source.startswith("https://") and device.memory_bytes > 2**30
+        assert min(device.flops_per_second.values()) > 1e12 and device.memory_bytes_per_second > 1e10
+    assert all(model_shape(name).source for name in model_names())
+    assert gpu("RTX 4090") == gpu("rtx4090") == gpu("rtx-4090")
+    with pytest.raises(InvalidInput, match="did you mean rtx-4090"):
+        gpu("rtx-4091")
+
+
+def test_a_catalog_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(
+        "[gpus.mine]\nmemory_gib = 7\nmemory_gb_per_second = 100\nfp32_tflops = 2\nhalf_tflops = 4\n"
+        'pcie_gb_per_second = 8\nsource = "me"\n'
+        '[models.small]\nmodel_type = "gpt2"\nsource = "me"\n[models.small.config]\n'
+        "n_embd = 32\nn_layer = 2\nn_head = 2\n"
+    )
+    monkeypatch.setenv("TIGHTFIT_CATALOG", str(own))
+    assert gpu("mine").memory_bytes == 7 * 2**30
+    assert forecast.check(Setup(model="small", seq=64), gpu("mine"), search=False).fits
+    own.write_text("[gpus.other]\nmemory_gib = 7\n")
+    monkeypatch.setenv("TIGHTFIT_CATALOG", str(tmp_path / "." / "own.toml") + "")
+    from tightfit import catalog
+
+    catalog._own_file.cache_clear()
+    with pytest.raises(InvalidInput, match="'other' has no"):
+        gpu("other")
+    monkeypatch.setenv("TIGHTFIT_CATALOG", str(tmp_path / "missing.toml"))
+    with pytest.raises(InvalidInput, match="cannot read the catalog"):
+        gpu("h100")
+
+
+@pytest.mark.parametrize(
+    ("text", "longest"),
+    [
+        ('{"128": 10, "512": 2, "900": 0}', 512),
+        ("[3, 9, 4]", 9),
+        ("12\n7\n\n31\n", 31),
+        ('{"input_ids": [1, 2, 3]}\n{"input_ids": [1, 2, 3, 4, 5]}\n', 5),
+    ],
+)
+def test_the_longest_example_is_planned_for(text: str, longest: int, tmp_path: Path) -> None:
+    file = tmp_path / "lengths"
+    file.write_text(text)
+    found, said = forecast.longest_length(file)
+    assert found == longest and str(longest) in said
+
+
+@pytest.mark.parametrize("text", ["", "many", '{"input_ids": 3}', "[]", "{}"])
+def test_files_without_lengths_are_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "lengths"
+    file.write_text(text)
+    with pytest.raises(InvalidInput):
+        forecast.longest_length(file)
+
+
+def test_calibration_writes_a_device_that_can_be_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "here.toml"
+    file.write_text(forecast.calibrated("here", torch.device("cpu")))
+    monkeypatch.setenv("TIGHTFIT_CATALOG", str(file))
+    device = gpu("here")
+    assert device.kind == "cpu" and device.source.startswith("measured")
+    answer = forecast.check(TINY, device, search=False)
+    assert answer.fits
+    assert all(mode.reserved_bytes == mode.peak_bytes for mode in answer.modes)

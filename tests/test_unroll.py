@@ -1,0 +1,88 @@
+"""A deep trace made from a shallow one is the deep model's own: every entry's digest, every byte, every plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import tightfit
+from tightfit.core import Trace
+from tightfit.integrations.peft import add_lora
+from tightfit.step import find_units
+from tightfit.unroll import unroll
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "gpt2": (1, "n_layer", {"n_embd": 64, "n_head": 4, "vocab_size": 256, "n_positions": 64}),
+    "llama": (1, "num_hidden_layers", {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 256, **HEADS}),
+    "mixtral": (1, "num_hidden_layers", {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 256,
+                                         "num_local_experts": 4, **HEADS}),
+    "gemma2": (2, "num_hidden_layers", {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 256, "head_dim": 16,
+                                        "sliding_window": 16, **HEADS}),
+}  # fmt: skip
+
+
+def trace_of(arch: str, blocks: int, method: str, device: str | None) -> tuple[Trace, list[str]]:
+    period, depth, config = SHAPES[arch]
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        made = AutoConfig.for_model(arch, **config, **{depth: blocks * period})
+        model: Any = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).train()
+        if method == "lora":
+            model = add_lora(model, rank=4)
+    ids = torch.zeros(2, 32, dtype=torch.long)
+    recorded = tightfit.trace(model, {"input_ids": ids, "labels": ids}, fake=True, device=device)
+    return recorded, list(find_units(model))
+
+
+@pytest.mark.parametrize("device", [None, "cuda"])
+@pytest.mark.parametrize(
+    ("arch", "method"), [("gpt2", "full"), ("llama", "lora"), ("mixtral", "full"), ("gemma2", "full")]
+)
+def test_unrolled_is_the_deep_models_own_trace(arch: str, method: str, device: str | None) -> None:
+    few, _ = trace_of(arch, 5, method, device)
+    deep, paths = trace_of(arch, 8, method, device)
+    made = unroll(few, paths, SHAPES[arch][0])
+    assert made is not None
+    made = dataclasses.replace(made, static_bytes=deep.static_bytes)
+    assert made.digest == deep.digest
+    assert tightfit.simulate(made) == tightfit.simulate(deep)
+    fixed, top = sum(deep.static_bytes.values()), tightfit.simulate(deep).peak_bytes
+    plans = [tightfit.plan(trace, fixed + (top - fixed) * 9 // 10) for trace in (made, deep)]
+    assert plans[0].choices == plans[1].choices
+    assert plans[0].peak_bytes == plans[1].peak_bytes
+    assert tightfit.simulate(made, plans[0]) == tightfit.simulate(deep, plans[1])
+
+
+class Reaching(nn.Module):
+    """Every block also reads what the block two before it made."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = [x, x]
+        for block in self.blocks:
+            made.append(block(made[-1]) * made[-2])
+        return made[-1].sum()
+
+
+def test_blocks_that_reach_over_their_neighbours_are_not_unrolled() -> None:
+    few = tightfit.trace(Reaching(6), torch.randn(4, 8), fake=True)
+    deep = tightfit.trace(Reaching(9), torch.randn(4, 8), fake=True)
+    made = unroll(few, [unit.path for unit in deep.units])
+    assert made is None or tightfit.simulate(made).live_bytes == tightfit.simulate(deep).live_bytes
+
+
+def test_blocks_that_differ_are_not_unrolled() -> None:
+    widths = [8, 8, 16, 8, 8, 8]
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, w), nn.Tanh(), nn.Linear(w, 8)) for w in widths))
+    few = tightfit.trace(blocks, torch.randn(4, 8), loss=lambda m, b: m(b).sum(), fake=True)
+    assert unroll(few, [f"{i}" for i in range(9)]) is None
+    assert unroll(few, [f"{i}" for i in range(4)]) is None  # fewer than were traced
