@@ -187,6 +187,10 @@ class Tape:
         assert isinstance(value, _Cast)
         return _CastView(value, geometry)
 
+    def address(self, value: int) -> int | None:
+        """Where `value` lies, if anybody has it still; only in forward."""
+        return next((a for a, (alive, known, _) in self.known.items() if known == value and alive() is not None), None)
+
     def knows(self, tensor: torch.Tensor) -> bool:
         """Does `tensor` lie in a value that a live op made?"""
         return isinstance(self.refer(tensor), Reference)
