@@ -128,18 +128,21 @@ def is_random(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bo
     return True
 
 
-def is_uncounted(func: Any, args: tuple[Any, ...]) -> bool:
+def is_uncounted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Ops that may happen in the forward and not in its replay, or the other way round, without any meaning.
 
     `detach` and every other view: they make no bytes, and autograd calls some on its own (after an in-place op on a
     view of a tensor subclass it makes the view again). And autocast's cast of a weight: cached for the rest of the
-    autocast context, so the second use of a weight does not cast it again.
+    autocast context, so the second use of a weight does not cast it again. What autocast caches is what counts, since
+    inside its own cast it is switched off and cannot be asked.
     """
     if func.is_view:
         return True
     if func is _aten._to_copy.default:
-        source = args[0]
-        return bool(source.is_leaf and source.requires_grad and torch.is_autocast_enabled(source.device.type))
+        source, dtype = args[0], kwargs.get("dtype")
+        return bool(
+            source.is_leaf and source.requires_grad and dtype not in (None, source.dtype) and not source._is_view()
+        )
     return False
 
 
@@ -317,7 +320,7 @@ class _Recorder(TorchDispatchMode):
             return 1.0  # an optimizer reads its step count; only its control flow could depend on it
         if func is _aten.detach.default:
             return func(*args, **kwargs)
-        uncounted = is_uncounted(func, args)
+        uncounted = is_uncounted(func, args, kwargs)
         frame = None if uncounted else self.open
         schema = func._schema
         reads: list[tuple[int, int]] = []

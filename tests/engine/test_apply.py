@@ -243,6 +243,43 @@ def test_autocast(name: str) -> None:
     check(Stack(Block(FUNCTIONS[name]), Block(FUNCTIONS[name])), loss=_under_autocast)
 
 
+def test_a_module_called_twice_in_one_autocast() -> None:
+    """The second call takes the weights' copies from autocast's cache, so it has fewer ops than the first."""
+
+    def both(model: nn.Module, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return (model(batch).float() - model(batch.flip(0)).float()).square().mean()
+
+    torch.manual_seed(0)
+    check(Stack(Block(FUNCTIONS["gelu"]), Block(FUNCTIONS["dropout"])), loss=both)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_peak_of_a_module_called_twice_in_one_autocast(share: float) -> None:
+    def both(model: nn.Module, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return (model(batch).float() - model(batch.flip(0)).float()).square().mean()
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 256), nn.Linear(256, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.second(F.gelu(self.first(x)))
+
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(*(Wide() for _ in range(4))), torch.randn(256, 64)
+    trace = tightfit.trace(model, batch, loss=both)
+    with pytest.raises(tightfit.BudgetInfeasible) as refused:
+        tightfit.plan(trace, 1000)
+    least = refused.value.least_bytes
+    top = tightfit.plan(trace, "100%").unplanned_peak_bytes
+    assert least < 0.75 * top
+    proof = tightfit.verify(model, batch, tightfit.plan(trace, int(least + share * (top - least))), loss=both)
+    assert proof.passed, proof.checks
+
+
 def test_autocast_switched_off_inside() -> None:
     def partly(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):

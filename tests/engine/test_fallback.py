@@ -184,3 +184,22 @@ def test_a_region_with_state_is_an_error() -> None:
     with pytest.raises(ReplayDiverged, match="other values in replay"):
         out.sum().backward()
     assert block.calls == 1
+
+
+class Casts(Block):
+    """Copies of one weight in two dtypes, one of them changed where it lies."""
+
+    def after(self, h: torch.Tensor) -> torch.Tensor:
+        weight = self.second.weight
+        half, double = weight.to(torch.bfloat16), weight.to(torch.float64)
+        with torch.no_grad():
+            half.mul_(2)
+        wide = (h.double() @ double.mT @ double.exp()).float()
+        return (wide.bfloat16() @ half.mT @ half.exp()).float() + h
+
+
+@pytest.mark.parametrize("steps", [(True, True), (False, False)])
+def test_casts_of_a_weight(steps: tuple[bool, ...]) -> None:
+    (_, expected), (_, found), applied = both(Casts, steps)
+    assert applied.stats().replays > 0
+    assert not any(differences(a, b) for a, b in zip(expected, found, strict=True))

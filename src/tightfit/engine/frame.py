@@ -272,7 +272,7 @@ class Frame:
         self.funcs: list[Any] = []  # the forward's ops, as they came
         self.first_states: list[tuple[torch.Generator, torch.Tensor]] = []
         # autocast's copies of weights: whoever saved one for backward has it still, so replay need not cast again
-        self.casts: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.casts: dict[tuple[int, torch.dtype], tuple[weakref.ref[torch.Tensor], int]] = {}
         self.foreign: dict[str, Any] = {}  # Python's and NumPy's random states at the start
         self.slots: dict[int, weakref.ref[_Slot]] = {}
         self.packed_at: list[int] = []  # per saved tensor: how many ops had run when it was saved
@@ -658,10 +658,10 @@ class _Watch(TorchDispatchMode):
                 if todo.plain:
                     return func(*args, **kwargs) if kwargs else func(*args)
                 return self._taken_down(todo, tape, index, args, kwargs or {})
-        if is_uncounted(func, args):
+        if is_uncounted(func, args, kwargs or {}):
             out = func(*args, **(kwargs or {}))
             if func is _CAST:
-                frame.casts[id(args[0])] = weakref.ref(out)
+                frame.casts[id(args[0]), out.dtype] = weakref.ref(out), _version(out)
                 if tape is not None:
                     tape.cast(func, args, kwargs or {}, out)
             return out
@@ -743,10 +743,15 @@ class _Replay(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         frame = self.frame
-        if is_uncounted(func, args):
-            if func is _CAST and (known := frame.casts.get(id(args[0]))) is not None and (cast := known()) is not None:
-                return cast.detach()
-            return func(*args, **kwargs)
+        if is_uncounted(func, args, kwargs):
+            if func is _CAST and (known := frame.casts.get((id(args[0]), kwargs["dtype"]))) is not None:
+                cast, version = known[0](), known[1]
+                if cast is not None and _version(cast) == version:
+                    return cast.detach()
+            out = func(*args, **kwargs)
+            if func is _CAST:
+                self.made.add(_address(out))
+            return out
         index = self.count
         self.count += 1
         if index >= len(frame.funcs) or frame.funcs[index] is not func:
