@@ -9,6 +9,7 @@ wants that (`InvalidInput`), or if no plan fits it (`BudgetInfeasible`).
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import warnings
 from typing import Any, NamedTuple
@@ -105,6 +106,10 @@ class _Guard:
 
     def remove(self) -> None:
         self.handle.remove()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In a copy of the model, a pickled one too: a hook that does nothing, and needs no tightfit to be loaded."""
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.applied is None:  # the trace is running

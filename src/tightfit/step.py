@@ -277,6 +277,23 @@ def _composite_children(model: nn.Module) -> dict[str, nn.Module]:
         path = f"{path}.{name}" if path else name
 
 
+class _Replacement:
+    """What stands in a module's `forward`. In a copy of the module, a pickled one too, it is the plain `forward`."""
+
+    def __init__(self, module: nn.Module, original: Callable[..., Any], had_own: bool, run: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self.__dict__.update(vars(run))
+        self._module, self._original, self._had_own, self._run = module, original, had_own, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._had_own:
+            return functools.partial, (self._original,)
+        return getattr, (self._module, "forward")  # asked of the copy while that has no attributes yet: its class's
+
+
 class ForwardPatch:
     """A module whose `forward` is replaced; `undo` puts back exactly what was there."""
 
@@ -286,7 +303,7 @@ class ForwardPatch:
         self.module = module
         self.had_own = "forward" in module.__dict__
         self.original = module.forward
-        replacement = functools.wraps(self.original)(make(self.original))
+        replacement: Any = _Replacement(module, self.original, self.had_own, make(self.original))
         module.forward = replacement
 
     def undo(self) -> None:
