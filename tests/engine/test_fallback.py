@@ -203,3 +203,29 @@ def test_casts_of_a_weight(steps: tuple[bool, ...]) -> None:
     (_, expected), (_, found), applied = both(Casts, steps)
     assert applied.stats().replays > 0
     assert not any(differences(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("leaf", [False, True])
+def test_a_fallback_under_autocast(leaf: bool, cache: bool) -> None:
+    """The unit's input is cast too; in a replay it must not look like a weight."""
+    torch.manual_seed(0)
+    model, batch = Net(Block), torch.randn(8, WIDTH, requires_grad=leaf)
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
+            return model(batch) + model(batch.flip(0)).float()
+
+    def run() -> Outcome:
+        model.zero_grad()
+        loss(model, batch).backward()
+        return Outcome(model)
+
+    plan = every_block(tightfit.trace(model, batch, loss=loss))
+    for block in model.blocks:
+        block.other = True
+    expected = run()
+    with tightfit.apply(model, plan) as applied:
+        found = run()
+        assert applied.stats().fallbacks > 0
+    assert not differences(expected, found)

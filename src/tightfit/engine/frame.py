@@ -26,7 +26,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -223,6 +223,14 @@ class _Slot:
         return tensor
 
 
+class _CastSeen(NamedTuple):
+    """A copy that the forward made of a weight, as it was then."""
+
+    source: weakref.ref[torch.Tensor]
+    cast: weakref.ref[torch.Tensor]
+    version: int
+
+
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
@@ -272,7 +280,7 @@ class Frame:
         self.funcs: list[Any] = []  # the forward's ops, as they came
         self.first_states: list[tuple[torch.Generator, torch.Tensor]] = []
         # autocast's copies of weights: whoever saved one for backward has it still, so replay need not cast again
-        self.casts: dict[tuple[int, torch.dtype], tuple[weakref.ref[torch.Tensor], int]] = {}
+        self.casts: dict[tuple[int, torch.dtype], _CastSeen] = {}
         self.foreign: dict[str, Any] = {}  # Python's and NumPy's random states at the start
         self.slots: dict[int, weakref.ref[_Slot]] = {}
         self.packed_at: list[int] = []  # per saved tensor: how many ops had run when it was saved
@@ -623,11 +631,28 @@ def _restore_foreign_random_states(states: Mapping[str, Any]) -> None:
         sys.modules["numpy"].random.set_state(states["numpy"])
 
 
+class _Cut(torch.autograd.Function):
+    """The same data with a history that leads nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError("a replay's own graph is never run backward")
+
+
 def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
-    """The same data without its history, so that the replay's graph ends at the unit's inputs."""
-    if tensor.is_leaf and not tensor.requires_grad:
-        return tensor
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+    """The same data without its history, so that the replay's graph ends at the unit's inputs.
+
+    Not a leaf where it was none: autocast, and so `is_uncounted`, would take it for a weight.
+    """
+    if tensor.is_leaf or not tensor.requires_grad:
+        return tensor.detach().requires_grad_() if tensor.requires_grad else tensor
+    with torch.enable_grad():
+        cut: torch.Tensor = _Cut.apply(tensor.detach(), torch.empty(0, requires_grad=True))
+    return cut
 
 
 # ------------------------------------------------------------------------------------------------- modes
@@ -661,7 +686,7 @@ class _Watch(TorchDispatchMode):
         if is_uncounted(func, args, kwargs or {}):
             out = func(*args, **(kwargs or {}))
             if func is _CAST:
-                frame.casts[id(args[0]), out.dtype] = weakref.ref(out), _version(out)
+                frame.casts[id(args[0]), out.dtype] = _CastSeen(weakref.ref(args[0]), weakref.ref(out), _version(out))
                 if tape is not None:
                     tape.cast(func, args, kwargs or {}, out)
             return out
@@ -744,9 +769,9 @@ class _Replay(TorchDispatchMode):
         kwargs = kwargs or {}
         frame = self.frame
         if is_uncounted(func, args, kwargs):
-            if func is _CAST and (known := frame.casts.get((id(args[0]), kwargs["dtype"]))) is not None:
-                cast, version = known[0](), known[1]
-                if cast is not None and _version(cast) == version:
+            if func is _CAST and (seen := frame.casts.get((id(args[0]), kwargs["dtype"]))) is not None:
+                cast = seen.cast()
+                if cast is not None and seen.source() is args[0] and _version(cast) == seen.version:
                     return cast.detach()
             out = func(*args, **kwargs)
             if func is _CAST:
