@@ -229,3 +229,65 @@ def test_a_fallback_under_autocast(leaf: bool, cache: bool) -> None:
         found = run()
         assert applied.stats().fallbacks > 0
     assert not differences(expected, found)
+
+
+class Normed(Block):
+    """Counts in a buffer, in place, and reads the count to average over all batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2 * WIDTH, momentum=None)
+
+    def after(self, h: torch.Tensor) -> torch.Tensor:
+        return self.norm(h)
+
+
+class Centred(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2 * WIDTH))
+
+    def after(self, h: torch.Tensor) -> torch.Tensor:
+        self.mean.lerp_(h.detach().mean(0), 0.1)
+        return h - self.mean.exp() * h
+
+
+@pytest.mark.parametrize("make", [Normed, Centred])
+def test_a_buffer_that_is_updated_in_place_and_then_read(make: Callable[[], nn.Module]) -> None:
+    (_, expected), (_, found), applied = both(make, (True, True))
+    assert applied.stats().fallbacks == 6
+    assert not any(differences(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_buffer_that_was_read_and_is_gone(again: bool) -> None:
+    class Late(Centred):
+        def after(self, h: torch.Tensor) -> torch.Tensor:
+            h = super().after(h)
+            if again:
+                self.mean.mul_(2)
+            return h
+
+    torch.manual_seed(0)
+    model, batch = Net(Late), torch.randn(8, WIDTH)
+    with tightfit.apply(model, every_block(tightfit.trace(model, batch))):
+        for block in model.blocks:
+            block.other = True
+        loss = model(batch)
+        if not again:
+            model(batch)
+        with pytest.raises(ReplayDiverged, match=r"what it read is gone|other values in replay"):
+            loss.backward()
+
+
+def test_a_region_with_batch_norm() -> None:
+    torch.manual_seed(0)
+    block, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.GELU()), torch.randn(8, WIDTH)
+
+    def run(through: Callable[..., Any]) -> Outcome:
+        block[1].reset_running_stats()
+        block.zero_grad()
+        through(block, x).square().sum().backward()
+        return Outcome(block)
+
+    assert not differences(run(lambda function, *args: function(*args)), run(tightfit.checkpoint))

@@ -289,6 +289,7 @@ class Frame:
         self.saved_addresses: dict[int, list[int]] = {}  # to the slots
         self.further_results: set[int] = set()  # addresses of what an op made besides its first result
         self.given: set[int] | None = None  # addresses of arguments and parameters, once somebody asks
+        self.buffers_after: list[tuple[torch.Tensor, int]] = []  # with their versions when the forward was over
         self.complete_at = 0  # ops to run until every saved tensor has its final content
         self.observe: Callable[[torch.Tensor], None] | None = None  # told of every tensor that is saved
         inputs = tensors_in((args, kwargs))
@@ -330,6 +331,8 @@ class Frame:
                     f"{self.name} changes a tensor that it is given in place, so it cannot be run again; "
                     "leave it out of the units or clone the tensor first"
                 )
+        if self.module is not None:
+            self.buffers_after = [(buffer, _version(buffer)) for buffer in self.module.buffers()]
         return out
 
     def leave_plan(self, count: int) -> None:
@@ -498,7 +501,7 @@ class Frame:
         self.released = True
         self.args, self.kwargs = (), {}
         self.versions, self.funcs, self.first_states = [], [], []
-        self.saved_addresses, self.further_results, self.given = {}, set(), None
+        self.saved_addresses, self.further_results, self.given, self.buffers_after = {}, set(), None, []
 
     def _replay(self) -> None:
         waiting: dict[int, _Slot] = {}
@@ -557,6 +560,7 @@ class Frame:
                 generator.set_state(state)
             _restore_foreign_random_states(foreign)
             module_state.put_back()
+            self.buffers_after = [(b, _version(b)) for b, _ in self.buffers_after if _address(b) in mode.as_left]
             self.stats.rerun_ops += mode.ran
         if waiting:
             raise ReplayDiverged(
@@ -743,6 +747,10 @@ class _Watch(TorchDispatchMode):
             for tensor in tensors_in(_written_arguments(func, args, kwargs)):
                 if frame.written_after_saving(_address(tensor)):
                     frame.complete_at = max(frame.complete_at, index + 1)
+        elif op_name(func) in BATCH_NORMS:  # it writes its running statistics, which autograd saved before
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.name.startswith("running_") and isinstance(value, torch.Tensor):
+                    frame.written_after_saving(_address(value))
         if type(out) is torch.Tensor:
             frame.further_results.discard(_address(out))
         else:
@@ -760,6 +768,8 @@ class _Replay(TorchDispatchMode):
         self.count = self.ran = 0
         self.filled = False  # has every slot that waits its tensor?
         self.drawn: set[int] = set()
+        # buffers that nobody has written since the forward was over; a write that is left out counts as a version, too
+        self.as_left = {_address(buffer) for buffer, version in frame.buffers_after if _version(buffer) == version}
         # what it learns about storages as it runs
         self.made: set[int] = set()
         self.read: set[int] = set()
@@ -813,14 +823,15 @@ class _Replay(TorchDispatchMode):
         """What an op that writes outside storage returns, without writing it again.
 
         None when the op writes nothing from outside. Raises `ReplayDiverged` when the unit also reads what it
-        writes there, since the value that it read is gone.
+        writes there, since the value that it read is gone; but for a buffer that it reads after its last write.
         """
         addresses = {_address(t) for t in tensors_in((args, kwargs))}
         written: set[int] = set()
         if func._schema.is_mutable:
             written = {_address(t) for t in tensors_in(_written_arguments(func, args, kwargs))} - self.made
         outside = addresses - self.made
-        if written & self.read or (self.changed & outside) - written:
+        read_after = (self.changed & outside) - written
+        if written & self.read or not read_after <= self.as_left:
             raise ReplayDiverged(
                 f"{self.frame.name} reads a tensor from outside that it also changes in place ({op_name(func)}): "
                 "what it read is gone, so it cannot be run again"
