@@ -966,6 +966,9 @@ class _Assembly:
             programs[frame.id] = _program_of(full, frame, full.read, held)
             if frame.pinned:
                 self.pinned.setdefault(frame.unit, frame.pinned)
+        for path in {frame.unit for frame in full.frames}:
+            if len({programs[frame.id].steps for frame in full.frames if frame.unit == path}) > 1:
+                self.pinned.setdefault(path, "its calls in one step run different ops, and there is one plan for all")
         self._share_wanted(programs)
         needed = {full.saved[s][0] for s in full.read}
         units = self._units(programs)

@@ -18,6 +18,7 @@ from tightfit.core import (
     Choice,
     Phase,
     Plan,
+    Program,
     Status,
     Timeline,
     Trace,
@@ -27,6 +28,7 @@ from tightfit.core import (
 )
 from tightfit.plan.choose import Model, Solution
 from tightfit.plan.lever import with_loss_in_place
+from tightfit.plan.program import shared
 from tightfit.plan.simulate import simulate, simulate_choices
 
 __all__ = ["every_block", "plan", "simulate"]
@@ -130,10 +132,14 @@ def _plan(
     step_seconds = sum(op.seconds for op in trace.ops)
     proven = line.recompute_seconds <= bound * (1 + 1e-6) + 1e-12
     used = {choice.program for choice in choices if not choice.keeps_all}
-    programs = {}
-    for unit in trace.units:
-        if unit.digest in used and unit.digest not in programs:
-            programs[unit.digest] = trace.programs[next(f.id for f in trace.frames if f.unit == unit.path)]
+    calls: dict[str, list[Program]] = {unit.path: [] for unit in trace.units}
+    for frame in trace.frames:
+        calls[frame.unit].append(trace.programs[frame.id])
+    programs = {
+        unit.digest: program
+        for unit in trace.units
+        if unit.digest in used and (program := shared(calls[unit.path])) is not None
+    }
     return Plan(
         budget_bytes=budget_bytes,
         choices=choices,
