@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -144,3 +146,36 @@ def test_simulate_refuses_a_foreign_plan() -> None:
     plan = tightfit.plan(traced(*SHAPES[2]), "100%")
     with pytest.raises(PlanMismatch, match="trace"):
         tightfit.simulate(traced(*SHAPES[0]), plan)
+
+
+@functools.cache
+def transformer() -> Trace:
+    torch.manual_seed(0)
+    layers = (nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True) for _ in range(2))
+    model = nn.Sequential(nn.Embedding(300, 32), nn.Sequential(*layers), nn.Linear(32, 300))
+    tokens = torch.randint(0, 300, (4, 48))
+    return tightfit.trace(
+        model, tokens, loss=lambda m, b: nn.functional.cross_entropy(m(b).flatten(0, 1), b.flatten()), units="1.*"
+    )
+
+
+def with_noise(trace: Trace, seed: int) -> Trace:
+    """`trace` as a busier machine would have timed it."""
+    ops = tuple(
+        dataclasses.replace(op, seconds=op.seconds * random.Random(f"{seed} {op.ordinal}").choice((0.4, 1.0, 3.0)))
+        for op in trace.ops
+    )
+    return dataclasses.replace(trace, ops=ops)
+
+
+@pytest.mark.parametrize("make", [transformer, functools.partial(traced, *SHAPES[0])])
+def test_the_least_does_not_depend_on_noisy_seconds(make: Callable[[], Trace]) -> None:
+    leasts = []
+    traces = [with_noise(make(), seed) for seed in range(4)]
+    for trace in traces:
+        with pytest.raises(BudgetInfeasible) as caught:
+            tightfit.plan(trace, 1000)
+        leasts.append(caught.value.least_bytes)
+    assert len(set(leasts)) == 1, leasts
+    for trace in traces:
+        assert tightfit.plan(trace, leasts[0]).peak_bytes <= leasts[0]

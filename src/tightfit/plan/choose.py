@@ -11,6 +11,7 @@ take the least of everything, so no plan of this kind takes fewer seconds.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ class Model:
         seconds = [sum(trace.ops[self.ops[f][i]].seconds for f in frames) for i in range(len(program.steps))]
         # large units and many different ones (a mixture of experts routes differently in each) get fewer points
         many = max(12, min(MANY, 8000 // max(1, len(program.steps)), 800 // kinds))
-        return frontier(program, sizes, seconds, many)
+        return _found(program, tuple(sizes), tuple(seconds), many)
 
     def _recipes(self, path: str, point: Point) -> dict[int, Recipe]:
         """What each call of the unit does when `point` is chosen; calls in which nothing runs again are left out."""
@@ -458,6 +459,12 @@ class Model:
             signature=unit.signature,
             program=unit.digest,
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _found(program: Program, sizes_bytes: tuple[int, ...], seconds: tuple[float, ...], many: int) -> Frontier:
+    """Solved once for a trace and for what a lever makes of it, which leaves the units as they are."""
+    return frontier(program, sizes_bytes, seconds, many)
 
 
 def _undominated(usage: Floats, room: Floats, rows: Sequence[int]) -> list[int]:
