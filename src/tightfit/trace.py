@@ -61,6 +61,7 @@ from tightfit.loss import rows_at_once, watched
 from tightfit.step import (
     ForwardPatch,
     LossFunction,
+    Restart,
     UnitsAsked,
     check_trainable,
     compute_loss,
@@ -262,6 +263,7 @@ class _Recorder(TorchDispatchMode):
         self.saved: list[tuple[int, int | None, int | None]] = []  # value, frame, ordinal
         self.read: set[int] = set()
         self.reading_unit: str | None = None
+        self.restart: Restart | None = None  # wants to know what the ops are about to write
         self.in_cross_entropy = False
         self.log_softmaxes: list[
             tuple[int, int]
@@ -325,9 +327,13 @@ class _Recorder(TorchDispatchMode):
             value, _ = self.value_of(tensor)
             if value is not None and func not in METADATA_ONLY:
                 reads.append((value, self.storages[value].version))
+        if self.restart is not None:
+            self.restart.before(func, args, kwargs)
         started = time.perf_counter()
         out = func(*args, **kwargs)
         seconds = time.perf_counter() - started
+        if self.restart is not None:
+            self.restart.after(args, kwargs, out)
         name = op_name(func)
         call = _Call(
             id=len(self.calls), name=name, reads=reads, writes=[], outputs=[], fresh=[], kind=Kind.PURE,
@@ -570,14 +576,14 @@ def _trace(
     restart: Callable[[], None],
     fake: bool,
 ) -> Trace:
-    dry = _record(model, batch, loss, modules, dry=True, fake=fake)
+    dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake)
     if not dry.frames:
         modules = {"": model}
         restart()
-        dry = _record(model, batch, loss, modules, dry=True, fake=fake)
+        dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake)
     restart()
     static = static_bytes_by_category(model, batch)
-    full = _record(model, batch, loss, modules, dry=False, fake=fake)
+    full = _record(model, batch, loss, modules, restart, dry=False, fake=fake)
     gradients = {
         v for p in model.parameters() if p.grad is not None for v in [full.value_of(p.grad)[0]] if v is not None
     }
@@ -596,9 +602,17 @@ def _trace(
 
 
 def _record(
-    model: nn.Module, batch: Any, loss: LossFunction | None, modules: Mapping[str, nn.Module], *, dry: bool, fake: bool
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    modules: Mapping[str, nn.Module],
+    restart: Callable[[], None],
+    *,
+    dry: bool,
+    fake: bool,
 ) -> _Recorder:
     recorder = _Recorder(dry=dry, fake=fake)
+    recorder.restart = restart if isinstance(restart, Restart) else None
     for tensor in [*model.parameters(), *model.buffers(), *tensors_in(batch)]:
         recorder.value_of(tensor)
     for parameter in model.parameters():
