@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from tightfit.core import (
@@ -408,6 +408,9 @@ class _Recorder(TorchDispatchMode):
 
     def note_saved(self, tensor: torch.Tensor) -> int:
         value, _ = self.value_of(tensor)
+        if value is None and tensor.layout is torch.sparse_coo:  # a buffer is known by its values
+            with _disable_current_modes():
+                value = self.live.get(tensor._values().untyped_storage()._cdata)
         if value is None:
             raise Unsupported(f"autograd saves a {tensor.layout} tensor, which has no storage to plan for")
         saved = len(self.saved)
@@ -614,7 +617,7 @@ def _record(
     recorder = _Recorder(dry=dry, fake=fake)
     recorder.restart = restart if isinstance(restart, Restart) else None
     for tensor in [*model.parameters(), *model.buffers(), *tensors_in(batch)]:
-        recorder.value_of(tensor)
+        recorder.value_of(tensor._values() if tensor.layout is torch.sparse_coo else tensor)
     for parameter in model.parameters():
         if parameter.grad is not None:
             recorder.value_of(parameter.grad)
@@ -638,6 +641,13 @@ def _record(
                 recorder.phase = Phase.BACKWARD
                 result.backward()
                 del result
+    except RuntimeError as error:
+        if "saved tensor hooks" in str(error):
+            raise Unsupported(
+                "the model calls torch.func.grad or another of its transforms, under which torch cannot tell what "
+                "autograd saves, so the step cannot be traced"
+            ) from error
+        raise
     finally:
         for patch in patches:
             patch.undo()
