@@ -265,21 +265,18 @@ class Model:
         self.starts = np.array(sorted(c for c in cuts if c < len(self.marks)), dtype=np.int64)
         self.base_top = np.maximum.reduceat(self.base, self.starts)
         self.table: dict[str, Floats] = {}
-        self.least: dict[str, Floats] = {}
         self.seconds: dict[str, list[float]] = {}
         for path, options in self.options.items():
-            rows, least, spent = [], [], []
+            rows, spent = [], []
             own = self._own_segments(path)
             for option in options:
                 if option is None:
                     rows.append(np.zeros(len(self.starts)))
-                    least.append(np.zeros(len(self.starts)))
                     spent.append(0.0)
                     continue
                 delta, spikes, seconds = self._effect(path, option)
                 # in the unit's own segments its change moves mark by mark: take the fullest mark together with it
                 row = np.maximum.reduceat(delta, self.starts)
-                low = np.minimum.reduceat(delta, self.starts)
                 together = np.maximum.reduceat(self.base + delta, self.starts) - self.base_top
                 row = np.where(own, together, row)
                 for mark, top in spikes:
@@ -287,9 +284,8 @@ class Model:
                     # live just before the replay begins, plus all that it leaves, plus what it adds for a while
                     row[segment] = max(row[segment], self._just_before(mark, delta) + top - self.base_top[segment])
                 rows.append(row)
-                least.append(low)
                 spent.append(seconds)
-            self.table[path], self.least[path] = np.array(rows), np.array(least)
+            self.table[path] = np.array(rows)
             self.seconds[path] = spent
 
     def _just_before(self, mark: int, delta: Floats) -> float:
@@ -328,19 +324,22 @@ class Model:
     def _relaxed(self) -> dict[str, Floats]:
         """A table that is nowhere above what any kept set of at least these seconds would cost.
 
-        Outside its own segments a unit holds its kept bytes and lacks, at most, everything else that it needs. Inside
-        them it lacks, at most, what backward has not yet asked for and what it has already let go of.
+        Inside its own segments a unit lacks, at most, what backward has not yet asked for and what it has already let go
+        of. Outside them it holds its kept bytes besides, but for those of values that are there anyway or not yet made.
         """
         tables = {}
         for path, options in self.options.items():
             rows = []
             own = self._own_segments(path)
-            inside = np.maximum.reduceat(self.base + self._least_inside(path), self.starts) - self.base_top
-            for index, option in enumerate(options):
+            lacking = self._least_inside(path)
+            inside = np.maximum.reduceat(self.base + lacking, self.starts) - self.base_top
+            absent = self._absent(path)
+            for option in options:
                 if option is None:
                     rows.append(np.zeros(len(self.starts)))
                 else:
-                    rows.append(np.where(own, inside, self.least[path][index] - option.passed_bytes))
+                    holds = np.maximum(0.0, option.kept_bytes - option.passed_bytes - absent)
+                    rows.append(np.where(own, inside, np.minimum.reduceat(lacking + holds, self.starts)))
             tables[path] = np.array(rows)
         return tables
 
@@ -372,6 +371,27 @@ class Model:
                     if stop > start:
                         change[self.mark_at[start + 1]] -= value.size_bytes
                         change[self.mark_at[stop]] += value.size_bytes
+        return np.asarray(np.cumsum(change)[: len(self.marks)])
+
+    def _absent(self, path: str) -> Floats:
+        """At every mark, the bytes of what the unit could keep that no keeping adds there: of values that Python or
+        another frame holds yet, that are not made yet, or whose backward has begun."""
+        trace = self.trace
+        change = np.zeros(len(self.marks) + 1)
+        for frame in self.frames_of[path] if path in self.programs else ():
+            program = self.programs[path]
+            loads = [self.load[slot] for slot in self.slots[frame] if slot in self.load]
+            read = {value for step in program.steps for value in step.reads}.union(program.needed)
+            for ordinal in read.difference(program.held):
+                value = trace.values[self.values[frame][ordinal]]
+                change[0] += value.size_bytes
+                end = self.freed.get(value.id, len(trace.events))
+                natural = end if value.natural_end is None else value.natural_end
+                gone = max(natural, self.kept_elsewhere.get(value.id, -1))
+                stop = min(loads, default=-1)
+                if stop > gone:
+                    change[self.mark_at[gone + 1]] -= value.size_bytes
+                    change[self.mark_at[stop]] += value.size_bytes
         return np.asarray(np.cumsum(change)[: len(self.marks)])
 
     def _solve(
