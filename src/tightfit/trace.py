@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from tightfit.core import (
@@ -61,6 +61,7 @@ from tightfit.loss import rows_at_once, watched
 from tightfit.step import (
     ForwardPatch,
     LossFunction,
+    Restart,
     UnitsAsked,
     check_trainable,
     compute_loss,
@@ -265,6 +266,7 @@ class _Recorder(TorchDispatchMode):
         self.saved: list[tuple[int, int | None, int | None]] = []  # value, frame, ordinal
         self.read: set[int] = set()
         self.reading_unit: str | None = None
+        self.restart: Restart | None = None  # wants to know what the ops are about to write
         self.in_cross_entropy = False
         self.log_softmaxes: list[
             tuple[int, int]
@@ -328,9 +330,13 @@ class _Recorder(TorchDispatchMode):
             value, _ = self.value_of(tensor)
             if value is not None and func not in METADATA_ONLY:
                 reads.append((value, self.storages[value].version))
+        if self.restart is not None:
+            self.restart.before(func, args, kwargs)
         started = time.perf_counter()
         out = func(*args, **kwargs)
         seconds = time.perf_counter() - started
+        if self.restart is not None:
+            self.restart.after(args, kwargs, out)
         name = op_name(func)
         call = _Call(
             id=len(self.calls), name=name, reads=reads, writes=[], outputs=[], fresh=[], kind=Kind.PURE,
@@ -405,6 +411,9 @@ class _Recorder(TorchDispatchMode):
 
     def note_saved(self, tensor: torch.Tensor) -> int:
         value, _ = self.value_of(tensor)
+        if value is None and tensor.layout is torch.sparse_coo:  # a buffer is known by its values
+            with _disable_current_modes():
+                value = self.live.get(tensor._values().untyped_storage()._cdata)
         if value is None:
             raise Unsupported(f"autograd saves a {tensor.layout} tensor, which has no storage to plan for")
         saved = len(self.saved)
@@ -573,14 +582,14 @@ def _trace(
     restart: Callable[[], None],
     fake: bool,
 ) -> Trace:
-    dry = _record(model, batch, loss, modules, dry=True, fake=fake)
+    dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake)
     if not dry.frames:
         modules = {"": model}
         restart()
-        dry = _record(model, batch, loss, modules, dry=True, fake=fake)
+        dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake)
     restart()
     static = static_bytes_by_category(model, batch)
-    full = _record(model, batch, loss, modules, dry=False, fake=fake)
+    full = _record(model, batch, loss, modules, restart, dry=False, fake=fake)
     gradients = {
         v for p in model.parameters() if p.grad is not None for v in [full.value_of(p.grad)[0]] if v is not None
     }
@@ -599,11 +608,19 @@ def _trace(
 
 
 def _record(
-    model: nn.Module, batch: Any, loss: LossFunction | None, modules: Mapping[str, nn.Module], *, dry: bool, fake: bool
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    modules: Mapping[str, nn.Module],
+    restart: Callable[[], None],
+    *,
+    dry: bool,
+    fake: bool,
 ) -> _Recorder:
     recorder = _Recorder(dry=dry, fake=fake)
+    recorder.restart = restart if isinstance(restart, Restart) else None
     for tensor in [*model.parameters(), *model.buffers(), *tensors_in(batch)]:
-        recorder.value_of(tensor)
+        recorder.value_of(tensor._values() if tensor.layout is torch.sparse_coo else tensor)
     for parameter in model.parameters():
         if parameter.grad is not None:
             recorder.value_of(parameter.grad)
@@ -627,6 +644,13 @@ def _record(
                 recorder.phase = Phase.BACKWARD
                 result.backward()
                 del result
+    except RuntimeError as error:
+        if "saved tensor hooks" in str(error):
+            raise Unsupported(
+                "the model calls torch.func.grad or another of its transforms, under which torch cannot tell what "
+                "autograd saves, so the step cannot be traced"
+            ) from error
+        raise
     finally:
         for patch in patches:
             patch.undo()
@@ -969,6 +993,9 @@ class _Assembly:
             programs[frame.id] = _program_of(full, frame, full.read, held)
             if frame.pinned:
                 self.pinned.setdefault(frame.unit, frame.pinned)
+        for path in {frame.unit for frame in full.frames}:
+            if len({programs[frame.id].steps for frame in full.frames if frame.unit == path}) > 1:
+                self.pinned.setdefault(path, "its calls in one step run different ops, and there is one plan for all")
         self._share_wanted(programs)
         needed = {full.saved[s][0] for s in full.read}
         units = self._units(programs)

@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tightfit.core import Kind, Program, ReplayDiverged, Unsupported
 from tightfit.engine.checksum import checksum, differs
 from tightfit.engine.tape import NotOnTape, Reference, Tape, Todo, generator_of, spare_running_statistics
-from tightfit.plan.program import Recipe, first_random
+from tightfit.plan.program import Recipe, expected, first_random
 from tightfit.step import tensors_in
 from tightfit.trace import BATCH_NORMS, is_random, is_uncounted, op_name
 
@@ -67,7 +67,9 @@ class FramePlan:
     states: frozenset[int]
     first_random: int | None
     drop: tuple[bool, ...]
+    slots: tuple[int, ...]
     wanted: tuple[bool, ...]
+    again: frozenset[int]  # values that are made again and not kept
     todo: list[Todo | None]  # once a forward has called the op; None before, and for casts, which need a closer look
     funcs: list[Any]  # the ops themselves, as forwards have called them
 
@@ -82,7 +84,9 @@ class FramePlan:
             states=recipe.states,
             first_random=first_random(program),
             drop=recipe.drop,
+            slots=program.slots,
             wanted=program.wanted,
+            again=recipe.again,
             todo=[None] * len(steps),
             funcs=[None] * len(steps),
         )
@@ -313,7 +317,7 @@ class Frame:
             raise
         if self.tape is not None:
             assert self.plan is not None
-            if self.count != len(self.plan.names) or len(self.packed_at) != len(self.plan.wanted):
+            if self.count != len(self.plan.names):
                 self.leave_plan(self.count)
             else:
                 try:
@@ -349,15 +353,18 @@ class Frame:
         if self.tape is not None:
             assert plan is not None
             self.packed_at.append(self.count)
-            if index >= len(plan.drop) or not plan.drop[index]:
-                return _Held(tensor)
-            counted = plan.wanted[index]
+            # by what the tensor is, not by its number: a call whose input needs no gradient saves fewer of them
             try:
-                reference = self.tape.slot(tensor, counted)
+                reference = self.tape.slot(tensor, counted=False)
             except NotOnTape:
                 reference = None
-            if reference is None:
+            if reference is None or reference.value not in plan.again:
                 return _Held(tensor)
+            counted = expected(plan.slots, plan.wanted, index, reference.value)
+            if counted is None:
+                return _Held(tensor)
+            if counted:
+                self.tape.uses[reference.value] = self.tape.uses.get(reference.value, 0) + 1
             slot = _Slot(self, index, tensor, reference, counted)
             self.counted += counted
             if self.scrutiny is not None and self.scrutiny.wants(index) and tensor.numel():
