@@ -28,8 +28,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import tightfit
-from tightfit.core import Action, Choice, Plan, Status, Trace, Unsupported
-from tightfit.plan.program import kept_values, recipe
+from tightfit.core import Action, Choice, Plan, Program, Status, Trace, Unit, Unsupported
+from tightfit.plan.program import kept_values, recipe, shared
 from tightfit.plan.simulate import simulate_choices
 from tightfit.step import environment, undisturbed
 from tightfit.verify import Outcome, PeakMeter, differences, static_bytes
@@ -241,7 +241,7 @@ def _peak_bytes(model: nn.Module, batch: Any) -> int:
 def _random_choices(trace: Trace, draw: random.Random, tally: Tally) -> tuple[Choice, ...] | None:
     choices = []
     for unit in trace.units:
-        program = trace.programs[next(f.id for f in trace.frames if f.unit == unit.path)]
+        program = _program(trace, unit)
         share = draw.choice((0.0, 0.2, 0.5, 0.8, 0.95))
         actions = tuple(Action.KEEP if draw.random() < share else Action.RECOMPUTE for _ in range(program.values))
         if unit.pinned:
@@ -255,10 +255,13 @@ def _random_choices(trace: Trace, draw: random.Random, tally: Tally) -> tuple[Ch
     return tuple(choices)
 
 
+def _program(trace: Trace, unit: Unit) -> Program:
+    programs = [trace.programs[frame.id] for frame in trace.frames if frame.unit == unit.path]
+    return shared(programs) or programs[0]  # calls that differ are pinned, so any of them will do
+
+
 def _plan_of(trace: Trace, choices: tuple[Choice, ...]) -> Plan:
-    programs = {
-        u.digest: trace.programs[next(f.id for f in trace.frames if f.unit == u.path)] for u in trace.units
-    }  # fmt: skip
+    programs = {unit.digest: _program(trace, unit) for unit in trace.units}
     line = simulate_choices(trace, choices)
     return Plan(
         budget_bytes=line.peak_bytes, choices=choices, status=Status.FEASIBLE, peak_bytes=line.peak_bytes,

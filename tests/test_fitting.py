@@ -152,3 +152,71 @@ def test_with_a_loss_function_it_warns_once() -> None:
 def test_another_word() -> None:
     with pytest.raises(InvalidInput, match="'replan', 'refuse', 'allow'"):
         tightfit.fit(gpt2(), tokens(1, 8), "80%", longer="maybe")
+
+
+def accumulated_peak_bytes(model: nn.Module, batch: Any, loss: Any = None) -> int:
+    before = static_bytes(model, None, batch)
+    with PeakMeter("cpu") as meter:
+        (model(**batch).loss if loss is None else loss(model, batch)).backward()
+    return before + meter.rise_bytes
+
+
+def logits_loss(subject: Any, batch: Any) -> torch.Tensor:
+    return subject(input_ids=batch["input_ids"]).logits.float().logsumexp(-1).mean()
+
+
+@pytest.mark.parametrize("loss", [None, logits_loss])
+def test_accumulated_gradients_are_planned_for_once(traces: list[int], loss: Any) -> None:
+    model, batch = gpt2(), tokens(4, 64)
+    with tightfit.fit(model, batch, "80%", loss=loss) as applied:
+        budget_bytes, first = applied.plan.budget_bytes, applied.plan
+        for _ in range(3):
+            model.zero_grad()
+            torch.manual_seed(7)
+            for micro in range(3):
+                assert accumulated_peak_bytes(model, batch, loss) <= budget_bytes * 1.005, micro
+                assert (applied.plan is first) == (micro == 0)
+                assert applied.plan.budget_bytes == budget_bytes
+        assert len(traces) == 2
+        found = Outcome(model)
+    model.zero_grad()
+    torch.manual_seed(7)
+    for _ in range(3):
+        accumulated_peak_bytes(model, batch, loss)
+    assert not differences(Outcome(model), found)
+
+
+def test_a_model_fitted_with_gradients_needs_no_second_plan(traces: list[int]) -> None:
+    model, batch = gpt2(), tokens(4, 64)
+    model(**batch).loss.backward()
+    with tightfit.fit(model, batch, "80%") as applied:
+        for _ in range(2):
+            assert accumulated_peak_bytes(model, batch) <= applied.plan.budget_bytes * 1.005
+        model.zero_grad()
+        accumulated_peak_bytes(model, batch)
+    assert len(traces) == 1
+
+
+def test_accumulated_gradients_refused_and_allowed(traces: list[int]) -> None:
+    model, batch = gpt2(), tokens(2, 64)
+    with tightfit.fit(model, batch, "80%", longer="refuse"):
+        model(**batch).loss.backward()
+        with pytest.raises(InvalidInput, match="have gradients already"):
+            model(**batch)
+    model.zero_grad()
+    with tightfit.fit(model, batch, "80%", longer="allow"):
+        model(**batch).loss.backward()
+        with pytest.warns(UserWarning, match="the budget is not promised"):
+            model(**batch).loss.backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(**batch).loss.backward()
+    assert len(traces) == 2
+
+
+def test_accumulated_gradients_when_the_loss_functions_batch_is_gone() -> None:
+    model = gpt2()
+    with tightfit.fit(model, tokens(2, 64), "80%", loss=logits_loss):
+        logits_loss(model, tokens(2, 64)).backward()
+        with pytest.warns(UserWarning, match="fit the model while it has gradients"):
+            logits_loss(model, tokens(2, 64)).backward()

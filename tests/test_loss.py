@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import tightfit
 import tightfit.loss
+from tightfit.core import Happening, Trace
 from tightfit.loss import in_place
 from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.simulate import simulate_choices
@@ -146,6 +147,38 @@ def test_the_lever_only_moves_bytes() -> None:
     # after it only the gradient is left in both
     after = next(i for i in range(at + 1, len(plain.labels)) if "mm" in plain.labels[i])
     assert plain.live_bytes[after] == levered.live_bytes[after]
+
+
+def test_the_lever_hands_the_saved_bytes_on_to_the_gradient() -> None:
+    trace = tightfit.trace(Tagger(), batch_of(256))
+    levered = with_loss_in_place(trace)
+    (loss,) = trace.losses
+    (saved,), (first,), (second,) = (
+        trace.ops[op].outputs for op in (loss.log_softmax, loss.nll_backward, loss.softmax_backward)
+    )
+
+    def freed(which: Trace) -> dict[int, int]:
+        return {e.subject: i for i, e in enumerate(which.events) if e.what is Happening.FREE}
+
+    before, after = freed(trace), freed(levered)
+    # the log-probabilities' bytes are the gradient's: they go when the gradient went, and the gradient has none
+    assert before[saved] < before[second]
+    assert after[saved] == before[second]
+    assert after[second] == before[saved]
+    assert levered.values[first].size_bytes == levered.values[second].size_bytes == 0
+    assert levered.values[saved].size_bytes == trace.values[saved].size_bytes
+    moved = {before[saved], before[second]}
+    assert len(levered.events) == len(trace.events)
+    assert all(a == b for i, (a, b) in enumerate(zip(trace.events, levered.events, strict=True)) if i not in moved)
+    # so from the loss's backward to the end of the gradient there is one tensor of that size at every event
+    logits_bytes = trace.values[saved].size_bytes
+    made = next(i for i, e in enumerate(levered.events) if e.what is Happening.ALLOC and e.subject == saved)
+    live = 0
+    for index, event in enumerate(levered.events):
+        if event.subject in (saved, first, second) and event.what in (Happening.ALLOC, Happening.FREE):
+            size_bytes = levered.values[event.subject].size_bytes
+            live += size_bytes if event.what is Happening.ALLOC else -size_bytes
+        assert live == (logits_bytes if made <= index < before[second] else 0)
 
 
 def test_a_plan_that_fits_as_it_is_leaves_the_loss_alone() -> None:

@@ -235,3 +235,48 @@ def test_a_backward_inside_the_forward_is_refused() -> None:
 
     with pytest.raises(Unsupported, match="a backward of its own"):
         tightfit.trace(Inner(), torch.randn(4, 8))
+
+
+class Propagating(nn.Module):
+    """A block of a graph network: its adjacency is a sparse buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.register_buffer("adjacency", torch.eye(64).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.outer(F.gelu(self.inner(torch.sparse.mm(self.adjacency, x))))
+
+
+def test_a_sparse_buffer() -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(*(Propagating() for _ in range(3))), torch.randn(64, 8)
+
+    def loss(subject: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return subject(x).square().mean()
+
+    plan = tightfit.plan(tightfit.trace(model, batch, loss=loss), "70%")
+    assert plan.replays
+    proof = tightfit.verify(model, batch, plan, loss=loss)
+    assert proof["gradients"].passed
+    assert proof["prediction"].passed
+    written = model[0].adjacency.clone()
+    with undisturbed(model):
+        model[0].adjacency.mul_(2)
+    assert torch.equal(model[0].adjacency.to_dense(), written.to_dense())
+
+
+def test_a_transform_inside_is_refused_with_the_reason() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.func.grad(lambda y: self.inner(y).square().sum())(x)
+
+    model = nn.Sequential(Inner(), Inner())
+    with pytest.raises(Unsupported, match=r"torch\.func\.grad"):
+        tightfit.trace(model, torch.randn(4, 8), loss=lambda m, b: m(b).square().mean())
+    assert "forward" not in model[0].__dict__

@@ -55,6 +55,7 @@ def _steers(tensor: torch.Tensor) -> bool:
         return False
     return tensor.numel() <= (_KNOWN_TOKENS if tensor.dim() <= 2 else _KNOWN_ELEMENTS)
 
+
 #: No kernel is tried out on operands larger than this, or for longer.
 _PROBE_BYTES, _PROBE_FLOPS = 1 << 28, 4_000_000_000
 

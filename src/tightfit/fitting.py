@@ -1,7 +1,8 @@
 """One call that fits a model's step into a budget and keeps it there: `fit`.
 
 Idea: a plan says which values are kept, not how large they are, so it serves every batch whose ops are the same. A
-batch no longer than the planned one needs no more bytes; a longer one is noticed before its forward runs.
+batch no longer than the planned one needs no more bytes; a longer one is noticed before its forward runs, and so are
+gradients that the planned step did not start with.
 
 Invariant: the budget in bytes is that of the first plan, whatever comes later. Refused: a longer batch, if the user
 wants that (`InvalidInput`), or if no plan fits it (`BudgetInfeasible`).
@@ -9,14 +10,18 @@ wants that (`InvalidInput`), or if no plan fits it (`BudgetInfeasible`).
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import functools
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from tightfit.core import InvalidInput
+from tightfit.core import InvalidInput, Plan, Trace
 from tightfit.engine import Applied
 from tightfit.plan import plan as make_plan
 from tightfit.step import LossFunction, UnitsAsked, tensors_in
@@ -69,16 +74,21 @@ def fit(
     `"refuse"` (`InvalidInput`) or `"allow"` (run as it is, the budget no longer promised). With a `loss` function
     the model alone does not show the whole batch, so replanning is not possible there: a warning is given instead.
 
+    Accumulated gradients take their bytes through the whole step. A model that is fitted without them and comes with
+    some is treated as `longer` says, too: planned anew once, and from then on each kind of step has its own plan;
+    refused; or run with a warning.
+
     Raises what `trace`, `plan` and `apply` do, and `InvalidInput` for another `longer`.
     """
     try:
         policy = Longer(longer)
     except ValueError:
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
-    guard = _Guard(model, policy, loss, optimizer, units)
+    guard = _Guard(model, batch, policy, loss, optimizer, units)
     try:
         recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
-        guard.applied = applied = Applied(model, make_plan(recorded, budget), trace=recorded)
+        applied = Applied(model, make_plan(recorded, budget), trace=recorded)
+        guard.in_force(applied, recorded)
     except BaseException:
         guard.remove()
         raise
@@ -86,12 +96,22 @@ def fit(
     return applied
 
 
+class _InForce(NamedTuple):
+    """A plan, and what it was made for."""
+
+    plan: Plan
+    trace: Trace
+    extent: _Extent
+
+
 class _Guard:
-    """A forward pre-hook of the whole model: learns the planned batch's extent, then looks at every other batch."""
+    """A forward pre-hook of the whole model: learns the planned batch's extent, then looks at every other batch, and at
+    the gradients that are there already: the later micro-batches of accumulated ones need more bytes than the first."""
 
     def __init__(
         self,
         model: nn.Module,
+        batch: Any,
         policy: Longer,
         loss: LossFunction | None,
         optimizer: torch.optim.Optimizer | None,
@@ -99,51 +119,101 @@ class _Guard:
     ) -> None:
         self.model, self.policy, self.loss, self.optimizer, self.units = model, policy, loss, optimizer, units
         self.applied: Applied | None = None
-        self.planned: _Extent | None = None
-        self.warned = False
+        self.extent: _Extent | None = None  # of the planned batch
+        self.started = {id(p) for p in model.parameters() if p.grad is not None}  # gradients that are planned for
+        self.plans: dict[bool, _InForce] = {}  # by: are there gradients beyond `started`?
+        # the model is not shown the whole of a loss function's batch; it is planned anew while the user has it still
+        leaves, self.structure = pytree.tree_flatten(batch)
+        self.leaves = [weakref.ref(x) if isinstance(x, torch.Tensor) else functools.partial(_same, x) for x in leaves]
+        self.warned: set[str] = set()
         self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def in_force(self, applied: Applied, recorded: Trace) -> None:
+        """The first plan is made."""
+        if self.extent is not None:
+            self.plans[False] = _InForce(applied.plan, recorded, self.extent)
+        self.applied = applied
 
     def remove(self) -> None:
         self.handle.remove()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In a copy of the model, a pickled one too: a hook that does nothing, and needs no tightfit to be loaded."""
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.applied is None:  # the trace is running
-            if self.planned is None:
-                self.planned = _Extent.of((args, kwargs))
+            if self.extent is None:
+                self.extent = _Extent.of((args, kwargs))
             return
-        if self.policy is Longer.ALLOW or self.planned is None or not (torch.is_grad_enabled() and module.training):
+        if not self.plans or not (torch.is_grad_enabled() and module.training):
             return
         extent = _Extent.of((args, kwargs))
-        if not extent.exceeds(self.planned):
+        accumulating = any(p.grad is not None and id(p) not in self.started for p in module.parameters())
+        known = self.plans.get(accumulating)
+        planned = known or self.plans[False]
+        if extent.exceeds(planned.extent):
+            if self.policy is Longer.ALLOW:
+                return
+            said = (
+                f"a batch of {extent.elements:,} elements and length {extent.length:,} came, but the plan in force is "
+                f"for at most {planned.extent.elements:,} and {planned.extent.length:,}"
+            )
+            advice = "fit the model with the longest batch"
+            batch = None if self.loss is not None else _seen(args, kwargs)
+        elif known is None:
+            said = "the parameters have gradients already, but the plan in force is for a step that starts without"
+            advice = "fit the model while it has gradients, as the second micro-batch finds it"
+            batch = _seen(args, kwargs) if self.loss is None else self._planned_batch()
+            extent = planned.extent if self.loss is not None else extent
+        else:
+            if self.applied.plan is not known.plan:
+                self.applied.suspend()
+                self.applied.resume(known.plan, known.trace)
             return
-        said = (
-            f"a batch of {extent.elements:,} elements and length {extent.length:,} came, but the plan in force is for "
-            f"at most {self.planned.elements:,} and {self.planned.length:,}"
-        )
         if self.policy is Longer.REFUSE:
-            raise InvalidInput(f"{said}: fit the model with the longest batch, or with longer='replan'")
-        if self.loss is not None or (args and kwargs):
-            if not self.warned:
-                warnings.warn(
-                    f"tightfit: {said}, so the budget is not promised; fit the model with the longest batch",
-                    stacklevel=4,
-                )
-                self.warned = True
+            raise InvalidInput(f"{said}: {advice}, or with longer='replan'")
+        if batch is None or self.policy is Longer.ALLOW:
+            if advice not in self.warned:
+                warnings.warn(f"tightfit: {said}, so the budget is not promised; {advice}", stacklevel=4)
+                self.warned.add(advice)
             return
-        self._replan(dict(kwargs) if kwargs else args, extent)
+        self._replan(batch, extent, accumulating)
 
-    def _replan(self, batch: Any, extent: _Extent) -> None:
+    def _planned_batch(self) -> Any:
+        leaves = [leaf() for leaf in self.leaves]
+        gone = any(x is None and isinstance(leaf, weakref.ref) for x, leaf in zip(leaves, self.leaves, strict=True))
+        return None if gone else pytree.tree_unflatten(leaves, self.structure)
+
+    def _replan(self, batch: Any, extent: _Extent, accumulating: bool) -> None:
         applied = self.applied
         assert applied is not None
         budget_bytes = applied.plan.budget_bytes
         self.applied = None
         applied.suspend()
+        # for the most gradients that there can be: routing gives other ones in each micro-batch
+        lacking = [p for p in self.model.parameters() if accumulating and p.requires_grad and p.grad is None]
         try:
-            recorded = trace(self.model, batch, loss=None, optimizer=self.optimizer, units=self.units)
+            for parameter in lacking:
+                parameter.grad = torch.zeros_like(parameter)
+            try:
+                recorded = trace(self.model, batch, loss=self.loss, optimizer=self.optimizer, units=self.units)
+            finally:
+                for parameter in lacking:
+                    parameter.grad = None
             applied.resume(make_plan(recorded, budget_bytes), recorded)
-            self.planned = extent
+            self.plans[accumulating] = _InForce(applied.plan, recorded, extent)
         except BaseException:
             applied.resume(applied.plan, applied.trace)
             raise
         finally:
             self.applied = applied
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The batch that the model is called with; None if it cannot be told as one."""
+    return None if args and kwargs else dict(kwargs) if kwargs else args

@@ -557,7 +557,8 @@ def _guess(least: dict[int, int], room: int, low: int, high: int) -> int:
         near = sorted(least, key=lambda count: abs(least[count] - room))[:2]
         (a, b) = sorted(near)
         slope = (least[b] - least[a]) / (b - a)
-        guess = int(a + (room - least[a]) / slope) if slope > 0 else (low + high) // 2
+        # what does not grow with the size (the optimizer's step) may still own the peak at small ones
+        guess = int(a + (room - least[a]) / slope) if slope > 0 else max(low, 1) * 8
         if guess in least:  # the allocator's slack decides, or the line has bent
             guess = guess - 1 if guess >= high else guess + 1
     return min(max(guess, low + 1), high - 1)

@@ -77,7 +77,7 @@ def measure(
         for mode, (context, _) in modes.items():
             progress(f"gradients: {mode}")
             restart()
-            with context(), FlopCount() as count:
+            with context(), FlopCount() as count, restart.watching():
                 compute_loss(model, batch, loss).backward()
             outcomes[mode], flops[mode] = Outcome(model), count.flops
         steps = _steps(model, batch, loss, optimizer, modes, restart, repeats, progress)

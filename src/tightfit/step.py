@@ -1,7 +1,7 @@
 """One training step of any model: call it, find its loss, leave no mark on it.
 
-Invariant: `undisturbed` gives back gradients, buffers and every random state exactly as they were, also when
-the step inside raises. Refused: a batch that the model does not take, a loss that is not one number, a model
+Invariant: `undisturbed` gives back gradients, buffers, attributes and every random state exactly as they were, also
+when the step inside raises. Refused: a batch that the model does not take, a loss that is not one number, a model
 with nothing to train (`InvalidInput`).
 """
 
@@ -23,6 +23,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree  # the one tree walk that also knows transformers' ModelOutput
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit.core import Category, InvalidInput, Unsupported
 
@@ -137,40 +138,167 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, batch: Any = None) -> Iterator[Callable[[], None]]:
-    """Run steps inside; afterwards gradients (those of the batch's leaves too), buffers and random states are what
-    they were.
+def undisturbed(model: nn.Module, batch: Any = None) -> Iterator[Restart]:
+    """Run steps inside; afterwards gradients (those of the batch's leaves too), buffers, plain attributes and random
+    states are what they were, and so is whatever the ops of a step wrote that `Restart` was told of.
 
     Yields `restart`, which puts the model at the start of a step again, so that every pass inside sees the same
     step. A parameter that came with a gradient has a zero one inside, so that accumulation shows its true
     memory; one that came without starts without.
     """
-    leaves = [t for t in tensors_in(batch) if t.is_leaf and t.requires_grad]
-    gradients = [(p, p.grad) for p in (*model.parameters(), *leaves)]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
-    states = random_states()
-
-    def restart() -> None:
-        for parameter, gradient in gradients:
-            parameter.grad = None
-            if gradient is not None:
-                parameter.grad = torch.zeros_like(gradient)
-        _give_back()
-
-    def _give_back() -> None:
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                if not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
-        restore_random_states(states)
-
+    restart = Restart(model, batch)
     restart()
     try:
         yield restart
     finally:
-        for parameter, gradient in gradients:
+        restart.give_back()
+
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.Tensor)
+
+#: Ops that write their running statistics without saying so in their schema.
+_HIDDEN_WRITES = "running_"
+
+
+class Restart:
+    """What a model was like at the start; called, it puts that back.
+
+    What is small or hidden is copied beforehand: buffers, scalar attributes, random states. Weights are not: whoever
+    runs the first passes says of each op `before` and `after` it (`watching` does), and what an op is about to write
+    that was there before the passes is copied then, as copy on write does. The same tells of generators and of leaves
+    that only the loss function knows.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any = None) -> None:
+        leaves = [t for t in tensors_in(batch) if t.is_leaf and t.requires_grad]
+        self._gradients: list[tuple[torch.Tensor, torch.Tensor | None]] = [
+            (p, p.grad) for p in (*model.parameters(), *leaves)
+        ]
+        self._leaves = {id(p) for p, _ in self._gradients}
+        self._buffers = [(b, b.detach().clone(), b._version) for b in model.buffers() if not b.is_meta]
+        self._data = [(p, p.data) for p in model.parameters() if _storage_of(p) is not None]
+        modules = list(model.modules())
+        tables: list[Any] = [table for module in modules for table in (module._parameters, module._buffers)]
+        # those of a TorchScript module are no dicts and cannot be assigned to
+        self._tables = [(table, dict(table)) for table in tables if isinstance(table, dict)]
+        # the patches of a plan or a trace are put into `forward` and taken out by whoever put them there
+        self._attributes = [(m, {k: v for k, v in vars(m).items() if k != "forward"}) for m in modules]
+        self._states = random_states()
+        self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
+        for _, attributes in self._attributes:
+            self._note_generators(attributes.values())
+        self._made: set[int] = set()
+        self._written: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def __call__(self) -> None:
+        for parameter, gradient in self._gradients:
+            parameter.grad = None
+            if gradient is not None:
+                parameter.grad = torch.zeros_like(gradient)
+        self._put_back()
+
+    def give_back(self) -> None:
+        """As it was before the first pass, gradients included."""
+        for parameter, gradient in self._gradients:
             parameter.grad = gradient
-        _give_back()
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for module, before in self._attributes:
+            now = vars(module)
+            for name in [n for n, v in now.items() if n not in before and n != "forward" and isinstance(v, _PLAIN)]:
+                del now[name]
+            for name, value in before.items():
+                if isinstance(value, _PLAIN) and now.get(name, _PLAIN) is not value:
+                    now[name] = value
+        for table, content in self._tables:
+            if table.keys() != content.keys() or any(table[name] is not each for name, each in content.items()):
+                table.clear()
+                table.update(content)
+        for parameter, data in self._data:
+            if _storage_of(parameter) != _storage_of(data):
+                parameter.data = data
+        with torch.no_grad():
+            for storage, bytes_before in self._written.values():
+                storage.copy_(bytes_before)
+            for buffer, saved, version in self._buffers:
+                if buffer.layout is not torch.strided:  # torch does not compare sparse ones
+                    if buffer._version != version:
+                        buffer.copy_(saved)
+                elif not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+        for generator, state in self._generators.values():
+            generator.set_state(state)
+        restore_random_states(self._states)
+
+    # -- what the ops of a step tell
+
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
+        """Learn from the ops that run inside; not for a pass that is measured."""
+        return _Watching(self)
+
+    def before(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """`func` is about to run."""
+        self._note_generators((*args, *kwargs.values()))
+        for tensor in tensors_in((args, kwargs)):
+            if not (tensor.requires_grad and tensor.is_leaf) or id(tensor) in self._leaves:
+                continue
+            if _storage_of(tensor) not in self._made:
+                self._leaves.add(id(tensor))
+                self._gradients.append((tensor, tensor.grad))
+                if tensor.grad is not None:  # this pass would add to it
+                    with torch.no_grad():
+                        tensor.grad = torch.zeros_like(tensor.grad)
+        schema = func._schema
+        for position, argument in enumerate(schema.arguments):
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes or argument.name.startswith(_HIDDEN_WRITES):
+                target = kwargs.get(argument.name, args[position] if position < len(args) else None)
+                for tensor in tensors_in(target):
+                    self._keep(tensor)
+
+    def after(self, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
+        """The op has run and given `out`."""
+        made = {_storage_of(tensor) for tensor in tensors_in(out)}
+        if made:
+            made -= {_storage_of(tensor) for tensor in tensors_in((args, kwargs))}
+            self._made.update(address for address in made if address is not None)
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        address = _storage_of(tensor)
+        if address is None or address in self._made or address in self._written or tensor.is_meta:
+            return
+        if any(p.grad is not None and _storage_of(p.grad) == address for p, _ in self._gradients):
+            return  # the zero gradients of a pass; the real ones are out of reach
+        storage = tensor.untyped_storage()
+        self._written[address] = storage, storage.clone()
+
+    def _note_generators(self, items: Iterable[Any]) -> None:
+        for item in items:
+            if isinstance(item, torch.Generator) and id(item) not in self._generators:
+                self._generators[id(item)] = item, item.get_state()
+
+
+class _Watching(TorchDispatchMode):
+    def __init__(self, restart: Restart) -> None:
+        super().__init__()
+        self.restart = restart
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.restart.before(func, args, kwargs or {})
+        out = func(*args, **(kwargs or {}))
+        self.restart.after(args, kwargs or {}, out)
+        return out
+
+
+def _storage_of(tensor: torch.Tensor) -> int | None:
+    """The address of its storage; None for a tensor that has none of its own."""
+    if tensor.layout is not torch.strided:
+        return None
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError, ValueError):
+        return None
 
 
 @contextlib.contextmanager
@@ -279,6 +407,23 @@ def _composite_children(model: nn.Module) -> dict[str, nn.Module]:
         path = f"{path}.{name}" if path else name
 
 
+class _Replacement:
+    """What stands in a module's `forward`. In a copy of the module, a pickled one too, it is the plain `forward`."""
+
+    def __init__(self, module: nn.Module, original: Callable[..., Any], had_own: bool, run: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self.__dict__.update(vars(run))
+        self._module, self._original, self._had_own, self._run = module, original, had_own, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._had_own:
+            return functools.partial, (self._original,)
+        return getattr, (self._module, "forward")  # asked of the copy while that has no attributes yet: its class's
+
+
 class ForwardPatch:
     """A module whose `forward` is replaced; `undo` puts back exactly what was there."""
 
@@ -288,7 +433,7 @@ class ForwardPatch:
         self.module = module
         self.had_own = "forward" in module.__dict__
         self.original = module.forward
-        replacement = functools.wraps(self.original)(make(self.original))
+        replacement: Any = _Replacement(module, self.original, self.had_own, make(self.original))
         module.forward = replacement
 
     def undo(self) -> None:

@@ -62,6 +62,7 @@ from tightfit.loss import rows_at_once, watched
 from tightfit.step import (
     ForwardPatch,
     LossFunction,
+    Restart,
     UnitsAsked,
     check_trainable,
     compute_loss,
@@ -140,18 +141,21 @@ def is_random(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bo
     return True
 
 
-def is_uncounted(func: Any, args: tuple[Any, ...]) -> bool:
+def is_uncounted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Ops that may happen in the forward and not in its replay, or the other way round, without any meaning.
 
     `detach` and every other view: they make no bytes, and autograd calls some on its own (after an in-place op on a
     view of a tensor subclass it makes the view again). And autocast's cast of a weight: cached for the rest of the
-    autocast context, so the second use of a weight does not cast it again.
+    autocast context, so the second use of a weight does not cast it again. What autocast caches is what counts, since
+    inside its own cast it is switched off and cannot be asked.
     """
     if func.is_view:
         return True
     if func is _aten._to_copy.default:
-        source = args[0]
-        return bool(source.is_leaf and source.requires_grad and torch.is_autocast_enabled(source.device.type))
+        source, dtype = args[0], kwargs.get("dtype")
+        return bool(
+            source.is_leaf and source.requires_grad and dtype not in (None, source.dtype) and not source._is_view()
+        )
     return False
 
 
@@ -280,6 +284,7 @@ class _Recorder(TorchDispatchMode):
         self.saved: list[tuple[int, int | None, int | None]] = []  # value, frame, ordinal
         self.read: set[int] = set()
         self.reading_unit: str | None = None
+        self.restart: Restart | None = None  # wants to know what the ops are about to write
         self.in_cross_entropy = False
         self.log_softmaxes: list[
             tuple[int, int]
@@ -338,7 +343,7 @@ class _Recorder(TorchDispatchMode):
             return out
         if func in _QUERIES:
             return func(*args, **kwargs)
-        uncounted = is_uncounted(func, args)
+        uncounted = is_uncounted(func, args, kwargs)
         frame = None if uncounted else self.open
         schema = func._schema
         reads: list[tuple[int, int]] = []
@@ -346,9 +351,13 @@ class _Recorder(TorchDispatchMode):
             value, _ = self.value_of(tensor)
             if value is not None and func not in METADATA_ONLY:
                 reads.append((value, self.storages[value].version))
+        if self.restart is not None:
+            self.restart.before(func, args, kwargs)
         started = time.perf_counter()
         out = func(*args, **kwargs) if self.fake is None else self._fake_result(func, args, kwargs)
         seconds = time.perf_counter() - started
+        if self.restart is not None:
+            self.restart.after(args, kwargs, out)
         name = op_name(func)
         call = _Call(
             id=len(self.calls), name=name, reads=reads, writes=[], outputs=[], fresh=[], kind=Kind.PURE,
@@ -432,6 +441,9 @@ class _Recorder(TorchDispatchMode):
 
     def note_saved(self, tensor: torch.Tensor) -> int:
         value, _ = self.value_of(tensor)
+        if value is None and tensor.layout is torch.sparse_coo:  # a buffer is known by its values
+            with _disable_current_modes():
+                value = self.live.get(tensor._values().untyped_storage()._cdata)
         if value is None:
             raise Unsupported(f"autograd saves a {tensor.layout} tensor, which has no storage to plan for")
         saved = len(self.saved)
@@ -619,14 +631,14 @@ def _trace(
     fake: FakeStep | None,
 ) -> Trace:
     restart()
-    dry = _record(model, batch, loss, modules, dry=True, fake=fake)
+    dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake)
     if not dry.frames:
         modules = {"": model}
         restart()
-        dry = _record(model, batch, loss, modules, dry=True, fake=fake)
+        dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake)
     restart()
     static = static_bytes_by_category(model, batch, granule_bytes=1 if fake is None else fake.granule_bytes)
-    full = _record(model, batch, loss, modules, dry=False, fake=fake)
+    full = _record(model, batch, loss, modules, restart, dry=False, fake=fake)
     gradients = {
         v for p in model.parameters() if p.grad is not None for v in [full.value_of(p.grad)[0]] if v is not None
     }
@@ -652,13 +664,15 @@ def _record(
     batch: Any,
     loss: LossFunction | None,
     modules: Mapping[str, nn.Module],
+    restart: Callable[[], None],
     *,
     dry: bool,
     fake: FakeStep | None,
 ) -> _Recorder:
     recorder = _Recorder(dry=dry, fake=fake)
+    recorder.restart = restart if isinstance(restart, Restart) else None
     for tensor in [*model.parameters(), *model.buffers(), *tensors_in(batch)]:
-        recorder.value_of(tensor)
+        recorder.value_of(tensor._values() if tensor.layout is torch.sparse_coo else tensor)
     for parameter in model.parameters():
         if parameter.grad is not None:
             recorder.value_of(parameter.grad)
@@ -685,6 +699,13 @@ def _record(
                 else:
                     _backward_marked(result, recorder)
                 del result
+    except RuntimeError as error:
+        if "saved tensor hooks" in str(error):
+            raise Unsupported(
+                "the model calls torch.func.grad or another of its transforms, under which torch cannot tell what "
+                "autograd saves, so the step cannot be traced"
+            ) from error
+        raise
     finally:
         for patch in patches:
             patch.undo()
@@ -1032,6 +1053,9 @@ class _Assembly:
             programs[frame.id] = _program_of(full, frame, full.read, held)
             if frame.pinned:
                 self.pinned.setdefault(frame.unit, frame.pinned)
+        for path in {frame.unit for frame in full.frames}:
+            if len({programs[frame.id].steps for frame in full.frames if frame.unit == path}) > 1:
+                self.pinned.setdefault(path, "its calls in one step run different ops, and there is one plan for all")
         self._share_wanted(programs)
         needed = {full.saved[s][0] for s in full.read}
         units = self._units(programs)

@@ -104,6 +104,8 @@ def verify(
             compute_loss(model, batch, loss).backward()
             return Outcome(model)
 
+        with restart.watching():
+            observe()
         reference = observe()
         with apply(model, plan) as applied:
             planned = observe()

@@ -243,6 +243,85 @@ def test_autocast(name: str) -> None:
     check(Stack(Block(FUNCTIONS[name]), Block(FUNCTIONS[name])), loss=_under_autocast)
 
 
+def test_a_module_called_twice_in_one_autocast() -> None:
+    """The second call takes the weights' copies from autocast's cache, so it has fewer ops than the first."""
+
+    def both(model: nn.Module, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return (model(batch).float() - model(batch.flip(0)).float()).square().mean()
+
+    torch.manual_seed(0)
+    check(Stack(Block(FUNCTIONS["gelu"]), Block(FUNCTIONS["dropout"])), loss=both)
+
+
+class Conjugating(nn.Module):
+    """Saves and reads conjugated and negated views of what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.cfloat) * 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.complex(x, x.sin()) @ self.weight
+        h = h.conj() @ self.weight.mT.conj()
+        h = (h / (1 + h.abs())).exp()
+        minus = h.conj().imag
+        return x + h.real * minus.cos() + h.mT.conj().real.mT @ minus.mT.exp() @ x
+
+
+def test_conjugated_and_negated_views() -> None:
+    torch.manual_seed(0)
+    trace = check(Stack(Conjugating(), Conjugating(), Conjugating()))
+    assert not any(unit.pinned for unit in trace.units)
+
+
+@pytest.mark.parametrize("budget", ["60%", "80%"])
+def test_the_peak_with_conjugated_views(budget: str) -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64, dtype=torch.cfloat) * 0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = (x @ self.weight).conj() @ self.weight.mT.conj()
+            return (h / (1 + h.abs())).exp() - 1
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).abs().square().mean()
+
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(*(Complex() for _ in range(4))), torch.randn(512, 64, dtype=torch.cfloat)
+    plan = tightfit.plan(tightfit.trace(model, batch, loss=loss), budget)
+    proof = tightfit.verify(model, batch, plan, loss=loss)
+    assert proof.passed, proof.checks
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_peak_of_a_module_called_twice_in_one_autocast(share: float) -> None:
+    def both(model: nn.Module, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return (model(batch).float() - model(batch.flip(0)).float()).square().mean()
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 256), nn.Linear(256, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.second(F.gelu(self.first(x)))
+
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(*(Wide() for _ in range(4))), torch.randn(256, 64)
+    trace = tightfit.trace(model, batch, loss=both)
+    with pytest.raises(tightfit.BudgetInfeasible) as refused:
+        tightfit.plan(trace, 1000)
+    least = refused.value.least_bytes
+    top = tightfit.plan(trace, "100%").unplanned_peak_bytes
+    assert least < 0.75 * top
+    proof = tightfit.verify(model, batch, tightfit.plan(trace, int(least + share * (top - least))), loss=both)
+    assert proof.passed, proof.checks
+
+
 def test_autocast_switched_off_inside() -> None:
     def partly(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):

@@ -151,8 +151,8 @@ def test_only_the_first_frame_is_checked(monkeypatch: pytest.MonkeyPatch) -> Non
     from tightfit.engine import frame
 
     hashed = []
-    honest = frame._checksum
-    monkeypatch.setattr(frame, "_checksum", lambda tensor: hashed.append(1) or honest(tensor))
+    honest = frame.checksum
+    monkeypatch.setattr(frame, "checksum", lambda tensor: hashed.append(1) or honest(tensor))
     model, batch = Net(Branch(), Branch()), torch.randn(8, WIDTH)
     with tightfit.apply(model, every_block(tightfit.trace(model, batch))):
         gradients(model, batch)
@@ -359,3 +359,45 @@ def test_the_planner_knows_what_runs_together() -> None:
     names = [program.steps[op].name for op in first]
     # sigmoid's result is asked for first; what was read of `y` before `mul_` is made in the same go
     assert names.index("aten.add.Tensor") < names.index("aten.mul_.Tensor") < names.index("aten.sigmoid.default")
+
+
+class Rewritten(nn.Module):
+    """NumPy changes a value where it lies."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.change = change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        self.change(y.detach().numpy())
+        return x + self.second(torch.sin(y))
+
+
+CHANGES: dict[str, Any] = {
+    "triple": lambda a: np.multiply(a, 3, out=a),
+    "sort": lambda a: a.sort(axis=0),
+    "roll": lambda a: a.__setitem__(slice(None), np.roll(a, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_values_that_only_move_are_found(change: str) -> None:
+    torch.manual_seed(0)
+    model, batch = Net(*(Rewritten(CHANGES[change]) for _ in range(2))), torch.randn(8, WIDTH)
+    with (
+        tightfit.apply(model, every_block(tightfit.trace(model, batch))),
+        pytest.raises(ReplayDiverged, match="came out different"),
+    ):
+        model(batch).backward()
+
+
+def test_a_forward_without_backward_does_not_count_as_compared() -> None:
+    torch.manual_seed(0)
+    model, batch = Net(*(Rewritten(CHANGES["triple"]) for _ in range(2))), torch.randn(8, WIDTH)
+    with tightfit.apply(model, every_block(tightfit.trace(model, batch))):
+        for _ in range(2):
+            model(batch)
+        with pytest.raises(ReplayDiverged, match="came out different"):
+            model(batch).backward()

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tightfit.core import Choice, InvalidInput, Plan, PlanMismatch, Trace
-from tightfit.engine.frame import Frame, FramePlan, Stats, is_active
+from tightfit.engine.frame import Frame, FramePlan, Scrutiny, Stats, is_active
 from tightfit.engine.region import checkpoint
 from tightfit.loss import in_place
 from tightfit.plan.program import kept_values, recipe
@@ -28,8 +28,8 @@ from tightfit.trace import signature_of
 __all__ = ["Applied", "Stats", "apply", "checkpoint"]
 
 
-#: What has been compared with its forward already: by module, hashes of op sequence and of what of it ran again.
-_checked: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+#: What has been compared with its forward already: by module, and hash of op sequence and of what of it runs again.
+_checked: weakref.WeakKeyDictionary[nn.Module, dict[int, Scrutiny]] = weakref.WeakKeyDictionary()
 
 
 class Applied:
@@ -73,15 +73,13 @@ class Applied:
         self, name: str, module: nn.Module, plan: FramePlan
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            checked = _checked.setdefault(module, set())
             key = hash((plan.names, plan.live, plan.drop))
+            scrutiny = _checked.setdefault(module, {}).setdefault(key, Scrutiny())
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if not torch.is_grad_enabled() or is_active():
                     return original(*args, **kwargs)
-                check = key not in checked
-                checked.add(key)
-                return Frame(name or "the model", original, args, kwargs, plan, self._stats, module, check).run()
+                return Frame(name or "the model", original, args, kwargs, plan, self._stats, module, scrutiny).run()
 
             forward.__tightfit__ = True  # type: ignore[attr-defined]  # how a second plan, or a trace, sees this one
             return forward

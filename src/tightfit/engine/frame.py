@@ -8,7 +8,8 @@ for fills all of them, in the order in which they were made.
 
 Invariants:
 - The forward's ops are compared with the plan one by one; any difference means a whole replay, counted in `Stats`.
-- In a whole replay a slot is only filled with what the same op sequence made; another one is `ReplayDiverged`.
+- In a whole replay a slot is only filled with what the same op sequence made, bit for bit what the forward saved
+  (`engine.checksum`); anything else is `ReplayDiverged`. The unit's buffers and attributes are put back after it.
 - Tensors that were held or are read again are checked for in-place changes in between, as autograd itself does.
 
 Refused: a whole replay of a unit that changes what it is given (`Unsupported`), a replay after the graph was freed
@@ -25,16 +26,17 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit.core import Kind, Program, ReplayDiverged, Unsupported
+from tightfit.engine.checksum import checksum, differs
 from tightfit.engine.tape import NotOnTape, Reference, Tape, Todo, generator_of, spare_running_statistics
-from tightfit.plan.program import Recipe, first_random
+from tightfit.plan.program import Recipe, expected, first_random
 from tightfit.step import tensors_in
 from tightfit.trace import BATCH_NORMS, is_random, is_uncounted, op_name
 
@@ -65,7 +67,9 @@ class FramePlan:
     states: frozenset[int]
     first_random: int | None
     drop: tuple[bool, ...]
+    slots: tuple[int, ...]
     wanted: tuple[bool, ...]
+    again: frozenset[int]  # values that are made again and not kept
     todo: list[Todo | None]  # once a forward has called the op; None before, and for casts, which need a closer look
     funcs: list[Any]  # the ops themselves, as forwards have called them
 
@@ -80,10 +84,25 @@ class FramePlan:
             states=recipe.states,
             first_random=first_random(program),
             drop=recipe.drop,
+            slots=program.slots,
             wanted=program.wanted,
+            again=recipe.again,
             todo=[None] * len(steps),
             funcs=[None] * len(steps),
         )
+
+
+class Scrutiny:
+    """What of a planned unit's replays has been compared with its forwards. One object for all frames of a plan."""
+
+    __slots__ = ("compared", "leaves")
+
+    def __init__(self) -> None:
+        self.compared: set[int] = set()  # saved tensors that came out right once, or cannot be compared
+        self.leaves = False  # has a forward left the plan? The next may too, and then everything is compared
+
+    def wants(self, index: int) -> bool:
+        return self.leaves or index not in self.compared
 
 
 class _Stop(BaseException):
@@ -196,7 +215,7 @@ class _Slot:
         self.reference, self.counted = reference, counted
         self.shape, self.dtype = tensor.shape, tensor.dtype
         self.tensor: torch.Tensor | None = None
-        self.checksum: torch.Tensor | None = None  # of the forward's tensor, in the first frame of a unit
+        self.checksum: torch.Tensor | None = None  # of the forward's tensor, if it is to be compared
 
     def get(self) -> torch.Tensor:
         tensor = self.tensor
@@ -206,6 +225,14 @@ class _Slot:
         # while the graph is kept, the next backward through it makes the tensor once more
         self.tensor = None if kept else tensor
         return tensor
+
+
+class _CastSeen(NamedTuple):
+    """A copy that the forward made of a weight, as it was then."""
+
+    source: weakref.ref[torch.Tensor]
+    cast: weakref.ref[torch.Tensor]
+    version: int
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -242,10 +269,11 @@ class Frame:
         plan: FramePlan | None,
         stats: Stats,
         module: nn.Module | None = None,
-        check: bool = False,
+        scrutiny: Scrutiny | None = None,
     ) -> None:
         self.name, self.forward, self.plan, self.stats = name, forward, plan, stats
-        self.check = check  # compare what is made again with what was there, bit by bit
+        self.module = module
+        self.scrutiny = scrutiny  # None: nothing that the tape makes is compared
         self.args, self.kwargs = args, kwargs
         self.tape: Tape | None = None if plan is None else Tape()  # None: the unit's Python will run again
         self.kept_reads: set[int] = set()  # slots read so far by a backward that keeps its graph
@@ -256,13 +284,16 @@ class Frame:
         self.funcs: list[Any] = []  # the forward's ops, as they came
         self.first_states: list[tuple[torch.Generator, torch.Tensor]] = []
         # autocast's copies of weights: whoever saved one for backward has it still, so replay need not cast again
-        self.casts: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.casts: dict[tuple[int, torch.dtype], _CastSeen] = {}
         self.foreign: dict[str, Any] = {}  # Python's and NumPy's random states at the start
         self.slots: dict[int, weakref.ref[_Slot]] = {}
         self.packed_at: list[int] = []  # per saved tensor: how many ops had run when it was saved
         # Some ops write a tensor that autograd has saved already (rrelu its noise): a replay must not stop before that.
         # Addresses can be used again, so this may be later than need be.
-        self.saved_addresses: set[int] = set()
+        self.saved_addresses: dict[int, list[int]] = {}  # to the slots
+        self.further_results: set[int] = set()  # addresses of what an op made besides its first result
+        self.given: set[int] | None = None  # addresses of arguments and parameters, once somebody asks
+        self.buffers_after: list[tuple[torch.Tensor, int]] = []  # with their versions when the forward was over
         self.complete_at = 0  # ops to run until every saved tensor has its final content
         self.observe: Callable[[torch.Tensor], None] | None = None  # told of every tensor that is saved
         inputs = tensors_in((args, kwargs))
@@ -286,7 +317,7 @@ class Frame:
             raise
         if self.tape is not None:
             assert self.plan is not None
-            if self.count != len(self.plan.names) or len(self.packed_at) != len(self.plan.wanted):
+            if self.count != len(self.plan.names):
                 self.leave_plan(self.count)
             else:
                 try:
@@ -304,11 +335,14 @@ class Frame:
                     f"{self.name} changes a tensor that it is given in place, so it cannot be run again; "
                     "leave it out of the units or clone the tensor first"
                 )
+        if self.module is not None:
+            self.buffers_after = [(buffer, _version(buffer)) for buffer in self.module.buffers()]
         return out
 
     def leave_plan(self, count: int) -> None:
         """This forward is not the one that was planned: hold what is held, replay the whole unit later."""
-        assert self.plan is not None
+        assert self.plan is not None and self.tape is not None
+        self._compare_whole(self.tape)
         self.tape = None
         self.funcs = self.plan.funcs[:count]
         self.complete_at = sys.maxsize  # which saved tensors were written later was not looked at
@@ -319,39 +353,91 @@ class Frame:
         if self.tape is not None:
             assert plan is not None
             self.packed_at.append(self.count)
-            if index >= len(plan.drop) or not plan.drop[index]:
-                return _Held(tensor)
-            counted = plan.wanted[index]
+            # by what the tensor is, not by its number: a call whose input needs no gradient saves fewer of them
             try:
-                reference = self.tape.slot(tensor, counted)
+                reference = self.tape.slot(tensor, counted=False)
             except NotOnTape:
                 reference = None
-            if reference is None:
+            if reference is None or reference.value not in plan.again:
                 return _Held(tensor)
+            counted = expected(plan.slots, plan.wanted, index, reference.value)
+            if counted is None:
+                return _Held(tensor)
+            if counted:
+                self.tape.uses[reference.value] = self.tape.uses.get(reference.value, 0) + 1
             slot = _Slot(self, index, tensor, reference, counted)
             self.counted += counted
-            if self.check and tensor.numel():
-                slot.checksum = _checksum(tensor)
+            if self.scrutiny is not None and self.scrutiny.wants(index) and tensor.numel():
+                slot.checksum = checksum(tensor)
         else:
             self.packed_at.append(len(self.funcs))
-            self.saved_addresses.add(_address(tensor))
+            address = _address(tensor)
+            self.saved_addresses.setdefault(address, []).append(index)
             if self.observe is not None:
                 self.observe(tensor)
             slot = _Slot(self, index, tensor)
+            if tensor.numel() and address not in self.further_results and not self._is_given(address):
+                slot.checksum = checksum(tensor)
         self.slots[index] = weakref.ref(slot)
         return slot
+
+    def _is_given(self, address: int) -> bool:
+        """Is this an argument or a parameter? Their versions are compared, which costs less."""
+        if self.given is None:
+            self.given = {_address(tensor) for tensor, _ in self.versions}
+        return address in self.given
 
     def _forgo_checksums(self, tape: Tape) -> None:
         """Those of tensors that were written again after autograd saved them, of an op's further outputs (workspaces,
         statistics: parts of them may never be written), and of ops that come out anew each time."""
-        results = {value for entry in tape.entries.values() for position, value, _ in entry.makes if position == 0}
-        unsteady = any(torch.Tag.nondeterministic_bitwise in entry.func.tags for entry in tape.entries.values())
+        results = _first_results(tape)
+        for slot in self._tape_slots():
+            steady = _is_steady(slot.reference, tape, results)
+            if not steady:
+                slot.checksum = None
+            if self.scrutiny is not None and not (steady and slot.counted):  # nothing to compare, or never read
+                self.scrutiny.compared.add(slot.index)
+
+    def _tape_slots(self) -> Iterator[_Slot]:
         for known in self.slots.values():
             slot = known()
             if slot is not None and slot.reference is not None:
-                reference = slot.reference
-                if unsteady or reference.value not in results or reference.state < tape.written[reference.value]:
-                    slot.checksum = None
+                yield slot
+
+    def _compare_whole(self, tape: Tape) -> None:
+        """The forward leaves the plan: have what the tape was to make again compared in the whole replay.
+
+        What was saved so far may be gone and have no checksum, but the tape can make it once more, this one time.
+        """
+        if self.scrutiny is not None:
+            self.scrutiny.leaves = True
+        results = _first_results(tape)
+        ran = tape.ran
+        for slot in self._tape_slots():
+            reference = slot.reference
+            assert reference is not None
+            if not _is_steady(reference, tape, results):
+                slot.checksum = None
+                continue
+            if slot.checksum is None and slot.shape.numel():
+                with contextlib.suppress(ReplayDiverged, RuntimeError):  # what it is made from is changed already
+                    slot.checksum = checksum(tape.follow(reference, counted=False, last=False))
+            address = tape.address(reference.value)
+            if address is not None:
+                self.saved_addresses.setdefault(address, []).append(slot.index)
+        tape.forget_made()
+        self.stats.rerun_ops += tape.ran - ran
+
+    def written_after_saving(self, address: int) -> bool:
+        """An op writes at `address`: what autograd has saved of it is not yet what backward will read."""
+        found = self.saved_addresses.get(address)
+        if found is None:
+            return False
+        for index in found:
+            slot = self.slots[index]()
+            if slot is not None:
+                slot.checksum = None
+        return True
 
     # -- backward
 
@@ -379,12 +465,15 @@ class Frame:
             raise type(error)(f"{self.name}: {error}") from None
         finally:
             self.stats.rerun_ops += tape.ran - before
-        if slot.checksum is not None and bool(_checksum(tensor) != slot.checksum):
-            raise ReplayDiverged(
-                f"{self.name}: a saved tensor of shape {list(tensor.shape)} came out different when it was made again: "
-                "something that torch does not see writes it (NumPy, a kernel of its own), or an op is not "
-                "deterministic; leave this unit out of the units"
-            )
+        if slot.checksum is not None:
+            if differs(tensor, slot.checksum):
+                raise ReplayDiverged(
+                    f"{self.name}: a saved tensor of shape {list(tensor.shape)} came out different when it was made "
+                    "again: something that torch does not see writes it (NumPy, a kernel of its own), or an op is not "
+                    "deterministic; leave this unit out of the units"
+                )
+            if self.scrutiny is not None:
+                self.scrutiny.compared.add(slot.index)
         if kept and slot.counted:
             self.kept_reads.add(slot.index)
             if len(self.kept_reads) == self.counted:  # this pass is through with the frame; the next makes all anew
@@ -419,7 +508,7 @@ class Frame:
         self.released = True
         self.args, self.kwargs = (), {}
         self.versions, self.funcs, self.first_states = [], [], []
-        self.saved_addresses = set()
+        self.saved_addresses, self.further_results, self.given, self.buffers_after = {}, set(), None, []
 
     def _replay(self) -> None:
         waiting: dict[int, _Slot] = {}
@@ -429,6 +518,8 @@ class Frame:
                 waiting[index] = slot
         mode = _Replay(self)
         refilled = 0
+        # an op that comes out anew each time says nothing about the module
+        compare = not any(torch.Tag.nondeterministic_bitwise in func.tags for func in self.funcs)
 
         def refill(tensor: torch.Tensor) -> int:
             nonlocal refilled
@@ -443,6 +534,13 @@ class Frame:
                         f"{self.name}: saved tensor {index} was {tuple(slot.shape)} {slot.dtype} in forward and is "
                         f"{tuple(tensor.shape)} {tensor.dtype} in replay"
                     )
+                if compare and slot.checksum is not None and differs(tensor, slot.checksum):
+                    raise ReplayDiverged(
+                        f"{self.name} does not do the same twice: saved tensor {index}, of shape "
+                        f"{list(tensor.shape)}, has other values in replay than in forward (a counter, a buffer that "
+                        "is updated and read, an op that is not deterministic); its gradients would be wrong, so "
+                        "backward stops here; leave this unit out of the units"
+                    )
                 slot.tensor = tensor.detach()
                 mode.filled = not waiting
                 mode.stop_if_done()
@@ -453,6 +551,7 @@ class Frame:
         saved_states = [generator.get_state() for generator in generators]
         foreign = _foreign_random_states() if self.foreign else {}
         hooks = torch.autograd.graph.saved_tensors_hooks(refill, _never_read)
+        module_state = _ModuleState(self.module)
         try:
             with _activated(), torch.enable_grad(), self.surroundings.restored(), hooks, mode:
                 _restore_foreign_random_states(self.foreign)
@@ -467,6 +566,8 @@ class Frame:
             for generator, state in zip(generators, saved_states, strict=True):
                 generator.set_state(state)
             _restore_foreign_random_states(foreign)
+            module_state.put_back()
+            self.buffers_after = [(b, _version(b)) for b, _ in self.buffers_after if _address(b) in mode.as_left]
             self.stats.rerun_ops += mode.ran
         if waiting:
             raise ReplayDiverged(
@@ -474,15 +575,57 @@ class Frame:
             )
 
 
-def _checksum(tensor: torch.Tensor) -> torch.Tensor | None:
-    """All bits of `tensor` in eight bytes, without a copy of it; None for a dtype or device that has no such kernel."""
-    with _disable_current_modes(), torch.no_grad():
-        try:
-            return torch.hash_tensor(tensor)
-        except torch.OutOfMemoryError:
-            raise
-        except (NotImplementedError, RuntimeError):
-            return None
+def _first_results(tape: Tape) -> set[int]:
+    """Values that are the first result of a live op; none where an op comes out anew each time."""
+    entries = tape.entries.values()
+    if any(torch.Tag.nondeterministic_bitwise in entry.func.tags for entry in entries):
+        return set()
+    return {value for entry in entries for position, value, _ in entry.makes if position == 0}
+
+
+def _is_steady(reference: Reference | None, tape: Tape, results: set[int]) -> bool:
+    """Is what autograd saved there its value's last state, and does making it again give the same?"""
+    return reference is not None and reference.value in results and reference.state == tape.written[reference.value]
+
+
+class _ModuleState:
+    """The buffers and attributes of a unit and of all modules in it: a whole replay must not move them on.
+
+    What is reassigned is put back, and so is what a list, dict or set held. Tensors that ops change in place are
+    left alone by the replay itself.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.contents: list[tuple[Any, Any]] = []
+        for each in () if module is None else module.modules():
+            self.tables.append((each.__dict__, dict(each.__dict__)))
+            for value in each.__dict__.values():
+                if type(value) in (list, dict, set):  # `_buffers` is one of them
+                    self.contents.append((value, value.copy()))
+
+    def put_back(self) -> None:
+        for table, before in self.tables:
+            if len(table) != len(before) or any(table.get(name) is not value for name, value in before.items()):
+                table.clear()
+                table.update(before)
+        for container, before in self.contents:
+            if _is_same(container, before):
+                continue
+            if type(container) is list:
+                container[:] = before
+            else:
+                container.clear()
+                container.update(before)
+
+
+def _is_same(container: Any, before: Any) -> bool:
+    """By identity: what lies in a container may refuse to be compared."""
+    if len(container) != len(before):
+        return False
+    if type(container) is dict:
+        return all(container.get(key, before) is value for key, value in before.items())
+    return all(a is b for a, b in zip(container, before))
 
 
 def _foreign_random_states() -> dict[str, Any]:
@@ -499,11 +642,28 @@ def _restore_foreign_random_states(states: Mapping[str, Any]) -> None:
         sys.modules["numpy"].random.set_state(states["numpy"])
 
 
+class _Cut(torch.autograd.Function):
+    """The same data with a history that leads nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError("a replay's own graph is never run backward")
+
+
 def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
-    """The same data without its history, so that the replay's graph ends at the unit's inputs."""
-    if tensor.is_leaf and not tensor.requires_grad:
-        return tensor
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+    """The same data without its history, so that the replay's graph ends at the unit's inputs.
+
+    Not a leaf where it was none: autocast, and so `is_uncounted`, would take it for a weight.
+    """
+    if tensor.is_leaf or not tensor.requires_grad:
+        return tensor.detach().requires_grad_() if tensor.requires_grad else tensor
+    with torch.enable_grad():
+        cut: torch.Tensor = _Cut.apply(tensor.detach(), torch.empty(0, requires_grad=True))
+    return cut
 
 
 # ------------------------------------------------------------------------------------------------- modes
@@ -534,10 +694,10 @@ class _Watch(TorchDispatchMode):
                 if todo.plain:
                     return func(*args, **kwargs) if kwargs else func(*args)
                 return self._taken_down(todo, tape, index, args, kwargs or {})
-        if is_uncounted(func, args):
+        if is_uncounted(func, args, kwargs or {}):
             out = func(*args, **(kwargs or {}))
             if func is _CAST:
-                frame.casts[id(args[0])] = weakref.ref(out)
+                frame.casts[id(args[0]), out.dtype] = _CastSeen(weakref.ref(args[0]), weakref.ref(out), _version(out))
                 if tape is not None:
                     tape.cast(func, args, kwargs or {}, out)
             return out
@@ -590,10 +750,19 @@ class _Watch(TorchDispatchMode):
             if all(known is not generator for known, _ in frame.first_states):
                 frame.first_states.append((generator, generator.get_state()))
         out = func(*args, **kwargs)
-        if func._schema.is_mutable and any(
-            _address(t) in frame.saved_addresses for t in tensors_in(_written_arguments(func, args, kwargs))
-        ):
-            frame.complete_at = max(frame.complete_at, index + 1)
+        if func._schema.is_mutable:
+            for tensor in tensors_in(_written_arguments(func, args, kwargs)):
+                if frame.written_after_saving(_address(tensor)):
+                    frame.complete_at = max(frame.complete_at, index + 1)
+        elif op_name(func) in BATCH_NORMS:  # it writes its running statistics, which autograd saved before
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.name.startswith("running_") and isinstance(value, torch.Tensor):
+                    frame.written_after_saving(_address(value))
+        if type(out) is torch.Tensor:
+            frame.further_results.discard(_address(out))
+        else:
+            for position, tensor in enumerate(tensors_in(out)):
+                (frame.further_results.add if position else frame.further_results.discard)(_address(tensor))
         return out
 
 
@@ -606,6 +775,8 @@ class _Replay(TorchDispatchMode):
         self.count = self.ran = 0
         self.filled = False  # has every slot that waits its tensor?
         self.drawn: set[int] = set()
+        # buffers that nobody has written since the forward was over; a write that is left out counts as a version, too
+        self.as_left = {_address(buffer) for buffer, version in frame.buffers_after if _version(buffer) == version}
         # what it learns about storages as it runs
         self.made: set[int] = set()
         self.read: set[int] = set()
@@ -614,10 +785,15 @@ class _Replay(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         frame = self.frame
-        if is_uncounted(func, args):
-            if func is _CAST and (known := frame.casts.get(id(args[0]))) is not None and (cast := known()) is not None:
-                return cast.detach()
-            return func(*args, **kwargs)
+        if is_uncounted(func, args, kwargs):
+            if func is _CAST and (seen := frame.casts.get((id(args[0]), kwargs["dtype"]))) is not None:
+                cast = seen.cast()
+                if cast is not None and seen.source() is args[0] and _version(cast) == seen.version:
+                    return cast.detach()
+            out = func(*args, **kwargs)
+            if func is _CAST:
+                self.made.add(_address(out))
+            return out
         index = self.count
         self.count += 1
         if index >= len(frame.funcs) or frame.funcs[index] is not func:
@@ -654,14 +830,15 @@ class _Replay(TorchDispatchMode):
         """What an op that writes outside storage returns, without writing it again.
 
         None when the op writes nothing from outside. Raises `ReplayDiverged` when the unit also reads what it
-        writes there, since the value that it read is gone.
+        writes there, since the value that it read is gone; but for a buffer that it reads after its last write.
         """
         addresses = {_address(t) for t in tensors_in((args, kwargs))}
         written: set[int] = set()
         if func._schema.is_mutable:
             written = {_address(t) for t in tensors_in(_written_arguments(func, args, kwargs))} - self.made
         outside = addresses - self.made
-        if written & self.read or (self.changed & outside) - written:
+        read_after = (self.changed & outside) - written
+        if written & self.read or not read_after <= self.as_left:
             raise ReplayDiverged(
                 f"{self.frame.name} reads a tensor from outside that it also changes in place ({op_name(func)}): "
                 "what it read is gone, so it cannot be run again"

@@ -14,7 +14,7 @@ Invariants:
   that read it in between, run together in their old order.
 - A tensor on the tape that was changed in place since is an error, as it is in autograd.
 
-Refused: sparse, conjugated and subclassed tensors made by live ops, and live ops that write what they did not make
+Refused: sparse and subclassed tensors made by live ops, and live ops that write what they did not make
 (`NotOnTape`; the frame then does without the tape).
 """
 
@@ -42,17 +42,30 @@ class Geometry(NamedTuple):
     stride: tuple[int, ...]
     storage_offset: int
     dtype: torch.dtype
+    conjugated: bool
+    negated: bool
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Geometry:
-        return cls(tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+        return cls(
+            tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype, tensor.is_conj(),
+            tensor.is_neg(),
+        )  # fmt: skip
 
     def on(self, tensor: torch.Tensor) -> torch.Tensor:
         """This geometry on the storage of `tensor`."""
-        if tensor.dtype == self.dtype:
-            return tensor.as_strided(self.size, self.stride, self.storage_offset)
-        empty = torch.empty(0, dtype=self.dtype, device=tensor.device)
-        return empty.set_(tensor.untyped_storage(), self.storage_offset, self.size, self.stride)
+        if tensor.dtype != self.dtype:
+            return self.on_storage(tensor.untyped_storage())
+        return self._read(tensor.as_strided(self.size, self.stride, self.storage_offset))
+
+    def on_storage(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
+        return self._read(empty.set_(storage, self.storage_offset, self.size, self.stride))
+
+    def _read(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.conjugated:
+            tensor = tensor.conj()
+        return torch._neg_view(tensor) if self.negated else tensor
 
 
 class Reference:
@@ -78,8 +91,7 @@ class _Cast:
         storage = self.storage()
         if storage is None:
             return geometry.on(self.func(*self.args, **self.kwargs))
-        empty = torch.empty(0, dtype=geometry.dtype, device=storage.device)
-        return empty.set_(storage, geometry.storage_offset, geometry.size, geometry.stride)
+        return geometry.on_storage(storage)
 
 
 class _CastView:
@@ -108,7 +120,7 @@ class _Outline:
         self.geometry = geometry
 
     def tensor(self) -> torch.Tensor:
-        size, stride, offset, dtype = self.geometry
+        size, stride, offset, dtype, *_ = self.geometry
         reach = offset + 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
         return torch.empty(max(reach, 0), dtype=dtype, device="meta").as_strided(size, stride, offset)
 
@@ -179,13 +191,15 @@ class Tape:
         _, value, as_made = found
         if as_made is not None and as_made() is tensor:
             return Reference(value, None, self.written[value])  # type: ignore[index,arg-type]  # a value: casts have none
-        if tensor.is_conj() or tensor.is_neg():
-            raise NotOnTape("a conjugated view of something to be made again")
         geometry = Geometry.of(tensor)
         if type(value) is int:
             return Reference(value, geometry, self.written[value])
         assert isinstance(value, _Cast)
         return _CastView(value, geometry)
+
+    def address(self, value: int) -> int | None:
+        """Where `value` lies, if anybody has it still; only in forward."""
+        return next((a for a, (alive, known, _) in self.known.items() if known == value and alive() is not None), None)
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Does `tensor` lie in a value that a live op made?"""
@@ -264,7 +278,12 @@ class Tape:
             made = outputs[position] if position < len(outputs) else None
             if made is None or made < 0 or made in written:
                 continue
-            if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+            if (
+                type(tensor) is not torch.Tensor
+                or tensor.layout is not torch.strided
+                or tensor.is_conj()
+                or tensor.is_neg()
+            ):
                 raise NotOnTape(f"{op_name(entry.func)} makes a {type(tensor).__name__}")
             storage = tensor.untyped_storage()
             self.known[storage._cdata] = (weakref.ref(storage), made, weakref.ref(tensor))

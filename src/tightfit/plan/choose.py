@@ -22,7 +22,7 @@ import numpy as np
 
 from tightfit.core import Action, Choice, Happening, Program, TightfitError, Trace, Unsupported
 from tightfit.plan.frontier import MANY, Frontier, Point, frontier, solver
-from tightfit.plan.program import Recipe, demanded, first_random, recipe
+from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, recipe, shared
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -55,6 +55,7 @@ class Model:
         self.trace, self.effort = trace, effort
         self._index()
         self.base = self._base()
+        self.programs: dict[str, Program] = {}  # of units that can be planned: one for all calls
         self.frontiers: dict[str, Frontier] = {}
         self.options: dict[str, tuple[Point | None, ...]] = {}  # None: keep everything, no engine in the unit
         known: dict[str, Frontier] = {}
@@ -62,10 +63,12 @@ class Model:
         for unit in trace.units:
             frames = self.frames_of[unit.path]
             points: tuple[Point | None, ...] = (None,)
-            if not unit.pinned and any(trace.programs[f].needed for f in frames):
+            program = shared([trace.programs[f] for f in frames])
+            if program is not None and not unit.pinned and program.needed:
+                self.programs[unit.path] = program
                 if unit.digest not in known:
                     try:
-                        known[unit.digest] = self._frontier(frames, kinds)
+                        known[unit.digest] = self._frontier(program, frames, kinds)
                     except Unsupported:
                         known[unit.digest] = Frontier(points=())
                 self.frontiers[unit.path] = known[unit.digest]
@@ -133,38 +136,33 @@ class Model:
 
     # -- one unit
 
-    def _frontier(self, frames: Sequence[int], kinds: int) -> Frontier:
-        """Frontier of a unit over all its calls that do the same as the first; one of `kinds` to be found."""
+    def _frontier(self, program: Program, frames: Sequence[int], kinds: int) -> Frontier:
+        """Frontier of a unit over all its calls; one of `kinds` to be found."""
         trace = self.trace
-        program = trace.programs[frames[0]]
-        alike = [f for f in frames if same_ops(trace.programs[f], program)]
-        sizes = [sum(trace.values[self.values[f][v]].size_bytes for f in alike) for v in range(program.values)]
-        seconds = [sum(trace.ops[self.ops[f][i]].seconds for f in alike) for i in range(len(program.steps))]
+        sizes = [sum(trace.values[self.values[f][v]].size_bytes for f in frames) for v in range(program.values)]
+        seconds = [sum(trace.ops[self.ops[f][i]].seconds for f in frames) for i in range(len(program.steps))]
         # large units and many different ones (a mixture of experts routes differently in each) get fewer points
         many = max(
             min(12, self.effort.points), min(self.effort.points, 8000 // max(1, len(program.steps)), 800 // kinds)
         )
-        return _known_frontier(program, tuple(sizes), tuple(seconds), many)
+        return _found(program, tuple(sizes), tuple(seconds), many)
 
     def _recipes(self, path: str, point: Point) -> dict[int, Recipe]:
-        """What each call of the unit does when `point` is chosen; other op sequences are replayed whole."""
-        frames = self.frames_of[path]
-        first = self.trace.programs[frames[0]]
+        """What each call of the unit does when `point` is chosen; calls in which nothing runs again are left out."""
         found = {}
-        for frame in frames:
-            program = self.trace.programs[frame]
-            chosen = recipe(program, point.kept if same_ops(program, first) else frozenset())
-            if any(s in self.load for _, s in self._dropped_slots(frame, chosen)):
+        for frame in self.frames_of[path]:
+            chosen = recipe(self.programs[path], point.kept)
+            if any(s in self.load for _, s in self._dropped_slots(path, frame, chosen)):
                 found[frame] = chosen
         return found
 
     def _replays(self, path: str, point: Point) -> bool:
         return bool(self._recipes(path, point))
 
-    def _dropped_slots(self, frame: int, chosen: Recipe) -> list[tuple[int, int]]:
+    def _dropped_slots(self, path: str, frame: int, chosen: Recipe) -> list[tuple[int, int]]:
         """(ordinal, saved id) of what autograd does not hold."""
-        pairs = zip(self.slots[frame], chosen.drop, strict=True)
-        return [(i, s) for i, (s, drop) in enumerate(pairs) if drop]
+        dropped = dropped_slots(self.programs[path], self.trace.programs[frame], chosen)
+        return [(i, self.slots[frame][i]) for i, _ in dropped]
 
     def _effect(self, path: str, point: Point) -> tuple[Floats, list[tuple[int, float]], float]:
         """Of choosing `point`: the change of live bytes at every mark, the spikes (mark, bytes) of the replays
@@ -185,17 +183,13 @@ class Model:
         for frame, chosen in self._recipes(path, point).items():
             values = self.values[frame]
             program = trace.programs[frame]
-            whole = not same_ops(program, trace.programs[self.frames_of[path][0]])
-            loads = sorted((self.load[s], i) for i, s in self._dropped_slots(frame, chosen) if s in self.load)
-            if whole:
-                batches = [(loads[0][0], tuple(sorted(chosen.runs)))]
-            else:
-                event_of = {i: event for event, i in loads}
-                batches = [(event_of[i], ops) for i, ops in demanded(program, chosen, tuple(i for _, i in loads))]
+            loads = sorted((self.load[s], i) for i, s in self._dropped_slots(path, frame, chosen) if s in self.load)
+            event_of = {i: event for event, i in loads}
+            batches = [(event_of[i], ops) for i, ops in demanded(program, chosen, tuple(i for _, i in loads))]
             last_release = max(self.released.get(s, end_of_step) for s in self.slots[frame])
             # what the dropped saved tensors held goes at once, and what was made again with the last of them
             until: dict[int, int] = {}
-            for ordinal, slot in self._dropped_slots(frame, chosen):
+            for ordinal, slot in self._dropped_slots(path, frame, chosen):
                 value = trace.values[values[program.slots[ordinal]]]
                 if trace.saved[slot].read:
                     until[value.id] = max(until.get(value.id, -1), self.released.get(slot, end_of_step))
@@ -216,10 +210,8 @@ class Model:
                     if value_id in made:
                         if op_id != trace.values[value_id].producer:
                             last_read[value_id] = max(last_read.get(value_id, -1), runs_at.get(op_id, -1))
-                    elif trace.values[value_id].producer is not None and not whole:
+                    elif trace.values[value_id].producer is not None:
                         held[value_id] = max(held.get(value_id, -1), runs_at.get(op_id, last_release))
-            if whole:
-                held = {v: batches[0][0] for v in trace.frames[frame].inputs if trace.values[v].producer is not None}
             for value_id, event in held.items():
                 end = self.freed.get(value_id, end_of_step)
                 live(trace.values[value_id].size_bytes, end, event)
@@ -234,7 +226,7 @@ class Model:
             if drawn is not None:
                 extra = len(chosen.states | {drawn}) * state_bytes
                 live(extra, self.enter[frame], self.exit[frame])
-                live(extra if whole else len(chosen.states) * state_bytes, self.exit[frame], batches[-1][0])
+                live(len(chosen.states) * state_bytes, self.exit[frame], batches[-1][0])
         return np.cumsum(change)[: len(self.marks)], spikes, seconds
 
     def _made_by(self, op_id: int) -> list[int]:
@@ -287,21 +279,18 @@ class Model:
         self.starts = np.array(sorted(c for c in cuts if c < len(self.marks)), dtype=np.int64)
         self.base_top = np.maximum.reduceat(self.base, self.starts)
         self.table: dict[str, Floats] = {}
-        self.least: dict[str, Floats] = {}
         self.seconds: dict[str, list[float]] = {}
         for path, options in self.options.items():
-            rows, least, spent = [], [], []
+            rows, spent = [], []
             own = self._own_segments(path)
             for option in options:
                 if option is None:
                     rows.append(np.zeros(len(self.starts)))
-                    least.append(np.zeros(len(self.starts)))
                     spent.append(0.0)
                     continue
                 delta, spikes, seconds = self._effect(path, option)
                 # in the unit's own segments its change moves mark by mark: take the fullest mark together with it
                 row = np.maximum.reduceat(delta, self.starts)
-                low = np.minimum.reduceat(delta, self.starts)
                 together = np.maximum.reduceat(self.base + delta, self.starts) - self.base_top
                 row = np.where(own, together, row)
                 for mark, top in spikes:
@@ -309,9 +298,8 @@ class Model:
                     # live just before the replay begins, plus all that it leaves, plus what it adds for a while
                     row[segment] = max(row[segment], self._just_before(mark, delta) + top - self.base_top[segment])
                 rows.append(row)
-                least.append(low)
                 spent.append(seconds)
-            self.table[path], self.least[path] = np.array(rows), np.array(least)
+            self.table[path] = np.array(rows)
             self.seconds[path] = spent
 
     def _just_before(self, mark: int, delta: Floats) -> float:
@@ -352,19 +340,22 @@ class Model:
     def _relaxed(self) -> dict[str, Floats]:
         """A table that is nowhere above what any kept set of at least these seconds would cost.
 
-        Outside its own segments a unit holds its kept bytes and lacks, at most, everything else that it needs. Inside
-        them it lacks, at most, what backward has not yet asked for and what it has already let go of.
+        Inside its own segments a unit lacks, at most, what backward has not yet asked for and what it has already let
+        go of. Outside them it holds its kept bytes besides, but for those of values that are there anyway or not yet made.
         """
         tables = {}
         for path, options in self.options.items():
             rows = []
             own = self._own_segments(path)
-            inside = np.maximum.reduceat(self.base + self._least_inside(path), self.starts) - self.base_top
-            for index, option in enumerate(options):
+            lacking = self._least_inside(path)
+            inside = np.maximum.reduceat(self.base + lacking, self.starts) - self.base_top
+            absent = self._absent(path)
+            for option in options:
                 if option is None:
                     rows.append(np.zeros(len(self.starts)))
                 else:
-                    rows.append(np.where(own, inside, self.least[path][index] - option.passed_bytes))
+                    holds = np.maximum(0.0, option.kept_bytes - option.passed_bytes - absent)
+                    rows.append(np.where(own, inside, np.minimum.reduceat(lacking + holds, self.starts)))
             tables[path] = np.array(rows)
         return tables
 
@@ -377,7 +368,7 @@ class Model:
         change = np.zeros(len(self.marks) + 1)
         end_of_step = len(trace.events)
         for frame in self.frames_of[path]:
-            held = set(trace.programs[frame].held)
+            held = set(self.programs[path].held) if path in self.programs else set(trace.programs[frame].held)
             reads: dict[int, tuple[int, int]] = {}
             for slot in self.slots[frame]:
                 value = trace.values[trace.saved[slot].value]
@@ -396,6 +387,27 @@ class Model:
                     if stop > start:
                         change[self.mark_at[start + 1]] -= value.size_bytes
                         change[self.mark_at[stop]] += value.size_bytes
+        return np.asarray(np.cumsum(change)[: len(self.marks)])
+
+    def _absent(self, path: str) -> Floats:
+        """At every mark, the bytes of what the unit could keep that no keeping adds there: of values that Python or
+        another frame holds yet, that are not made yet, or whose backward has begun."""
+        trace = self.trace
+        change = np.zeros(len(self.marks) + 1)
+        for frame in self.frames_of[path] if path in self.programs else ():
+            program = self.programs[path]
+            loads = [self.load[slot] for slot in self.slots[frame] if slot in self.load]
+            read = {value for step in program.steps for value in step.reads}.union(program.needed)
+            for ordinal in read.difference(program.held):
+                value = trace.values[self.values[frame][ordinal]]
+                change[0] += value.size_bytes
+                end = self.freed.get(value.id, len(trace.events))
+                natural = end if value.natural_end is None else value.natural_end
+                gone = max(natural, self.kept_elsewhere.get(value.id, -1))
+                stop = min(loads, default=-1)
+                if stop > gone:
+                    change[self.mark_at[gone + 1]] -= value.size_bytes
+                    change[self.mark_at[stop]] += value.size_bytes
         return np.asarray(np.cumsum(change)[: len(self.marks)])
 
     def _solve(
@@ -475,7 +487,7 @@ class Model:
 
     def _choice(self, path: str, point: Point | None) -> Choice:
         unit = next(u for u in self.trace.units if u.path == path)
-        program = self.trace.programs[self.frames_of[path][0]]
+        program = self.programs.get(path, self.trace.programs[self.frames_of[path][0]])
         kept = range(program.values) if point is None else point.kept
         return Choice(
             unit=path,
@@ -485,15 +497,10 @@ class Model:
         )
 
 
-@functools.lru_cache(maxsize=64)
-def _known_frontier(program: Program, sizes: tuple[int, ...], seconds: tuple[float, ...], many: int) -> Frontier:
-    """The same unit comes back with every lever and every budget."""
-    return frontier(program, sizes, seconds, many)
-
-
-def same_ops(one: Program, other: Program) -> bool:
-    """Do two calls of a unit run the same ops in the same order, and does autograd save the same of them?"""
-    return one is other or (one.slots == other.slots and [s.name for s in one.steps] == [s.name for s in other.steps])
+@functools.lru_cache(maxsize=256)
+def _found(program: Program, sizes_bytes: tuple[int, ...], seconds: tuple[float, ...], many: int) -> Frontier:
+    """Solved once for a trace and for what a lever makes of it, which leaves the units as they are."""
+    return frontier(program, sizes_bytes, seconds, many)
 
 
 def _undominated(usage: Floats, room: Floats, rows: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ Refused: a kept set whose closure holds an op that must not run twice (`Unsuppor
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tightfit.core import Action, Kind, Program, Unsupported
@@ -27,6 +27,7 @@ class Recipe:
 
     runs: frozenset[int]  # live ops: they run again, each when something first asks for what it makes
     drop: tuple[bool, ...]
+    again: frozenset[int]  # values that are made again and not kept: a saved tensor that is one of them is dropped
     states: frozenset[int]
     captured: frozenset[int]  # kept values that live ops read
     dropped: frozenset[int]  # values that backward reads and that are made again
@@ -126,6 +127,7 @@ def recipe(program: Program, kept: frozenset[int]) -> Recipe:
         runs=frozenset(live_ops),
         # what is neither kept nor made again is something that backward never read: held, should it ever be
         drop=tuple(value in made and value not in kept for value in program.slots),
+        again=frozenset(made - kept),
         states=frozenset(i for i in live_ops if program.steps[i].kind is Kind.RANDOM),
         captured=captured,
         dropped=frozenset(needed - kept),
@@ -178,6 +180,57 @@ def demanded(program: Program, chosen: Recipe, loads: tuple[int, ...]) -> tuple[
             done |= wanted
             ops = sorted(op for group in wanted for cluster in members[group] for op in groups[cluster])
             found.append((load, tuple(ops)))
+    return tuple(found)
+
+
+def shared(programs: Collection[Program]) -> Program | None:
+    """One program for several calls of a unit, which one plan is to serve; None: their ops differ, so none can.
+
+    What autograd saves may differ (a call whose input needs no gradient saves less): needed is what any call needs,
+    and only what no call lets go of is there anyway.
+    """
+    distinct = list(dict.fromkeys(programs))
+    longest = max(distinct, key=lambda program: len(program.slots))
+    if len(distinct) == 1:
+        return longest
+    if any(program.steps != longest.steps or program.values != longest.values for program in distinct):
+        return None
+    needed = {value for program in distinct for value in program.needed}
+    if all(program.slots == longest.slots for program in distinct):
+        wanted = tuple(any(each) for each in zip(*(program.wanted for program in distinct), strict=True))
+    else:  # the numbers of the saved tensors say nothing, so a value that is read is taken to be read as each of them
+        wanted = tuple(value in needed for value in longest.slots)
+    more = tuple(sorted(needed.difference(longest.slots)))
+    held = set(longest.held).intersection(*(program.held for program in distinct))
+    return Program(
+        steps=longest.steps,
+        slots=longest.slots + more,
+        wanted=wanted + (True,) * len(more),
+        values=longest.values,
+        held=tuple(sorted(held)),
+    )
+
+
+def expected(slots: Sequence[int], wanted: Sequence[bool], index: int, value: int) -> bool | None:
+    """Is backward expected to read saved tensor `index` of a call, which is `value`? None: nobody has planned for it.
+
+    The program's own `slots` and `wanted` say, where they have it; in a call that saves others every value that any
+    call reads is expected to be read.
+    """
+    if index < len(slots) and slots[index] == value:
+        return wanted[index]
+    return True if any(want and each == value for each, want in zip(slots, wanted, strict=True)) else None
+
+
+@functools.lru_cache(maxsize=65536)
+def dropped_slots(planned: Program, call: Program, chosen: Recipe) -> tuple[tuple[int, bool], ...]:
+    """The saved tensors of `call` that are not held under `chosen`, a recipe of the shared program `planned`: their
+    ordinals, and whether backward is expected to read them."""
+    found = []
+    for index, value in enumerate(call.slots):
+        counted = expected(planned.slots, planned.wanted, index, value) if value in chosen.again else None
+        if counted is not None:
+            found.append((index, counted))
     return tuple(found)
 
 

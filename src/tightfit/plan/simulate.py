@@ -25,11 +25,13 @@ from tightfit.core import (
     Phase,
     Plan,
     PlanMismatch,
+    Program,
+    Saved,
     Timeline,
     Trace,
 )
 from tightfit.plan.lever import with_loss_in_place
-from tightfit.plan.program import Recipe, demanded, first_random, kept_values, recipe
+from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, kept_values, recipe, shared
 
 _STATIC = (
     Category.PARAMETERS,
@@ -98,7 +100,7 @@ class _Replayed:
 
     frame: int
     recipe: Recipe
-    whole: bool  # not the planned op sequence: everything runs again at once
+    slots: tuple[tuple[Saved, bool], ...]  # dropped saved tensors; does the tape keep their values for a reader?
     batches: tuple[tuple[int, tuple[int, ...]], ...]  # (event before which they run, op ordinals)
     states_in_forward: int  # saved generator states while the forward runs
 
@@ -139,41 +141,37 @@ class _Walk:
             if event.what is Happening.LOAD:
                 load_event.setdefault(event.subject, index)
         found = {}
-        slots: dict[int, list[int]] = defaultdict(list)
+        slots: dict[int, list[Saved]] = defaultdict(list)
         for saved in trace.saved:
             if saved.frame is not None:
-                slots[saved.frame].append(saved.id)
+                slots[saved.frame].append(saved)
+        calls: dict[str, list[Program]] = defaultdict(list)
+        for frame in trace.frames:
+            calls[frame.unit].append(trace.programs[frame.id])
+        plans = {unit: shared(programs) for unit, programs in calls.items() if unit in choices}
         for frame in trace.frames:
             choice = choices.get(frame.unit)
-            if choice is None:
+            if choice is None or choice.keeps_all:
                 continue
-            program = trace.programs[frame.id]
-            planned = trace.programs[next(f.id for f in trace.frames if f.unit == frame.unit)]
-            whole = program.slots != planned.slots or [s.name for s in program.steps] != [s.name for s in planned.steps]
-            if whole:
-                chosen = recipe(program, frozenset())  # the engine's answer to another op sequence
-            elif len(choice.actions) != program.values:
+            program, planned = trace.programs[frame.id], plans[frame.unit]
+            if planned is None:
+                raise InvalidInput(f"the calls of {frame.unit!r} run different ops, so no plan can serve them all")
+            if len(choice.actions) != planned.values:
                 raise InvalidInput(
-                    f"the choice for {frame.unit!r} has {len(choice.actions)} actions, not {program.values}"
+                    f"the choice for {frame.unit!r} has {len(choice.actions)} actions, not {planned.values}"
                 )
-            else:
-                chosen = recipe(program, kept_values(choice.actions))
-            loads = sorted(
-                (load_event[s], i)
-                for i, (s, drop) in enumerate(zip(slots[frame.id], chosen.drop, strict=True))
-                if drop and s in load_event
-            )
+            chosen = recipe(planned, kept_values(choice.actions))
+            dropped = [(i, slots[frame.id][i], counted) for i, counted in dropped_slots(planned, program, chosen)]
+            loads = sorted((load_event[s.id], i) for i, s, _ in dropped if s.id in load_event)
             if not loads:
                 continue
-            if whole:
-                batches: tuple[tuple[int, tuple[int, ...]], ...] = ((loads[0][0], tuple(sorted(chosen.runs))),)
-            else:
-                event_of = {i: event for event, i in loads}
-                ran = demanded(program, chosen, tuple(i for _, i in loads))
-                batches = tuple((event_of[i], ops) for i, ops in ran)
+            event_of = {i: event for event, i in loads}
+            ran = demanded(program, chosen, tuple(i for _, i in loads))
+            batches = tuple((event_of[i], ops) for i, ops in ran)
             first = first_random(program)
             found[frame.id] = _Replayed(
-                frame=frame.id, recipe=chosen, whole=whole, batches=batches,
+                frame=frame.id, recipe=chosen, batches=batches,
+                slots=tuple((s, counted) for _, s, counted in dropped),
                 states_in_forward=len(chosen.states | ({first} if first is not None else set())),
             )  # fmt: skip
         return found
@@ -190,7 +188,7 @@ class _Walk:
         dropped: set[int] = set()
         for saved in trace.saved:
             replayed = self.replays.get(saved.frame) if saved.frame is not None else None
-            if replayed is not None and saved.ordinal is not None and replayed.recipe.drop[saved.ordinal]:
+            if replayed is not None and any(each is saved for each, _ in replayed.slots):
                 dropped.add(saved.value)
             else:
                 kept_until[saved.value] = max(kept_until.get(saved.value, -1), released.get(saved.id, end_of_step))
@@ -206,15 +204,12 @@ class _Walk:
         for replayed in self.replays.values():
             slots = [saved for saved in trace.saved if saved.frame == replayed.frame]
             last_release = max(released.get(s.id, end_of_step) for s in slots)
-            if replayed.whole:
-                for value_id in trace.frames[replayed.frame].inputs:
-                    ends[value_id] = max(ends[value_id], replayed.batches[0][0])
             made = {v for op in replayed.recipe.runs for v in self._made_by(replayed.frame, op)}
             running = {op: event for event, ops in replayed.batches for op in ops}
             for ordinal in replayed.recipe.runs:
                 op = self.ops_of[replayed.frame][ordinal]
                 for value_id in op.inputs:
-                    if value_id not in made and not replayed.whole:
+                    if value_id not in made:
                         if ordinal in running:
                             self.tape_readers[value_id].add(op.id)
                         else:  # nobody asks for it in this call; the tape goes with the graph
@@ -222,9 +217,10 @@ class _Walk:
             for value_id in made:
                 value = trace.values[value_id]
                 holders = [
-                    released.get(s.id, end_of_step)
-                    for s, drop in zip(slots, replayed.recipe.drop, strict=True)
-                    if drop and s.value == value_id and s.read
+                    # one that nobody comes to read leaves the value on the tape, which goes with the graph
+                    released.get(s.id, end_of_step) if s.read else last_release
+                    for s, counted in replayed.slots
+                    if s.value == value_id and (s.read or counted)
                 ]
                 self.copies[value_id] = _Copy(
                     size_bytes=value.size_bytes, readers=set(), until=max(holders, default=None)
@@ -275,7 +271,7 @@ class _Walk:
                 self._add(Category.SAVED, self.replays[event.subject].states_in_forward * state_bytes)
             elif event.what is Happening.EXIT and event.subject in self.replays:
                 replayed = self.replays[event.subject]
-                states = replayed.states_in_forward if replayed.whole else len(replayed.recipe.states)
+                states = len(replayed.recipe.states)
                 self._add(Category.SAVED, (states - replayed.states_in_forward) * state_bytes)
             for value_id in after.get(index, ()):
                 if not self.tape_readers.get(value_id):
@@ -321,7 +317,7 @@ class _Walk:
             self._add(Category.TEMPORARIES, state_bytes if draws else 0)  # the state to go back to
             self._mark(f"replay of {op.unit}: {op.name}", op.scratch_bytes)
             self._add(Category.TEMPORARIES, -state_bytes if draws else 0)
-            self._add(Category.SAVED, -state_bytes if draws and not replayed.whole else 0)
+            self._add(Category.SAVED, -state_bytes if draws else 0)
             self.seconds += op.seconds
             self.flops += op.flops
             for value_id in dict.fromkeys(op.inputs):
@@ -336,8 +332,6 @@ class _Walk:
                         self._free(value_id)
             for copy in made:
                 self._drop_copy(copy, index - 1)
-        if replayed.whole:
-            self._add(Category.SAVED, -replayed.states_in_forward * state_bytes)
 
     # -- rows
 

@@ -29,7 +29,7 @@ from tightfit.core import (
     format_bytes,
     to_json,
 )
-from tightfit.plan.program import kept_values, recipe
+from tightfit.plan.program import kept_values, recipe, shared
 from tightfit.plan.simulate import simulate
 
 __all__ = [
@@ -223,6 +223,7 @@ def _explained(trace: Trace, path: str, choice: Choice | None, pinned: str) -> U
     ops = [op for op in trace.ops if op.frame in frames and op.ordinal is not None]
     needed = kept = rerun = 0
     seconds: dict[str, float] = defaultdict(float)
+    plan = shared([trace.programs[frame] for frame in frames])
     for frame in frames:
         program = trace.programs[frame]
         wanted = set(program.needed)
@@ -230,7 +231,7 @@ def _explained(trace: Trace, path: str, choice: Choice | None, pinned: str) -> U
         if choice is None or choice.keeps_all or len(choice.actions) != program.values:
             kept += sum(sizes[frame, v] for v in wanted)
             continue
-        chosen = recipe(program, kept_values(choice.actions))
+        chosen = recipe(plan or program, kept_values(choice.actions))
         kept += sum(sizes[frame, v] for v in (wanted - chosen.dropped) | chosen.captured)
         mine = [op for op in ops if op.frame == frame]
         for ordinal in chosen.runs:

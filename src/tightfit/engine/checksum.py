@@ -1,0 +1,105 @@
+"""All bits of a tensor in eight bytes, so that a value made again can be compared with the one that was there.
+
+Idea: torch has no such hash that minds positions and needs no copy. So the tensor's memory is laid out as a grid
+with rows of odd length, the grid is summed along each direction, and the sums, each of them mixed and multiplied by
+a weight of its own, are summed once more. What moves inside the tensor changes a row or a column; with odd rows a
+change that is the same everywhere (another constant, a flipped sign) does not cancel itself.
+
+Invariant: besides a few vectors of about the square root of the tensor's size nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORD_BYTES = 8
+_WEIGHT = -0x61C8864680B583EB  # 2**64 over the golden ratio: its multiples are spread over all the bits
+_SHIFT = 31  # brings a word's sign, which a product keeps in the highest bit, down among the others
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A mark of every bit of `tensor` and of its place; None for a kind of tensor whose bits cannot be read."""
+    with _disable_current_modes(), torch.no_grad():
+        try:
+            return _mark(_sums(_bits(tensor)))
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError):
+            return None
+
+
+def differs(tensor: torch.Tensor, mark: torch.Tensor) -> bool:
+    """Is this another tensor than the one that `mark` is of?"""
+    found = checksum(tensor)
+    with _disable_current_modes():
+        return found is not None and bool(found != mark)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as whole numbers, each element (and each dimension that only repeats) once."""
+    tensor = tensor.detach()
+    if tensor.is_conj():
+        tensor = tensor.conj()
+    if tensor.is_neg():
+        tensor = torch._neg_view(tensor)
+    if tensor.dtype is torch.complex128:
+        tensor = torch.view_as_real(tensor)
+    bits = tensor.view(_INTEGERS[tensor.element_size()])
+    for dim in reversed(range(bits.dim())):
+        if bits.stride(dim) == 0:
+            bits = bits.select(dim, 0)
+    return bits
+
+
+def _sums(bits: torch.Tensor) -> list[torch.Tensor]:
+    if not _is_dense(bits):
+        odd = bits[tuple(slice(0, n - 1 + n % 2) for n in bits.shape)]
+        return [*_marginals(bits), *_marginals(odd)]
+    flat = bits.as_strided((bits.numel(),), (1,))
+    each = _WORD_BYTES // bits.element_size()
+    rest = []
+    if each > 1 and flat.storage_offset() % each == 0:
+        whole = flat.numel() // each * each
+        rest.append(flat[whole:])
+        flat = flat[:whole].view(torch.int64)
+    length = math.isqrt(flat.numel()) | 1
+    rows = flat.numel() // length
+    rest.append(flat[rows * length :])
+    grid = flat[: rows * length].view(rows, length)
+    return [*(_marginals(grid) if rows else ()), *rest]
+
+
+def _is_dense(bits: torch.Tensor) -> bool:
+    """Does `bits` fill a stretch of memory, each place once?"""
+    expected = 1
+    for stride, size in sorted(zip(bits.stride(), bits.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _marginals(bits: torch.Tensor) -> list[torch.Tensor]:
+    """For each dimension, one number per index of it, of all that has this index."""
+    dims = range(bits.dim())
+    if bits.dim() < 2:
+        return [bits.reshape(-1)]
+    others = [[d for d in dims if d != dim] for dim in dims]
+    if bits.dtype is torch.int64:
+        return [bits.sum(each) for each in others]
+    # a sum of anything narrower would be preceded by a copy in 64 bits
+    return [torch.hash_tensor(bits, each).view(torch.int64) for each in others]
+
+
+def _mark(vectors: list[torch.Tensor]) -> torch.Tensor:
+    words = torch.cat([vector.to(torch.int64) for vector in vectors])
+    words ^= words >> _SHIFT
+    weights = torch.arange(1, words.numel() + 1, device=words.device)
+    weights *= _WEIGHT
+    words *= weights.bitwise_or_(1)
+    return words.sum()
