@@ -324,8 +324,9 @@ class Model:
     def _relaxed(self) -> dict[str, Floats]:
         """A table that is nowhere above what any kept set of at least these seconds would cost.
 
-        Inside its own segments a unit lacks, at most, what backward has not yet asked for and what it has already let go
-        of. Outside them it holds its kept bytes besides, but for those of values that are there anyway or not yet made.
+        Inside its own segments a unit lacks, at most, what backward has not yet asked for and what it has already let
+        go of. Outside them it holds its kept bytes besides, but for those of values that are there anyway or not yet
+        made.
         """
         tables = {}
         for path, options in self.options.items():
