@@ -1,5 +1,5 @@
-"""Write `docs/cli.md` from the program's own `--help`; `docs/peers.md`, `docs/zoo.md` and README's measured part from
-`benchmarks/results`.
+"""Write `docs/cli.md` from the program's own `--help`; `docs/peers.md`, `docs/zoo.md`, `docs/forecast.md` and README's
+measured part from `benchmarks/results`.
 
 Invariant: the page depends on the program alone, not on the terminal: the width is fixed and colour is off; every
 figure in README's measured part is in a results file.
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("cli.md")
 PEERS = Path(__file__).with_name("peers.md")
 ZOO = Path(__file__).with_name("zoo.md")
+FORECAST = Path(__file__).with_name("forecast.md")
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured: begin; written by docs/generate.py -->\n", "<!-- measured: end -->\n"
@@ -91,7 +92,9 @@ def measured() -> str:
         )
     if step.exists():
         parts.append(_reached(json.loads(step.read_text(encoding="utf-8"))))
-    for name, told in (("peers", _against_peers), ("overhead", _overhead), ("planning", _planning)):
+    for name, told in (
+        ("forecast", _forecast), ("peers", _against_peers), ("overhead", _overhead), ("planning", _planning),
+    ):  # fmt: skip
         file = RESULTS / f"{name}.json"
         if file.exists():
             parts.append(told(json.loads(file.read_text(encoding="utf-8"))))
@@ -184,6 +187,87 @@ def zoo_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _forecast(found: dict[str, Any]) -> str:
+    said = found["summary"]
+    return (
+        f"`tightfit check` against the CPU allocator's count (`benchmarks/forecast.py`): {said['cases']} steps of 8 "
+        f"architectures, full, LoRA and QLoRA, with and without checkpointing and plans: off by "
+        f"{said['mean_error']:.4%} in the mean and {said['worst_error']:.4%} at worst; by phase (forward, backward, "
+        f"optimizer) at worst {said['worst_phase_error']:.4%}. On a GPU it was not measured yet. "
+        "More in [docs/forecast.md](docs/forecast.md).\n"
+    )
+
+
+def forecast_page() -> str:
+    """docs/forecast.md: how far the forecast is off, the standard question, and what checkpointing does by size."""
+    cases, scaling = (json.loads((RESULTS / f"{n}.json").read_text(encoding="utf-8")) for n in ("forecast", "scaling"))
+    said = cases["summary"]
+    parts = [
+        "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# The forecast\n",
+        (Path(__file__).with_name("forecast_head.md")).read_text(encoding="utf-8"),
+        "## How far it is off\n",
+        f"{said['cases']} real steps on the CPU (`benchmarks/forecast.py`, seed {cases['seed']}; other seeds draw "
+        f"other cases): mean error {said['mean_error']:.4%}, worst {said['worst_error']:.4%}; peaks of "
+        f"{said['phases']} phases: mean {said['mean_phase_error']:.4%}, worst {said['worst_phase_error']:.4%}.\n",
+        "![forecast against measured](forecast.png)\n",
+        "| architecture | method | dtype | batch x length | optimizer | way | measured | off by | worst phase |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in cases["rows"]:
+        worst = max((abs(p["error"]), name) for name, p in row["phases"].items())
+        way = row["mode"] if row["mode"] != "tightfit" else f"tightfit, {row['replays']} replays"
+        parts.append(
+            f"| {row['arch']} | {row['method']} | {row['dtype']} | {row['batch']} x {row['seq']} | {row['optimizer']} "
+            f"| {way} | {row['measured_bytes']:,} B | {row['error']:+.4%} | {worst[1]} {worst[0]:.4%} |"
+        )
+    parts.append("\n## The standard question\n")
+    parts.append(
+        "Llama-2-7B in 16 bits, batch 1, no checkpointing: from which length on do activations (the peak without "
+        "weights, gradients and optimizer state) pass 20 GB? In steps of 64 tokens, kernels of an H100:\n"
+    )
+    parts += ["| method | first length over 20 GB | its activations | one step below |", "|---|---|---|---|"]
+    for answer in scaling["standard_question"]:
+        below = answer.get("below")
+        parts.append(
+            f"| {answer['method']} | {answer['seq'] or 'none up to 4,096'} "
+            f"| {answer['activation_bytes'] / 1e9:.2f} GB | "
+            + (f"{below['seq']}: {below['activation_bytes'] / 1e9:.2f} GB |" if below else "|")
+        )
+    parts.append(
+        "\nThe command for one length: `tightfit check llama-2-7b --method full --seq 3136 --gpu h100-sxm "
+        "--optimizer none --no-search`; the table is `python benchmarks/scaling.py`. LoRA needs more than full "
+        "fine-tuning because PEFT keeps its adapters in float32, and a float32 copy of every adapted layer's input.\n"
+    )
+    parts.append("## From GPT-2 to 70B\n")
+    parts.append(
+        "bf16, batch 1, an H100's kernels, forecast. Activation peak: what the step adds to what lives through it "
+        "(gradients included). Recompute: of the forward's FLOPs. Slowdown: estimated.\n\n"
+        "![saving and slowdown by size](scaling.png)\n"
+    )
+    parts += [
+        "| model | method, length | none | every block | tightfit at 50 % | tightfit at 25 % |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+
+    def cell(mode: dict[str, Any]) -> str:
+        if "share" not in mode:
+            return f"least is {mode['least_share']:.0%}"
+        return (
+            f"{mode['activation_peak_bytes'] / 2**30:.2f} GiB ({mode['share']:.0%}), recompute "
+            f"{mode['recompute_of_forward']:.0%}, {mode['slowdown_estimated']:.2f} x"
+        )
+
+    for row in scaling["rows"]:
+        modes = row["modes"]
+        parts.append(
+            f"| {row['model']} | {row['method']}, {row['seq']} "
+            f"| {modes['none']['activation_peak_bytes'] / 2**30:.2f} GiB "
+            + "".join(f"| {cell(modes[way])} " for way in ("every-block", "tightfit at 50%", "tightfit at 25%"))
+            + "|"
+        )
+    return "\n".join(parts) + "\n"
+
+
 def _overhead(found: dict[str, Any]) -> str:
     return (
         f"The engine's own work per op, on tensors so small that only it is left (`benchmarks/overhead.py`): "
@@ -264,14 +348,18 @@ def with_measured(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Write docs/cli.md, docs/peers.md, docs/zoo.md and README's measured part."
+        description="Write docs/cli.md, docs/peers.md, docs/zoo.md, docs/forecast.md and README's measured part."
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
     check = parser.parse_args().check
     fix_terminal()
     readme = README.read_text(encoding="utf-8")
     stale = False
-    for page, text in ((PAGE, render()), (PEERS, peers_page()), (ZOO, zoo_page()), (README, with_measured(readme))):
+    pages = (
+        (PAGE, render()), (PEERS, peers_page()), (ZOO, zoo_page()), (FORECAST, forecast_page()),
+        (README, with_measured(readme)),
+    )  # fmt: skip
+    for page, text in pages:
         on_disk = page.read_text(encoding="utf-8") if page.exists() else ""
         if page.exists() and text == on_disk:
             print(f"{page}: unchanged")

@@ -401,7 +401,7 @@ def check(
     fits = made is not None
     largest = longest = None
     if search:
-        here = (fits, least_peak_bytes(recorded))
+        here = (fits, _least(recorded, room)[1])
         largest = _largest(setup, device, room, progress, "batch", here)
         longest = _largest(setup, device, room, progress, "seq", here)
     advice: tuple[str, ...] = ()
@@ -459,6 +459,11 @@ def _blocks_mode(recorded: Trace, room: int) -> Mode:
     return _mode("every-block", recorded, simulate(recorded, blocks), blocks, room)
 
 
+#: For the plan that is shown, and for the many that only have to be possible.
+_SHOWN = Effort(points=48, solver_seconds=0.4, proves=False)
+_QUICK = Effort(points=12, solver_seconds=0.3, proves=False)
+
+
 def _reserved(recorded: Trace, made: Plan | None, room: int | None = None) -> int | None:
     """Most bytes reserved in a step, `None` when that fails; under `room` free segments are given back first."""
     static, step = allocations(recorded, made)
@@ -475,29 +480,33 @@ def _reserved(recorded: Trace, made: Plan | None, room: int | None = None) -> in
 def _fitted(recorded: Trace, room: int, effort: Effort) -> Plan | None:
     """The plan of least recompute with which the allocator stays within `room`; `None` when there is none."""
     budget = room
-    for _ in range(4):
+    for _ in range(4 if effort.points > _QUICK.points else 3):
         try:
             made = plan(recorded, budget, effort=effort)
         except BudgetInfeasible:
-            return None
+            break
         if _reserved(recorded, made, room) is not None:
             return made
         reserved = _reserved(recorded, made) or room
         # fragmentation: leave the allocator as much more as it took beyond what was live
         budget = int(min(budget * 0.97, room * made.peak_bytes / max(reserved, made.peak_bytes)))
     made = lowest(recorded, effort=effort)
-    return None if _reserved(recorded, made, room) is None else made
+    fits = made.peak_bytes <= room and _reserved(recorded, made, room) is not None
+    return dataclasses.replace(made, budget_bytes=room) if fits else None
 
 
-#: For the plan that is shown, and for the many that only have to be possible.
-_SHOWN = Effort(points=60, solver_seconds=0.4, proves=False)
-_QUICK = Effort(points=12, solver_seconds=0.3, proves=False)
-
-
-def _runs(recorded: Trace, room: int) -> bool:
-    """Does the plan of the lowest peak run?"""
+def _least(recorded: Trace, room: int) -> tuple[bool, int]:
+    """Whether some plan runs within `room`, and what the one of the lowest peak makes the allocator reserve."""
     made = lowest(recorded, effort=_QUICK)
-    return made.peak_bytes <= room and _reserved(recorded, made, room) is not None
+    reserved = _reserved(recorded, made)
+    assert reserved is not None
+    if reserved <= room:
+        return True, reserved
+    if made.peak_bytes > room:
+        return False, reserved
+    # within the allocator's slack the lowest peak need not be the plan that is laid out best
+    runs = _reserved(recorded, made, room) is not None or _fitted(recorded, room, _QUICK) is not None
+    return runs, reserved
 
 
 def least_peak_bytes(recorded: Trace) -> int:
@@ -511,37 +520,27 @@ def least_peak_bytes(recorded: Trace) -> int:
 def _largest(setup: Setup, device: Device, room: int, progress: Progress, what: str, here: tuple[bool, int]) -> int:
     """The largest batch, or the longest sequence in steps of 64 tokens, whose step some plan fits into `room`.
 
-    The peak is affine in both but for kernels that change with the size, so two points say where to look; from there
-    it is a bisection in which every answer is a step, traced and planned. `here`: whether the size that was asked for
-    fits, and its least peak. 0: not even the smallest fits.
+    Bytes are nearly affine in both, so the line through two answers says where to look next; every answer is a step,
+    traced, planned and laid out. `here`: whether the size that was asked for fits, and the least that it reserves.
+    0: not even the smallest fits.
     """
     step = 1 if what == "batch" else SEQ_STEP
     positions = _positions(_model(setup.model, setup.method, setup.dtype, setup.rank))
     most = max(1, MOST_TOKENS // setup.seq) if what == "batch" else (positions or MOST_TOKENS // setup.batch) // step
     asked = getattr(setup, what)
-    tried: dict[int, bool] = {}
-    least: dict[int, int] = {}
+    tried: dict[int, tuple[bool, int]] = {}
     if asked % step == 0:
-        tried[asked // step], least[asked // step] = here
-
-    def good(count: int) -> bool:
-        if count not in tried:
-            amount = count * step
-            progress(f"looking for the {'largest batch' if what == 'batch' else 'longest sequence'}: {amount}")
-            recorded = retimed(trace_setup(_resized(setup, what, amount), device), reached(device))
-            least[count] = least_peak_bytes(recorded)
-            tried[count] = _runs(recorded, room)
-        return tried[count]
-
+        tried[asked // step] = here
     low, high = 0, most + 1  # low fits (or is nothing), high does not
     guess = min(max(1, asked // step), most)
     while low < high - 1:
-        if good(guess):
-            low = guess
-        else:
-            high = guess
-        if low < high - 1:
-            guess = _guess(least, room, low, high)
+        if guess not in tried:
+            amount = guess * step
+            progress(f"looking for the {'largest batch' if what == 'batch' else 'longest sequence'}: {amount}")
+            recorded = retimed(trace_setup(_resized(setup, what, amount), device), reached(device))
+            tried[guess] = _least(recorded, room)
+        low, high = (guess, high) if tried[guess][0] else (low, guess)
+        guess = _guess({count: reserved for count, (_, reserved) in tried.items()}, room, low, high)
     return low * step
 
 
@@ -549,19 +548,25 @@ def _resized(setup: Setup, what: str, amount: int) -> Setup:
     return dataclasses.replace(setup, batch=amount) if what == "batch" else dataclasses.replace(setup, seq=amount)
 
 
-def _guess(least: dict[int, int], room: int, low: int, high: int) -> int:
-    """Where the line through the two points next to the bounds meets `room`, strictly between `low` and `high`."""
-    if len(least) == 1:
-        guess = low * 2 if low else high // 2
-    else:
-        near = sorted(least, key=lambda count: abs(least[count] - room))[:2]
-        (a, b) = sorted(near)
-        slope = (least[b] - least[a]) / (b - a)
+def _guess(reserved: dict[int, int], room: int, low: int, high: int) -> int:
+    """Where to look next, strictly between `low` and `high` if anything is."""
+    below, above = low in reserved, high in reserved
+    if len(reserved) > 6 and below and above:  # the line does not help: halve
+        guess = (low + high) // 2
+    elif below and above:
+        slope = (reserved[high] - reserved[low]) / (high - low)
+        guess = int(low + (room - reserved[low]) / slope) if slope > 0 else (low + high) // 2
+    elif below:
         # what does not grow with the size (the optimizer's step) may still own the peak at small ones
-        guess = int(a + (room - least[a]) / slope) if slope > 0 else max(low, 1) * 8
-        if guess in least:  # the allocator's slack decides, or the line has bent
-            guess = guess - 1 if guess >= high else guess + 1
-    return min(max(guess, low + 1), high - 1)
+        before = max((count for count in reserved if count < low), default=None)
+        slope = 0.0 if before is None else (reserved[low] - reserved[before]) / (low - before)
+        guess = int(low + (room - reserved[low]) / slope) if slope > 0 else low * 4 if low > 1 else 2
+        if before is not None:  # under a limit the allocator wastes less than the line says
+            guess = max(guess, low + min(low - before, max(1, low // 8)))
+        guess = min(guess, low * 16)
+    else:
+        guess = high // 2
+    return min(max(guess, low + 1), max(high - 1, low + 1))
 
 
 # ----------------------------------------------------------------------------------------- the advice
@@ -591,9 +596,9 @@ def _advice(
             other = trace_setup(dataclasses.replace(setup, **changed), device)
         except (InvalidInput, Unsupported):
             return
-        least = least_peak_bytes(other)
-        if _runs(other, room):
-            yield f"{said} fits: from {format_bytes(least)} on"
+        runs, _ = _least(other, room)
+        if runs:
+            yield f"{said} fits: from {format_bytes(least_peak_bytes(other))} on"
 
     if setup.optimizer == "adamw":
         yield from tell("the fused optimizer (--optimizer adamw-fused)", optimizer="adamw-fused")

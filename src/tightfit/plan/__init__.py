@@ -95,10 +95,11 @@ def _best(trace: Trace, planner: _Planner, budget_bytes: int, unplanned: Timelin
 
 def lowest(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
     """The plan of the lowest peak. Its budget is its own peak."""
-    try:
-        return plan(trace, 1, effort=effort)
-    except BudgetInfeasible as error:
-        return plan(trace, error.least_bytes, effort=effort)
+    planner = _planner(trace, effort)
+    levers = [planner, planner.in_place_loss] if trace.losses else [planner]
+    best = min(levers, key=lambda lever: lever.lowest[1].peak_bytes)
+    choices, line = best.lowest
+    return _plan(trace, best.trace, line.peak_bytes, choices, line, simulate_choices(trace, ()), 0.0)
 
 
 def every_block(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:

@@ -42,6 +42,7 @@ _STATIC = (
     Category.BUFFERS,
     Category.INPUTS,
 )
+_PLACE = {category: place for place, category in enumerate(Category)}
 
 
 def simulate(trace: Trace, plan: Plan | None = None) -> Timeline:
@@ -130,6 +131,7 @@ class _Walk:
                 self.values_of[frame_id][value.ordinal] = value.id
         self.op_event = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.OP}
         self.replays = self._replays(choices)
+        self.categories: dict[int, Category] = {}
         self.blocks: list[tuple[Hashable, int]] = []  # what an allocator sees, in order
 
     # -- which frames replay, and when
@@ -250,10 +252,12 @@ class _Walk:
         for value_id, copy in self.copies.items():
             if copy.until is not None:
                 letting_go[copy.until].append(value_id)
-        self.level = {category: int(trace.static_bytes.get(category.value, 0)) for category in _STATIC}
-        self.level[Category.SAVED] = self.level[Category.LOSS] = self.level[Category.TEMPORARIES] = 0
+        # a list by place, since this loop is the planner's and the searches' innermost
+        self.level = [int(trace.static_bytes.get(c.value, 0)) if c in _STATIC else 0 for c in Category]
+        self.total = sum(self.level)
+        self.totals: list[int] = []
         self.labels: list[str] = []
-        self.rows: list[dict[Category, int]] = []
+        self.rows: list[tuple[int, ...]] = []
         self.seconds = 0.0
         self.flops = 0
         state_bytes = trace.random_state_bytes
@@ -278,13 +282,14 @@ class _Walk:
                     self._free(value_id)
             for value_id in letting_go.get(index, ()):
                 self._drop_copy(self.copies[value_id], index)
-        totals = [sum(row.values()) for row in self.rows]
+        totals = self.totals
+        columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(Category)
         peak = max(range(len(totals)), key=totals.__getitem__) if totals else 0
         return Timeline(
             labels=tuple(self.labels),
             live_bytes=tuple(totals),
-            by_category={c.value: tuple(row[c] for row in self.rows) for c in Category},
-            peak_bytes=totals[peak] if totals else sum(self.level.values()),
+            by_category={c.value: tuple(column) for c, column in zip(Category, columns, strict=True)},
+            peak_bytes=totals[peak] if totals else self.total,
             peak_event=peak,
             peak_owner=self.labels[peak] if totals else "nothing",
             recompute_seconds=self.seconds,
@@ -336,6 +341,12 @@ class _Walk:
     # -- rows
 
     def _category(self, value_id: int) -> Category:
+        known = self.categories.get(value_id)
+        if known is None:
+            known = self.categories[value_id] = self._category_of(value_id)
+        return known
+
+    def _category_of(self, value_id: int) -> Category:
         value = self.trace.values[value_id]
         if value.category is not Category.TEMPORARIES:
             return value.category
@@ -356,14 +367,16 @@ class _Walk:
         self._add(self._category(value_id), -self.trace.values[value_id].size_bytes, ("value", value_id))
 
     def _add(self, category: Category, size_bytes: int, block: Hashable = None) -> None:
-        self.level[category] += size_bytes
+        self.level[_PLACE[category]] += size_bytes
+        self.total += size_bytes
         if block is not None and size_bytes:
             self.blocks.append((block, size_bytes))
 
     def _mark(self, label: str, scratch_bytes: int) -> None:
-        row = dict(self.level)
-        row[Category.TEMPORARIES] += scratch_bytes
+        row = self.level.copy()
+        row[_PLACE[Category.TEMPORARIES]] += scratch_bytes
+        self.totals.append(self.total + scratch_bytes)
         if scratch_bytes:
             self.blocks += [(("scratch",), scratch_bytes), (("scratch",), -scratch_bytes)]
         self.labels.append(label)
-        self.rows.append(row)
+        self.rows.append(tuple(row))
