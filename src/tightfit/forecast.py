@@ -393,7 +393,8 @@ def check(
         _mode("none", recorded, simulate(recorded), None, room),
         _blocks_mode(recorded, room),
     ]
-    made = _fitted(recorded, room, _SHOWN)
+    # near the limit the layout decides, and a coarser search may find what a finer one does not
+    made = _fitted(recorded, room, _SHOWN) or _fitted(recorded, room, _QUICK)
     shown = made or lowest(recorded, effort=_QUICK)
     modes.append(_mode("tightfit", recorded, simulate(recorded, shown), shown, room))
     base_seconds = modes[0].step_seconds
