@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from tightfit.core import Trace
+
 __all__ = ["app", "main"]
 
 # the profiler, which counts bytes on the CPU, otherwise prints USDT lines on stderr (5 is not enough); read when
@@ -71,6 +73,9 @@ OptimizerName = Annotated[str, typer.Option("--optimizer", help="adamw, adamw8bi
 Budget = Annotated[str, typer.Option(help="A size (22GiB), or a percentage of the unplanned step's peak.")]
 Seed = Annotated[int, typer.Option(help="For weights, data and dropout.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Html = Annotated[
+    Path | None, typer.Option("--html", help="Also write one self-contained page there.", show_default="no page")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -184,9 +189,11 @@ def measure(
     budget: Budget = "60%",
     repeats: Annotated[int, typer.Option(help="Timed steps of each, interleaved.", min=1)] = 3,
     seed: Seed = 0,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Real steps side by side: no checkpointing, every block, tightfit at --budget."""
+    _can_write(html, "--html")
     prepared = _prepare(
         model,
         batch=batch,
@@ -199,8 +206,9 @@ def measure(
         seed=seed,
     )
     from tightfit.measure import measure as run_measure
-    from tightfit.report import measurement_report, measurement_table
+    from tightfit.report import measurement_document, measurement_report, measurement_table, study
 
+    traces: list[Trace] = []
     with _progress() as say:
         measured = run_measure(
             prepared.model,
@@ -210,7 +218,11 @@ def measure(
             repeats=repeats,
             progress=say,
             described={"model": model, "method": method, "batch": batch, "seq": seq, "dtype": dtype},
+            traced=traces.append,
         )
+        if html is not None:
+            say("planning for other budgets too, for the page")
+            _write_page(html, measurement_document(measured, study(traces[0], measured.plan)))
     if as_json:
         typer.echo(json.dumps(measurement_report(measured)))
     else:
@@ -248,11 +260,13 @@ def check(
         Path | None, typer.Option(help="Measure this machine's device, write it as a catalog file, and stop.")
     ] = None,
     device: Annotated[str, typer.Option(help="What --calibrate measures: cpu or cuda.")] = "cpu",
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Will it run on --gpu? Needs neither the GPU nor the weights."""
+    _can_write(html, "--html")
     from tightfit import forecast
-    from tightfit.report import forecast_report, forecast_table, gpus_table
+    from tightfit.report import forecast_document, forecast_report, forecast_table, gpus_table, study
 
     if calibrate is not None:
         from tightfit.core import write_text
@@ -283,7 +297,11 @@ def check(
     target = forecast.device_asked(gpu)
     with _progress() as say:
         answer = forecast.check(setup, target, budget=budget, search=search, progress=say)
-    answer = dataclasses.replace(answer, notes=(*told, *answer.notes))
+        answer = dataclasses.replace(answer, notes=(*told, *answer.notes))
+        if html is not None:
+            say("planning for other budgets too, for the page")
+            recorded = forecast.trace_for(setup, target)
+            _write_page(html, forecast_document(answer, study(recorded, answer.plan)))
     if as_json:
         typer.echo(json.dumps(forecast_report(answer)))
     else:
@@ -305,9 +323,18 @@ def plan(
     seed: Seed = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Show the plan unit by unit, and why.")] = False,
     out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    html: Html = None,
+    chrome: Annotated[
+        Path | None, typer.Option(help="Also write the timeline as a Chrome trace (ui.perfetto.dev).")
+    ] = None,
+    snapshot: Annotated[
+        Path | None, typer.Option(help="Also write the step as a memory snapshot (pytorch.org/memory_viz).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Trace one step, plan it for --budget, write plan.json."""
+    for path, option in ((html, "--html"), (chrome, "--chrome"), (snapshot, "--snapshot")):
+        _can_write(path, option)
     if not out.parent.is_dir() or out.is_dir():
         raise InvalidInput(f"cannot write the plan to {str(out)!r}: give a file in a folder that exists as --out")
     prepared = _prepare(
@@ -323,7 +350,7 @@ def plan(
     )
     from tightfit.plan import plan as make_plan
     from tightfit.report import explain as explained
-    from tightfit.report import plan_report
+    from tightfit.report import chrome_trace, memory_snapshot, plan_document, plan_report, study
     from tightfit.trace import trace
 
     with _progress() as say:
@@ -331,6 +358,16 @@ def plan(
         recorded = trace(prepared.model, prepared.batch, optimizer=prepared.optimizer)
         say("planning")
         made = make_plan(recorded, budget)
+        if html is not None:
+            say("planning for other budgets too, for the page")
+            _write_page(html, plan_document(made, model, study(recorded, made)))
+    if chrome is not None:
+        from tightfit.core import write_text
+        from tightfit.plan import simulate
+
+        write_text(chrome, json.dumps(chrome_trace(simulate(recorded, made))))
+    if snapshot is not None:
+        snapshot.write_bytes(memory_snapshot(recorded, made))
     made.save(out)
     if as_json:
         typer.echo(json.dumps({"path": str(out), **plan_report(made)}))
@@ -400,6 +437,49 @@ def train(
         raise typer.Exit(EXIT_INTERRUPTED)
     if not result.passed:
         raise typer.Exit(EXIT_NO)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `tightfit train` left.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the page.", show_default="RUN/report.html")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write a summary for issues there.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw timeline and curve there; needs matplotlib.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One self-contained HTML page of a run."""
+    from tightfit.report import draw, markdown_of, run_document, run_table
+
+    document = run_document(run)
+    target = out or run / "report.html"
+    for path, option in ((target, "--out"), (markdown, "--markdown"), (png, "--png")):
+        _can_write(path, option)
+    _write_page(target, document)
+    if markdown is not None:
+        from tightfit.core import write_text
+
+        write_text(markdown, markdown_of(document))
+    if png is not None:
+        draw(document, png)
+    if as_json:
+        typer.echo(json.dumps({"path": str(target), **{k: v for k, v in document.items() if k != "study"}}))
+    else:
+        _stdout().print(run_table(document))
+        typer.echo(f"{target}")
+    if not document["good"]:
+        raise typer.Exit(EXIT_NO)
+
+
+def _can_write(path: Path | None, option: str) -> None:
+    if path is not None and (not path.parent.is_dir() or path.is_dir()):
+        raise InvalidInput(f"cannot write to {str(path)!r}: give a file in a folder that exists as {option}")
+
+
+def _write_page(path: Path, document: dict[str, Any]) -> None:
+    from tightfit.core import write_text
+    from tightfit.report import page
+
+    write_text(path, page(document))
 
 
 @app.command()

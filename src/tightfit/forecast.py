@@ -58,6 +58,7 @@ __all__ = [
     "device_asked",
     "least_peak_bytes",
     "longest_length",
+    "trace_for",
     "trace_setup",
     "usable_bytes",
     "which_gpus",
@@ -387,7 +388,7 @@ def check(
     if budget is not None:
         room = min(room, parse_bytes(budget, whole_bytes=device.memory_bytes))
     progress("tracing the step on fake tensors")
-    recorded = retimed(trace_setup(setup, device), reached(device))
+    recorded = trace_for(setup, device)
     progress("planning")
     modes = [
         _mode("none", recorded, simulate(recorded), None, room),
@@ -429,6 +430,11 @@ def check(
         notes=(*recorded.notes, *_notes(setup, device)),
         environment=environment(),
     )
+
+
+def trace_for(setup: Setup, device: Device) -> Trace:
+    """The trace that `check` plans: that of `trace_setup` with the seconds that `device` reaches."""
+    return retimed(trace_setup(setup, device), reached(device))
 
 
 def _mode(name: str, recorded: Trace, line: Timeline, made: Plan | None, room: int) -> Mode:
@@ -538,7 +544,7 @@ def _largest(setup: Setup, device: Device, room: int, progress: Progress, what: 
         if guess not in tried:
             amount = guess * step
             progress(f"looking for the {'largest batch' if what == 'batch' else 'longest sequence'}: {amount}")
-            recorded = retimed(trace_setup(_resized(setup, what, amount), device), reached(device))
+            recorded = trace_for(_resized(setup, what, amount), device)
             tried[guess] = _least(recorded, room)
         low, high = (guess, high) if tried[guess][0] else (low, guess)
         guess = _guess({count: reserved for count, (_, reserved) in tried.items()}, room, low, high)

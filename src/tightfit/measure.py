@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tightfit.core import Measurement, Plan, Row, format_bytes
+from tightfit.core import Measurement, Plan, Row, Trace, format_bytes
 from tightfit.engine import apply
 from tightfit.plan import every_block, simulate
 from tightfit.plan import plan as make_plan
@@ -55,14 +55,16 @@ def measure(
     repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
     described: dict[str, Any] | None = None,
+    traced: Callable[[Trace], None] = lambda _: None,
 ) -> Measurement:
     """Rows for no checkpointing, every block, and the plan for `budget` (a percentage is of the unplanned peak).
 
     `repeats`: interleaved timed steps per row; the row has their median. `described` fills the fields that say
-    what was measured (`model`, `method`, `batch`, `seq`, `dtype`).
+    what was measured (`model`, `method`, `batch`, `seq`, `dtype`). `traced` is given the trace, for a report.
     """
     progress("tracing one step")
     recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
+    traced(recorded)
     progress("planning")
     chosen = make_plan(recorded, budget)
     blocks = every_block(recorded)

@@ -64,6 +64,7 @@ from tightfit.core import (
 )
 from tightfit.integrations.peft import add_lora
 from tightfit.integrations.transformers import PeakCallback, TightfitCallback, device_named, dtype_named, load_model
+from tightfit.report import study
 from tightfit.step import environment
 
 __all__ = ["RunResult", "TrainOptions", "byte_tokenizer", "summary", "train"]
@@ -421,6 +422,10 @@ class _Run:
         self.opened = True
         if self.callback is not None and self.callback.plan is not None:
             self.callback.plan.save(self.folder / "plan.json")
+            assert self.callback.trace is not None
+            self.say("planning for other budgets too, for the report")
+            found = study(self.callback.trace, self.callback.plan)
+            write_text(self.folder / "study.json", json.dumps(to_json(found), separators=(",", ":")) + "\n")
         self._write_record()
 
     def finish(self, status: str) -> None:

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 from transformers.utils import logging
 
 from tightfit.catalog import model_names, model_shape, nearest
-from tightfit.core import InvalidInput, Plan, Proof, ReplayDiverged, Unsupported, format_bytes
+from tightfit.core import InvalidInput, Plan, Proof, ReplayDiverged, Trace, Unsupported, format_bytes
 from tightfit.engine import Applied, apply
 from tightfit.plan import plan
 from tightfit.step import no_key_value_cache, random_states, restore_random_states, tensors_in, unique_bytes
@@ -289,7 +289,8 @@ class TightfitCallback(PeakCallback):
     `verify=True` compares the gradients of one real batch with and without the plan before the first step.
     `batch` overrides the batch that is planned for; give it when the data cannot be looked at before training.
 
-    Attributes, readable after training too: `plan`, `proof` (none without `verify`), `peaks` (bytes per step), `batch`.
+    Attributes, readable after training too: `trace`, `plan`, `proof` (none without `verify`), `peaks` (bytes per step),
+    `batch`.
     After an exception (Ctrl-C) call `close()`: the Trainer does not say when it fails.
 
     Raises inside `trainer.train()`: `BudgetInfeasible`; `Unsupported` for a Trainer whose step cannot be planned;
@@ -300,6 +301,7 @@ class TightfitCallback(PeakCallback):
         super().__init__(batch=batch)
         self.budget = budget
         self.verify = verify
+        self.trace: Trace | None = None
         self.plan: Plan | None = None
         self.proof: Proof | None = None
         self.applied: Applied | None = None
@@ -317,8 +319,8 @@ class TightfitCallback(PeakCallback):
         try:
             with _metrics_kept(trainer), _accumulating(model, args.gradient_accumulation_steps > 1):
                 loss = _trainer_loss(trainer, self.batch)
-                recorded = trace(model, self.batch, loss=loss, optimizer=optimizer)
-                self.plan = plan(recorded, self.budget)
+                self.trace = trace(model, self.batch, loss=loss, optimizer=optimizer)
+                self.plan = plan(self.trace, self.budget)
                 if self.verify:
                     self.proof = verify(model, self.batch, self.plan, loss=loss, optimizer=optimizer)
                     _require_same_gradients(self.proof)

@@ -3,6 +3,11 @@
 Invariant: nothing here imports torch or runs a model; the same data always gives the same text.
 """
 
+from tightfit.report.exports import chrome_trace, memory_snapshot
+from tightfit.report.exports import markdown as markdown_of
+from tightfit.report.html import forecast_document, measurement_document, page, plan_document, run_document
+from tightfit.report.picture import draw
+from tightfit.report.study import Study, study
 from tightfit.report.text import (
     explain,
     explanation,
@@ -13,16 +18,31 @@ from tightfit.report.text import (
     measurement_table,
     plan_report,
     proof_table,
+    run_table,
+    sparkline,
 )
 
 __all__ = [
+    "Study",
+    "chrome_trace",
+    "draw",
     "explain",
     "explanation",
+    "forecast_document",
     "forecast_report",
     "forecast_table",
     "gpus_table",
+    "markdown_of",
+    "measurement_document",
     "measurement_report",
     "measurement_table",
+    "memory_snapshot",
+    "page",
+    "plan_document",
     "plan_report",
     "proof_table",
+    "run_document",
+    "run_table",
+    "sparkline",
+    "study",
 ]

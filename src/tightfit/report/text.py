@@ -7,7 +7,7 @@ where it is. Equal neighbours are shown as one row. Figures are the trace's and 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,8 @@ __all__ = [
     "measurement_table",
     "plan_report",
     "proof_table",
+    "run_table",
+    "sparkline",
 ]
 
 # --------------------------------------------------------------------------------------------- measurement
@@ -100,6 +102,41 @@ def plan_report(plan: Plan) -> dict[str, Any]:
     report: dict[str, Any] = to_json(plan)
     del report["programs"]
     return report
+
+
+# ----------------------------------------------------------------------------------------------------- run
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int = 72) -> str:
+    """`values` as one line of bars from zero, each the highest of its interval."""
+    if not values:
+        return ""
+    step = max(1, -(-len(values) // width))
+    highest = [max(values[i : i + step]) for i in range(0, len(values), step)]
+    top = max(highest) or 1
+    return "".join(_BARS[min(len(_BARS) - 1, int(v / top * len(_BARS)))] for v in highest)
+
+
+def run_table(document: Mapping[str, Any]) -> RenderableType:
+    """The page's answer, figures, checks and timeline for the terminal."""
+    table = Table(show_header=False)
+    for name, value in document["facts"].items():
+        table.add_row(str(name), str(value))
+    lines: list[RenderableType] = [
+        Text(document["answer"], style="bold green" if document["good"] else "bold red"), table
+    ]  # fmt: skip
+    for check in document["checks"]:
+        lines.append(Text(f"{check['name']}: {'passed' if check['passed'] else 'FAILED'} ({check['measured']})"))
+    study = document.get("study")
+    if study:
+        shown = study["points"][study["chosen"]]
+        lines.append(
+            Text("live bytes through the step: " + sparkline([sum(m["by_category"]) for m in shown["moments"]]))
+        )
+        lines.append(Text(f"the peak is at: {shown['peak_owner']}"))
+    return Group(*lines)
 
 
 # ------------------------------------------------------------------------------------------------ forecast

@@ -1,0 +1,231 @@
+"""One self-contained page: the answer first, then the step's memory, the plan, the trade-off, the evidence.
+
+`document` makes the data of a page from a run, a measurement, a forecast or a plan; `page` puts it into the template
+`page.html`, whose script draws from that data alone. What a reader needs first (the answer, figures, checks, the
+environment) is in the HTML itself and is there without a script, on paper and in a screen reader.
+
+Invariant: no request to any other place (a content security policy in the page says so), no code from data: every text
+is escaped and the data stands in a JSON block. Refused: a run folder without a record.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tightfit.core import Forecast, InvalidInput, Measurement, Plan, format_bytes, to_json
+from tightfit.report.study import Study
+
+__all__ = ["forecast_document", "measurement_document", "page", "plan_document", "run_document"]
+
+
+def run_document(folder: str | Path) -> dict[str, Any]:
+    """The page's data of a run folder that `tightfit train` left. Raises `InvalidInput` when it is none."""
+    folder = Path(folder)
+    record = _read(
+        folder / "record.json", "a tightfit run folder has one; give the folder that `tightfit train` printed"
+    )
+    if not isinstance(record, dict) or record.get("type") != "Run":
+        raise InvalidInput(f"{str(folder / 'record.json')!r} is no record of a tightfit run")
+    observed, constraint = record.get("observed", {}), record.get("constraint", {})
+    checks = observed.get("checks", [])
+    peak, budget = observed.get("peak_bytes"), constraint.get("budget_bytes")
+    held = peak is not None and budget is not None and peak <= budget * 1.005
+    passed = bool(checks) and all(check["passed"] for check in checks)
+    gradients = next((c for c in checks if c["name"] == "gradients"), None)
+    predicted = observed.get("predicted_peak_bytes")
+    facts = {
+        "status": record.get("status"),
+        "budget": _bytes(budget),
+        "peak, measured": _bytes(peak),
+        "peak, predicted": _bytes(predicted),
+        "without a budget, measured": _bytes(observed.get("unplanned_peak_bytes")),
+        "gradients": "not compared" if gradients is None else "identical" if gradients["passed"] else "DIFFERENT",
+        "loss": f"{observed['loss_start']:.3f} to {observed['loss_end']:.3f}" if observed.get("loss_end") else None,
+        "recompute": _share(observed.get("recompute_flops"), observed.get("forward_flops")),
+        "tokens a second": f"{observed['tokens_per_second']:,.0f}" if observed.get("tokens_per_second") else None,
+    }
+    model = record.get("model", {}).get("name", "the model")
+    if peak is None or budget is None:
+        answer = f"{model}: the run ended ({record.get('status')}) before a step was measured"
+    else:
+        answer = (
+            f"{model} {'fits' if held else 'does NOT fit'}: peak {format_bytes(peak)} of a budget of "
+            f"{format_bytes(budget)}, gradients {facts['gradients']}"
+        )
+    steps = []
+    losses = folder / "losses.jsonl"
+    if losses.is_file():
+        for line in losses.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            steps.append({k: row[k] for k in ("step", "loss", "peak_bytes") if k in row})
+    study_file = folder / "study.json"
+    return {
+        "kind": "run", "good": held and passed, "answer": answer, "facts": _said(facts), "checks": checks,
+        "measured": _measured([("without a budget", observed.get("unplanned_peak_bytes")), ("this run", peak)]),
+        "steps": steps, "study": _read(study_file, "") if study_file.is_file() else None,
+        "environment": record.get("environment", {}), "record": record,
+    }  # fmt: skip
+
+
+def measurement_document(measured: Measurement, study: Study | None = None) -> dict[str, Any]:
+    """The page's data of `tightfit measure`."""
+    none, *_, planned = measured.rows
+    slow = planned.step_seconds / none.step_seconds if none.step_seconds else 1.0
+    same = all(row.gradients != "differs" for row in measured.rows)
+    held = planned.peak_bytes <= measured.budget_bytes * 1.005
+    answer = (
+        f"{measured.model} {'fits' if held else 'does NOT fit'} into {format_bytes(measured.budget_bytes)}: peak "
+        f"{format_bytes(planned.peak_bytes)} instead of {format_bytes(none.peak_bytes)}, {slow:.2f} x the time, "
+        "gradients "
+        f"{'identical' if same else 'DIFFERENT'}"
+    )
+    facts = {}
+    for row in measured.rows:
+        facts[f"{row.mode}: peak"] = format_bytes(row.peak_bytes)
+        facts[f"{row.mode}: off the prediction by"] = f"{row.peak_bytes / row.predicted_peak_bytes - 1:+.4%}"
+        facts[f"{row.mode}: step"] = f"{row.step_seconds:.3f} s"
+        facts[f"{row.mode}: recompute"] = _share(row.recompute_flops, row.forward_flops) or "0%"
+    record = to_json(measured)
+    record["plan"].pop("programs", None)
+    return {
+        "kind": "measure", "good": held and same, "answer": answer, "facts": facts, "checks": [], "note": measured.note,
+        "measured": _measured([(row.mode, row.peak_bytes) for row in measured.rows]), "steps": [],
+        "study": None if study is None else to_json(study), "environment": dict(measured.environment), "record": record,
+    }  # fmt: skip
+
+
+def forecast_document(forecast: Forecast, study: Study | None = None) -> dict[str, Any]:
+    """The page's data of `tightfit check`."""
+    best = forecast.modes[-1]
+    answer = (
+        f"{forecast.model}, {forecast.method}, batch {forecast.batch} x {forecast.seq} "
+        f"{'fits' if forecast.fits else 'does NOT fit'} on {forecast.gpu}: {format_bytes(best.reserved_bytes)} of "
+        f"{format_bytes(forecast.usable_bytes)}, {best.slowdown:.2f} x the time (forecast, seconds estimated)"
+    )
+    facts: dict[str, Any] = {}
+    for mode in forecast.modes:
+        facts[f"{mode.mode}: reserved"] = f"{format_bytes(mode.reserved_bytes)} ({'fits' if mode.fits else 'no'})"
+        facts[f"{mode.mode}: step (estimated)"] = f"{mode.step_seconds:.3f} s"
+    facts["largest batch"], facts["longest sequence"] = forecast.largest_batch, forecast.longest_seq
+    record = to_json(forecast)
+    if record["plan"]:
+        record["plan"].pop("programs", None)
+    return {
+        "kind": "check", "good": forecast.fits, "answer": answer, "facts": _said(facts), "checks": [],
+        "note": " ".join([*forecast.essence, *forecast.advice, *forecast.notes, forecast.error_bar]),
+        "measured": [], "steps": [], "study": None if study is None else to_json(study),
+        "environment": dict(forecast.environment), "record": record,
+    }  # fmt: skip
+
+
+def plan_document(plan: Plan, model: str, study: Study) -> dict[str, Any]:
+    """The page's data of `tightfit plan`."""
+    unplanned = plan.step_seconds - plan.recompute_seconds
+    slow = plan.step_seconds / unplanned if unplanned else 1.0
+    answer = (
+        f"{model} fits into {format_bytes(plan.budget_bytes)}: peak {format_bytes(plan.peak_bytes)} instead of "
+        f"{format_bytes(plan.unplanned_peak_bytes)}, {slow:.2f} x the time (predicted)"
+    )
+    facts = {
+        "status": plan.status.value, "replays": plan.replays,
+        "recompute": _share(plan.recompute_flops, plan.forward_flops) or "0%",
+        "loss in place": "yes" if plan.in_place_loss else "no",
+    }  # fmt: skip
+    record = to_json(plan)
+    record.pop("programs", None)
+    return {
+        "kind": "plan", "good": True, "answer": answer, "facts": facts, "checks": [], "measured": [], "steps": [],
+        "study": to_json(study), "environment": dict(plan.versions), "record": record,
+    }  # fmt: skip
+
+
+def page(document: Mapping[str, Any]) -> str:
+    """The whole page as one string."""
+    template = resources.files("tightfit.report").joinpath("page.html").read_text(encoding="utf-8")
+    data = json.dumps(document, separators=(",", ":"))
+    # the only way out of a script element is a less-than sign
+    data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    title = html.escape(f"tightfit: {document['answer']}"[:120])
+    pieces = {"TITLE": title, "BODY": _head(document), "TAIL": _tail(document), "DATA": data}
+    parts = template.split("@@")
+    return "".join(pieces[part] if i % 2 else part for i, part in enumerate(parts))
+
+
+def _head(document: Mapping[str, Any]) -> str:
+    verdict = "yes" if document["good"] else "no"
+    facts = "".join(
+        f"<div><dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd></div>"
+        for name, value in document["facts"].items()
+    )
+    note = f"<p>{html.escape(document['note'])}</p>" if document.get("note") else ""
+    return (
+        f'<h1 class="answer {verdict}">{html.escape(document["answer"])}</h1>\n<dl class="facts">{facts}</dl>\n{note}'
+    )
+
+
+def _tail(document: Mapping[str, Any]) -> str:
+    parts = []
+    if document["checks"]:
+        rows = "".join(
+            f"<tr><td>{_cell(c['name'])}</td><td>{_cell(c['expected'])}</td><td>{_cell(c['measured'])}</td>"
+            f"<td>{_cell(c['tolerance'])}</td><td>{'passed' if c['passed'] else '<strong>failed</strong>'}</td></tr>"
+            for c in document["checks"]
+        )
+        parts.append(_table("Proof", ("check", "expected", "measured", "tolerance", ""), rows))
+    if len(document["steps"]) > 1:
+        first, last = document["steps"][0], document["steps"][-1]
+        parts.append(
+            "<h2>The run, step by step</h2>"
+            f"<p>Loss {first['loss']:.3f} at the first step, {last['loss']:.3f} at step {last['step']}.</p>"
+            '<div class="plot"><svg id="loss" viewBox="0 0 1000 160" role="img" aria-label="loss by step"></svg></div>'
+            '<p class="soft">Peak of each step.</p><div class="plot">'
+            '<svg id="peaks" viewBox="0 0 1000 160" role="img" aria-label="peak bytes by step"></svg></div>'
+        )
+    rows = "".join(
+        f"<tr><td>{_cell(name)}</td><td>{_cell(value)}</td></tr>" for name, value in document["environment"].items()
+    )
+    parts.append(_table("What these figures depend on", ("", ""), rows))
+    return "\n".join(parts)
+
+
+def _table(title: str, heads: Sequence[str], rows: str) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    return (
+        f'<h2>{html.escape(title)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _cell(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _said(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _bytes(size: int | None) -> str | None:
+    return None if size is None else format_bytes(size)
+
+
+def _share(part: int | None, whole: int | None) -> str | None:
+    return f"{part / whole:.1%} of the forward's FLOPs" if part is not None and whole else None
+
+
+def _measured(rows: Sequence[tuple[str, int | None]]) -> list[dict[str, Any]]:
+    return [{"mode": mode, "peak_bytes": peak} for mode, peak in rows if peak is not None]
+
+
+def _read(file: Path, advice: str) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise InvalidInput(f"cannot read {str(file)!r} ({why}): {advice}") from None
+    except ValueError as error:
+        raise InvalidInput(f"{str(file)!r} is not JSON ({error})") from None

@@ -1,0 +1,181 @@
+"""The page: the answer is in the HTML itself, nothing is fetched, data cannot break out, and it works in a browser."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tightfit
+from tightfit.cli import main
+from tightfit.core import InvalidInput
+from tightfit.report import chrome_trace, markdown_of, memory_snapshot, page, run_document, sparkline, study
+from tightfit.report.study import MOMENTS
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tightfit.Trace:
+    torch.manual_seed(0)
+    blocks = (nn.Sequential(nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32), nn.Tanh()) for _ in range(5))
+    return tightfit.trace(nn.Sequential(*blocks), torch.randn(64, 32), loss=lambda m, b: m(b).square().mean())
+
+
+def document(trace: tightfit.Trace, **changed: Any) -> dict[str, Any]:
+    from tightfit.core import to_json
+
+    plan = tightfit.plan(trace, "75%")
+    made = {
+        "kind": "plan", "good": True, "answer": "it fits", "facts": {"peak": "1 MiB"}, "checks": [
+            {"name": "gradients", "expected": "3", "measured": "3", "tolerance": "none", "passed": True}
+        ], "measured": [{"mode": "none", "peak_bytes": 100_000}],
+        "steps": [{"step": i, "loss": 3.0 - i, "peak_bytes": 1000 + i} for i in range(1, 4)],
+        "study": to_json(study(trace, plan)), "environment": {"torch": "x"}, "record": {"a": 1},
+    }  # fmt: skip
+    return {**made, **changed}
+
+
+def test_a_study_has_the_chosen_plan_among_at_least_sixteen(recorded: tightfit.Trace) -> None:
+    plan = tightfit.plan(recorded, "75%")
+    found = study(recorded, plan)
+    assert len(found.points) >= 16
+    assert found.points[0].name == "none" and found.points[found.chosen].name == "chosen"
+    peaks = [point.peak_bytes for point in found.points]
+    assert peaks == sorted(peaks, reverse=True)
+    for point in found.points:
+        assert len(point.kept) == len(found.units) and len(point.moments) <= MOMENTS
+        assert max(sum(m.by_category) for m in point.moments) == point.peak_bytes  # thinning loses no peak
+        assert all(len(row) == len(found.kinds[u.kind]) for row, u in zip(point.kept, found.units, strict=True))
+    assert "r" in "".join(found.points[found.chosen].kept)
+    assert set("".join(found.points[0].kept)) == {"k"}
+
+
+def test_the_answer_is_there_without_a_script_and_nothing_is_fetched(recorded: tightfit.Trace) -> None:
+    text = page(document(recorded))
+    before_script = text[: text.index("<script")]
+    assert "it fits" in before_script and "gradients" in before_script
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text)
+    assert "@import" not in text and "fetch(" not in text and "XMLHttpRequest" not in text
+    assert "default-src 'none'" in text
+    html.parser.HTMLParser().feed(text)
+
+
+def test_data_cannot_break_out_of_the_page(recorded: tightfit.Trace) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>@@DATA@@"
+    text = page(document(recorded, answer=evil, facts={evil: evil}, environment={evil: evil}))
+    assert "<script>alert" not in text and "<img" not in text
+    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)
+    assert data and json.loads(data[1])["answer"] == evil
+
+
+def test_a_page_of_32_layers_is_small() -> None:
+    from tightfit.catalog import gpu
+    from tightfit.forecast import Setup, trace_for
+
+    trace = trace_for(Setup(model="llama-2-7b", method="lora", batch=1, seq=2048, optimizer="none"), gpu("h100-sxm"))
+    plan = tightfit.plan(trace, "90%")
+    assert len(page(document(trace, study=None)).encode()) < 100_000
+    from tightfit.core import to_json
+
+    assert len(page(document(trace, study=to_json(study(trace, plan, points=6)))).encode()) < 2_000_000
+
+
+def test_exports(recorded: tightfit.Trace) -> None:
+    import pickle
+
+    plan = tightfit.plan(recorded, "75%")
+    line = tightfit.simulate(recorded, plan)
+    events = chrome_trace(line)["traceEvents"]
+    counters = [sum(e["args"].values()) for e in events if e["ph"] == "C"]
+    assert max(counters) == line.peak_bytes and len(counters) == len(line.labels)
+    snapshot = pickle.loads(memory_snapshot(recorded, plan))  # our own bytes, a line above
+    live, top = {}, 0
+    for entry in snapshot["device_traces"][0]:
+        if entry["action"] == "alloc":
+            assert entry["addr"] not in live
+            live[entry["addr"]] = entry["size"]
+        elif entry["action"] == "free_completed":
+            del live[entry["addr"]]
+        top = max(top, sum(live.values()))
+    assert abs(top - line.peak_bytes) <= recorded.random_state_bytes * 10 + 64
+    assert sparkline([0, 1, 2, 4]) == "▁▃▅█" and sparkline([]) == ""
+
+
+def test_markdown_says_the_answer_and_the_checks(recorded: tightfit.Trace) -> None:
+    text = markdown_of(document(recorded))
+    assert text.startswith("**it fits**") and "| gradients | 3 | 3 | passed |" in text and "every-block" in text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InvalidInput, match=r"record\.json"):
+        run_document(tmp_path)
+    (tmp_path / "record.json").write_text("{}")
+    with pytest.raises(InvalidInput, match="no record"):
+        run_document(tmp_path)
+    (tmp_path / "record.json").write_text("{")
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_plan_writes_a_page_and_refuses_a_place_that_is_none(tmp_path: Path) -> None:
+    target = tmp_path / "plan.html"
+    asked = [
+        "plan", "tightfit-demo", "--batch", "4", "--seq", "128", "--budget", "80%", "--optimizer", "none",
+        "--out", str(tmp_path / "p.json"),
+    ]  # fmt: skip
+    assert main([*asked, "--html", str(tmp_path / "no" / "plan.html")]) == 2
+    assert not (tmp_path / "p.json").exists()
+    assert main([*asked, "--html", str(target)]) == 0
+    assert "fits into" in target.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
+def test_the_page_works_in_a_browser(recorded: tightfit.Trace, tmp_path: Path) -> None:
+    """No console error, no request, slider, keyboard and names; driven by a script put into a copy of the page."""
+    drive = """
+<script>
+addEventListener("load", () => {
+  const out = {}, id = x => document.getElementById(x), slider = id("budget");
+  const before = id("map").innerHTML, line = id("timeline").innerHTML;
+  slider.value = slider.max; slider.dispatchEvent(new Event("input"));
+  out.mapMoved = id("map").innerHTML !== before; out.lineMoved = id("timeline").innerHTML !== line;
+  id("timeline").dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+  out.said = id("time-said").textContent;
+  id("zoom-in").click(); out.zoomed = id("timeline").innerHTML.length > 0; id("zoom-out").click();
+  document.querySelector("#map button").click(); out.tensor = id("map-said").textContent;
+  out.unnamed = [...document.querySelectorAll("button,input,svg[role=img]")].filter(e => !(e.textContent.trim() ||
+    e.getAttribute("aria-label") || e.getAttribute("aria-labelledby") || (e.labels && e.labels.length))).length;
+  out.requests = performance.getEntriesByType("resource").length;
+  out.wide = document.documentElement.scrollWidth > innerWidth + 1;
+  out.ready = document.documentElement.dataset.ready === "1";
+  const pre = document.createElement("pre"); pre.id = "out"; pre.textContent = JSON.stringify(out);
+  document.body.append(pre);
+});
+</script></body>"""
+    file = tmp_path / "page.html"
+    file.write_text(page(document(recorded)).replace("</body>", drive), encoding="utf-8")
+    for width in (1280, 390):
+        done = subprocess.run(
+            [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
+             "--virtual-time-budget=4000", f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}",
+             file.as_uri()],
+            capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "HOME": str(tmp_path)},
+        )  # fmt: skip
+        assert "CONSOLE" not in done.stderr, done.stderr
+        found = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.S)
+        assert found, done.stderr[-2000:]
+        out = json.loads(html.unescape(found[1]))
+        assert out["ready"] and out["mapMoved"] and out["lineMoved"] and out["zoomed"], out
+        assert "B at: " in out["said"] and ("kept" in out["tensor"] or "recomputed" in out["tensor"]), out
+        assert out["unnamed"] == 0 and out["requests"] == 0 and not out["wide"], out
