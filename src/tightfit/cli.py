@@ -349,8 +349,8 @@ def plan(
         seed=seed,
     )
     from tightfit.plan import plan as make_plan
-    from tightfit.report import explain as explained
     from tightfit.report import chrome_trace, memory_snapshot, plan_document, plan_report, study
+    from tightfit.report import explain as explained
     from tightfit.trace import trace
 
     with _progress() as say:
