@@ -266,3 +266,101 @@ def test_calibration_writes_a_device_that_can_be_asked_about(tmp_path: Path, mon
     answer = forecast.check(TINY, device, search=False)
     assert answer.fits
     assert all(mode.reserved_bytes == mode.peak_bytes for mode in answer.modes)
+
+
+# --------------------------------------------------------------------------------- what a reviewer broke
+
+
+def folder(path: Path, **config: Any) -> str:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 256,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32,
+}  # fmt: skip
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "max_position_embeddings": 512}
+
+
+def test_a_solver_without_time_still_gives_the_lowest_plan() -> None:
+    from tightfit.plan import Effort, lowest
+
+    recorded = forecast.trace_setup(Setup(model="gpt2", seq=64, optimizer="none"), gpu("rtx-4090"))
+    hasty = lowest(recorded, effort=Effort(points=8, solver_seconds=1e-9, proves=False))
+    assert hasty.peak_bytes <= tightfit.simulate(recorded).peak_bytes
+
+
+def test_units_that_are_kept_whole_are_said_and_every_block_is_still_every_block(tmp_path: Path) -> None:
+    setup = Setup(model=folder(tmp_path / "moe", **MIXTRAL), method="lora", batch=4, seq=256, optimizer="none")
+    answer = forecast.check(setup, forecast.device_asked("8GiB"), search=False)
+    none, blocks, _ = answer.modes
+    assert any("keeps 3 of 3 units whole" in note for note in answer.notes)
+    assert blocks.peak_bytes < 0.8 * none.peak_bytes and blocks.recompute_flops > 0
+
+
+def test_expert_weights_that_stay_in_sixteen_bits_are_said(tmp_path: Path) -> None:
+    setup = Setup(model=folder(tmp_path / "moe", **MIXTRAL), method="qlora", seq=64, optimizer="none")
+    answer = forecast.check(setup, forecast.device_asked("8GiB"), search=False)
+    assert any("expert weights" in note for note in answer.notes)
+
+
+def test_a_length_below_the_searchs_step_is_not_called_none(tmp_path: Path) -> None:
+    setup = Setup(model=folder(tmp_path / "short", **LLAMA), seq=32)
+    assert forecast.check(setup, gpu("rtx-4090")).longest_seq == 32
+
+
+def test_positions_by_other_names() -> None:
+    from types import SimpleNamespace
+
+    from tightfit.integrations.transformers import positions_of
+
+    assert positions_of(SimpleNamespace(max_target_positions=448, max_position_embeddings=1024)) == 448
+    assert positions_of(SimpleNamespace(max_seq_len=64)) == 64
+    assert positions_of(SimpleNamespace(max_position_embeddings=514, model_type="roberta")) == 512
+    assert positions_of(SimpleNamespace()) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--gpu", "all", "--budget", "banana"], "banana"),
+        (["--gpu", "600MiB"], "leaves nothing"),
+        (["--batch", "99999999999999"], "not looked at"),
+        (["--rank", "99999999999999999999", "--method", "lora"], "rank"),
+        (["--seq", "64"], "positions"),
+    ],
+)
+def test_odd_questions_are_wrong_input(
+    asked: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tightfit.cli import main
+
+    assert main(["check", folder(tmp_path / "short", **LLAMA), *asked]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"num_key_value_heads": 3}, {"vocab_size": 0}, {"pad_token_id": 999}, {"hidden_size": None}]
+)
+def test_configs_that_do_not_fit_together_are_wrong_input(changed: dict[str, Any], tmp_path: Path) -> None:
+    setup = Setup(model=folder(tmp_path / "odd", **{**LLAMA, **changed}), seq=16)
+    with pytest.raises(InvalidInput) as caught:
+        forecast.check(setup, gpu("rtx-4090"), search=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ['memory_gib = "8"', "memory_gib = nan", "memory_gib = 0", 'kind = "banana"'])
+def test_figures_of_ones_own_catalog_are_checked(field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = {
+        "memory_gib": "memory_gib = 7", "memory_gb_per_second": "memory_gb_per_second = 1",
+        "fp32_tflops": "fp32_tflops = 1", "half_tflops": "half_tflops = 1",
+        "pcie_gb_per_second": "pcie_gb_per_second = 1", "source": 'source = "me"',
+    }  # fmt: skip
+    lines[field.split(maxsplit=1)[0]] = field
+    own = tmp_path / "own.toml"
+    own.write_text("[gpus.mine]\n" + "\n".join(lines.values()) + "\n")
+    monkeypatch.setenv("TIGHTFIT_CATALOG", str(own))
+    with pytest.raises(InvalidInput, match="'mine' has"):
+        gpu("mine")

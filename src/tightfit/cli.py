@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +238,9 @@ def check(
     gpu: Annotated[str, typer.Option(help="A GPU of the catalog (rtx-4090), a size (24GiB), or all.")] = "rtx-4090",
     method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "full",
     batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
-    seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 2048,
+    seq: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence.", show_default="2048, or the model's positions")
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="bf16, fp16, fp32; bf16-mixed, fp16-mixed: fp32 weights, autocast.")
     ] = "bf16",
@@ -280,13 +283,17 @@ def check(
     if lengths is not None:
         seq, line = forecast.longest_length(lengths)
         told = (line,)
+    warnings.simplefilter("ignore")  # what libraries say about themselves is not about what was asked
+    if seq is None:
+        seq = forecast.default_length(model)
     setup = forecast.Setup(
         model=model, method=method, batch=batch, seq=seq, dtype=dtype, optimizer=optimizer, rank=rank,
         accumulate=accumulate,
     ).checked()  # fmt: skip
     if gpu.strip().lower() == "all":
         with _progress() as say:
-            answers = forecast.which_gpus(setup, progress=say)
+            answers = forecast.which_gpus(setup, budget=budget, progress=say)
+        answers = [dataclasses.replace(a, notes=(*told, *a.notes)) for a in answers]
         if as_json:
             typer.echo(json.dumps({**forecast_report(answers[0]), "gpus": [forecast_report(a) for a in answers]}))
         else:

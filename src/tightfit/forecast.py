@@ -12,6 +12,7 @@ fake tensors do not have (`Unsupported`), sizes that the model has no positions 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -38,6 +39,7 @@ from tightfit.core import (
     InvalidInput,
     Mode,
     Plan,
+    TightfitError,
     Timeline,
     Trace,
     Unsupported,
@@ -45,9 +47,10 @@ from tightfit.core import (
     parse_bytes,
 )
 from tightfit.cost import NOMINAL_CUDA, retimed
+from tightfit.measure import every_block_checkpointed
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.simulate import allocations
-from tightfit.step import compute_loss, environment, find_units, static_bytes_by_category
+from tightfit.step import UnitsAsked, compute_loss, environment, find_units, static_bytes_by_category
 from tightfit.trace import OptimizerRecord, behind, record_optimizer, signature_of, trace
 from tightfit.unroll import LEAST_BLOCKS, unroll
 
@@ -55,6 +58,7 @@ __all__ = [
     "Setup",
     "calibrated",
     "check",
+    "default_length",
     "device_asked",
     "least_peak_bytes",
     "longest_length",
@@ -113,8 +117,12 @@ class Setup:
             raise InvalidInput(f"expected a batch of at least 1 sequence, not {self.batch}")
         if self.seq < 2:
             raise InvalidInput(f"expected a sequence of at least 2 tokens, not {self.seq}")
-        if self.rank < 1:
-            raise InvalidInput(f"expected a LoRA rank of at least 1, not {self.rank}")
+        if not 1 <= self.rank <= 1 << 16:
+            raise InvalidInput(f"expected a LoRA rank from 1 to {1 << 16}, not {self.rank}")
+        if self.batch * self.seq > MOST_TOKENS:
+            raise InvalidInput(
+                f"a batch of {self.batch} x {self.seq} tokens was asked for; more than {MOST_TOKENS} are not looked at"
+            )
         return self
 
 
@@ -133,8 +141,8 @@ def _model(name: str, method: str, dtype: str, rank: int) -> Any:
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=weights, trust_remote_code=False)
-    except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError, RuntimeError, ImportError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
+    except Exception as error:  # model classes raise what they like for configs that do not fit together
+        first_line = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:200]
         raise InvalidInput(
             f"no causal language model can be built from the config of {name!r} ({type(error).__name__}: {first_line})"
         ) from error
@@ -151,9 +159,18 @@ def _model(name: str, method: str, dtype: str, rank: int) -> Any:
     return model
 
 
+def default_length(name: str) -> int:
+    """2,048 tokens, or as many as the model has positions for."""
+    from tightfit.integrations.transformers import config_named, positions_of
+
+    positions = positions_of(config_named(name).get_text_config())
+    return 2048 if positions is None else min(2048, positions)
+
+
 def _positions(model: Any) -> int | None:
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    from tightfit.integrations.transformers import positions_of
+
+    return positions_of(model.config.get_text_config())
 
 
 class _HashableDevice:
@@ -214,7 +231,7 @@ class _AdamW8bit(torch.optim.Optimizer):
 # ------------------------------------------------------------------------------------------ the trace
 
 
-def trace_setup(setup: Setup, device: Device | None = None) -> Trace:
+def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = None) -> Trace:
     """The step of `setup` on fake tensors, with the kernels of `device` (`None`: this machine's CPU).
 
     Raises `InvalidInput` for more tokens than the model has positions, `Unsupported` for a step that fake tensors
@@ -233,8 +250,8 @@ def trace_setup(setup: Setup, device: Device | None = None) -> Trace:
         with torch.autocast("cpu", dtype=compute, enabled=compute is not None):
             return compute_loss(model, batch)
 
-    with _gradients(model, setup.accumulate):
-        recorded = _traced(model, batch, loss if compute is not None else None, device)
+    with _gradients(model, setup.accumulate), _refusals_of(setup.model):
+        recorded = _traced(model, batch, loss if compute is not None else None, device, units)
     if setup.optimizer == "none":
         return recorded
     return behind(
@@ -252,6 +269,18 @@ def _optimizer_record(
 
 
 @contextlib.contextmanager
+def _refusals_of(name: str) -> Iterator[None]:
+    """What a model raises because its config does not fit together is wrong input, not an answer."""
+    try:
+        yield
+    except (RuntimeError, AssertionError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        if isinstance(error, TightfitError):
+            raise
+        first_line = (str(error).splitlines() or [""])[0]
+        raise InvalidInput(f"the step of {name!r} cannot be run ({type(error).__name__}: {first_line})") from error
+
+
+@contextlib.contextmanager
 def _gradients(model: nn.Module, there: bool) -> Iterator[None]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable if there else ():
@@ -263,9 +292,9 @@ def _gradients(model: nn.Module, there: bool) -> Iterator[None]:
             parameter.grad = None
 
 
-def _traced(model: nn.Module, batch: Any, loss: Any, device: Device | None) -> Trace:
+def _traced(model: nn.Module, batch: Any, loss: Any, device: Device | None, units: UnitsAsked) -> Trace:
     """The whole model's trace, by way of a few of its blocks where these are alike."""
-    stack = _stack(model)
+    stack = _stack(model) if units is None else None
     if stack is not None:
         paths = list(find_units(model))
         with contextlib.suppress(IndexError, KeyError):  # a model that counts on all its layers
@@ -279,7 +308,7 @@ def _traced(model: nn.Module, batch: Any, loss: Any, device: Device | None) -> T
                     (name, size) for name, size in static_bytes_by_category(model, batch, granule_bytes=granule).items()
                 )
                 return dataclasses.replace(whole, static_bytes=static)
-    return trace(model, batch, loss, fake=True, device=device)
+    return trace(model, batch, loss, units=units, fake=True, device=device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -369,6 +398,14 @@ def reached(device: Device) -> Device:
 # ----------------------------------------------------------------------------------------- the answer
 
 
+def _leave_room(device: Device, room: int) -> None:
+    if room <= 0:
+        raise InvalidInput(
+            f"a device of {format_bytes(device.memory_bytes)} leaves nothing for tensors beside the driver's "
+            f"{format_bytes(CONTEXT_BYTES)}"
+        )
+
+
 def check(
     setup: Setup,
     device: Device,
@@ -387,22 +424,26 @@ def check(
     room = usable_bytes(device)
     if budget is not None:
         room = min(room, parse_bytes(budget, whole_bytes=device.memory_bytes))
+    _leave_room(device, room)
     progress("tracing the step on fake tensors")
     recorded = trace_for(setup, device)
     progress("planning")
     modes = [
         _mode("none", recorded, simulate(recorded), None, room),
-        _blocks_mode(recorded, room),
+        _blocks_mode(setup, device, recorded, room),
     ]
     # near the limit the layout decides, and a coarser search may find what a finer one does not
-    made = _fitted(recorded, room, _SHOWN) or _fitted(recorded, room, _QUICK)
+    hopeless = _floor(setup, device) > room  # what does not depend on the batch is too much already
+    made = None if hopeless else _fitted(recorded, room, _SHOWN) or _fitted(recorded, room, _QUICK)
     shown = made or lowest(recorded, effort=_QUICK)
     modes.append(_mode("tightfit", recorded, simulate(recorded, shown), shown, room))
     base_seconds = modes[0].step_seconds
     modes = [dataclasses.replace(mode, slowdown=mode.step_seconds / base_seconds) for mode in modes]
     fits = made is not None
     largest = longest = None
-    if search:
+    if search and hopeless:
+        largest = longest = 0
+    elif search:
         here = (fits, _least(recorded, room)[1])
         largest = _largest(setup, device, room, progress, "batch", here)
         longest = _largest(setup, device, room, progress, "seq", here)
@@ -427,7 +468,7 @@ def check(
         longest_seq=longest,
         advice=advice,
         error_bar=_error_bar(device),
-        notes=(*recorded.notes, *_notes(setup, device)),
+        notes=(*recorded.notes, *_kept_whole(recorded), *_notes(setup, device)),
         environment=environment(),
     )
 
@@ -461,14 +502,25 @@ def _mode(name: str, recorded: Trace, line: Timeline, made: Plan | None, room: i
     )
 
 
-def _blocks_mode(recorded: Trace, room: int) -> Mode:
-    blocks = every_block(recorded, effort=_SHOWN)
+def _blocks_mode(setup: Setup, device: Device, recorded: Trace, room: int) -> Mode:
+    """Every block recomputed. Where a unit cannot be planned, the step with torch.utils.checkpoint itself is traced."""
+    if any(unit.pinned for unit in recorded.units):
+        model = _model(setup.model, setup.method, setup.dtype, setup.rank)
+        with every_block_checkpointed(model):
+            whole = retimed(trace_setup(setup, device, units=[""]), reached(device))
+        mode = _mode("every-block", whole, simulate(whole), None, room)
+        return dataclasses.replace(mode, recompute_flops=_flops(whole) - _flops(recorded))
+    blocks = every_block(recorded, effort=_QUICK)
     return _mode("every-block", recorded, simulate(recorded, blocks), blocks, room)
 
 
 #: For the plan that is shown, and for the many that only have to be possible.
 _SHOWN = Effort(points=48, solver_seconds=0.4, proves=False)
 _QUICK = Effort(points=12, solver_seconds=0.3, proves=False)
+
+
+def _flops(recorded: Trace) -> int:
+    return sum(op.flops for op in recorded.ops)
 
 
 def _reserved(recorded: Trace, made: Plan | None, room: int | None = None) -> int | None:
@@ -498,6 +550,10 @@ def _fitted(recorded: Trace, room: int, effort: Effort) -> Plan | None:
         # fragmentation: leave the allocator as much more as it took beyond what was live
         budget = int(min(budget * 0.97, room * made.peak_bytes / max(reserved, made.peak_bytes)))
     made = lowest(recorded, effort=effort)
+    for part in (0.75, 0.5, 0.25) if effort is _SHOWN and 0 < made.peak_bytes < budget else ():
+        between = plan(recorded, made.peak_bytes + int(part * (budget - made.peak_bytes)), effort=effort)
+        if _reserved(recorded, between, room) is not None:
+            return between
     fits = made.peak_bytes <= room and _reserved(recorded, made, room) is not None
     return dataclasses.replace(made, budget_bytes=room) if fits else None
 
@@ -548,7 +604,19 @@ def _largest(setup: Setup, device: Device, room: int, progress: Progress, what: 
             tried[guess] = _least(recorded, room)
         low, high = (guess, high) if tried[guess][0] else (low, guess)
         guess = _guess({count: reserved for count, (_, reserved) in tried.items()}, room, low, high)
-    return low * step
+    return max(low * step, asked if here[0] else 0)
+
+
+def _floor(setup: Setup, device: Device) -> int:
+    """Bytes that any step has at once, whatever its batch: weights, optimizer state, and gradients when it steps."""
+    model = _model(setup.model, setup.method, setup.dtype, setup.rank)
+    static = sum(static_bytes_by_category(model).values())
+    if setup.optimizer == "none":
+        return static
+    gradients: int = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    key = (setup.model, setup.method, setup.dtype, setup.rank, setup.optimizer)
+    record: OptimizerRecord = _optimizer_record(*key, _HashableDevice(device))
+    return static + gradients + record.state_bytes
 
 
 def _resized(setup: Setup, what: str, amount: int) -> Setup:
@@ -600,6 +668,8 @@ def _advice(
     def tell(said: str, **changed: Any) -> Iterator[str]:
         progress(f"trying {said}")
         try:
+            if _floor(dataclasses.replace(setup, **changed), device) > room:
+                return
             other = trace_setup(dataclasses.replace(setup, **changed), device)
         except (InvalidInput, Unsupported):
             return
@@ -622,12 +692,10 @@ def _advice(
         yield from tell("LoRA (--method lora)", method="lora")
     if setup.method != "qlora":
         yield from tell("QLoRA in 4 bits (--method qlora)", method="qlora")
-    needed = _reserved(recorded, lowest(recorded, effort=_QUICK))
-    assert needed is not None
-    larger = sorted(
-        (g for g in map(gpu, gpu_names()) if g.kind == device.kind and usable_bytes(g) >= needed),
-        key=lambda g: g.memory_bytes,
-    )
+    low = lowest(recorded, effort=_QUICK)
+    cards = sorted((g for g in map(gpu, gpu_names()) if g.kind == device.kind), key=lambda g: g.memory_bytes)
+    first = bisect.bisect_left(cards, True, key=lambda g: _reserved(recorded, low, usable_bytes(g)) is not None)
+    larger = cards[first:]
     if larger:
         yield (
             f"a card with {format_bytes(larger[0].memory_bytes)} is the smallest in the catalog that holds it "
@@ -670,11 +738,25 @@ def _error_bar(device: Device) -> str:
 WORST_ERROR, ERROR_CASES = 0.00005, 72
 
 
+def _kept_whole(recorded: Trace) -> Iterable[str]:
+    reasons = sorted({unit.pinned for unit in recorded.units if unit.pinned})
+    if reasons:
+        count = sum(bool(unit.pinned) for unit in recorded.units)
+        yield f"tightfit keeps {count} of {len(recorded.units)} units whole: {'; '.join(reasons)}"
+
+
 def _notes(setup: Setup, device: Device) -> Iterable[str]:
     if device.kind in ("rocm", "mps"):
         yield f"{device.name}: kernels are taken to be CUDA's, which {device.kind}'s resemble but are not"
     if device.compute_capability is not None and device.compute_capability < 8.0 and setup.dtype.startswith("bf16"):
         yield f"{device.name} has no bfloat16 units, so bf16 runs at float32 speed there: use fp16"
+    config = _model(setup.model, setup.method, setup.dtype, setup.rank).config
+    if getattr(config, "quantization_config", None) is not None:
+        yield "the config names a quantisation of its own, which is not forecast: weights count in their plain dtype"
+    if setup.method == "qlora":
+        left = sum(p.numel() * p.element_size() for p in _packed_not(setup))
+        if left:
+            yield f"{format_bytes(left)} of expert weights are no torch.nn.Linear: bitsandbytes leaves them as they are"
     if device.name[:1].isdigit():
         yield "for a size alone, seconds are those of an A100's rates"
 
@@ -694,7 +776,7 @@ def longest_length(path: str | Path) -> tuple[int, str]:
         raise InvalidInput(f"cannot read the lengths in {str(path)!r}: {error}") from None
     try:
         lengths = _lengths_in(text)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise InvalidInput(
             f"{str(path)!r} holds no lengths: expected a JSON object of length and count, a list, a number a line, "
             'or JSON lines with "input_ids"'
@@ -765,10 +847,16 @@ def calibrated(name: str, device: torch.device) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _packed_not(setup: Setup) -> list[nn.Parameter]:
+    """Stacked expert weights (three dimensions), which bitsandbytes' layers do not take."""
+    model = _model(setup.model, setup.method, setup.dtype, setup.rank)
+    return [p for p in model.parameters() if p.dim() == 3 and not p.requires_grad]
+
+
 # ------------------------------------------------------------------------------------------ all GPUs
 
 
-def which_gpus(setup: Setup, progress: Progress = lambda _: None) -> list[Forecast]:
+def which_gpus(setup: Setup, *, budget: str | int | None = None, progress: Progress = lambda _: None) -> list[Forecast]:
     """A forecast, without searches, for every GPU of the catalog: those that run it first, fastest first."""
     setup.checked()
     found = []
@@ -777,6 +865,8 @@ def which_gpus(setup: Setup, progress: Progress = lambda _: None) -> list[Foreca
         progress(f"planning for {name}")
         recorded = retimed(_trace_for_kernels(setup, device), reached(device))
         room = usable_bytes(device)
+        if budget is not None:
+            room = min(room, parse_bytes(budget, whole_bytes=device.memory_bytes))
         base = simulate(recorded)
         modes = [_mode("none", recorded, base, None, room)]
         made = plan(recorded, base.peak_bytes) if modes[0].fits else _fitted(recorded, room, _QUICK)
@@ -788,7 +878,8 @@ def which_gpus(setup: Setup, progress: Progress = lambda _: None) -> list[Foreca
                 model=setup.model, method=setup.method, batch=setup.batch, seq=setup.seq, dtype=setup.dtype,
                 optimizer=setup.optimizer, gpu=name, gpu_bytes=device.memory_bytes, usable_bytes=room,
                 fits=made is not None, modes=tuple(modes), plan=made, essence=(), largest_batch=None, longest_seq=None,
-                advice=(), error_bar=_error_bar(device), notes=tuple(_notes(setup, device)), environment=environment(),
+                advice=(), error_bar=_error_bar(device), notes=(*_kept_whole(recorded), *_notes(setup, device)),
+                environment=environment(),
             )
         )  # fmt: skip
     return sorted(found, key=lambda f: (not f.fits, f.modes[-1].step_seconds if f.fits else f.gpu_bytes))

@@ -74,6 +74,13 @@ def _field(name: str, entry: Mapping[str, Any], field: str) -> Any:
     return entry[field]
 
 
+def _number(name: str, entry: Mapping[str, Any], field: str) -> float:
+    value = _field(name, entry, field)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise InvalidInput(f"the catalog's entry {name!r} has {field} = {value!r}: expected a number above zero")
+    return float(value)
+
+
 # ------------------------------------------------------------------------------------------------- models
 
 
@@ -126,22 +133,25 @@ def gpu(name: str) -> Device:
     if key is None:
         raise InvalidInput(f"unknown GPU {name!r}: {nearest(name, gpu_names)}")
     entry = entries[key]
-    fp32 = float(_field(key, entry, "fp32_tflops")) * _TERA
-    half = float(_field(key, entry, "half_tflops")) * _TERA
-    link = float(_field(key, entry, "pcie_gb_per_second")) * _GIGA
-    capability = entry.get("compute_capability")
+    fp32 = _number(key, entry, "fp32_tflops") * _TERA
+    half = _number(key, entry, "half_tflops") * _TERA
+    link = _number(key, entry, "pcie_gb_per_second") * _GIGA
+    capability = None if "compute_capability" not in entry else _number(key, entry, "compute_capability")
+    kind = entry.get("kind", "cuda")
+    if kind not in ("cuda", "rocm", "mps", "cpu"):
+        raise InvalidInput(f"the catalog's entry {key!r} has the kind {kind!r}: use cuda, rocm, mps or cpu")
     return Device(
         name=key,
-        memory_bytes=int(_field(key, entry, "memory_gib") * _GIB),
+        memory_bytes=int(_number(key, entry, "memory_gib") * _GIB),
         flops_per_second={
             "float32": fp32,
             "float16": half,
             "bfloat16": half if entry.get("bf16", True) else fp32,  # emulated where the cores do not have it
         },
-        memory_bytes_per_second=float(_field(key, entry, "memory_gb_per_second")) * _GIGA,
+        memory_bytes_per_second=_number(key, entry, "memory_gb_per_second") * _GIGA,
         h2d_bytes_per_second=link,
         d2h_bytes_per_second=link,
-        source=_field(key, entry, "source"),
-        kind=entry.get("kind", "cuda"),
-        compute_capability=None if capability is None else float(capability),
+        source=str(_field(key, entry, "source")),
+        kind=kind,
+        compute_capability=capability,
     )

@@ -42,6 +42,7 @@ __all__ = [
     "device_named",
     "dtype_named",
     "load_model",
+    "positions_of",
     "random_batch",
 ]
 
@@ -195,6 +196,18 @@ def _one_line(what: str) -> Iterator[None]:
         raise InvalidInput(f"{what}: {lines[0] if lines else type(error).__name__}") from error
 
 
+def positions_of(config: Any) -> int | None:
+    """How many tokens the model has positions for, by the names that configs give it; `None`: no limit is known."""
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len", "n_positions")
+    found = [value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0]
+    if not found:
+        return None
+    # RoBERTa and its kin count positions from after the padding token's
+    kin = ("roberta", "camembert", "xlm-roberta", "xmod", "longformer", "data2vec", "mpnet")
+    offset = 2 if str(getattr(config, "model_type", "")).startswith(kin) else 0
+    return min(found) - offset
+
+
 def random_batch(model: nn.Module, batch: int, seq: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """`input_ids` and `labels` of `batch` sequences of `seq` random tokens (int64) on the model's device.
 
@@ -207,7 +220,7 @@ def random_batch(model: nn.Module, batch: int, seq: int, seed: int = 0) -> dict[
     config: Any = model.config
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_of(config)
     if positions is not None and seq > positions:
         raise InvalidInput(f"a sequence of {seq} tokens was asked for, but the model has {positions} positions")
     generator = torch.Generator().manual_seed(seed)
