@@ -25,7 +25,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         mpl.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError as error:
-        raise Unsupported(f"a picture needs the package matplotlib ({error}): pip install matplotlib") from None
+        raise Unsupported(f"a picture needs the package matplotlib ({error}): pip install 'tightfit[png]'") from None
     points = study["points"]
     shown, base = points[study["chosen"]], next(p for p in points if p["name"] == "none")
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), layout="constrained")
