@@ -340,10 +340,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Trace one step, plan it for --budget, write plan.json."""
-    for path, option in ((html, "--html"), (chrome, "--chrome"), (snapshot, "--snapshot")):
+    for path, option in ((out, "--out"), (html, "--html"), (chrome, "--chrome"), (snapshot, "--snapshot")):
         _can_write(path, option)
-    if not out.parent.is_dir() or out.is_dir():
-        raise InvalidInput(f"cannot write the plan to {str(out)!r}: give a file in a folder that exists as --out")
     prepared = _prepare(
         model,
         batch=batch,

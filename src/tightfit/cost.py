@@ -48,7 +48,7 @@ def op_seconds(flops: int, moved_bytes: int, dtype: str, device: Device = NOMINA
 
 
 def retimed(trace: Trace, device: Device) -> Trace:
-    """`trace` with every op's seconds estimated for `device`, those of the optimizer too."""
+    """`trace` with the seconds of every op that it has estimated for `device`."""
     sizes = [value.size_bytes for value in trace.values]
     dtypes = [value.dtype for value in trace.values]
 
@@ -65,5 +65,4 @@ def retimed(trace: Trace, device: Device) -> Trace:
         ops=tuple(
             dataclasses.replace(op, seconds=seconds(op.inputs, op.outputs, op.flops, op.kind)) for op in trace.ops
         ),
-        device=device.name,
     )

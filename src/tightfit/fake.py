@@ -34,15 +34,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tightfit.allocator import MIN_BLOCK_BYTES
 from tightfit.core import Device, Unsupported
 from tightfit.step import parameter_tensors, tensors_in
 
-__all__ = ["CUDA_GRANULE_BYTES", "FakeStep", "faked", "refusals_named"]
+__all__ = ["FakeStep", "faked", "refusals_named"]
 
 _aten = torch.ops.aten
-
-#: c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize; every block is a multiple of it.
-CUDA_GRANULE_BYTES = 512
 
 #: Larger tensors are not computed for real: control flow asks about positions and masks of tokens (two dimensions),
 #: not about weights or scores.
@@ -70,7 +68,7 @@ class FakeStep:
     def __init__(self, target: Device | None = None, *, guesses: bool = False) -> None:
         self.target = target
         self.cuda = target is not None and target.kind != "cpu"
-        self.granule_bytes = CUDA_GRANULE_BYTES if self.cuda else 1
+        self.granule_bytes = MIN_BLOCK_BYTES if self.cuda else 1
         self.guesses = guesses  # an optimizer reads its step count; only its control flow could depend on it
         self._known: Any = WeakIdKeyDictionary()
         self._probes: dict[Any, tuple[Any, Any, list[int]]] = {}
@@ -78,6 +76,12 @@ class FakeStep:
         self._accumulating: list[nn.Parameter] = []
         self._model: nn.Module | None = None
         self._scratch: dict[int, int] = {}
+
+    @property
+    def flash(self) -> bool:
+        """Has the target flash attention? On NVIDIA since compute capability 8."""
+        capability = None if self.target is None else self.target.compute_capability
+        return capability is None or capability >= 8.0
 
     @property
     def workspace_bytes(self) -> int:
@@ -449,11 +453,8 @@ def _kernels_of(step: FakeStep) -> Iterator[None]:
     popped inside `Tensor.backward`, where recompute runs."""
     patches: list[tuple[Any, str, Any]] = []
     if step.cuda:
-        assert step.target is not None
-        capability = step.target.compute_capability
-        flash = capability is None or capability >= 8.0
         patches += [
-            (nn.functional, "scaled_dot_product_attention", _attention_like_cuda(flash)),
+            (nn.functional, "scaled_dot_product_attention", _attention_like_cuda(step.flash)),
             (nn.functional, "dropout", _dropout_like_cuda),
         ]
     with _disable_current_modes():

@@ -47,6 +47,7 @@ from tightfit.core import (
     parse_bytes,
 )
 from tightfit.cost import NOMINAL_CUDA, retimed
+from tightfit.fake import FakeStep
 from tightfit.measure import every_block_checkpointed
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.simulate import allocations
@@ -163,14 +164,14 @@ def default_length(name: str) -> int:
     """2,048 tokens, or as many as the model has positions for."""
     from tightfit.integrations.transformers import config_named, positions_of
 
-    positions = positions_of(config_named(name).get_text_config())
+    positions = positions_of(config_named(name))
     return 2048 if positions is None else min(2048, positions)
 
 
 def _positions(model: Any) -> int | None:
     from tightfit.integrations.transformers import positions_of
 
-    return positions_of(model.config.get_text_config())
+    return positions_of(model.config)
 
 
 class _HashableDevice:
@@ -239,9 +240,9 @@ def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = 
     """
     setup.checked()
     model = _model(setup.model, setup.method, setup.dtype, setup.rank)
-    positions = _positions(model)
-    if positions is not None and setup.seq > positions:
-        raise InvalidInput(f"a sequence of {setup.seq} tokens was asked for, but the model has {positions} positions")
+    from tightfit.integrations.transformers import require_positions
+
+    require_positions(model.config, setup.seq)
     ids = torch.zeros(setup.batch, setup.seq, dtype=torch.long)
     batch = {"input_ids": ids, "labels": ids}
     compute = DTYPES[setup.dtype][1]
@@ -303,7 +304,7 @@ def _traced(model: nn.Module, batch: Any, loss: Any, device: Device | None, unit
             whole = unroll(few, paths, stack.period)
             if whole is not None:
                 static = dict(few.static_bytes)
-                granule = 1 if device is None or device.kind == "cpu" else 512
+                granule = FakeStep(device).granule_bytes
                 static.update(
                     (name, size) for name, size in static_bytes_by_category(model, batch, granule_bytes=granule).items()
                 )
@@ -398,6 +399,12 @@ def reached(device: Device) -> Device:
 # ----------------------------------------------------------------------------------------- the answer
 
 
+def _room(device: Device, budget: str | int | None) -> int:
+    """What the allocator may reserve of `device`."""
+    room = usable_bytes(device)
+    return room if budget is None else min(room, parse_bytes(budget, whole_bytes=device.memory_bytes))
+
+
 def _leave_room(device: Device, room: int) -> None:
     if room <= 0:
         raise InvalidInput(
@@ -421,9 +428,7 @@ def check(
     `InvalidInput` for a budget that is no size.
     """
     setup.checked()
-    room = usable_bytes(device)
-    if budget is not None:
-        room = min(room, parse_bytes(budget, whole_bytes=device.memory_bytes))
+    room = _room(device, budget)
     _leave_room(device, room)
     progress("tracing the step on fake tensors")
     recorded = trace_for(setup, device)
@@ -679,10 +684,8 @@ def _advice(
 
     if setup.optimizer == "adamw":
         yield from tell("the fused optimizer (--optimizer adamw-fused)", optimizer="adamw-fused")
-    if largest:
-        yield (
-            f"a batch of {largest} instead of {setup.batch} fits at {setup.seq} tokens" if largest < setup.batch else ""
-        )
+    if largest and largest < setup.batch:
+        yield f"a batch of {largest} instead of {setup.batch} fits at {setup.seq} tokens"
     if longest and longest < setup.seq:
         yield f"sequences of {longest} instead of {setup.seq} tokens fit at a batch of {setup.batch}"
     if setup.optimizer in ("adamw", "adamw-fused") and setup.method == "full":
@@ -859,14 +862,17 @@ def _packed_not(setup: Setup) -> list[nn.Parameter]:
 def which_gpus(setup: Setup, *, budget: str | int | None = None, progress: Progress = lambda _: None) -> list[Forecast]:
     """A forecast, without searches, for every GPU of the catalog: those that run it first, fastest first."""
     setup.checked()
+    traces: dict[tuple[str, bool, int], Trace] = {}
     found = []
     for name in gpu_names():
         device = gpu(name)
         progress(f"planning for {name}")
-        recorded = retimed(_trace_for_kernels(setup, device), reached(device))
-        room = usable_bytes(device)
-        if budget is not None:
-            room = min(room, parse_bytes(budget, whole_bytes=device.memory_bytes))
+        step = FakeStep(device)
+        kernels = (device.kind, step.flash, step.workspace_bytes)  # devices that take the same share a trace
+        if kernels not in traces:
+            traces[kernels] = trace_setup(setup, device)
+        recorded = retimed(traces[kernels], reached(device))
+        room = _room(device, budget)
         base = simulate(recorded)
         modes = [_mode("none", recorded, base, None, room)]
         made = plan(recorded, base.peak_bytes) if modes[0].fits else _fitted(recorded, room, _QUICK)
@@ -883,21 +889,3 @@ def which_gpus(setup: Setup, *, budget: str | int | None = None, progress: Progr
             )
         )  # fmt: skip
     return sorted(found, key=lambda f: (not f.fits, f.modes[-1].step_seconds if f.fits else f.gpu_bytes))
-
-
-def _trace_for_kernels(setup: Setup, device: Device) -> Trace:
-    """The trace is the same for all devices that take the same kernels."""
-    flash = device.compute_capability is None or device.compute_capability >= 8.0
-    workspace = device.compute_capability is not None and device.compute_capability >= 9.0
-    key = (device.kind, flash, workspace)
-    return _by_kernels(setup, key, device)
-
-
-_kernel_traces: dict[tuple[Setup, Any], Trace] = {}
-
-
-def _by_kernels(setup: Setup, key: Any, device: Device) -> Trace:
-    if (setup, key) not in _kernel_traces:
-        _kernel_traces.clear() if any(known != setup for known, _ in _kernel_traces) else None
-        _kernel_traces[setup, key] = trace_setup(setup, device)
-    return _kernel_traces[setup, key]

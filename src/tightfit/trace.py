@@ -56,7 +56,7 @@ from tightfit.core import (
     make_verb,
     to_json,
 )
-from tightfit.cost import NOMINAL_CPU, NOMINAL_CUDA, op_seconds
+from tightfit.cost import NOMINAL_CPU, NOMINAL_CUDA, retimed
 from tightfit.fake import FakeStep, faked, refusals_named
 from tightfit.loss import rows_at_once, watched
 from tightfit.step import (
@@ -656,6 +656,8 @@ def _trace(
         static[Category.WORKSPACE.value] = fake.workspace_bytes
         notes = fake.notes
     recorded = _Assembly(model, batch, dry, full, modules, static, gradients, fake, notes).trace()
+    if fake is not None:
+        recorded = retimed(recorded, fake.target or NOMINAL_CPU)
     return recorded if optimizer is None else with_optimizer(recorded, optimizer, fake.target if fake else None)
 
 
@@ -1060,7 +1062,7 @@ class _Assembly:
         needed = {full.saved[s][0] for s in full.read}
         units = self._units(programs)
         loss = self._loss_values()
-        seconds = self._pooled(units, self._estimated_seconds if self.fake is not None else lambda c: c.seconds)
+        seconds = self._pooled(units)
         ops = tuple(
             Op(
                 id=c.id, unit=c.unit, ordinal=c.ordinal, name=c.name, inputs=tuple(v for v, _ in c.reads),
@@ -1199,7 +1201,7 @@ class _Assembly:
             )
         return tuple(units)
 
-    def _pooled(self, units: tuple[Unit, ...], of: Callable[[_Call], list[float]]) -> dict[int, float]:
+    def _pooled(self, units: tuple[Unit, ...]) -> dict[int, float]:
         """Median per op, over the passes and over the equal ops of equal units: one noisy second misleads nobody."""
         digest = {unit.path: unit.digest for unit in units}
         samples: dict[tuple[Any, ...], list[float]] = defaultdict(list)
@@ -1214,17 +1216,9 @@ class _Assembly:
                 keys[call.id] = ("op", call.id)
             else:
                 keys[call.id] = (digest[self.full.frames[call.frame].unit], position[call.frame], call.ordinal)
-            samples[keys[call.id]] += of(call)
+            samples[keys[call.id]] += call.seconds
         medians = {key: statistics.median(values) for key, values in samples.items() if values}
         return {call: medians.get(key, 0.0) for call, key in keys.items()}
-
-    def _estimated_seconds(self, call: _Call) -> list[float]:
-        if call.kind is Kind.VIEW:
-            return [0.0]
-        dtype = self.full.storages[call.fresh[0]].dtype if call.fresh else "float32"
-        moved = call.out_bytes + sum(self.full.storages[v].size_bytes for v in {v for v, _ in call.reads})
-        target = NOMINAL_CPU if self.fake is None or self.fake.target is None else self.fake.target
-        return [op_seconds(call.flops, moved, dtype, target)]
 
 
 make_verb(__name__, trace)

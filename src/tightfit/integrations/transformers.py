@@ -44,6 +44,7 @@ __all__ = [
     "load_model",
     "positions_of",
     "random_batch",
+    "require_positions",
 ]
 
 logger = logging.get_logger(__name__)
@@ -96,18 +97,28 @@ def config_named(name: str) -> Any:
         with _one_line(f"the catalog's entry {name!r} is no config"):
             return AutoConfig.for_model(shape.model_type, **copy.deepcopy(dict(shape.config)))
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InvalidInput(f"the folder {str(folder)!r} has no config.json")
+        _require_config(folder)
         with _one_line(f"cannot read the config in {str(folder)!r}"):
             return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if folder.is_file():
+    _require_hub_id(name)
+    with _one_line(f"cannot load the config of {name!r} from the hub"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def _require_config(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        hint = "; it holds an adapter, give its base model" if (folder / "adapter_config.json").is_file() else ""
+        raise InvalidInput(f"the folder {str(folder)!r} has no config.json{hint}")
+
+
+def _require_hub_id(name: str) -> None:
+    """Raise `InvalidInput` unless `name`, which is no folder and not in the catalog, can be a hub id."""
+    if Path(name).expanduser().is_file():
         raise InvalidInput(f"{name!r} is a file: give the folder that holds its config.json")
-    if len(name.split("/")) == 2 and all(name.split("/")) and not name.startswith((".", "~")):
-        with _one_line(f"cannot load the config of {name!r} from the hub"):
-            return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    raise InvalidInput(
-        f"unknown model {name!r}: it is no folder, no hub id (owner/name) and not in the catalog; {nearest(name)}"
-    )
+    if len(name.split("/")) != 2 or not all(name.split("/")) or name.startswith((".", "~")):
+        raise InvalidInput(
+            f"unknown model {name!r}: it is no folder, no hub id (owner/name) and not in the catalog; {nearest(name)}"
+        )
 
 
 def load_model(
@@ -124,30 +135,19 @@ def load_model(
     device = torch.device(device)
     folder = Path(name).expanduser()
     if name.strip().lower() in model_names():
-        shape = model_shape(name)
-        config = AutoConfig.for_model(shape.model_type, **copy.deepcopy(dict(shape.config)))
-        return _random_model(config, dtype, device, seed), f"random weights (seed {seed}) in the shape {shape.source}"
+        origin = f"random weights (seed {seed}) in the shape {model_shape(name).source}"
+        return _random_model(config_named(name), dtype, device, seed), origin
     if folder.is_dir():
         return _model_in_folder(folder, dtype, device, seed)
-    if folder.is_file():
-        raise InvalidInput(f"{name!r} is a file: give the folder that holds its config.json")
-    if len(name.split("/")) == 2 and all(name.split("/")) and not name.startswith((".", "~")):
-        with _one_line(f"cannot load {name!r} from the hub"):
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, trust_remote_code=False, use_safetensors=True
-            )
-        return _ready(
-            model, device
-        ), f"weights from the hub: {name} {getattr(model.config, '_commit_hash', '') or ''}".strip()
-    raise InvalidInput(
-        f"unknown model {name!r}: it is no folder, no hub id (owner/name) and not in the catalog; {nearest(name)}"
-    )
+    _require_hub_id(name)
+    with _one_line(f"cannot load {name!r} from the hub"):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    commit = getattr(model.config, "_commit_hash", "") or ""
+    return _ready(model, device), f"weights from the hub: {name} {commit}".strip()
 
 
 def _model_in_folder(folder: Path, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[PreTrainedModel, str]:
-    if not (folder / "config.json").is_file():
-        hint = "; it holds an adapter, give its base model" if (folder / "adapter_config.json").is_file() else ""
-        raise InvalidInput(f"the folder {str(folder)!r} has no config.json{hint}")
+    _require_config(folder)
     has_weights = any((folder / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles and not has_weights:
@@ -198,6 +198,8 @@ def _one_line(what: str) -> Iterator[None]:
 
 def positions_of(config: Any) -> int | None:
     """How many tokens the model has positions for, by the names that configs give it; `None`: no limit is known."""
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     names = ("max_position_embeddings", "max_target_positions", "max_seq_len", "n_positions")
     found = [value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0]
     if not found:
@@ -206,6 +208,13 @@ def positions_of(config: Any) -> int | None:
     kin = ("roberta", "camembert", "xlm-roberta", "xmod", "longformer", "data2vec", "mpnet")
     offset = 2 if str(getattr(config, "model_type", "")).startswith(kin) else 0
     return min(found) - offset
+
+
+def require_positions(config: Any, seq: int) -> None:
+    """Raise `InvalidInput` when the model has fewer positions than `seq` tokens."""
+    positions = positions_of(config)
+    if positions is not None and seq > positions:
+        raise InvalidInput(f"a sequence of {seq} tokens was asked for, but the model has {positions} positions")
 
 
 def random_batch(model: nn.Module, batch: int, seq: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -220,9 +229,7 @@ def random_batch(model: nn.Module, batch: int, seq: int, seed: int = 0) -> dict[
     config: Any = model.config
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    positions = positions_of(config)
-    if positions is not None and seq > positions:
-        raise InvalidInput(f"a sequence of {seq} tokens was asked for, but the model has {positions} positions")
+    require_positions(config, seq)
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(0, int(config.vocab_size), (batch, seq), generator=generator)
     input_ids = input_ids.to(next(model.parameters()).device)

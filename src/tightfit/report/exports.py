@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Mapping
 from typing import Any
 
+from tightfit.allocator import MIN_BLOCK_BYTES
 from tightfit.core import Plan, Timeline, Trace, format_bytes
 from tightfit.plan.simulate import allocations
 
@@ -50,7 +51,7 @@ def memory_snapshot(trace: Trace, plan: Plan | None = None) -> bytes:
         if free.get(size):
             address = free[size].pop()
         else:
-            address, top = top, top + -(-size // 512) * 512
+            address, top = top, top + -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
         addresses[key] = (address, size)
         entries.append({"action": "alloc", "addr": address, "size": size, "stream": 0, "frames": frames(name)})
 
