@@ -241,7 +241,7 @@ class Frame:
 
     id: int
     unit: str
-    inputs: tuple[int, ...]  # value ids of its tensor arguments
+    inputs: tuple[int, ...]  # value ids of its tensor arguments, each once, in the order of the call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,10 +342,22 @@ class Choice:
     tiles: int = 1
     signature: str = ""
     program: str = ""  # key into `Plan.programs`
+    inputs: tuple[Action, ...] = ()  # of what it is given, as in `Frame.inputs`; RECOMPUTE: the unit before makes it
+    lends: tuple[int, ...] = ()  # values that it makes again for units whose inputs are not kept
 
     @property
     def keeps_all(self) -> bool:
-        return all(action is Action.KEEP for action in self.actions)
+        return not self.lends and all(action is Action.KEEP for action in (*self.actions, *self.inputs))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advance:
+    """One sweep in backward that makes a unit's input again by running the units before it: from `base`, whose input is
+    there, up to `target`, whose backward asks. `stores`: units on the way whose inputs stay for their own backward."""
+
+    base: str
+    target: str
+    stores: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -367,6 +379,7 @@ class Plan:
     versions: Mapping[str, str]
     programs: Mapping[str, Program] = field(default_factory=dict)
     in_place_loss: bool = False  # the loss makes its gradient in place of what it saved; costs no recompute
+    advances: tuple[Advance, ...] = ()  # in the order of backward
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON: whole or not at all."""

@@ -473,8 +473,8 @@ class _Recorder(TorchDispatchMode):
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.open is not None or not torch.is_grad_enabled() or not self.recording:
                 return original(*args, **kwargs)
-            inputs = {v for v, _ in map(self.value_of, tensors_in((args, kwargs))) if v is not None}
-            frame = _FrameRecord(id=len(self.frames), unit=path, inputs=tuple(sorted(inputs)))
+            inputs = dict.fromkeys(v for v, _ in map(self.value_of, tensors_in((args, kwargs))) if v is not None)
+            frame = _FrameRecord(id=len(self.frames), unit=path, inputs=tuple(inputs))
             self.frames.append(frame)
             self.events.append((Happening.ENTER, frame.id))
             self.open = frame

@@ -423,7 +423,7 @@ class _Build:
                 number = self.numbers["frame", position, i]
                 frames[number] = Frame(
                     id=number, unit=self.paths[position * blocks.period + i],
-                    inputs=tuple(sorted(self._must("value", r, position) for r in blocks._frame(frame_id, source))),
+                    inputs=tuple(self._must("value", r, position) for r in blocks._frame(frame_id, source)),
                 )  # fmt: skip
                 programs[number] = old.programs[frame_id]
         events = tuple(

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tightfit.core import Choice, InvalidInput, Plan, PlanMismatch, Trace
+from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, Trace
 from tightfit.engine.frame import Frame, FramePlan, Scrutiny, Stats, is_active
 from tightfit.engine.region import checkpoint
+from tightfit.engine.stash import Chain
 from tightfit.loss import in_place
 from tightfit.plan.program import kept_values, recipe
 from tightfit.step import ForwardPatch, no_key_value_cache
@@ -47,6 +48,8 @@ class Applied:
         """Put `plan` in force; on a suspended handle, which goes on counting."""
         self.plan, self.trace = plan, trace
         matched = _matched(self.model, plan)
+        stores = {(sweep.base, sweep.target): frozenset(sweep.stores) for sweep in plan.advances}
+        self._chain = Chain(stores, self._count_reruns)
         try:
             self._switches.enter_context(no_key_value_cache(self.model))
             if plan.in_place_loss:
@@ -58,6 +61,9 @@ class Applied:
         except BaseException:
             self.suspend()
             raise
+
+    def _count_reruns(self, ops: int) -> None:
+        self._stats.rerun_ops += ops
 
     def suspend(self) -> None:
         """Restore the model until `resume`. Graphs made before stay valid."""
@@ -73,13 +79,14 @@ class Applied:
         self, name: str, module: nn.Module, plan: FramePlan
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            key = hash((plan.names, plan.live, plan.drop))
+            key = hash((plan.names, plan.live, plan.drop, plan.inputs))
             scrutiny = _checked.setdefault(module, {}).setdefault(key, Scrutiny())
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if not torch.is_grad_enabled() or is_active():
                     return original(*args, **kwargs)
-                return Frame(name or "the model", original, args, kwargs, plan, self._stats, module, scrutiny).run()
+                shown = name or "the model"
+                return Frame(shown, original, args, kwargs, plan, self._stats, module, scrutiny, self._chain).run()
 
             forward.__tightfit__ = True  # type: ignore[attr-defined]  # how a second plan, or a trace, sees this one
             return forward
@@ -121,8 +128,9 @@ def _frame_plan(plan: Plan, choice: Choice) -> FramePlan | None:
     program = plan.programs.get(choice.program)
     if program is None or len(choice.actions) != program.values:
         raise InvalidInput(f"the plan is damaged: it has no program for the unit {choice.unit!r}")
-    chosen = recipe(program, kept_values(choice.actions))
-    return FramePlan.of(program, chosen) if chosen.replays else None
+    chosen = recipe(program, kept_values(choice.actions), frozenset(choice.lends))
+    borrows = any(action is not Action.KEEP for action in choice.inputs)
+    return FramePlan.of(program, chosen, choice.inputs, choice.lends) if chosen.replays or borrows else None
 
 
 def _matched(model: nn.Module, plan: Plan) -> list[tuple[Choice, nn.Module]]:

@@ -24,7 +24,7 @@ import random
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,10 +33,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tightfit.core import Kind, Program, ReplayDiverged, Unsupported
+from tightfit.core import Action, Kind, Program, ReplayDiverged, Unsupported
 from tightfit.engine.checksum import checksum, differs
+from tightfit.engine.stash import Chain
 from tightfit.engine.tape import NotOnTape, Reference, Tape, Todo, generator_of, spare_running_statistics
-from tightfit.plan.program import Recipe, expected, first_random
+from tightfit.plan.program import Recipe, expected, first_random, run_for_others
 from tightfit.step import tensors_in
 from tightfit.trace import BATCH_NORMS, is_random, is_uncounted, op_name
 
@@ -70,11 +71,17 @@ class FramePlan:
     slots: tuple[int, ...]
     wanted: tuple[bool, ...]
     again: frozenset[int]  # values that are made again and not kept
+    inputs: tuple[Action, ...]  # by place among the distinct tensors that the unit is given
+    lends: frozenset[int]  # values that later units have made again
+    for_others: frozenset[int]  # ops that only run for them
+    values: int  # input k is value `values + k` to the tape
     todo: list[Todo | None]  # once a forward has called the op; None before, and for casts, which need a closer look
     funcs: list[Any]  # the ops themselves, as forwards have called them
 
     @classmethod
-    def of(cls, program: Program, recipe: Recipe) -> FramePlan:
+    def of(
+        cls, program: Program, recipe: Recipe, inputs: tuple[Action, ...] = (), lends: Collection[int] = ()
+    ) -> FramePlan:
         steps = program.steps
         return cls(
             names=tuple(step.name for step in steps),
@@ -87,6 +94,10 @@ class FramePlan:
             slots=program.slots,
             wanted=program.wanted,
             again=recipe.again,
+            inputs=inputs,
+            lends=frozenset(lends),
+            for_others=run_for_others(program, recipe) if lends else frozenset(),
+            values=program.values,
             todo=[None] * len(steps),
             funcs=[None] * len(steps),
         )
@@ -270,7 +281,9 @@ class Frame:
         stats: Stats,
         module: nn.Module | None = None,
         scrutiny: Scrutiny | None = None,
+        chain: Chain | None = None,
     ) -> None:
+        self.chain = chain
         self.name, self.forward, self.plan, self.stats = name, forward, plan, stats
         self.module = module
         self.scrutiny = scrutiny  # None: nothing that the tape makes is compared
@@ -309,6 +322,8 @@ class Frame:
         self.stats.frames += 1
         if self.plan is None:  # planned units that draw from Python or NumPy are pinned, so only regions need this
             self.foreign = _foreign_random_states()
+        if self.tape is not None:
+            self._borrow(self.tape)
         try:
             with _activated(), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack), _Watch(self):
                 out = self.forward(*self.args, **self.kwargs)
@@ -320,6 +335,7 @@ class Frame:
             if self.count != len(self.plan.names):
                 self.leave_plan(self.count)
             else:
+                self._lend(self.tape, out)
                 try:
                     self.tape.finish()
                 except NotOnTape:
@@ -338,6 +354,28 @@ class Frame:
         if self.module is not None:
             self.buffers_after = [(buffer, _version(buffer)) for buffer in self.module.buffers()]
         return out
+
+    def _borrow(self, tape: Tape) -> None:
+        """Give the tape a source for each input that is not to be held."""
+        plan = self.plan
+        assert plan is not None
+        if not plan.inputs or self.chain is None:
+            return
+        for place, tensor in enumerate(_distinct(tensors_in((self.args, self.kwargs)))):
+            if place < len(plan.inputs) and plan.inputs[place] is Action.RECOMPUTE:
+                source = self.chain.borrowed(tensor, self.name)
+                if source is not None:
+                    tape.adopt(plan.values + place, tensor, source)
+
+    def _lend(self, tape: Tape, out: Any) -> None:
+        """Let later units have what this one hands on made again."""
+        plan = self.plan
+        assert plan is not None
+        if plan.lends and self.chain is not None:
+            for tensor in tensors_in(out):
+                value = tape.holds(tensor)
+                if value in plan.lends:
+                    self.chain.lend(tensor, self.name, tape, value)
 
     def leave_plan(self, count: int) -> None:
         """This forward is not the one that was planned: hold what is held, replay the whole unit later."""
@@ -358,9 +396,10 @@ class Frame:
                 reference = self.tape.slot(tensor, counted=False)
             except NotOnTape:
                 reference = None
-            if reference is None or reference.value not in plan.again:
+            if reference is None or not (reference.value in plan.again or reference.value >= plan.values):
                 return _Held(tensor)
-            counted = expected(plan.slots, plan.wanted, index, reference.value)
+            known_as = reference.value if reference.value < plan.values else -1
+            counted = expected(plan.slots, plan.wanted, index, known_as)
             if counted is None:
                 return _Held(tensor)
             if counted:
@@ -575,12 +614,23 @@ class Frame:
             )
 
 
+def _distinct(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """One tensor for each storage, in order; as the trace counts inputs."""
+    found: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        if tensor.layout is torch.strided:
+            with contextlib.suppress(NotImplementedError):  # a subclass without a storage
+                found.setdefault(int(tensor.untyped_storage()._cdata), tensor)
+    return list(found.values())
+
+
 def _first_results(tape: Tape) -> set[int]:
     """Values that are the first result of a live op; none where an op comes out anew each time."""
     entries = tape.entries.values()
     if any(torch.Tag.nondeterministic_bitwise in entry.func.tags for entry in entries):
         return set()
-    return {value for entry in entries for position, value, _ in entry.makes if position == 0}
+    made = {value for entry in entries for position, value, _ in entry.makes if position == 0}
+    return made.union(tape.sources)
 
 
 def _is_steady(reference: Reference | None, tape: Tape, results: set[int]) -> bool:
@@ -708,6 +758,7 @@ class _Watch(TorchDispatchMode):
                 todo = Todo(
                     func, live=plan.live[index], writes=plan.writes[index], draws=index in plan.states,
                     first_random=index == plan.first_random, outputs=plan.outputs[index],
+                    for_others=index in plan.for_others,
                 )  # fmt: skip
                 plan.funcs[index] = func
                 if func is not _CAST:
@@ -737,7 +788,7 @@ class _Watch(TorchDispatchMode):
             entry.state = state
         out = func(*args, **kwargs) if kwargs else func(*args)
         try:
-            tape.after(entry, out, todo.outputs)
+            tape.after(entry, out, todo)
         except NotOnTape:
             self.frame.leave_plan(index + 1)
         return out

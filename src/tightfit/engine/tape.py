@@ -7,6 +7,10 @@ a dropped value, the tape runs the ops that lead to it and no others, in their o
 value after its last reader. No Python of the model runs again: no module code, no hooks, no branch that could
 turn out differently, and everything else (dead ops, views) costs nothing at all.
 
+A tensor that comes from outside, or a kept one, may also have a *source* (`engine.stash`) instead of staying: it then
+comes back when an op, or autograd, first wants it. And what a unit hands on can be made for others (`produce`), as
+often as they ask.
+
 Invariants:
 - What a reference means is decided by the identity of the storage that the forward really read, not by the plan.
   A tensor that is not known to come from a live op is held, so confusion costs bytes and never a gradient.
@@ -27,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tightfit.core import ReplayDiverged, Unsupported
+from tightfit.engine.stash import Source
 from tightfit.step import tensors_in
 from tightfit.trace import BATCH_NORMS, METADATA_ONLY, op_name
 
@@ -128,7 +133,7 @@ class _Outline:
 class _Entry:
     """One live op."""
 
-    __slots__ = ("args", "done", "func", "held", "index", "kwargs", "makes", "reads", "state", "writes")
+    __slots__ = ("args", "done", "func", "held", "index", "kwargs", "makes", "reads", "spent", "state", "writes")
 
     def __init__(self, index: int, func: Any) -> None:
         self.index, self.func = index, func
@@ -140,16 +145,29 @@ class _Entry:
         self.writes: Sequence[int] = ()  # values that it changes in place
         self.state: torch.Tensor | None = None  # of its generator, before it drew
         self.done = False
+        self.spent = False  # its arguments are gone
 
 
 class Todo:
     """What is known about a planned op before it runs; the same for every frame of a unit."""
 
-    __slots__ = ("draws", "first_random", "func", "is_batch_norm", "live", "mutates", "outputs", "plain", "shape_only")
+    __slots__ = (
+        "draws", "first_random", "for_others", "func", "is_batch_norm", "live", "mutates", "outputs", "plain",
+        "shape_only",
+    )  # fmt: skip
 
     def __init__(
-        self, func: Any, *, live: bool, writes: bool, draws: bool, first_random: bool, outputs: Sequence[int | None]
+        self,
+        func: Any,
+        *,
+        live: bool,
+        writes: bool,
+        draws: bool,
+        first_random: bool,
+        outputs: Sequence[int | None],
+        for_others: bool = False,
     ) -> None:
+        self.for_others = for_others  # it never runs for the unit's own backward
         self.func, self.live, self.draws, self.first_random, self.outputs = func, live, draws, first_random, outputs
         self.plain = not (live or writes or first_random)  # it runs as it is
         self.shape_only = func in METADATA_ONLY
@@ -164,7 +182,7 @@ def _version(tensor: torch.Tensor) -> int:
 class Tape:
     """Taken down in a frame's forward, run in pieces in its backward."""
 
-    __slots__ = ("by_value", "entries", "known", "made", "ran", "together", "uses", "written")
+    __slots__ = ("__weakref__", "by_value", "entries", "known", "made", "ran", "sources", "together", "uses", "written")
 
     def __init__(self) -> None:
         self.entries: dict[int, _Entry] = {}  # by op ordinal, in order
@@ -173,6 +191,7 @@ class Tape:
         self.by_value: dict[int, list[int]] = {}  # value -> ops that make or change it
         self.written: dict[int, int] = {}  # value -> how many ops have written it
         self.uses: dict[int, int] = {}  # value -> references that nobody has followed yet
+        self.sources: dict[int, Source] = {}  # values that no op on the tape makes, and where they come from
         self.made: dict[int, torch.Tensor] = {}  # values that are there again
         self.together: dict[int, tuple[int, ...]] | None = None  # op -> ops that run with it
         self.ran = 0
@@ -201,9 +220,14 @@ class Tape:
         """Where `value` lies, if anybody has it still; only in forward."""
         return next((a for a, (alive, known, _) in self.known.items() if known == value and alive() is not None), None)
 
+    def holds(self, tensor: torch.Tensor) -> int | None:
+        """The value that `tensor` lies in, if the tape can make it again."""
+        found = self.refer(tensor)
+        return found.value if isinstance(found, Reference) else None
+
     def knows(self, tensor: torch.Tensor) -> bool:
         """Does `tensor` lie in a value that a live op made?"""
-        return isinstance(self.refer(tensor), Reference)
+        return self.holds(tensor) is not None
 
     def slot(self, tensor: torch.Tensor, counted: bool) -> Reference | None:
         """A reference for autograd to hold; `counted` if backward is expected to follow it."""
@@ -213,6 +237,14 @@ class Tape:
         if counted:
             self.uses[found.value] = self.uses.get(found.value, 0) + 1
         return found
+
+    def adopt(self, value: int, tensor: torch.Tensor, source: Source) -> None:
+        """From here on `tensor`, and every view of it, is `value`, which `source` will bring when it is wanted."""
+        storage = tensor.untyped_storage()
+        self.known[storage._cdata] = (weakref.ref(storage), value, None)
+        self.written[value] = 1
+        self.by_value[value] = []
+        self.sources[value] = source
 
     def cast(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
         """Take note of a cast that autocast made of a weight."""
@@ -266,11 +298,12 @@ class Tape:
                         raise NotOnTape(f"{op_name(func)} writes what the unit did not make")
         return found
 
-    def after(self, entry: _Entry, out: Any, outputs: Sequence[int | None]) -> None:
-        """Live op `entry` has run and given `out`, whose tensors are the values `outputs`."""
-        uses, written = self.uses, self.written
-        for reference in entry.reads:
-            uses[reference.value] = uses.get(reference.value, 0) + 1
+    def after(self, entry: _Entry, out: Any, todo: Todo) -> None:
+        """Live op `entry` has run and given `out`, whose tensors are the values `todo.outputs`."""
+        uses, written, outputs = self.uses, self.written, todo.outputs
+        if not todo.for_others:
+            for reference in entry.reads:
+                uses[reference.value] = uses.get(reference.value, 0) + 1
         for value in entry.writes:
             written[value] += 1
             self.by_value[value].append(entry.index)
@@ -331,9 +364,32 @@ class Tape:
             self._count_down(reference)
         return tensor
 
+    def produce(self, value: int) -> torch.Tensor:
+        """`value`, made for somebody else: the tape stays as it is and can make it again."""
+        wanted = self._leading_to(value, self.made)
+        if value in self.made:
+            return self.made[value]
+        left: dict[int, int] = {value: 1}
+        for index in wanted:
+            for reference in self.entries[index].reads:
+                left[reference.value] = left.get(reference.value, 0) + 1
+        made = {v: self.made[v] for v in left if v in self.made}
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+            for index in wanted:
+                entry = self.entries[index]
+                # no loop that would hold on to the last tensor
+                made.update((v, tensor) for v, tensor in self._executed(entry, made, keep=True) if left.get(v))
+                for reference in entry.reads:
+                    left[reference.value] -= 1
+                    if not left[reference.value]:
+                        made.pop(reference.value, None)
+        return made[value]
+
     def forget_made(self) -> None:
         """Drop every value that is there again; they can all be made once more."""
         self.made.clear()
+        for source in self.sources.values():
+            source.forget()
         for entry in self.entries.values():
             entry.done = False
 
@@ -342,18 +398,18 @@ class Tape:
         if left <= 0:
             self.made.pop(reference.value, None)
 
-    def _make(self, value: int, keep: bool) -> None:
-        """Run what leads to `value`. `keep`: leave the tape as it is, so that it can all run once more."""
+    def _leading_to(self, value: int, made: Mapping[int, torch.Tensor]) -> list[int]:
+        """The entries that must run so that `value` is there, in order. Raises `RuntimeError` when they have run."""
         if self.together is None:
             self.together = self._groups()
         wanted: set[int] = set()
         pending = [value]
         while pending:
             value = pending.pop()
-            if value in self.made:
+            if value in made or value in self.sources:
                 continue
             writers = self.by_value.get(value)
-            if not writers or self.entries[writers[0]].done:
+            if not writers or self.entries[writers[0]].done or self.entries[writers[0]].spent:
                 raise RuntimeError(
                     "trying to backward through the graph a second time, or to read a saved tensor that the planned "
                     "step never read, after what it is made from was freed; use retain_graph=True for the first "
@@ -364,12 +420,32 @@ class Tape:
             for index in self.together.get(writers[0], (writers[0],)):
                 wanted.add(index)
                 pending += [reference.value for reference in self.entries[index].reads]
+        return sorted(wanted)
+
+    def _make(self, value: int, keep: bool) -> None:
+        """Run what leads to `value`. `keep`: leave the tape as it is, so that it can all run once more."""
+        if value in self.sources:
+            self.made[value] = self.sources[value].take(keep)
+            return
         # grad mode as in forward: below autograd it only matters to kernels that then make more (the LSTM cell's)
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
-            for index in sorted(wanted):
+            for index in self._leading_to(value, self.made):
                 self._run(self.entries[index], keep)
 
     def _run(self, entry: _Entry, keep: bool) -> None:
+        for value, tensor in self._executed(entry, self.made, keep):
+            if self.uses.get(value, 0) > 0:
+                self.made[value] = tensor
+        entry.done = True
+        if not keep:
+            entry.args, entry.kwargs, entry.held, entry.state = (), {}, [], None
+            entry.spent = True
+            for reference in entry.reads:
+                self._count_down(reference)
+            entry.reads = []
+
+    def _executed(self, entry: _Entry, made: dict[int, torch.Tensor], keep: bool) -> list[tuple[int, torch.Tensor]]:
+        """Run an entry that finds what it reads in `made`; what it makes, by value."""
         for held in entry.held:
             if held.version not in (None, _version(held.tensor)):
                 raise RuntimeError(
@@ -377,8 +453,11 @@ class Tape:
                     f"between forward and backward: a tensor of shape {list(held.tensor.shape)}, read by "
                     f"{op_name(entry.func)}, is at version {_version(held.tensor)}; expected version {held.version}"
                 )
-        args = [self._decoded(item) for item in entry.args]
-        kwargs = {name: self._decoded(item) for name, item in entry.kwargs.items()} if entry.kwargs else {}
+        for reference in entry.reads:
+            if reference.value not in made:
+                made[reference.value] = self.sources[reference.value].take(keep)
+        args = [self._decoded(item, made) for item in entry.args]
+        kwargs = {name: self._decoded(item, made) for name, item in entry.kwargs.items()} if entry.kwargs else {}
         if op_name(entry.func) in BATCH_NORMS:
             args, kwargs = spare_running_statistics(entry.func, args, kwargs)
         if entry.state is None:
@@ -392,35 +471,29 @@ class Tape:
             finally:
                 generator.set_state(now)
         self.ran += 1
-        entry.done = True
-        if entry.makes:
-            tensors = [out] if isinstance(out, torch.Tensor) else tensors_in(out)
-            for position, value, nbytes in entry.makes:
-                tensor = tensors[position]
-                if tensor.untyped_storage().nbytes() != nbytes:
-                    raise ReplayDiverged(
-                        f"{op_name(entry.func)} made {nbytes:,} bytes in forward and "
-                        f"{tensor.untyped_storage().nbytes():,} when run again with the same arguments"
-                    )
-                if self.uses.get(value, 0) > 0:
-                    self.made[value] = tensor
-            del tensors
-        del out, args, kwargs
-        if not keep:
-            entry.args, entry.kwargs, entry.held, entry.state = (), {}, [], None
-            for reference in entry.reads:
-                self._count_down(reference)
-            entry.reads = []
+        if not entry.makes:
+            return []
+        tensors = [out] if isinstance(out, torch.Tensor) else tensors_in(out)
+        found = []
+        for position, value, nbytes in entry.makes:
+            tensor = tensors[position]
+            if tensor.untyped_storage().nbytes() != nbytes:
+                raise ReplayDiverged(
+                    f"{op_name(entry.func)} made {nbytes:,} bytes in forward and "
+                    f"{tensor.untyped_storage().nbytes():,} when run again with the same arguments"
+                )
+            found.append((value, tensor))
+        return found
 
-    def _decoded(self, item: Any) -> Any:
+    def _decoded(self, item: Any, made: Mapping[int, torch.Tensor]) -> Any:
         kind = type(item)
         if kind is Reference:
-            made = self.made[item.value]
-            return made if item.geometry is None else item.geometry.on(made)
+            tensor = made[item.value]
+            return tensor if item.geometry is None else item.geometry.on(tensor)
         if kind is _Held:
             return item.tensor
         if kind is list:
-            return [self._decoded(x) for x in item]
+            return [self._decoded(x, made) for x in item]
         if kind is _CastView:
             return item.cast.tensor(item.geometry)
         if kind is _Outline:

@@ -31,6 +31,7 @@ from tightfit.core import (
 from tightfit.cost import NOMINAL_CPU, retimed
 from tightfit.plan.choose import THOROUGH, Effort, Model, Solution
 from tightfit.plan.lever import with_loss_in_place
+from tightfit.plan.nest import Nesting, nestings
 from tightfit.plan.program import shared
 from tightfit.plan.simulate import simulate, simulate_choices
 
@@ -52,75 +53,142 @@ def plan(trace: Trace, budget: str | int, *, effort: Effort = THOROUGH) -> Plan:
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
     planner = _planner(trace, effort)
-    best, lowest = _best(trace, planner, budget_bytes, unplanned)
+    best = _best(trace, planner, budget_bytes, unplanned)
     if trace.losses and (best is None or best.recompute_seconds > 0):
-        other, lower = _best(trace, planner.in_place_loss, budget_bytes, unplanned)
-        if other is not None and (best is None or other.recompute_seconds < best.recompute_seconds):
-            best = other
-        lowest = min(lowest, lower, key=lambda line: line.peak_bytes)
+        best = _faster(best, _best(trace, planner.in_place_loss, budget_bytes, unplanned))
+    if best is None or _is_dear(trace, best):
+        possible = [nested for nested in planner.frugal.nested if nested.floor.peak_bytes <= budget_bytes]
+        for nested in possible[: _NESTINGS if effort.proves else 1]:
+            best = _faster(best, _best(trace, nested, budget_bytes, unplanned))
     if best is not None:
         return best
-    raise BudgetInfeasible(budget_bytes, lowest.peak_bytes, _advice(trace, lowest, budget_bytes))
-
-
-def _best(trace: Trace, planner: _Planner, budget_bytes: int, unplanned: Timeline) -> tuple[Plan | None, Timeline]:
-    """The best plan by `planner`, that of `trace` or of what a lever makes of it; and the last timeline looked at, that
-    of the lowest peak when there is no plan."""
-    lever, model = planner.trace, planner.model
-    line = simulate_choices(lever, ())
+    least = _least(planner)
+    choices, line = least.lowest
     if line.peak_bytes <= budget_bytes:
-        nothing = Solution(points={u.path: 0 for u in trace.units}, seconds=0.0, bound_seconds=0.0)
-        return _plan(trace, lever, budget_bytes, model.choices(nothing), line, unplanned, 0.0), line
+        return _plan(trace, least, budget_bytes, choices, line, unplanned, 0.0)
+    raise BudgetInfeasible(budget_bytes, line.peak_bytes, _advice(trace, line, budget_bytes))
+
+
+def _faster(one: Plan | None, other: Plan | None) -> Plan | None:
+    found = [plan for plan in (one, other) if plan is not None]
+    return min(found, key=lambda plan: plan.recompute_seconds, default=None)
+
+
+def _best(trace: Trace, planner: _Planner, budget_bytes: int, unplanned: Timeline) -> Plan | None:
+    """The best plan by `planner`, that of `trace` or of what a lever makes of it; None: it finds none."""
+    model = planner.model
+    if planner.nesting is None:
+        line = simulate_choices(planner.trace, ())
+        if line.peak_bytes <= budget_bytes:
+            nothing = Solution(points={u.path: 0 for u in trace.units}, seconds=0.0, bound_seconds=0.0)
+            return _plan(trace, planner, budget_bytes, model.choices(nothing), line, unplanned, 0.0)
     target = budget_bytes
     for _ in range(_REFEREE_ROUNDS):
         solution = model.solve(target)
         if solution is None:
             break
-        choices = model.choices(solution)
-        line = simulate_choices(lever, choices)
+        choices, line = planner.refereed(solution.points)
         if line.peak_bytes <= budget_bytes:
-            return _plan(trace, lever, budget_bytes, choices, line, unplanned, solution.bound_seconds), line
+            return _plan(trace, planner, budget_bytes, choices, line, unplanned, solution.bound_seconds)
         # the model was too hopeful by this much; ask it for that much less
         target -= max(1, line.peak_bytes - budget_bytes)
     solution = model.solve(None)
     assert solution is not None
-    choices = model.choices(solution)
-    line = simulate_choices(lever, choices)
+    choices, line = planner.refereed(solution.points)
     if line.peak_bytes > budget_bytes:
         choices, line = planner.lowest
     if line.peak_bytes <= budget_bytes:
-        return _plan(trace, lever, budget_bytes, choices, line, unplanned, 0.0), line
-    return None, line
+        return _plan(trace, planner, budget_bytes, choices, line, unplanned, 0.0)
+    return None
+
+
+#: Nothing is swept for less than this part of the peak.
+_WORTH = 0.999
+
+#: Of the nestings that can fit, in the order of what they sweep, so many are planned with.
+_NESTINGS = 3
+
+#: Nested recompute runs units a second time, so it is looked at when a plan without it reruns this part of the forward.
+_DEAR = 0.75
+
+
+def _is_dear(trace: Trace, found: Plan) -> bool:
+    forward = sum(op.seconds for op in trace.ops if op.phase is Phase.FORWARD and op.unit is not None)
+    return found.recompute_seconds > _DEAR * forward
 
 
 def lowest(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
     """The plan of the lowest peak. Its budget is its own peak."""
-    planner = _planner(trace, effort)
-    levers = [planner, planner.in_place_loss] if trace.losses else [planner]
-    best = min(levers, key=lambda lever: lever.lowest[1].peak_bytes)
-    choices, line = best.lowest
-    return _plan(trace, best.trace, line.peak_bytes, choices, line, simulate_choices(trace, ()), 0.0)
+    least = _least(_planner(trace, effort))
+    choices, line = least.lowest
+    return _plan(trace, least, line.peak_bytes, choices, line, simulate_choices(trace, ()), 0.0)
+
+
+def _least(planner: _Planner) -> _Planner:
+    """`planner` with the levers by which the lowest peak is found."""
+    best = min(planner, planner.frugal, key=lambda lever: lever.lowest[1].peak_bytes)
+    nestings = planner.frugal.nested
+    least = min((nested.floor.peak_bytes for nested in nestings), default=best.lowest[1].peak_bytes)
+    if least >= best.lowest[1].peak_bytes * _WORTH:
+        return best
+    nested = next(each for each in nestings if each.floor.peak_bytes * _WORTH <= least)
+    return min(best, nested, key=lambda lever: lever.lowest[1].peak_bytes)
 
 
 def every_block(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
     """The book recipe as a plan: every unit keeps only its inputs. Its budget is its own peak."""
     unplanned = simulate_choices(trace, ())
-    model = _planner(trace, effort).model
-    points = {path: len(options) - 1 for path, options in model.options.items()}
-    choices = model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
-    line = simulate_choices(trace, choices)
-    return _plan(trace, trace, line.peak_bytes, choices, line, unplanned, 0.0)
+    planner = _planner(trace, effort)
+    line = simulate_choices(trace, planner.fewest)
+    return _plan(trace, planner, line.peak_bytes, planner.fewest, line, unplanned, 0.0)
 
 
 class _Planner:
     """What of a trace does not depend on the budget, made when first asked for."""
 
-    def __init__(self, trace: Trace, effort: Effort) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        effort: Effort,
+        *,
+        in_place_loss: bool = False,
+        nesting: Nesting | None = None,
+        plain: _Planner | None = None,
+    ) -> None:
         self.trace, self.effort = trace, effort
+        self.has_loss_in_place = in_place_loss
+        self.nesting, self.plain = nesting, plain  # the same without the nesting
+        self.advances = () if nesting is None else nesting.advances
 
     @functools.cached_property
     def model(self) -> Model:
-        return Model(self.trace, self.effort)
+        return Model(self.trace, self.effort, self.nesting)
+
+    def refereed(self, points: Mapping[str, int]) -> tuple[tuple[Choice, ...], Timeline]:
+        """The choice of one point for each unit, and what the referee says of it."""
+        choices = self.model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
+        return choices, simulate_choices(self.trace, choices, self.advances)
+
+    @functools.cached_property
+    def floor(self) -> Timeline:
+        """With the fewest bytes kept in each unit; what a nesting can do, at the cost of one walk."""
+        assert self.nesting is not None and self.plain is not None
+        choices = tuple(self.nesting.on(choice) for choice in self.plain.fewest)
+        return simulate_choices(self.trace, choices, self.advances)
+
+    @functools.cached_property
+    def fewest(self) -> tuple[Choice, ...]:
+        """Every unit keeps as little as it can."""
+        points = {path: len(options) - 1 for path, options in self.model.options.items()}
+        return self.model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
+
+    @functools.cached_property
+    def nested(self) -> tuple[_Planner, ...]:
+        """The same with fewer and fewer inputs kept."""
+        return tuple(
+            _Planner(self.trace, self.effort, in_place_loss=self.has_loss_in_place, nesting=nesting, plain=self)
+            for nesting in nestings(self.trace)
+        )
 
     @functools.cached_property
     def lowest(self) -> tuple[tuple[Choice, ...], Timeline]:
@@ -129,7 +197,7 @@ class _Planner:
         Measured seconds move the points of the frontiers and so the lowest peak among them; estimated ones do not. The
         model's lowest is not always the referee's, so the referee is asked about the units one step this way or that.
         """
-        model = Model(retimed(self.trace, NOMINAL_CPU), self.effort)
+        model = Model(retimed(self.trace, NOMINAL_CPU), self.effort, self.nesting)
         solution = model.solve(None)
         assert solution is not None
         tries = max(_FEWEST_TRIES, _EVENTS_TO_TRY // max(1, len(self.trace.events))) if self.effort.proves else 2
@@ -139,7 +207,7 @@ class _Planner:
             key = tuple(points[path] for path in model.options)
             if key not in seen:
                 choices = model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
-                seen[key] = simulate_choices(self.trace, choices)
+                seen[key] = simulate_choices(self.trace, choices, self.advances)
             return seen[key]
 
         fewest = {path: len(options) - 1 for path, options in model.options.items()}
@@ -157,9 +225,14 @@ class _Planner:
                 best = min((best, changed), key=lambda points: line(points).peak_bytes)
         return model.choices(Solution(points=best, seconds=0.0, bound_seconds=0.0)), line(best)
 
+    @property
+    def frugal(self) -> _Planner:
+        """With the levers that cost no recompute."""
+        return self.in_place_loss if self.trace.losses else self
+
     @functools.cached_property
     def in_place_loss(self) -> _Planner:
-        return _Planner(with_loss_in_place(self.trace), self.effort)
+        return _Planner(with_loss_in_place(self.trace), self.effort, in_place_loss=True)
 
 
 _latest: _Planner | None = None
@@ -175,7 +248,7 @@ def _planner(trace: Trace, effort: Effort = THOROUGH) -> _Planner:
 
 def _plan(
     trace: Trace,
-    lever: Trace,
+    planner: _Planner,
     budget_bytes: int,
     choices: tuple[Choice, ...],
     line: Timeline,
@@ -213,7 +286,8 @@ def _plan(
         }
         | {"highspy": metadata.version("highspy")},
         programs=programs,
-        in_place_loss=lever is not trace,
+        in_place_loss=planner.has_loss_in_place,
+        advances=planner.advances,
     )
 
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from tightfit.core import Action, Choice, Happening, Program, TightfitError, Trace, Unsupported
 from tightfit.plan.frontier import MANY, Frontier, Point, frontier, solver
-from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, recipe, shared
+from tightfit.plan.nest import Nesting
+from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, recipe, shared
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -51,8 +52,9 @@ class Solution:
 class Model:
     """Everything about a trace that does not depend on the budget."""
 
-    def __init__(self, trace: Trace, effort: Effort = THOROUGH) -> None:
+    def __init__(self, trace: Trace, effort: Effort = THOROUGH, nesting: Nesting | None = None) -> None:
         self.trace, self.effort = trace, effort
+        self.nesting = nesting or Nesting(links=(), advances=(), passes={})
         self._index()
         self.base = self._base()
         self.programs: dict[str, Program] = {}  # of units that can be planned: one for all calls
@@ -72,7 +74,10 @@ class Model:
                     except Unsupported:
                         known[unit.digest] = Frontier(points=())
                 self.frontiers[unit.path] = known[unit.digest]
-                points += tuple(p for p in known[unit.digest].points if self._replays(unit.path, p))
+                if self.nesting.lends(unit.path):  # the engine has work there even if backward asks for nothing
+                    points = known[unit.digest].points
+                else:
+                    points += tuple(p for p in known[unit.digest].points if self._replays(unit.path, p))
             self.options[unit.path] = points
         self._tabulate()
 
@@ -132,7 +137,30 @@ class Model:
                 change[i] -= trace.values[event.subject].size_bytes
         live = np.cumsum(change) + sum(trace.static_bytes.values())
         scratch = np.array([trace.ops[trace.events[i].subject].scratch_bytes for i in self.marks])
-        return np.asarray(live[self.marks] + scratch, dtype=np.float64)
+        return np.asarray(live[self.marks] + scratch, dtype=np.float64) + self._not_kept()
+
+    def _not_kept(self) -> Floats:
+        """Change of live bytes at each mark from the inputs that sweeps make again."""
+        trace = self.trace
+        change = np.zeros(len(self.marks) + 1)
+        stored_at = {unit: self._first_demand(unit) for unit in (link.user for link in self.nesting.links)}
+        for sweep in self.nesting.advances:
+            stored_at |= {unit: self._first_demand(sweep.target) for unit in sweep.stores}
+        others: dict[int, int] = defaultdict(lambda: -1)
+        borrowed = {link.value: link.user for link in self.nesting.links}
+        for saved in trace.saved:
+            user = borrowed.get(saved.value)
+            if user is not None and (saved.frame is None or trace.frames[saved.frame].unit != user):
+                others[saved.value] = max(others[saved.value], self.released.get(saved.id, len(trace.events)))
+        for link in self.nesting.links:
+            value = trace.values[link.value]
+            end = self.freed.get(value.id, len(trace.events))
+            natural = end if value.natural_end is None else value.natural_end
+            gone, again = max(natural, others[value.id]), min(stored_at[link.user], end)
+            if again > gone:
+                change[self.mark_at[gone + 1]] -= value.size_bytes
+                change[self.mark_at[again]] += value.size_bytes
+        return np.asarray(np.cumsum(change)[: len(self.marks)])
 
     # -- one unit
 
@@ -147,12 +175,16 @@ class Model:
         )
         return _found(program, tuple(sizes), tuple(seconds), many)
 
+    def _recipe(self, path: str, point: Point) -> Recipe:
+        lends = self.nesting.lends(path)
+        return recipe(self.programs[path], point.kept - lends, lends)
+
     def _recipes(self, path: str, point: Point) -> dict[int, Recipe]:
         """What each call of the unit does when `point` is chosen; calls in which nothing runs again are left out."""
         found = {}
+        chosen = self._recipe(path, point)
         for frame in self.frames_of[path]:
-            chosen = recipe(self.programs[path], point.kept)
-            if any(s in self.load for _, s in self._dropped_slots(path, frame, chosen)):
+            if chosen.lends or any(s in self.load for _, s in self._dropped_slots(path, frame, chosen)):
                 found[frame] = chosen
         return found
 
@@ -186,7 +218,8 @@ class Model:
             loads = sorted((self.load[s], i) for i, s in self._dropped_slots(path, frame, chosen) if s in self.load)
             event_of = {i: event for event, i in loads}
             batches = [(event_of[i], ops) for i, ops in demanded(program, chosen, tuple(i for _, i in loads))]
-            last_release = max(self.released.get(s, end_of_step) for s in self.slots[frame])
+            last_release = max((self.released.get(s, end_of_step) for s in self.slots[frame]), default=-1)
+            borrowed = self.nesting.borrowed(path)
             # what the dropped saved tensors held goes at once, and what was made again with the last of them
             until: dict[int, int] = {}
             for ordinal, slot in self._dropped_slots(path, frame, chosen):
@@ -210,7 +243,7 @@ class Model:
                     if value_id in made:
                         if op_id != trace.values[value_id].producer:
                             last_read[value_id] = max(last_read.get(value_id, -1), runs_at.get(op_id, -1))
-                    elif trace.values[value_id].producer is not None:
+                    elif trace.values[value_id].producer is not None and value_id not in borrowed:
                         held[value_id] = max(held.get(value_id, -1), runs_at.get(op_id, last_release))
             for value_id, event in held.items():
                 end = self.freed.get(value_id, end_of_step)
@@ -226,7 +259,11 @@ class Model:
             if drawn is not None:
                 extra = len(chosen.states | {drawn}) * state_bytes
                 live(extra, self.enter[frame], self.exit[frame])
-                live(len(chosen.states) * state_bytes, self.exit[frame], batches[-1][0])
+                live(len(chosen.states) * state_bytes, self.exit[frame], batches[-1][0] if batches else last_release)
+            for lent in chosen.lends:
+                passing = leading_to(program, chosen, lent)
+                once = sum(trace.ops[self.ops[frame][op]].seconds for op in passing)
+                seconds += once * self.nesting.passes.get(path, 0)
         return np.cumsum(change)[: len(self.marks)], spikes, seconds
 
     def _made_by(self, op_id: int) -> list[int]:
@@ -278,6 +315,9 @@ class Model:
                 cuts |= {start, end}
         self.starts = np.array(sorted(c for c in cuts if c < len(self.marks)), dtype=np.int64)
         self.base_top = np.maximum.reduceat(self.base, self.starts)
+        # a sweep is a row of its own: what is live just before it, and the unit that adds most on the way
+        sweeps = self._sweeps()
+        before = [mark for mark, _ in sweeps]
         self.table: dict[str, Floats] = {}
         self.seconds: dict[str, list[float]] = {}
         for path, options in self.options.items():
@@ -285,7 +325,7 @@ class Model:
             own = self._own_segments(path)
             for option in options:
                 if option is None:
-                    rows.append(np.zeros(len(self.starts)))
+                    rows.append(np.zeros(len(self.starts) + len(sweeps)))
                     spent.append(0.0)
                     continue
                 delta, spikes, seconds = self._effect(path, option)
@@ -297,10 +337,46 @@ class Model:
                     segment = int(np.searchsorted(self.starts, mark, side="right")) - 1
                     # live just before the replay begins, plus all that it leaves, plus what it adds for a while
                     row[segment] = max(row[segment], self._just_before(mark, delta) + top - self.base_top[segment])
-                rows.append(row)
+                rows.append(np.concatenate([row, delta[before]]))
                 spent.append(seconds)
             self.table[path] = np.array(rows)
             self.seconds[path] = spent
+        self.base_top = np.concatenate([self.base_top, [self.base[mark] + top for mark, top in sweeps]])
+
+    def _sweeps(self) -> list[tuple[int, float]]:
+        """(mark just before, most bytes that it adds for a while) of each sweep."""
+        units = [unit.path for unit in self.trace.units]
+        tops = {link.unit: self._passing_bytes(link.unit) for link in self.nesting.links}
+        found = []
+        for sweep in self.nesting.advances:
+            way = units[units.index(sweep.base) : units.index(sweep.target)]
+            mark = int(self.mark_at[self._first_demand(sweep.target)])
+            found.append((max(0, mark - 1), max(tops.get(path, 0.0) for path in way)))
+        return found
+
+    def _first_demand(self, path: str) -> int:
+        """Event at which the unit's backward first asks for a saved tensor."""
+        loads = [self.load[s] for f in self.frames_of[path] for s in self.slots[f] if s in self.load]
+        return min(loads, default=len(self.trace.events) - 1)
+
+    def _passing_bytes(self, path: str) -> float:
+        """Most bytes that running through a unit adds, its input and output included, when it keeps nothing."""
+        trace, (frame,) = self.trace, self.frames_of[path]
+        program = self.programs[path]
+        lends = self.nesting.lends(path)
+        chosen = recipe(program, frozenset(program.held) - lends, lends)
+        (lent,) = lends
+        order = [self.ops[frame][op] for op in leading_to(program, chosen, lent)]
+        last = {v: op for op in order for v in trace.ops[op].inputs}
+        level = sum(trace.values[v].size_bytes for v in self.nesting.borrowed(path))
+        top = level
+        for number in order:
+            op = trace.ops[number]
+            level += sum(trace.values[v].size_bytes for v in self._made_by(number))
+            top = max(top, level + op.scratch_bytes)
+            mine = [v for v in dict.fromkeys(op.inputs) if last[v] == number and self.maker.get(v) == frame]
+            level -= sum(trace.values[v].size_bytes for v in mine if trace.values[v].ordinal != lent)
+        return float(top)
 
     def _just_before(self, mark: int, delta: Floats) -> float:
         """Live bytes at the replay, the values that it leaves behind included: those of the mark that reads them."""
@@ -352,14 +428,15 @@ class Model:
             rows = []
             own = self._own_segments(path)
             lacking = self._least_inside(path)
-            inside = np.maximum.reduceat(self.base + lacking, self.starts) - self.base_top
+            inside = np.maximum.reduceat(self.base + lacking, self.starts) - self.base_top[: len(self.starts)]
             absent = self._absent(path)
             for option in options:
                 if option is None:
-                    rows.append(np.zeros(len(self.starts)))
+                    rows.append(np.zeros(len(self.base_top)))
                 else:
                     holds = np.maximum(0.0, option.kept_bytes - option.passed_bytes - absent)
-                    rows.append(np.where(own, inside, np.minimum.reduceat(lacking + holds, self.starts)))
+                    row = np.where(own, inside, np.minimum.reduceat(lacking + holds, self.starts))
+                    rows.append(np.concatenate([row, np.full(len(self.base_top) - len(row), lacking.min())]))
             tables[path] = np.array(rows)
         return tables
 
@@ -420,13 +497,13 @@ class Model:
         paths = list(self.options)
         columns = [(path, i) for path in paths for i in range(len(self.options[path]))]
         unit_seconds = np.array([self.seconds[path][i] for path, i in columns])
-        usage = np.array([table[path][i] for path, i in columns]).T if columns else np.zeros((len(self.starts), 0))
+        usage = np.array([table[path][i] for path, i in columns]).T if columns else np.zeros((len(self.base_top), 0))
         room = (np.inf if budget_bytes is None else budget_bytes) - self.base_top
         if budget_bytes is not None:
-            worst = self.base_top + sum((table[path].max(axis=0) for path in paths), np.zeros(len(self.starts)))
-            rows = [s for s in range(len(self.starts)) if worst[s] > budget_bytes]
+            worst = self.base_top + sum((table[path].max(axis=0) for path in paths), np.zeros(len(self.base_top)))
+            rows = [s for s in range(len(self.base_top)) if worst[s] > budget_bytes]
         else:
-            rows = list(range(len(self.starts)))
+            rows = list(range(len(self.base_top)))
         keep_rows = _undominated(usage, room, rows) if budget_bytes is not None else rows
         highs = solver()
         highs.setOptionValue("time_limit", self.effort.solver_seconds)
@@ -493,12 +570,13 @@ class Model:
         unit = next(u for u in self.trace.units if u.path == path)
         program = self.programs.get(path, self.trace.programs[self.frames_of[path][0]])
         kept = range(program.values) if point is None else point.kept
-        return Choice(
+        choice = Choice(
             unit=path,
             actions=tuple(Action.KEEP if v in kept else Action.RECOMPUTE for v in range(program.values)),
             signature=unit.signature,
             program=unit.digest,
         )
+        return self.nesting.on(choice)
 
 
 @functools.lru_cache(maxsize=256)

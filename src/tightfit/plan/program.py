@@ -31,6 +31,7 @@ class Recipe:
     states: frozenset[int]
     captured: frozenset[int]  # kept values that live ops read
     dropped: frozenset[int]  # values that backward reads and that are made again
+    lends: frozenset[int]  # values that it makes again for other units
     replays: bool
 
 
@@ -91,11 +92,12 @@ def rerunnable(program: Program, cluster: int) -> bool:
 
 
 @functools.lru_cache(maxsize=65536)
-def live_clusters(program: Program, kept: frozenset[int]) -> frozenset[int]:
-    """Clusters that replay must run when `kept` is kept. Raises `Unsupported` if one of them may not."""
+def live_clusters(program: Program, kept: frozenset[int], lends: frozenset[int] = frozenset()) -> frozenset[int]:
+    """Clusters that replay must run when `kept` is kept, and `lends` is asked for from outside. Raises `Unsupported` if
+    one of them may not."""
     owner = cluster_of(program)
     live: set[int] = set()
-    pending = [v for v in program.needed if v not in kept]
+    pending = [v for v in (*program.needed, *lends) if v not in kept]
     forced: set[int] = set()
     while pending:
         value = pending.pop()
@@ -114,9 +116,14 @@ def live_clusters(program: Program, kept: frozenset[int]) -> frozenset[int]:
 
 
 @functools.lru_cache(maxsize=65536)
-def recipe(program: Program, kept: frozenset[int]) -> Recipe:
-    """What to do in a frame whose kept values are `kept`. Raises `Unsupported` when that cannot be done."""
-    live = live_clusters(program, kept)
+def recipe(program: Program, kept: frozenset[int], lends: frozenset[int] = frozenset()) -> Recipe:
+    """What to do in a frame whose kept values are `kept` and that makes `lends` again when another unit asks.
+
+    Raises `Unsupported` when that cannot be done, or when a value is to be both kept and lent.
+    """
+    if kept & lends:
+        raise Unsupported(f"the values {sorted(kept & lends)} cannot be both kept and made again")
+    live = live_clusters(program, kept, lends)
     groups = clusters(program)
     live_ops = {op for cluster in live for op in groups[cluster]}
     made = {v for cluster in live for op in groups[cluster] for v in program.steps[op].writes}
@@ -131,8 +138,16 @@ def recipe(program: Program, kept: frozenset[int]) -> Recipe:
         states=frozenset(i for i in live_ops if program.steps[i].kind is Kind.RANDOM),
         captured=captured,
         dropped=frozenset(needed - kept),
-        replays=bool(needed - kept),
+        lends=lends,
+        replays=bool((needed | lends) - kept),
     )
+
+
+@functools.lru_cache(maxsize=65536)
+def leading_to(program: Program, chosen: Recipe, value: int) -> tuple[int, ...]:
+    """The live ops that make `value` from what is held and from the unit's inputs, in the order in which they run."""
+    joined, members = _joined(program, chosen)
+    return _closure(program, chosen, value, joined, members, set())
 
 
 @functools.lru_cache(maxsize=65536)
@@ -143,6 +158,30 @@ def demanded(program: Program, chosen: Recipe, loads: tuple[int, ...]) -> tuple[
     An op runs when something first needs what it makes. Ops that change the same value, and live ops that read it in
     between, run together.
     """
+    joined, members = _joined(program, chosen)
+    done: set[int] = set()
+    found = []
+    for load in loads:
+        ops = _closure(program, chosen, program.slots[load], joined, members, done)
+        if ops:
+            found.append((load, ops))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=65536)
+def run_for_others(program: Program, chosen: Recipe) -> frozenset[int]:
+    """Live ops that no saved tensor of the unit's own asks for: they only lead to what it lends."""
+    joined, members = _joined(program, chosen)
+    own: set[int] = set()
+    done: set[int] = set()
+    for value in chosen.again.intersection(program.slots):
+        own.update(_closure(program, chosen, value, joined, members, done))
+    return chosen.runs - own
+
+
+def _joined(program: Program, chosen: Recipe) -> tuple[list[int], dict[int, list[int]]]:
+    """Per live cluster the first of those that run with it, and all of them: ops that change the same value, and live
+    ops that read it in between, run together."""
     owner, groups = cluster_of(program), clusters(program)
     leader = list(range(len(groups)))
 
@@ -160,27 +199,34 @@ def demanded(program: Program, chosen: Recipe, loads: tuple[int, ...]) -> tuple[
     members: dict[int, list[int]] = {}
     for cluster in live:
         members.setdefault(root(cluster), []).append(cluster)
-    done: set[int] = set()
-    found = []
-    for load in loads:
-        wanted: set[int] = set()
-        pending = [program.slots[load]]
-        while pending:
-            made_by = owner[pending.pop()]
-            if made_by is None or groups[made_by][0] not in chosen.runs:
-                continue
-            group = root(made_by)
-            if group in done or group in wanted:
-                continue
-            wanted.add(group)
-            for cluster in members[group]:
-                final, early = demands(program, cluster)
-                pending += [*final, *early]
-        if wanted:
-            done |= wanted
-            ops = sorted(op for group in wanted for cluster in members[group] for op in groups[cluster])
-            found.append((load, tuple(ops)))
-    return tuple(found)
+    return [root(cluster) for cluster in range(len(groups))], members
+
+
+def _closure(
+    program: Program,
+    chosen: Recipe,
+    value: int,
+    joined: Sequence[int],
+    members: dict[int, list[int]],
+    done: set[int],
+) -> tuple[int, ...]:
+    """The ops that `value` is made by, but for the groups in `done`, which grows by those that were found."""
+    owner, groups = cluster_of(program), clusters(program)
+    wanted: set[int] = set()
+    pending = [value]
+    while pending:
+        made_by = owner[pending.pop()]
+        if made_by is None or groups[made_by][0] not in chosen.runs:
+            continue
+        group = joined[made_by]
+        if group in done or group in wanted:
+            continue
+        wanted.add(group)
+        for cluster in members[group]:
+            final, early = demands(program, cluster)
+            pending += [*final, *early]
+    done |= wanted
+    return tuple(sorted(op for group in wanted for cluster in members[group] for op in groups[cluster]))
 
 
 def shared(programs: Collection[Program]) -> Program | None:
@@ -235,8 +281,13 @@ def dropped_slots(planned: Program, call: Program, chosen: Recipe) -> tuple[tupl
 
 
 def kept_values(actions: Collection[Action]) -> frozenset[int]:
-    """Ordinals whose action is KEEP."""
-    return frozenset(i for i, action in enumerate(actions) if action is Action.KEEP)
+    """Ordinals that are not made again: kept, on the device or elsewhere."""
+    return frozenset(i for i, action in enumerate(actions) if action is not Action.RECOMPUTE)
+
+
+def offloaded_values(actions: Collection[Action]) -> frozenset[int]:
+    """Ordinals that wait elsewhere between forward and backward."""
+    return frozenset(i for i, action in enumerate(actions) if action is Action.OFFLOAD)
 
 
 def first_random(program: Program) -> int | None:

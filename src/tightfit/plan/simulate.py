@@ -17,6 +17,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from tightfit.core import (
+    Action,
+    Advance,
     Category,
     Choice,
     Happening,
@@ -31,7 +33,7 @@ from tightfit.core import (
     Trace,
 )
 from tightfit.plan.lever import with_loss_in_place
-from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, kept_values, recipe, shared
+from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, kept_values, leading_to, recipe, shared
 
 _STATIC = (
     Category.PARAMETERS,
@@ -57,7 +59,7 @@ def simulate(trace: Trace, plan: Plan | None = None) -> Timeline:
         )
     if plan is not None and plan.in_place_loss:
         trace = with_loss_in_place(trace)
-    return simulate_choices(trace, () if plan is None else plan.choices)
+    return simulate_choices(trace, *(((),) if plan is None else (plan.choices, plan.advances)))
 
 
 def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list[tuple[Hashable, int]]]:
@@ -69,7 +71,7 @@ def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list
     """
     if plan is not None and plan.in_place_loss:
         trace = with_loss_in_place(trace)
-    walk = _Walk(trace, {choice.unit: choice for choice in (plan.choices if plan is not None else ())})
+    walk = _Walk(trace, *(((),) if plan is None else (plan.choices, plan.advances)))
     walk.timeline()
     total = sum(trace.static_bytes.values())
     static = []
@@ -90,9 +92,9 @@ def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list
     return static, walk.blocks
 
 
-def simulate_choices(trace: Trace, choices: tuple[Choice, ...]) -> Timeline:
+def simulate_choices(trace: Trace, choices: tuple[Choice, ...], advances: tuple[Advance, ...] = ()) -> Timeline:
     """`simulate` before there is a `Plan`."""
-    return _Walk(trace, {choice.unit: choice for choice in choices}).timeline()
+    return _Walk(trace, choices, advances).timeline()
 
 
 @dataclass
@@ -104,6 +106,9 @@ class _Replayed:
     slots: tuple[tuple[Saved, bool], ...]  # dropped saved tensors; does the tape keep their values for a reader?
     batches: tuple[tuple[int, tuple[int, ...]], ...]  # (event before which they run, op ordinals)
     states_in_forward: int  # saved generator states while the forward runs
+    fetched: frozenset[int]  # value ids that the frame reads in backward and that are not held for it till then
+    fetches: tuple[tuple[int, int], ...]  # (event before which autograd asks, one of `fetched`)
+    left_states: int  # saved generator states that go with the tape: of random ops that nothing of its own asks for
 
 
 @dataclass
@@ -114,11 +119,13 @@ class _Copy:
     readers: set[int]  # ops that have yet to read it
     until: int | None  # event at which autograd lets go of it; None: it does not hold it
     is_live: bool = False
+    stays: bool = False  # when a sweep passes it
 
 
 class _Walk:
-    def __init__(self, trace: Trace, choices: dict[str, Choice]) -> None:
+    def __init__(self, trace: Trace, choices: tuple[Choice, ...], advances: tuple[Advance, ...] = ()) -> None:
         self.trace = trace
+        self.stores = {(sweep.base, sweep.target): frozenset(sweep.stores) for sweep in advances}
         self.ops_of: dict[int, list[Op]] = defaultdict(list)
         for op in trace.ops:
             if op.frame is not None and op.ordinal is not None:
@@ -130,7 +137,7 @@ class _Walk:
                 assert frame_id is not None
                 self.values_of[frame_id][value.ordinal] = value.id
         self.op_event = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.OP}
-        self.replays = self._replays(choices)
+        self.replays = self._replays({choice.unit: choice for choice in choices})
         self.categories: dict[int, Category] = {}
         self.blocks: list[tuple[Hashable, int]] = []  # what an allocator sees, in order
 
@@ -162,10 +169,17 @@ class _Walk:
                 raise InvalidInput(
                     f"the choice for {frame.unit!r} has {len(choice.actions)} actions, not {planned.values}"
                 )
-            chosen = recipe(planned, kept_values(choice.actions))
-            dropped = [(i, slots[frame.id][i], counted) for i, counted in dropped_slots(planned, program, chosen)]
-            loads = sorted((load_event[s.id], i) for i, s, _ in dropped if s.id in load_event)
-            if not loads:
+            chosen = recipe(planned, kept_values(choice.actions), frozenset(choice.lends))
+            fetched = frozenset(
+                value
+                for value, action in zip(frame.inputs, choice.inputs, strict=False)
+                if action is Action.RECOMPUTE and self._is_lent(value, choices)
+            )
+            dropped = [(slots[frame.id][i], counted) for i, counted in dropped_slots(planned, program, chosen)]
+            # without loads in this frame nothing of its own runs again
+            loads = sorted((load_event[s.id], s.ordinal) for s, _ in dropped if s.id in load_event)
+            from_outside = [s for s in slots[frame.id] if s.value in fetched]
+            if not loads and not fetched and not choice.lends:
                 continue
             event_of = {i: event for event, i in loads}
             ran = demanded(program, chosen, tuple(i for _, i in loads))
@@ -173,10 +187,19 @@ class _Walk:
             first = first_random(program)
             found[frame.id] = _Replayed(
                 frame=frame.id, recipe=chosen, batches=batches,
-                slots=tuple((s, counted) for _, s, counted in dropped),
+                slots=tuple(dropped) + tuple((s, s.read) for s in from_outside),
                 states_in_forward=len(chosen.states | ({first} if first is not None else set())),
+                fetched=fetched,
+                fetches=tuple((load_event[s.id], s.value) for s in from_outside if s.id in load_event),
+                left_states=len(chosen.states.difference(*(ops for _, ops in batches))),
             )  # fmt: skip
         return found
+
+    def _is_lent(self, value_id: int, choices: dict[str, Choice]) -> bool:
+        """Does the unit that made the value make it again for others? Where it does not, the engine holds it."""
+        value = self.trace.values[value_id]
+        maker = None if value.unit is None else choices.get(value.unit)
+        return maker is not None and value.ordinal in maker.lends
 
     # -- lives
 
@@ -203,15 +226,22 @@ class _Walk:
             ends[value.id] = end
         self.tape_readers: dict[int, set[int]] = defaultdict(set)  # value -> ops that will read it once more
         self.copies: dict[int, _Copy] = {}
+        self.tapes_end: dict[int, int] = defaultdict(int)  # event -> generator states that go there
+        self.brought: dict[tuple[int, int], _Copy] = {}  # by frame and value id, what is not held for the frame
+        slots_of: dict[int, list[Saved]] = defaultdict(list)
+        for saved in trace.saved:
+            if saved.frame is not None:
+                slots_of[saved.frame].append(saved)
         for replayed in self.replays.values():
-            slots = [saved for saved in trace.saved if saved.frame == replayed.frame]
-            last_release = max(released.get(s.id, end_of_step) for s in slots)
+            last_release = max((released.get(s.id, end_of_step) for s in slots_of[replayed.frame]), default=-1)
+            if replayed.left_states:
+                self.tapes_end[last_release] += replayed.left_states
             made = {v for op in replayed.recipe.runs for v in self._made_by(replayed.frame, op)}
             running = {op: event for event, ops in replayed.batches for op in ops}
             for ordinal in replayed.recipe.runs:
                 op = self.ops_of[replayed.frame][ordinal]
                 for value_id in op.inputs:
-                    if value_id not in made:
+                    if value_id not in made and value_id not in replayed.fetched:
                         if ordinal in running:
                             self.tape_readers[value_id].add(op.id)
                         else:  # nobody asks for it in this call; the tape goes with the graph
@@ -232,6 +262,18 @@ class _Walk:
                 for value_id in op.inputs:
                     if value_id in made and op.id != trace.values[value_id].producer:
                         self.copies[value_id].readers.add(op.id)
+            for value_id in replayed.fetched:
+                holders = [
+                    released.get(s.id, end_of_step) if s.read else last_release
+                    for s, counted in replayed.slots
+                    if s.value == value_id and (s.read or counted)
+                ]
+                ops = {self.ops_of[replayed.frame][ordinal] for ordinal in running}
+                self.brought[replayed.frame, value_id] = _Copy(
+                    size_bytes=trace.values[value_id].size_bytes,
+                    readers={op.id for op in ops if value_id in op.inputs},
+                    until=max(holders, default=None),
+                )
         self.ends = ends
         after: dict[int, list[int]] = defaultdict(list)
         for value_id, end in ends.items():
@@ -248,10 +290,14 @@ class _Walk:
         for replayed in self.replays.values():
             for event_index, ops in replayed.batches:
                 by_event[event_index].append((replayed, ops))
-        letting_go: dict[int, list[int]] = defaultdict(list)
-        for value_id, copy in self.copies.items():
+        letting_go: dict[int, list[_Copy]] = defaultdict(list)
+        for copy in (*self.copies.values(), *self.brought.values()):
             if copy.until is not None:
-                letting_go[copy.until].append(value_id)
+                letting_go[copy.until].append(copy)
+        wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for replayed in self.replays.values():
+            for event_index, value_id in replayed.fetches:
+                wanted[event_index].append((replayed.frame, value_id))
         # a list by place, since this loop is the planner's and the searches' innermost
         self.level = [int(trace.static_bytes.get(c.value, 0)) if c in _STATIC else 0 for c in Category]
         self.total = sum(self.level)
@@ -262,6 +308,8 @@ class _Walk:
         self.flops = 0
         state_bytes = trace.random_state_bytes
         for index, event in enumerate(trace.events):
+            for frame, value_id in wanted.get(index, ()):
+                self._bring(frame, value_id)
             for replayed, ops in by_event.get(index, ()):
                 self._run_again(replayed, ops, index)
             if event.what is Happening.ALLOC:
@@ -280,8 +328,10 @@ class _Walk:
             for value_id in after.get(index, ()):
                 if not self.tape_readers.get(value_id):
                     self._free(value_id)
-            for value_id in letting_go.get(index, ()):
-                self._drop_copy(self.copies[value_id], index)
+            for copy in letting_go.get(index, ()):
+                self._drop_copy(copy, index)
+            if index in self.tapes_end:
+                self._add(Category.SAVED, -self.tapes_end[index] * state_bytes)
         totals = self.totals
         columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(Category)
         peak = max(range(len(totals)), key=totals.__getitem__) if totals else 0
@@ -314,6 +364,8 @@ class _Walk:
         state_bytes = trace.random_state_bytes
         for ordinal in ops:
             op = self.ops_of[replayed.frame][ordinal]
+            for value_id in replayed.fetched.intersection(op.inputs):
+                self._bring(replayed.frame, value_id)
             made = [self.copies[v] for v in self._made_by(replayed.frame, ordinal)]
             for copy in made:
                 self._add(Category.SAVED, copy.size_bytes, ("copy", id(copy)))
@@ -326,7 +378,11 @@ class _Walk:
             self.seconds += op.seconds
             self.flops += op.flops
             for value_id in dict.fromkeys(op.inputs):
-                if value_id in self.copies:
+                if value_id in replayed.fetched:
+                    copy = self.brought[replayed.frame, value_id]
+                    copy.readers.discard(op.id)
+                    self._drop_copy(copy, index - 1)
+                elif value_id in self.copies:
                     copy = self.copies[value_id]
                     copy.readers.discard(op.id)
                     self._drop_copy(copy, index - 1)
@@ -337,6 +393,80 @@ class _Walk:
                         self._free(value_id)
             for copy in made:
                 self._drop_copy(copy, index - 1)
+
+    # -- sweeps
+
+    def _bring(self, frame: int, value_id: int) -> None:
+        """Have what `frame` is about to read in backward there again."""
+        copy = self.brought[frame, value_id]
+        if copy.is_live:
+            return
+        way: list[tuple[int, int]] = []
+        base, link = self._previous(value_id)
+        while link is not None and not self.brought[link].is_live:
+            way.append(link)
+            base, link = self._previous(link[1])
+        units = [self.trace.frames[each].unit for each, _ in way]
+        stays = self.stores.get((self.trace.frames[base].unit, self.trace.frames[frame].unit), frozenset(units))
+        for each, unit in zip(way, units, strict=True):
+            self.brought[each].stays = unit in stays
+        self._produce(value_id, copy)
+        copy.is_live = True
+
+    def _previous(self, value_id: int) -> tuple[int, tuple[int, int] | None]:
+        """The frame that made a value, and which of its own inputs it does not have, by frame and value."""
+        frame = self._frame_of(value_id)
+        fetched = self.replays[frame].fetched
+        link = next((v for v in self.trace.frames[frame].inputs if v in fetched), None)
+        return frame, None if link is None else (frame, link)
+
+    def _frame_of(self, value_id: int) -> int:
+        producer = self.trace.values[value_id].producer
+        assert producer is not None
+        frame = self.trace.ops[producer].frame
+        assert frame is not None
+        return frame
+
+    def _produce(self, value_id: int, result: _Copy) -> None:
+        """Walk what makes a value again for another unit: `result` is live afterwards, and what led to it is not."""
+        trace = self.trace
+        frame = self._frame_of(value_id)
+        replayed = self.replays[frame]
+        ordinal = trace.values[value_id].ordinal
+        assert ordinal is not None
+        order = leading_to(trace.programs[frame], replayed.recipe, ordinal)
+        left: dict[int, set[int]] = defaultdict(set)
+        for step in order:
+            op = self.ops_of[frame][step]
+            for each in op.inputs:
+                if each != value_id and trace.values[each].producer != op.id:
+                    left[each].add(op.id)
+        passing: dict[int, Hashable] = {}  # what is alive only for this, with its block
+        for step in order:
+            op = self.ops_of[frame][step]
+            for each in replayed.fetched.intersection(op.inputs):
+                copy = self.brought[frame, each]
+                if each not in passing and not copy.is_live:
+                    self._produce(each, copy)
+                    if copy.stays:
+                        copy.is_live = True
+                    else:
+                        passing[each] = ("copy", id(copy))
+            for each in self._made_by(frame, step):
+                block = ("copy", id(result)) if each == value_id else ("passing", each)
+                self._add(Category.SAVED, trace.values[each].size_bytes, block)
+                if each != value_id:
+                    passing[each] = block
+            draws = trace.random_state_bytes if step in replayed.recipe.states else 0
+            self._add(Category.TEMPORARIES, draws)  # the state to go back to
+            self._mark(f"sweep through {op.unit}: {op.name}", op.scratch_bytes)
+            self._add(Category.TEMPORARIES, -draws)
+            self.seconds += op.seconds
+            self.flops += op.flops
+            for each in [*dict.fromkeys(op.inputs), *self._made_by(frame, step)]:
+                left[each].discard(op.id)
+                if each in passing and not left[each]:
+                    self._add(Category.SAVED, -trace.values[each].size_bytes, passing.pop(each))
 
     # -- rows
 

@@ -1,0 +1,241 @@
+"""Nested recompute: keep only some units' inputs and make the others again by sweeps over the units before them.
+
+Idea: a chain of units, each of which hands one value to the next. With `slots` inputs besides the first unit's stored
+at once, backward takes the chain from the right: a sweep from the last stored input up to the unit whose turn it is
+makes its input again and stores others on the way. Which, is the classic problem of reversing a chain in little memory;
+the table below solves it exactly for units of different cost, by the recursion
+
+    P(a, b, s) = min over m of  seconds(a..m) + P(m, b, s - 1) + P(a, m, s)
+    P(a, b, 0) = sum of seconds(a..j) over a < j < b
+
+for the units a to b - 1 when the input of a is there and s slots are free. The forward itself is the first sweep and
+costs nothing, but the input of the last unit it passes is gone when backward begins, unless it has a slot.
+
+Invariant: `schedule` takes the least seconds of any schedule with so many slots; with equal units the count is that of
+Griewank and Walther. Refused: nothing; a step without such a chain has no nestings. No torch here.
+
+Sources: Griewank and Walther, "Algorithm 799: revolve", ACM TOMS 26(1), 2000; Chen, Xu, Zhang, Guestrin, "Training deep
+nets with sublinear memory cost", arXiv:1604.06174; Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal
+checkpointing for heterogeneous chains", arXiv:1911.13214.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tightfit.core import Action, Advance, Choice, Trace, Unsupported
+from tightfit.plan.program import leading_to, recipe
+
+__all__ = ["Link", "Nesting", "Sweep", "chains", "nesting", "nestings", "schedule"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """`unit` hands `value` to `user`, as its input number `place`."""
+
+    unit: str
+    user: str
+    value: int  # id
+    ordinal: int  # of the value in `unit`
+    place: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """From the input of unit `base` to that of unit `target`, by place in the chain; `stores` are kept on the way."""
+
+    base: int
+    target: int
+    stores: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nesting:
+    """Inputs that are not kept, and the sweeps that make them again."""
+
+    links: tuple[Link, ...]  # whose values are not kept in forward
+    advances: tuple[Advance, ...]
+    passes: Mapping[str, int]  # how often sweeps run through a unit
+
+    def lends(self, unit: str) -> frozenset[int]:
+        return frozenset(link.ordinal for link in self.links if link.unit == unit)
+
+    def borrowed(self, unit: str) -> frozenset[int]:
+        """Value ids that the unit is given and that are not kept for it."""
+        return frozenset(link.value for link in self.links if link.user == unit)
+
+    def on(self, choice: Choice) -> Choice:
+        """`choice` with its part in the nesting."""
+        places = {link.place for link in self.links if link.user == choice.unit}
+        lends = self.lends(choice.unit)
+        return dataclasses.replace(
+            choice,
+            actions=tuple(Action.RECOMPUTE if v in lends else action for v, action in enumerate(choice.actions)),
+            inputs=tuple(Action.RECOMPUTE if k in places else Action.KEEP for k in range(max(places, default=-1) + 1)),
+            lends=tuple(sorted(lends)),
+        )
+
+
+def chains(trace: Trace) -> tuple[tuple[Link, ...], ...]:
+    """The longest runs of units that each hand one value to the next and can make it again."""
+    calls: dict[str, int] = defaultdict(int)
+    for frame in trace.frames:
+        calls[frame.unit] += 1
+    pinned = {unit.path for unit in trace.units if unit.pinned}
+    found: list[list[Link]] = [[]]
+    for before, after in zip(trace.frames, trace.frames[1:], strict=False):
+        handed = [
+            (place, trace.values[v])
+            for place, v in enumerate(after.inputs)
+            if trace.values[v].unit == before.unit and trace.values[v].ordinal is not None
+        ]
+        program = trace.programs[before.id]
+        plain = calls[before.unit] == calls[after.unit] == 1 and not pinned & {before.unit, after.unit}
+        link = None
+        if plain and program.needed and len(handed) == 1:
+            place, value = handed[0]
+            assert value.ordinal is not None
+            with contextlib.suppress(Unsupported):
+                recipe(program, frozenset(), frozenset([value.ordinal]))
+                link = Link(unit=before.unit, user=after.unit, value=value.id, ordinal=value.ordinal, place=place)
+        if link is None:
+            found.append([])
+        else:
+            found[-1].append(link)
+    return tuple(tuple(links) for links in found if len(links) > 1)
+
+
+def nestings(trace: Trace) -> Iterator[Nesting]:
+    """Ways to keep fewer and fewer inputs; empty for a step without a chain of units."""
+    found = chains(trace)
+    most = max((len(links) for links in found), default=0)
+    seconds = {links: [_pass_seconds(trace, link) for link in links] for links in found}
+    for count in _slot_counts(most + 1):
+        parts = [nesting(links, seconds[links], max(1, count * len(links) // most)) for links in found]
+        yield Nesting(
+            links=tuple(link for part in parts for link in part.links),
+            advances=tuple(sweep for part in reversed(parts) for sweep in part.advances),
+            passes={unit: times for part in parts for unit, times in part.passes.items()},
+        )
+
+
+def _pass_seconds(trace: Trace, link: Link) -> float:
+    """Of running through `link.unit` when it keeps nothing."""
+    frame = next(frame for frame in trace.frames if frame.unit == link.unit)
+    program, lends = trace.programs[frame.id], frozenset([link.ordinal])
+    chosen = recipe(program, frozenset(), lends)
+    ran = set(leading_to(program, chosen, link.ordinal))
+    unit = next(unit for unit in trace.units if unit.path == link.unit)
+    return sum(trace.ops[op].seconds for op in unit.op_ids if trace.ops[op].ordinal in ran)
+
+
+def _slot_counts(units: int) -> tuple[int, ...]:
+    """Numbers of slots worth trying for a chain of `units`, falling: each takes a good part of the inputs away."""
+    counts = {units - 2, units * 3 // 4, units // 2, units // 3, units // 4, units // 6, units // 8, 3, 2, 1}
+    return tuple(sorted((c for c in counts if 0 < c < units - 1), reverse=True))
+
+
+def nesting(links: Sequence[Link], seconds: Sequence[float], slots: int) -> Nesting:
+    """The cheapest way to keep at most `slots` inputs of the chain, besides its first unit's, at once.
+
+    `seconds[i]`: of running through the i-th unit, which the i-th link belongs to.
+    """
+    units = [links[0].unit, *(link.user for link in links)]
+    kept, sweeps = schedule(tuple(seconds), slots)
+    passes: dict[str, int] = defaultdict(int)
+    for sweep in sweeps:
+        for place in range(sweep.base, sweep.target):
+            passes[units[place]] += 1
+    return Nesting(
+        links=tuple(link for place, link in enumerate(links, start=1) if place not in kept),
+        advances=tuple(
+            Advance(base=units[s.base], target=units[s.target], stores=tuple(units[m] for m in s.stores))
+            for s in sweeps
+        ),
+        passes=dict(passes),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def schedule(seconds: tuple[float, ...], slots: int) -> tuple[frozenset[int], tuple[Sweep, ...]]:
+    """Of a chain of `len(seconds) + 1` units: the places whose inputs are kept in forward, and backward's sweeps.
+
+    `seconds[i]`: of running through unit i; the last unit is never run through.
+    """
+    tables = _Tables(seconds, slots)
+    kept: list[int] = []
+    spine: list[tuple[int, int, int]] = []
+    start, free = 0, slots
+    while free and start < tables.units - 1:
+        middle = tables.first(start, free)
+        spine.append((start, middle, free))
+        kept.append(middle)
+        start, free = middle, free - 1
+    sweeps = [Sweep(base=start, target=j, stores=()) for j in range(tables.units - 1, start, -1)]
+    # what was stored to the right is gone by then, so all the slots that were free at its split are free again
+    for begin, end, room in reversed(spine):
+        sweeps += _reversed(tables, begin, end, room)
+    return frozenset(kept), tuple(sweeps)
+
+
+def _reversed(tables: _Tables, begin: int, end: int, slots: int) -> list[Sweep]:
+    """The sweeps that take units `begin` to `end - 1` backward, the input of `begin` being there."""
+    if end - begin < 2:
+        return []
+    spine: list[tuple[int, int, int]] = []
+    start, free = begin, slots
+    while free and end - start > 1:
+        middle = tables.split(start, end, free)
+        spine.append((start, middle, free))
+        start, free = middle, free - 1
+    stores = tuple(middle for _, middle, _ in spine if middle != end - 1)
+    sweeps = [Sweep(base=begin, target=end - 1, stores=stores)]
+    sweeps += [Sweep(base=start, target=j, stores=()) for j in range(end - 2, start, -1)]
+    for left, right, room in reversed(spine):
+        sweeps += _reversed(tables, left, right, room)
+    return sweeps
+
+
+class _Tables:
+    """The recursion above, for all ranges and numbers of slots."""
+
+    def __init__(self, seconds: Sequence[float], slots: int) -> None:
+        self.units = count = len(seconds) + 1
+        run = np.concatenate([[0.0], np.cumsum(seconds)])  # run[j] - run[i]: through units i to j - 1
+        cost = np.zeros((slots + 1, count + 1, count + 1))
+        self.splits = np.zeros((slots + 1, count + 1, count + 1), dtype=np.int64)
+        for a in range(count):
+            sums = np.cumsum(run[a + 1 :] - run[a])
+            cost[0, a, a + 2 :] = sums[: count - a - 1]
+        for s in range(1, slots + 1):
+            for length in range(2, count + 1):
+                for a in range(count - length + 1):
+                    b = a + length
+                    middles = np.arange(a + 1, b)
+                    totals = run[middles] - run[a] + cost[s - 1, middles, b] + cost[s, a, middles]
+                    best = int(np.argmin(totals))
+                    cost[s, a, b], self.splits[s, a, b] = totals[best], middles[best]
+        self.cost = cost
+        # of the forward itself, which has passed every unit by the time backward begins
+        self.forward = np.zeros((slots + 1, count))
+        self.firsts = np.zeros((slots + 1, count), dtype=np.int64)
+        self.forward[0] = cost[0, :count, count]
+        for s in range(1, slots + 1):
+            for a in range(count - 1):
+                middles = np.arange(a + 1, count)
+                totals = self.forward[s - 1, middles] + cost[s, a, middles]
+                best = int(np.argmin(totals))
+                self.forward[s, a], self.firsts[s, a] = totals[best], middles[best]
+
+    def split(self, begin: int, end: int, slots: int) -> int:
+        return int(self.splits[slots, begin, end])
+
+    def first(self, begin: int, slots: int) -> int:
+        return int(self.firsts[slots, begin])
