@@ -1,0 +1,110 @@
+"""The schedule of nested recompute against the published counts and against a search through all schedules."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from math import comb
+
+import pytest
+
+from tightfit.plan.nest import Sweep, _reversed, _Tables, schedule
+
+
+def revolve_count(steps: int, snapshots: int) -> int:
+    """Forward steps that reversing `steps` takes with `snapshots`, the first state among them: Griewank and Walther,
+    "Algorithm 799: revolve", proposition 1."""
+    repeats = 0
+    while comb(snapshots + repeats, snapshots) < steps:
+        repeats += 1
+    return repeats * steps - comb(snapshots + repeats, snapshots + 1) if repeats else 0
+
+
+@pytest.mark.parametrize("slots", range(7))
+@pytest.mark.parametrize("units", range(2, 26))
+def test_equal_units_take_the_published_number_of_steps(units: int, slots: int) -> None:
+    tables = _Tables((1.0,) * (units - 1), slots)
+    assert tables.cost[slots, 0, units] == revolve_count(units, slots + 1)
+
+
+def test_ten_steps_with_three_snapshots() -> None:
+    """The first state and two slots: 15 steps, and the targets fall."""
+    tables = _Tables((1.0,) * 9, 2)
+    assert [(s.base, s.target, s.stores) for s in _reversed(tables, 0, 10, 2)] == [
+        (0, 9, (4, 7)),
+        (7, 8, ()),
+        (4, 6, (5,)),
+        (0, 3, (1, 2)),
+    ]
+
+
+def test_a_chain_of_twelve_with_three_slots() -> None:
+    kept, sweeps = schedule((1.0,) * 11, 3)
+    assert kept == {3, 7, 10}
+    assert sweeps == (
+        Sweep(base=10, target=11, stores=()),
+        Sweep(base=7, target=9, stores=(8,)),
+        Sweep(base=3, target=6, stores=(4, 5)),
+        Sweep(base=0, target=2, stores=(1,)),
+    )
+
+
+def carried_out(units: int, slots: int, kept: frozenset[int], sweeps: tuple[Sweep, ...], seconds: list[float]) -> float:
+    """Seconds of a schedule, every rule checked: what is needed is there, and no more is stored than there is room."""
+    stored = {0, *kept}
+    spent = 0.0
+    waiting = list(sweeps)
+    for unit in reversed(range(units)):
+        if unit not in stored:
+            sweep = waiting.pop(0)
+            assert sweep.target == unit and sweep.base in stored
+            assert sweep.base == max(place for place in stored if place < unit)
+            stored |= set(sweep.stores)
+            spent += sum(seconds[sweep.base : unit])
+        stored.discard(unit)
+        assert len(stored - {0}) <= slots
+    assert not waiting
+    return spent
+
+
+def least_seconds(units: int, slots: int, seconds: list[float]) -> float:
+    """By Dijkstra over (the unit whose turn it is, what is stored)."""
+    places = range(1, units)
+    starts = [frozenset(c) for k in range(slots + 1) for c in itertools.combinations(places, k)]
+    heap = [(0.0, i, units - 1, stored) for i, stored in enumerate(starts)]
+    seen: set[tuple[int, frozenset[int]]] = set()
+    counter = itertools.count(len(heap))
+    while heap:
+        spent, _, unit, stored = heapq.heappop(heap)
+        if unit < 0:
+            return spent
+        if (unit, stored) in seen:
+            continue
+        seen.add((unit, stored))
+        if unit in stored or unit == 0:
+            heapq.heappush(heap, (spent, next(counter), unit - 1, stored - {unit}))
+            continue
+        base = max((place for place in stored if place < unit), default=0)
+        cost = spent + sum(seconds[base:unit])
+        between = range(base + 1, unit)
+        for k in range(slots - len(stored) + 1):
+            for more in itertools.combinations(between, k):
+                heapq.heappush(heap, (cost, next(counter), unit - 1, stored | set(more)))
+    raise AssertionError
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_schedule_takes_less(seed: int) -> None:
+    draw = random.Random(seed)
+    units, slots = draw.randint(2, 7), draw.randint(0, 3)
+    seconds = [draw.choice([1.0, 2.0, 5.0, draw.random()]) for _ in range(units - 1)]
+    kept, sweeps = schedule(tuple(seconds), slots)
+    found = carried_out(units, slots, kept, sweeps, seconds)
+    assert found == pytest.approx(least_seconds(units, slots, seconds), rel=1e-12)
+
+
+@pytest.mark.parametrize("units", [5, 17, 80])
+def test_long_chains_obey_the_rules(units: int) -> None:
+    for slots in (0, 1, 2, 5):
+        carried_out(units, slots, *schedule((1.0,) * (units - 1), slots), [1.0] * (units - 1))
