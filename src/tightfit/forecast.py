@@ -308,7 +308,8 @@ def _traced(model: nn.Module, batch: Any, loss: Any, device: Device | None, unit
                 static.update(
                     (name, size) for name, size in static_bytes_by_category(model, batch, granule_bytes=granule).items()
                 )
-                return dataclasses.replace(whole, static_bytes=static)
+                tiled = tuple(dataclasses.replace(variant, static_bytes=static) for variant in whole.tiled)
+                return dataclasses.replace(whole, static_bytes=static, tiled=tiled)
     return trace(model, batch, loss, units=units, fake=True, device=device)
 
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 
 from tightfit.core import (
     BudgetInfeasible,
     Category,
     Choice,
+    InvalidInput,
+    Lever,
     Phase,
     Plan,
     Program,
@@ -43,34 +45,56 @@ _FEWEST_TRIES = 8
 _EVENTS_TO_TRY = 200_000
 
 
-def plan(trace: Trace, budget: str | int, *, effort: Effort = THOROUGH) -> Plan:
+def plan(
+    trace: Trace, budget: str | int, *, effort: Effort = THOROUGH, levers: Collection[Lever] | None = None
+) -> Plan:
     """The plan of least recompute whose simulated peak is within `budget`.
 
-    `budget`: bytes, a size, or a percentage of the unplanned step's peak. Raises `InvalidInput` for a budget
-    that is no size, `BudgetInfeasible` when nothing fits.
+    `budget`: bytes, a size, or a percentage of the unplanned step's peak. `levers`: those that the plan may use. By
+    default all, but tiles, which do not give the same bits, only where nothing exact fits (`Plan.exact` says so); a
+    collection that names `Lever.TILE` has them compete on seconds. Raises `InvalidInput` for a budget that is no size,
+    `BudgetInfeasible` when nothing fits.
     """
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
-    planner = _planner(trace, effort)
-    best, lowest = _best(trace, planner, budget_bytes, unplanned)
-    if trace.losses and (best is None or best.recompute_seconds > 0):
-        other, lower = _best(trace, planner.in_place_loss, budget_bytes, unplanned)
-        if other is not None and (best is None or other.recompute_seconds < best.recompute_seconds):
-            best = other
-        lowest = min(lowest, lower, key=lambda line: line.peak_bytes)
-    if best is not None:
-        return best
+    ways = _planner(trace, effort).ways(levers)
+    found: list[tuple[Plan | None, Timeline]] = []
+    for exact in (True, False) if levers is None else (None,):
+        for way in ways:
+            if exact is not None and way.exact is not exact:
+                continue
+            best = min((made for made, _ in found if made is not None), key=_cost, default=None)
+            if best is not None and _cost(best) <= way.extra_seconds:
+                continue
+            found.append(_best(trace, way, budget_bytes, unplanned, levers))
+        plans = [made for made, _ in found if made is not None]
+        if plans:
+            return min(plans, key=_cost)
+    lowest = min((line for _, line in found), key=lambda line: line.peak_bytes)
     raise BudgetInfeasible(budget_bytes, lowest.peak_bytes, _advice(trace, lowest, budget_bytes))
 
 
-def _best(trace: Trace, planner: _Planner, budget_bytes: int, unplanned: Timeline) -> tuple[Plan | None, Timeline]:
+def _cost(made: Plan) -> float:
+    """What the plan takes beyond the step itself."""
+    return made.recompute_seconds + made.tile_seconds
+
+
+def _allows(levers: Collection[Lever] | None, lever: Lever) -> bool:
+    return levers is None or lever in levers
+
+
+def _best(
+    trace: Trace, planner: _Planner, budget_bytes: int, unplanned: Timeline, levers: Collection[Lever] | None
+) -> tuple[Plan | None, Timeline]:
     """The best plan by `planner`, that of `trace` or of what a lever makes of it; and the last timeline looked at, that
     of the lowest peak when there is no plan."""
     lever, model = planner.trace, planner.model
     line = simulate_choices(lever, ())
     if line.peak_bytes <= budget_bytes:
         nothing = Solution(points={u.path: 0 for u in trace.units}, seconds=0.0, bound_seconds=0.0)
-        return _plan(trace, lever, budget_bytes, model.choices(nothing), line, unplanned, 0.0), line
+        return _plan(trace, planner, budget_bytes, model.choices(nothing), line, unplanned, 0.0), line
+    if not _allows(levers, Lever.RECOMPUTE):
+        return None, line
     target = budget_bytes
     for _ in range(_REFEREE_ROUNDS):
         solution = model.solve(target)
@@ -79,7 +103,7 @@ def _best(trace: Trace, planner: _Planner, budget_bytes: int, unplanned: Timelin
         choices = model.choices(solution)
         line = simulate_choices(lever, choices)
         if line.peak_bytes <= budget_bytes:
-            return _plan(trace, lever, budget_bytes, choices, line, unplanned, solution.bound_seconds), line
+            return _plan(trace, planner, budget_bytes, choices, line, unplanned, solution.bound_seconds), line
         # the model was too hopeful by this much; ask it for that much less
         target -= max(1, line.peak_bytes - budget_bytes)
     solution = model.solve(None)
@@ -89,34 +113,52 @@ def _best(trace: Trace, planner: _Planner, budget_bytes: int, unplanned: Timelin
     if line.peak_bytes > budget_bytes:
         choices, line = planner.lowest
     if line.peak_bytes <= budget_bytes:
-        return _plan(trace, lever, budget_bytes, choices, line, unplanned, 0.0), line
+        return _plan(trace, planner, budget_bytes, choices, line, unplanned, 0.0), line
     return None, line
 
 
-def lowest(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
-    """The plan of the lowest peak. Its budget is its own peak."""
-    planner = _planner(trace, effort)
-    levers = [planner, planner.in_place_loss] if trace.losses else [planner]
-    best = min(levers, key=lambda lever: lever.lowest[1].peak_bytes)
+def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever] | None = None) -> Plan:
+    """The plan of the lowest peak by any of `levers` (all by default). Its budget is its own peak."""
+    if not _allows(levers, Lever.RECOMPUTE):
+        raise InvalidInput("the lowest peak is looked for by recompute: add Lever.RECOMPUTE to the levers")
+    best = min(_planner(trace, effort).ways(levers), key=lambda way: way.lowest[1].peak_bytes)
     choices, line = best.lowest
-    return _plan(trace, best.trace, line.peak_bytes, choices, line, simulate_choices(trace, ()), 0.0)
+    return _plan(trace, best, line.peak_bytes, choices, line, simulate_choices(trace, ()), 0.0)
 
 
 def every_block(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
     """The book recipe as a plan: every unit keeps only its inputs. Its budget is its own peak."""
     unplanned = simulate_choices(trace, ())
-    model = _planner(trace, effort).model
+    planner = _planner(trace, effort)
+    model = planner.model
     points = {path: len(options) - 1 for path, options in model.options.items()}
     choices = model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
     line = simulate_choices(trace, choices)
-    return _plan(trace, trace, line.peak_bytes, choices, line, unplanned, 0.0)
+    return _plan(trace, planner, line.peak_bytes, choices, line, unplanned, 0.0)
 
 
 class _Planner:
     """What of a trace does not depend on the budget, made when first asked for."""
 
-    def __init__(self, trace: Trace, effort: Effort) -> None:
+    def __init__(
+        self, trace: Trace, effort: Effort, *, in_place_loss: bool = False, extra_seconds: float = 0.0
+    ) -> None:
         self.trace, self.effort = trace, effort
+        self.in_place_loss = in_place_loss
+        self.extra_seconds = extra_seconds  # what its tiles cost
+
+    @property
+    def exact(self) -> bool:
+        return self.trace.tiling is None
+
+    def ways(self, levers: Collection[Lever] | None) -> list[_Planner]:
+        """This trace's step as each of the allowed levers that are no unit's would have it, itself first."""
+        found = [self]
+        if self.trace.losses and _allows(levers, Lever.LOSS_IN_PLACE):
+            found.append(self.with_loss_in_place)
+        if _allows(levers, Lever.TILE):
+            found += self.tiled
+        return found
 
     @functools.cached_property
     def model(self) -> Model:
@@ -158,8 +200,19 @@ class _Planner:
         return model.choices(Solution(points=best, seconds=0.0, bound_seconds=0.0)), line(best)
 
     @functools.cached_property
-    def in_place_loss(self) -> _Planner:
-        return _Planner(with_loss_in_place(self.trace), self.effort)
+    def with_loss_in_place(self) -> _Planner:
+        return _Planner(with_loss_in_place(self.trace), self.effort, in_place_loss=True)
+
+    @functools.cached_property
+    def tiled(self) -> list[_Planner]:
+        def outside(trace: Trace) -> float:
+            return sum(op.seconds for op in trace.ops if op.unit is None)
+
+        base = outside(self.trace)
+        return [
+            _Planner(variant, self.effort, extra_seconds=max(0.0, outside(variant) - base))
+            for variant in self.trace.tiled
+        ]
 
 
 _latest: _Planner | None = None
@@ -175,22 +228,24 @@ def _planner(trace: Trace, effort: Effort = THOROUGH) -> _Planner:
 
 def _plan(
     trace: Trace,
-    lever: Trace,
+    way: _Planner,
     budget_bytes: int,
     choices: tuple[Choice, ...],
     line: Timeline,
     unplanned: Timeline,
     bound: float,
 ) -> Plan:
-    step_seconds = sum(op.seconds for op in trace.ops)
+    """`way` with `choices`, as a plan of `trace`."""
+    lever = way.trace
+    step_seconds = sum(op.seconds for op in trace.ops) + way.extra_seconds
     proven = line.recompute_seconds <= bound * (1 + 1e-6) + 1e-12
     used = {choice.program for choice in choices if not choice.keeps_all}
-    calls: dict[str, list[Program]] = {unit.path: [] for unit in trace.units}
-    for frame in trace.frames:
-        calls[frame.unit].append(trace.programs[frame.id])
+    calls: dict[str, list[Program]] = {unit.path: [] for unit in lever.units}
+    for frame in lever.frames:
+        calls[frame.unit].append(lever.programs[frame.id])
     programs = {
         unit.digest: program
-        for unit in trace.units
+        for unit in lever.units
         if unit.digest in used and (program := shared(calls[unit.path])) is not None
     }
     return Plan(
@@ -213,7 +268,9 @@ def _plan(
         }
         | {"highspy": metadata.version("highspy")},
         programs=programs,
-        in_place_loss=lever is not trace,
+        in_place_loss=way.in_place_loss,
+        tiling=lever.tiling,
+        tile_seconds=way.extra_seconds,
     )
 
 
