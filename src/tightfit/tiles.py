@@ -51,6 +51,7 @@ class TileStats:
     tiles: int = 0
     whole: int = 0  # times that the logits were made whole, and so the budget not kept
     asked_by: str = ""  # what first asked for them
+    witness: Callable[[HeadCall], None] | None = None  # told of every cross entropy in tiles
 
     def __sub__(self, other: TileStats) -> TileStats:
         return TileStats(
@@ -241,7 +242,9 @@ class Deferred(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's has no default arguments
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Below autograd: the values alone, the node above passes the gradient on."""
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             (source,) = args
@@ -262,7 +265,8 @@ _ABOUT = frozenset(
         *(
             getattr(torch.Tensor, name).__get__
             for name in (
-                "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta",
+                "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu",
+                "is_meta",
                 "is_sparse", "is_quantized", "is_mps", "itemsize", "_version", "grad_fn", "output_nr",
             )
         ),
@@ -292,9 +296,7 @@ def _like(
 ) -> Deferred:
     """Deferred logits that come from `source`."""
     outline = ((*hidden.shape[:-1], source.width), dtype or source.dtype)
-    out = (
-        _defer(source.head, chain, outline, hidden) if graph else Deferred(outline[0], outline[1], hidden.device)
-    )
+    out = _defer(source.head, chain, outline, hidden) if graph else Deferred(outline[0], outline[1], hidden.device)
     out.head, out.hidden, out.chain, out.parent, out.how = source.head, hidden, chain, source, how
     return out
 
@@ -344,13 +346,16 @@ def _cast_to(dtype: torch.dtype) -> Callable[..., Any]:
 
 def _to(func: Any, source: Deferred, *args: Any, **kwargs: Any) -> Any:
     args = tuple(torch.empty(0, dtype=a.dtype, device=a.device) if isinstance(a, Deferred) else a for a in args)
-    if kwargs.pop("copy", False):
-        pass  # deferred logits cannot be written through another name
+    kwargs.pop("copy", None)  # deferred logits cannot be written through another name
     try:
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
     except (TypeError, RuntimeError):
         return NotImplemented
-    if memory_format is not None or (device is not None and torch.device(device) != source.device):
+    device, dtype, _, memory_format = parsed
+    elsewhere = device is not None and (device.type, device.index) not in (
+        (source.device.type, None), (source.device.type, source.device.index),
+    )  # fmt: skip
+    if memory_format is not None or elsewhere:
         return NotImplemented
     if dtype is None or dtype is source.dtype:
         return source
@@ -426,7 +431,15 @@ def _leading(func: Any, source: Deferred, *args: Any, **kwargs: Any) -> Any:
     out = func(source.hidden, *args, **kwargs)
     if isinstance(out, torch.Tensor):
         return _rows(source, out, lambda made: func(made, *args, **kwargs))
-    return tuple(_rows(source, part, lambda made, i=i: func(made, *args, **kwargs)[i]) for i, part in enumerate(out))
+
+    def part(number: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def how(made: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = func(made, *args, **kwargs)[number]
+            return found
+
+        return how
+
+    return tuple(_rows(source, each, part(number)) for number, each in enumerate(out))
 
 
 _DIM_FIRST = frozenset({"narrow", "select", "unbind", "index_select"})
@@ -528,8 +541,68 @@ def _cross_entropy(
     head = input.head
     job = _Job(head, input.chain, reduction, ignore_index, label_smoothing)
     head.stats.losses += 1
+    if head.stats.witness is not None:
+        head.stats.witness(HeadCall(job, input.hidden.detach(), target, weight))
     loss: torch.Tensor = _TiledLoss.apply(job, input.hidden, target, weight, *head.parameters)
     return loss
+
+
+@dataclass(slots=True)
+class HeadCall:
+    """What one cross entropy in tiles was given: enough to compute it in other ways."""
+
+    job: _Job
+    hidden: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor | None
+
+    def tiled(self) -> dict[str, torch.Tensor]:
+        """Loss and gradients, by name, in tiles."""
+        hidden = self.hidden.detach().requires_grad_()
+        loss: torch.Tensor = _TiledLoss.apply(self.job, hidden, self.target, self.weight, *self.job.head.parameters)
+        return self._named(loss, hidden, self.job.head.parameters)
+
+    def untiled(self) -> dict[str, torch.Tensor]:
+        """The same by the ordinary head."""
+        hidden = self.hidden.detach().requires_grad_()
+        loss = self._loss(self.job.head.logits(hidden), self.target)
+        return self._named(loss, hidden, self.job.head.parameters)
+
+    def in_float64(self, double: Callable[[nn.Module], nn.Module], rows: int) -> dict[str, torch.Tensor]:
+        """The same in float64, by `double` of the head; `rows` at a time, since sums are near exact there."""
+        head = double(self.job.head.module)
+        trained = [p for p in head.parameters() if p.requires_grad]
+        hidden = self.hidden.detach().double().requires_grad_()
+        divisor: Any = 1
+        if self.job.reduction == "mean":
+            divisor = _denominator(self.target, self.weight, self.job).double()
+        weight = None if self.weight is None else self.weight.double()
+        total = hidden.new_zeros(self.target.shape if self.job.reduction == "none" else ())
+        for at in range(0, hidden.shape[0], rows):
+            part = slice(at, at + rows)
+            piece = self.job.loss_of(head(hidden[part]), self.target[part], weight) / divisor
+            piece.sum().backward()
+            if self.job.reduction == "none":
+                total[part] = piece.detach()
+            else:
+                total += piece.detach()
+        found = {"loss": total, "hidden states": hidden.grad}
+        names = [name for name, p in self.job.head.module.named_parameters() if p.requires_grad]
+        return found | {name: p.grad for name, p in zip(names, trained, strict=True)}  # type: ignore[return-value]
+
+    def _loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        job = self.job
+        return torchs_own(
+            _applied(job.chain, logits), target, self.weight, ignore_index=job.ignore_index,
+            reduction=job.reduction, label_smoothing=job.label_smoothing,
+        )  # fmt: skip
+
+    def _named(
+        self, loss: torch.Tensor, hidden: torch.Tensor, parameters: Sequence[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        names = [name for name, p in self.job.head.module.named_parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss.sum(), [hidden, *parameters])
+        return {"loss": loss.detach(), "hidden states": found[0], **dict(zip(names, found[1:], strict=True))}
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -570,9 +643,7 @@ class _TiledLoss(torch.autograd.Function):
             keep = torch._C._autograd._get_current_graph_task_keep_graph()
             found = iter(ctx.saved_tensors)
             made = [next(found) if wanted else None for wanted in job.wants]
-            scaled = [
-                None if each is None else each * gradient if keep else each.mul_(gradient) for each in made
-            ]
+            scaled = [None if each is None else each * gradient if keep else each.mul_(gradient) for each in made]
         else:
             hidden, target, weight, denominator, *parameters = ctx.saved_tensors
             tiles = _Tiles(job, hidden, target, weight, parameters)
@@ -623,7 +694,9 @@ class _Tiles:
         if wants[0]:
             self.of_hidden = torch.empty(self.shape, dtype=self.hidden.dtype, device=self.hidden.device)
         self.sums = [
-            torch.zeros(p.shape, dtype=torch.float32 if p.dtype in _LOW else p.dtype, device=p.device) if wanted else None
+            torch.zeros(p.shape, dtype=torch.float32 if p.dtype in _LOW else p.dtype, device=p.device)
+            if wanted
+            else None
             for p, wanted in zip(self.parameters, wants[1:], strict=True)
         ]
         tile = self._linear_tile() if job.head.is_linear else self._tile
@@ -672,14 +745,11 @@ class _Tiles:
             wanted = [t for t, want in zip(inputs, wants, strict=True) if want]
             with _Autocast(hidden.device.type, False, torch.float32).again():
                 found = torch.autograd.grad(piece, wanted, self._scale_of(piece, incoming), allow_unused=True)
-            made = iter(found)
+            made: Iterator[torch.Tensor | None] = iter(found)
             if wants[0]:
                 assert self.of_hidden is not None
                 of_hidden = next(made)
-                if of_hidden is None:
-                    self.of_hidden[rows] = 0
-                else:
-                    self.of_hidden[rows] = of_hidden
+                self.of_hidden[rows] = 0 if of_hidden is None else of_hidden
             for total in self.sums:
                 if total is not None and (each := next(made)) is not None:
                     total += each
@@ -760,6 +830,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("transpose", "swapaxes"), _transpose),
     "argmax": _argmax, "cross_entropy": _cross_entropy,
 }  # fmt: skip
+
 
 @contextlib.contextmanager
 def in_force(model: nn.Module, tiling: Tiling, stats: TileStats) -> Iterator[None]:

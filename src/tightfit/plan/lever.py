@@ -15,7 +15,7 @@ from tightfit.core import Event, Happening, Plan, PlanMismatch, Trace
 
 def under(trace: Trace, plan: Plan | None) -> Trace:
     """What the levers of `plan` that are not a unit's make of `trace`. Raises `PlanMismatch` for unknown tiles."""
-    if plan is not None and plan.tiling is not None:
+    if plan is not None and plan.tiling != trace.tiling:
         variant = next((each for each in trace.tiled if each.tiling == plan.tiling), None)
         if variant is None:
             raise PlanMismatch("the plan computes the step in tiles that this trace does not know; make the plan anew")
