@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"catalog", "cost", "allocator", "unroll"}),
     frozenset({"plan"}),
     frozenset({"report"}),
-    frozenset({"step", "loss", "fake", "trace", "engine"}),
+    frozenset({"step", "loss", "tiles", "fake", "trace", "engine"}),
     frozenset({"verify", "measure", "fitting"}),
     frozenset({"integrations", "train", "forecast"}),
     frozenset({"cli", "__main__"}),

@@ -154,6 +154,16 @@ class Status(enum.Enum):
     INFEASIBLE = "infeasible"
 
 
+class Lever(enum.Enum):
+    """What a plan may do to take bytes down; `plan(..., levers=)` names those that it may use."""
+
+    RECOMPUTE = "recompute"  # units drop values and make them again
+    LOSS_IN_PLACE = "loss_in_place"  # the loss makes its gradient in place of what it saved
+    TILE = "tile"  # head and loss, and token-wise modules, a tile of rows at a time; not bit for bit
+    NEST = "nest"  # units grouped, so that only some unit inputs are kept
+    OFFLOAD = "offload"  # kept values moved to host memory
+
+
 class Happening(enum.Enum):
     """What an `Event` records."""
 
@@ -300,6 +310,23 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TiledModule:
+    """A token-wise module of a unit, computed over chunks of the tokens."""
+
+    name: str  # its path within the unit
+    tiles: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """What of a step is computed a tile of rows at a time (`tightfit.tiles`)."""
+
+    head: str | None = None  # path of the head module; none: the head is not tiled
+    rows: int = 0  # of a tile of logits
+    modules: tuple[TiledModule, ...] = ()  # in every unit that has a module of the name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
     """One recorded step: what ran, what lived, what autograd held, in order."""
 
@@ -318,6 +345,8 @@ class Trace:
     random_state_bytes: int = 0  # one saved generator state
     notes: tuple[str, ...] = ()
     losses: tuple[Loss, ...] = ()
+    tiling: Tiling | None = None  # what was in force when the step was recorded
+    tiled: tuple[Trace, ...] = ()  # the same step, recorded with tiles in force
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,6 +409,13 @@ class Plan:
     programs: Mapping[str, Program] = field(default_factory=dict)
     in_place_loss: bool = False  # the loss makes its gradient in place of what it saved; costs no recompute
     advances: tuple[Advance, ...] = ()  # in the order of backward
+    tiling: Tiling | None = None  # what is computed in tiles; none: nothing
+    tile_seconds: float = 0.0  # what the tiles cost
+
+    @property
+    def exact(self) -> bool:
+        """Are loss and gradients bit for bit those of the step without the plan? Tiles add sums in another order."""
+        return self.tiling is None
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON: whole or not at all."""
@@ -443,7 +479,7 @@ class Row:
     step_seconds: float  # median
     recompute_flops: int
     forward_flops: int
-    gradients: str  # reference, identical, differs
+    gradients: str  # reference, identical, differs; within tolerance: a plan with tiles, held against float64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

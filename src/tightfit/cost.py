@@ -65,4 +65,5 @@ def retimed(trace: Trace, device: Device) -> Trace:
         ops=tuple(
             dataclasses.replace(op, seconds=seconds(op.inputs, op.outputs, op.flops, op.kind)) for op in trace.ops
         ),
+        tiled=tuple(retimed(variant, device) for variant in trace.tiled),
     )

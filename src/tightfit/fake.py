@@ -72,6 +72,7 @@ class FakeStep:
         self.guesses = guesses  # an optimizer reads its step count; only its control flow could depend on it
         self._known: Any = WeakIdKeyDictionary()
         self._probes: dict[Any, tuple[Any, Any, list[int]]] = {}
+        self._probed: dict[Any, int] = {}
         self._unprobed: set[str] = set()
         self._accumulating: list[nn.Parameter] = []
         self._model: nn.Module | None = None
@@ -197,20 +198,28 @@ class FakeStep:
             known = self._probes[key] = (func, (spec, key[2:]), [])
         known[2].append(call)
 
+    def forget_calls(self) -> None:
+        """Another pass begins, which numbers its ops anew."""
+        self._scratch = {}
+        for _, _, calls in self._probes.values():
+            calls.clear()
+
     def scratch_bytes(self) -> dict[int, int]:
         """Most bytes that each noted op held beyond its outputs, by its number; 0 for those left out."""
-        if self._probes:
-            for (_, _, calls), size in zip(self._probes.values(), self._probe(), strict=True):
-                self._scratch.update(dict.fromkeys(calls, size))
+        fresh = [key for key in self._probes if key not in self._probed]
+        if fresh:
+            self._probed.update(zip(fresh, self._probe([self._probes[key] for key in fresh]), strict=True))
+        for key, (_, _, calls) in self._probes.items():
+            self._scratch.update(dict.fromkeys(calls, self._probed[key]))
         return self._scratch
 
-    def _probe(self) -> list[int]:
+    def _probe(self, probes: list[tuple[Any, Any, list[int]]]) -> list[int]:
         from tightfit.trace import MARK, risen_bytes  # the one place that reads the profiler
 
         made: list[int] = []
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=()), profiler:
-            for func, (spec, outlines), _ in self._probes.values():
+            for func, (spec, outlines), _ in probes:
                 leaves = [_real(outline) if isinstance(outline, _Outline) else outline for outline in outlines]
                 args, kwargs = pytree.tree_unflatten(leaves, spec)
                 given = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}

@@ -51,6 +51,7 @@ from tightfit.fake import FakeStep
 from tightfit.measure import every_block_checkpointed
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.simulate import allocations
+from tightfit.report.text import tiles_said
 from tightfit.step import UnitsAsked, compute_loss, environment, find_units, static_bytes_by_category
 from tightfit.trace import OptimizerRecord, behind, record_optimizer, signature_of, trace
 from tightfit.unroll import LEAST_BLOCKS, unroll
@@ -308,7 +309,8 @@ def _traced(model: nn.Module, batch: Any, loss: Any, device: Device | None, unit
                 static.update(
                     (name, size) for name, size in static_bytes_by_category(model, batch, granule_bytes=granule).items()
                 )
-                return dataclasses.replace(whole, static_bytes=static)
+                tiled = tuple(dataclasses.replace(variant, static_bytes=static) for variant in whole.tiled)
+                return dataclasses.replace(whole, static_bytes=static, tiled=tiled)
     return trace(model, batch, loss, units=units, fake=True, device=device)
 
 
@@ -710,11 +712,15 @@ def _advice(
 
 
 def _essence(recorded: Trace, made: Plan) -> Iterable[str]:
-    """The plan in at most three lines."""
+    """The plan in at most four lines."""
     planned = [choice for choice in made.choices if not choice.keeps_all]
     if not made.replays:
-        yield "nothing is recomputed: the step fits " + ("with the loss in place" if made.in_place_loss else "as it is")
-        return
+        how = "in tiles" if not made.exact else "with the loss in place" if made.in_place_loss else "as it is"
+        yield f"nothing is recomputed: the step fits {how}"
+        if made.exact:
+            return
+    if made.tiling is not None:
+        yield f"tiles: {tiles_said(made)}"
     yield f"{len(planned)} of {len(recorded.units)} units recompute part of what they make, {made.replays} replays"
     share = made.recompute_flops / made.forward_flops if made.forward_flops else 0.0
     yield f"recompute: {share:.1%} of the forward's FLOPs, plan {made.status.value}"

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _aten = torch.ops.aten
-_torchs_own = functional.cross_entropy
+torchs_own = functional.cross_entropy
 _in_force = 0
 
 
@@ -80,8 +80,10 @@ class _CrossEntropy(torch.autograd.Function):
         return out, None, None, None
 
 
-def _replaced(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`cross_entropy` with torch's signature, `make` called for the plain cases."""
+def _replaced(
+    make: Callable[..., torch.Tensor], otherwise: Callable[..., torch.Tensor] = torchs_own
+) -> Callable[..., torch.Tensor]:
+    """`cross_entropy` with torch's signature, `make` called for the plain cases and `otherwise` for the rest."""
 
     def cross_entropy(
         input: torch.Tensor,
@@ -95,7 +97,7 @@ def _replaced(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:
         if size_average is None and reduce is None and is_plain(input, target, weight, reduction, label_smoothing):
             return make(input, target, reduction, ignore_index)
-        return _torchs_own(
+        return otherwise(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )  # fmt: skip
 
@@ -104,7 +106,7 @@ def _replaced(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 def _in_place(input: torch.Tensor, target: torch.Tensor, reduction: str, ignore_index: int) -> torch.Tensor:
     if not (torch.is_grad_enabled() and input.requires_grad):
-        return _torchs_own(input, target, reduction=reduction, ignore_index=ignore_index)
+        return torchs_own(input, target, reduction=reduction, ignore_index=ignore_index)
     if torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.float16, torch.bfloat16):
         input = input.float()  # as autocast does for this function
     loss: torch.Tensor = _CrossEntropy.apply(input, target, _REDUCTIONS[reduction], ignore_index)
@@ -122,7 +124,7 @@ def in_place() -> Iterator[None]:
     finally:
         _in_force -= 1
         if not _in_force:
-            functional.cross_entropy = _torchs_own
+            functional.cross_entropy = torchs_own
 
 
 @contextlib.contextmanager
@@ -133,11 +135,11 @@ def watched(note: Callable[[bool], None]) -> Iterator[None]:
     def spy(input: torch.Tensor, target: torch.Tensor, reduction: str, ignore_index: int) -> torch.Tensor:
         note(True)
         try:
-            return _torchs_own(input, target, reduction=reduction, ignore_index=ignore_index)
+            return before(input, target, reduction=reduction, ignore_index=ignore_index)
         finally:
             note(False)
 
-    functional.cross_entropy = _replaced(spy)
+    functional.cross_entropy = _replaced(spy, before)
     try:
         yield
     finally:

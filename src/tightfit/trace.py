@@ -17,6 +17,7 @@ Refused: steps whose three passes differ (`Unsupported`: the step is not determi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -49,6 +50,7 @@ from tightfit.core import (
     Program,
     Saved,
     Step,
+    Tiling,
     Trace,
     Unit,
     Unsupported,
@@ -59,6 +61,7 @@ from tightfit.core import (
 from tightfit.cost import NOMINAL_CPU, NOMINAL_CUDA, retimed
 from tightfit.fake import FakeStep, faked, refusals_named
 from tightfit.loss import rows_at_once, watched
+from tightfit.plan.simulate import simulate_choices
 from tightfit.step import (
     ForwardPatch,
     LossFunction,
@@ -75,6 +78,7 @@ from tightfit.step import (
     undisturbed,
     unique_bytes,
 )
+from tightfit.tiles import Sought, TileStats, head_sought, in_force, rows_of_tile
 from tightfit.unroll import trace_digest
 
 __all__ = [
@@ -354,7 +358,7 @@ class _Recorder(TorchDispatchMode):
         if self.restart is not None:
             self.restart.before(func, args, kwargs)
         started = time.perf_counter()
-        out = func(*args, **kwargs) if self.fake is None else self._fake_result(func, args, kwargs)
+        out = self._result(func, args, kwargs)
         seconds = time.perf_counter() - started
         if self.restart is not None:
             self.restart.after(args, kwargs, out)
@@ -407,12 +411,18 @@ class _Recorder(TorchDispatchMode):
             frame.calls.append(call.id)
         return out
 
-    def _fake_result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        assert self.fake is not None
-        if not self.marks:
-            return self.fake.run(func, args, kwargs)
-        with torch.profiler.record_function(MARK):
-            return self.fake.run(func, args, kwargs)
+    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.fake is None and not self.marks:
+            return func(*args, **kwargs)
+        with torch.profiler.record_function(MARK) if self.marks else contextlib.nullcontext():
+            return func(*args, **kwargs) if self.fake is None else self.fake.run(func, args, kwargs)
+
+    def scratch_from(self, profiler: Any) -> None:
+        """Each op's scratch bytes, and the sums that the engine would make in place, from a profile of this pass."""
+        risen = risen_bytes(profiler, len(self.calls))
+        _sum_in_place(self, _summed_by_engine(profiler, len(self.calls)))
+        for call, rise in zip(self.calls, risen, strict=True):
+            call.scratch_bytes = max(0, rise - call.out_bytes)
 
     def _classify(self, call: _Call, func: Any, args: Any, kwargs: Any, frame: _FrameRecord | None) -> None:
         random = is_random(func, args, kwargs)
@@ -631,34 +641,94 @@ def _trace(
     fake: FakeStep | None,
 ) -> Trace:
     restart()
-    dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake)
+    with head_sought(model, list(modules)) as sought:
+        dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake)
     if not dry.frames:
         modules = {"": model}
+        sought = Sought()
         restart()
         dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake)
-    restart()
-    static = static_bytes_by_category(model, batch, granule_bytes=1 if fake is None else fake.granule_bytes)
-    full = _record(model, batch, loss, modules, restart, dry=False, fake=fake)
-    gradients = {
-        v for p in model.parameters() if p.grad is not None for v in [full.value_of(p.grad)[0]] if v is not None
-    }
-    full.recording = False
-    _same_ops("the dry pass", [c.name for c in dry.calls], [c.name for c in full.calls if c.phase is Phase.FORWARD])
-    for call, other in zip(full.calls, dry.calls, strict=False):
-        call.seconds += other.seconds
-    notes: tuple[str, ...] = ()
-    if fake is None:
-        restart()
-        _measure(model, batch, loss, full)
-    else:
-        for number, size_bytes in fake.scratch_bytes().items():
-            full.calls[number].scratch_bytes = size_bytes
-        static[Category.WORKSPACE.value] = fake.workspace_bytes
-        notes = fake.notes
-    recorded = _Assembly(model, batch, dry, full, modules, static, gradients, fake, notes).trace()
-    if fake is not None:
-        recorded = retimed(recorded, fake.target or NOMINAL_CPU)
-    return recorded if optimizer is None else with_optimizer(recorded, optimizer, fake.target if fake else None)
+    target = fake.target if fake is not None else None
+    tail = None if optimizer is None else record_optimizer(optimizer, target)
+    step = _Step(model, batch, loss, modules, restart, fake, tail)
+    recorded = step.recorded(dry, None)
+    tiled, reasons = _tiled(step, recorded, sought)
+    return dataclasses.replace(recorded, tiled=tiled, notes=(*recorded.notes, *reasons))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is recorded, once as it is and once more for each way to tile it."""
+
+    model: nn.Module
+    batch: Any
+    loss: LossFunction | None
+    modules: Mapping[str, nn.Module]
+    restart: Callable[[], None]
+    fake: FakeStep | None
+    tail: OptimizerRecord | None
+
+    def dry(self) -> _Recorder:
+        self.restart()
+        return _record(self.model, self.batch, self.loss, self.modules, self.restart, dry=True, fake=self.fake)
+
+    def recorded(self, dry: _Recorder, tiling: Tiling | None) -> Trace:
+        """The trace of the step as it runs now, after its dry pass."""
+        model, fake = self.model, self.fake
+        self.restart()
+        static = static_bytes_by_category(model, self.batch, granule_bytes=1 if fake is None else fake.granule_bytes)
+        if fake is not None:
+            fake.forget_calls()
+        # one pass fewer where the clock need not wait for a device: the same ops are timed elsewhere too
+        at_once = fake is None and tiling is not None and device_of(model).type == "cpu"
+        full = _record(
+            model, self.batch, self.loss, self.modules, self.restart, dry=False, fake=fake, measured=at_once
+        )  # fmt: skip
+        gradients = {
+            v for p in model.parameters() if p.grad is not None for v in [full.value_of(p.grad)[0]] if v is not None
+        }
+        full.recording = False
+        _same_ops("the dry pass", [c.name for c in dry.calls], [c.name for c in full.calls if c.phase is Phase.FORWARD])
+        for call, other in zip(full.calls, dry.calls, strict=False):
+            call.seconds += other.seconds
+        notes: tuple[str, ...] = ()
+        if fake is not None:
+            for number, size_bytes in fake.scratch_bytes().items():
+                full.calls[number].scratch_bytes = size_bytes
+            static[Category.WORKSPACE.value] = fake.workspace_bytes
+            notes = fake.notes
+        elif not at_once:
+            self.restart()
+            _measure(model, self.batch, self.loss, full)
+        trace = _Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes).trace()
+        if fake is not None:
+            trace = retimed(trace, fake.target or NOMINAL_CPU)
+        trace = dataclasses.replace(trace, tiling=tiling)
+        return trace if self.tail is None else behind(trace, self.tail)
+
+
+#: A loss that is less than this part of the peak is not worth tiles.
+_WORTH_TILES = 0.10
+
+
+def _tiled(step: _Step, recorded: Trace, sought: Sought) -> tuple[tuple[Trace, ...], tuple[str, ...]]:
+    """The step recorded again with tiles in force, where these can matter; and why not, where they cannot."""
+    line = simulate_choices(recorded, ())
+    loss_bytes = max(line.by_category[Category.LOSS.value], default=0)
+    # about what is left when every unit is recomputed
+    floor_bytes = line.peak_bytes - max(line.by_category[Category.SAVED.value], default=0)
+    if loss_bytes < _WORTH_TILES * max(1, floor_bytes) or (sought.path is None and not sought.reason):
+        return (), ()
+    if sought.path is None:
+        return (), (f"the head and the loss cannot be tiled: {sought.reason}",)
+    tiling = Tiling(head=sought.path, rows=rows_of_tile(sought.rows, sought.row_bytes))
+    stats = TileStats()
+    with in_force(step.model, tiling, stats):
+        dry = step.dry()
+        if stats.whole or not stats.losses:
+            asked = f"by {stats.asked_by}" if stats.whole else "by what is no cross entropy of class indices"
+            return (), (f"the head and the loss cannot be tiled: the logits are asked for whole, {asked}",)
+        return (step.recorded(dry, tiling),), ()
 
 
 def _record(
@@ -670,7 +740,9 @@ def _record(
     *,
     dry: bool,
     fake: FakeStep | None,
+    measured: bool = False,
 ) -> _Recorder:
+    """`measured`: have the pass also tell each op's scratch bytes (on the CPU)."""
     recorder = _Recorder(dry=dry, fake=fake)
     recorder.restart = restart if isinstance(restart, Restart) else None
     for tensor in [*model.parameters(), *model.buffers(), *tensors_in(batch)]:
@@ -685,8 +757,12 @@ def _record(
     def note_cross_entropy(entered: bool) -> None:
         recorder.in_cross_entropy = entered
 
+    profiler: Any = None
+    if measured:
+        recorder.marks = True
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     try:
-        with recorder:
+        with profiler or contextlib.nullcontext(), recorder:
             with (
                 torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack),
                 watched(note_cross_entropy),
@@ -701,6 +777,9 @@ def _record(
                 else:
                     _backward_marked(result, recorder)
                 del result
+        if measured:
+            recorder.recording = False
+            recorder.scratch_from(profiler)
     except RuntimeError as error:
         if "saved tensor hooks" in str(error):
             raise Unsupported(
@@ -952,6 +1031,7 @@ def behind(trace: Trace, optimizer: OptimizerRecord) -> Trace:
     return dataclasses.replace(
         trace, ops=all_ops, values=all_values, events=(*trace.events, *events), static_bytes=static_bytes,
         digest=trace_digest(trace.units, all_ops, all_values),
+        tiled=tuple(behind(variant, optimizer) for variant in trace.tiled),
     )  # fmt: skip
 
 

@@ -51,7 +51,11 @@ def unroll(trace: Trace, paths: Sequence[str], period: int = 1) -> Trace | None:
     blocks = _Blocks.of(trace, period)
     if blocks is None or blocks.template(2) != blocks.template(3):
         return None
-    return blocks.repeated(2, missing // period, paths)
+    whole = blocks.repeated(2, missing // period, paths)
+    if whole is None:
+        return None
+    tiled = (unroll(variant, paths, period) for variant in trace.tiled)
+    return dataclasses.replace(whole, tiled=tuple(variant for variant in tiled if variant is not None))
 
 
 #: The first and the last are like no other, the second hands its gradient to the first, and two must be compared.

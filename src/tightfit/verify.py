@@ -1,7 +1,9 @@
 """Prove a plan on the real model: the same gradients, a peak within budget, a prediction that held.
 
 The reference is the same step without the plan, from the same parameters, buffers and random state. Gradients and
-buffers are compared bit by bit; the peak is the allocator's own count of a whole step, the optimizer's included.
+buffers are compared bit by bit; the peak is the allocator's own count of a whole step, the optimizer's included. A plan
+with tiles adds sums in another order: its loss and gradients may be as far from the same step in float64 as 1.5 times
+the step without the plan is.
 
 Invariant: the model, its gradients, the optimizer's state and every random state are left as they were found.
 Refused: nothing is passed on trust; a gradient that is missing, of another shape, stride or dtype, is a failure.
@@ -10,6 +12,7 @@ Refused: nothing is passed on trust; a gradient that is missing, of another shap
 from __future__ import annotations
 
 import contextlib
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from tightfit.core import Check, Plan, Proof, format_bytes, make_verb
 from tightfit.engine import apply
@@ -30,9 +35,21 @@ from tightfit.step import (
     static_bytes_by_category,
     undisturbed,
 )
+from tightfit.tiles import HeadCall, TileStats, in_force
 from tightfit.trace import memory_events
 
-__all__ = ["Outcome", "PeakMeter", "differences", "run_step", "static_bytes", "timed", "untrained", "verify"]
+__all__ = [
+    "TOLERANCE",
+    "Outcome",
+    "PeakMeter",
+    "against_float64",
+    "differences",
+    "run_step",
+    "static_bytes",
+    "timed",
+    "untrained",
+    "verify",
+]
 
 PEAK_TOLERANCE = 0.005
 TIMED_STEPS = 3
@@ -91,7 +108,8 @@ def verify(
 ) -> Proof:
     """Run the step with and without `plan` and compare.
 
-    Checks: `gradients` (every parameter, bit by bit), `buffers` (only where there are any), `peak` (measured
+    Checks: `gradients` (every parameter, bit by bit; with tiles, each parameter's error against float64, and `loss`
+    too), `buffers` (only where there are any), `peak` (measured
     against the budget, 0.5 %), `prediction` (measured against predicted, 0.5 %), `time` (ratio of interleaved steps;
     reported, cannot fail). Pass the same `loss` and `optimizer` that the plan was traced with.
 
@@ -110,7 +128,11 @@ def verify(
         with apply(model, plan) as applied:
             planned = observe()
             stats = applied.stats()
-        checks = _compared(reference, planned, observe)
+        if plan.exact:
+            checks = _compared(reference, planned, observe)
+        else:
+            checks = _against_float64(model, batch, plan, loss, restart)
+            checks += [c for c in _compared(reference, planned, observe) if c.name == "buffers"]
         del planned, reference
         with apply(model, plan):
             measured_bytes = _peak_bytes(model, batch, loss, optimizer, restart)
@@ -214,6 +236,185 @@ def _within(expected: torch.Tensor | None, found: torch.Tensor | None, repeated:
     if expected is None or found is None or repeated is None or expected.shape != found.shape:
         return False
     return _largest_difference(expected, found) <= 2 * _largest_difference(expected, repeated)
+
+
+# ------------------------------------------------------------------------------------------- float64
+
+#: How much further from float64 than the step without the plan a plan with tiles may be.
+TILE_FACTOR = 1.5
+TOLERANCE = (
+    f"loss and gradients are not bit for bit, but no further from float64 than {TILE_FACTOR} x the step without it"
+)
+#: Of a model in float64; a larger one has only its head and loss compared, where all that tiles change happens.
+_FLOAT64_BYTES = 4 * 2**30
+_HEAD_ROWS = 64
+
+
+class _InFloat64(TorchFunctionMode):
+    """Models cast to float32 where they want precision; in a float64 model that would lose it."""
+
+    _CASTS = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
+    _LOWER = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._CASTS:
+            return args[0].double()
+        args, kwargs = pytree.tree_map(
+            lambda item: torch.float64 if isinstance(item, torch.dtype) and item in self._LOWER else item,
+            (tuple(args), dict(kwargs or {})),
+        )
+        return func(*args, **kwargs)
+
+
+def _double(module: nn.Module) -> nn.Module:
+    """A copy of `module` in float64; layers with packed 4-bit weights as linear ones of the numbers they stand for."""
+    twin = copy.deepcopy(module)
+    holder = nn.ModuleList([twin])
+    for parent in list(holder.modules()):
+        for name, child in list(parent.named_children()):
+            if getattr(getattr(child, "weight", None), "quant_state", None) is not None:
+                setattr(parent, name, _unpacked(child))
+    return holder[0].double()
+
+
+def _unpacked(layer: Any) -> nn.Linear:
+    """The linear layer that a 4-bit one is, by what it makes of the unit vectors."""
+    bias, layer.bias = layer.bias, None
+    device = layer.weight.device
+    with torch.no_grad():
+        weight = layer(torch.eye(layer.in_features, dtype=layer.compute_dtype or torch.float32, device=device)).t()
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+    return linear.train(layer.training)
+
+
+@contextlib.contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Random masks are drawn differently in another dtype, so what is compared across dtypes draws none."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _InFloat64():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def against_float64(model: nn.Module, batch: Any, plan: Plan, loss: LossFunction | None = None) -> list[Check]:
+    """Checks `loss` and `gradients` of a plan with tiles, as `verify` makes them."""
+    with undisturbed(model, batch) as restart, no_key_value_cache(model):
+        return _against_float64(model, batch, plan, loss, restart)
+
+
+def _against_float64(
+    model: nn.Module, batch: Any, plan: Plan, loss: LossFunction | None, restart: Callable[[], None]
+) -> list[Check]:
+    """Loss and gradients with and without the plan, each against the same in float64."""
+    with _without_dropout(model):
+        if 8 * sum(p.numel() for p in model.parameters()) <= _FLOAT64_BYTES:
+            what = "of the step"
+            untiled, tiled, exact = _whole_steps(model, batch, plan, loss, restart)
+        else:
+            what = "of the head and its loss, from the step's own hidden states"
+            untiled, tiled, exact = _heads(model, batch, plan, loss, restart)
+    errors = {name: _errors(untiled.get(name), tiled.get(name), exact[name]) for name in exact}
+    return [
+        _float64_check("loss", {"loss": errors.pop("loss")}, what),
+        _float64_check("gradients", errors, what),
+    ]
+
+
+Named = dict[str, torch.Tensor]
+
+
+def _whole_steps(
+    model: nn.Module, batch: Any, plan: Plan, loss: LossFunction | None, restart: Callable[[], None]
+) -> tuple[Named, Named, Named]:
+    def step(model: nn.Module, batch: Any) -> Named:
+        value = compute_loss(model, batch, loss)
+        value.backward()
+        found = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+        return found | {"loss": value.detach()}
+
+    restart()
+    untiled = step(model, batch)
+    with apply(model, plan):
+        restart()
+        tiled = step(model, batch)
+    restart()
+    twin = _double(model)
+    for parameter, own in zip(twin.parameters(), model.parameters(), strict=False):
+        parameter.grad = None if own.grad is None else own.grad.double()
+    doubled = pytree.tree_map(
+        lambda item: item.double() if isinstance(item, torch.Tensor) and item.is_floating_point() else item, batch
+    )
+    with _float64():
+        exact = step(twin, doubled)
+    restart()
+    return untiled, tiled, exact
+
+
+def _heads(
+    model: nn.Module, batch: Any, plan: Plan, loss: LossFunction | None, restart: Callable[[], None]
+) -> tuple[Named, Named, Named]:
+    assert plan.tiling is not None
+    calls: list[HeadCall] = []
+    restart()
+    with in_force(model, plan.tiling, TileStats(witness=calls.append)):
+        compute_loss(model, batch, loss)
+    found: tuple[Named, Named, Named] = ({}, {}, {})
+    for number, call in enumerate(calls):
+        with _float64():
+            exact = call.in_float64(_double, _HEAD_ROWS)
+        for into, each in zip(found, (call.untiled(), call.tiled(), exact), strict=True):
+            into.update({f"{name} of loss {number + 1}" if number else name: t for name, t in each.items()})
+    restart()
+    return found
+
+
+def _errors(
+    untiled: torch.Tensor | None, tiled: torch.Tensor | None, exact: torch.Tensor
+) -> tuple[float, float, float]:
+    """Norms of the errors without and with tiles, and of what one rounding to the result's dtype costs."""
+    if untiled is None or tiled is None or tiled.shape != untiled.shape or tiled.dtype is not untiled.dtype:
+        return 0.0, float("inf"), 0.0
+    one, other = (float((t.double() - exact).norm()) for t in (untiled, tiled))
+    return one, other, float(exact.norm()) * torch.finfo(untiled.dtype).eps
+
+
+def _float64_check(name: str, errors: dict[str, tuple[float, float, float]], what: str) -> Check:
+    def ratio(key: str) -> float:
+        untiled, tiled, rounding = errors[key]
+        return tiled / max(untiled, rounding / TILE_FACTOR, 1e-300)
+
+    # not written as "greater than": a tiled error that is no number must fail
+    wrong = [key for key, (_, tiled, _) in errors.items() if tiled and not ratio(key) <= TILE_FACTOR]
+    worst = max(errors, key=ratio, default=None)
+    said = f"{len(errors)} within" if not wrong else f"{len(wrong)} of {len(errors)} beyond, first {wrong[0]}"
+    if worst is not None:
+        untiled, tiled, rounding = errors[worst]
+        size = rounding and f", norm of error {tiled:.3g} against {untiled:.3g}"
+        said += f"; worst {ratio(worst):.2f} x at {worst}{size or ''}"
+    return Check(
+        name=name,
+        expected=f"the error {what} against float64 is at most {TILE_FACTOR} x that without tiles",
+        measured=said,
+        tolerance=f"{TILE_FACTOR} x the untiled run's own error, or one rounding to the dtype; dropout off",
+        passed=not wrong,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ peak

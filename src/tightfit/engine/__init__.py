@@ -24,6 +24,7 @@ from tightfit.engine.stash import Chain
 from tightfit.loss import in_place
 from tightfit.plan.program import kept_values, recipe
 from tightfit.step import ForwardPatch, no_key_value_cache
+from tightfit.tiles import in_force
 from tightfit.trace import signature_of
 
 __all__ = ["Applied", "Stats", "apply", "checkpoint"]
@@ -54,6 +55,8 @@ class Applied:
             self._switches.enter_context(no_key_value_cache(self.model))
             if plan.in_place_loss:
                 self._switches.enter_context(in_place())
+            if plan.tiling is not None:
+                self._switches.enter_context(in_force(self.model, plan.tiling, self._stats.tiled))
             for choice, module in matched:
                 frame_plan = _frame_plan(plan, choice)
                 if frame_plan is not None:
@@ -95,7 +98,7 @@ class Applied:
 
     def stats(self) -> Stats:
         """Counts since the plan was applied: frames, replays, fallbacks, ops run again."""
-        return dataclasses.replace(self._stats)
+        return dataclasses.replace(self._stats, tiled=dataclasses.replace(self._stats.tiled))
 
     @property
     def active_units(self) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ from tightfit.engine.stash import Chain
 from tightfit.engine.tape import NotOnTape, Reference, Tape, Todo, generator_of, spare_running_statistics
 from tightfit.plan.program import Recipe, expected, first_random, run_for_others
 from tightfit.step import tensors_in
+from tightfit.tiles import TileStats
 from tightfit.trace import BATCH_NORMS, is_random, is_uncounted, op_name
 
 _CAST = torch.ops.aten._to_copy.default
@@ -52,9 +53,16 @@ class Stats:
     replays: int = 0  # frames that backward ran again
     fallbacks: int = 0  # frames that had to be replayed whole although the plan kept something
     rerun_ops: int = 0  # ops that replays really ran
+    tiled: TileStats = dataclasses.field(default_factory=TileStats)
 
     def __sub__(self, other: Stats) -> Stats:
-        return Stats(*(a - b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        return Stats(
+            frames=self.frames - other.frames,
+            replays=self.replays - other.replays,
+            fallbacks=self.fallbacks - other.fallbacks,
+            rerun_ops=self.rerun_ops - other.rerun_ops,
+            tiled=self.tiled - other.tiled,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

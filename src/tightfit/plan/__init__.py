@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 
 from tightfit.core import (
     BudgetInfeasible,
     Category,
     Choice,
+    InvalidInput,
+    Lever,
     Phase,
     Plan,
     Program,
@@ -44,95 +46,128 @@ _FEWEST_TRIES = 8
 _EVENTS_TO_TRY = 200_000
 
 
-def plan(trace: Trace, budget: str | int, *, effort: Effort = THOROUGH) -> Plan:
+def plan(
+    trace: Trace, budget: str | int, *, effort: Effort = THOROUGH, levers: Collection[Lever] | None = None
+) -> Plan:
     """The plan of least recompute whose simulated peak is within `budget`.
 
-    `budget`: bytes, a size, or a percentage of the unplanned step's peak. Raises `InvalidInput` for a budget
-    that is no size, `BudgetInfeasible` when nothing fits.
+    `budget`: bytes, a size, or a percentage of the unplanned step's peak. `levers`: those that the plan may use. By
+    default all, but tiles, which do not give the same bits, only where nothing exact fits (`Plan.exact` says so); a
+    collection that names `Lever.TILE` has them compete on seconds. Raises `InvalidInput` for a budget that is no size,
+    `BudgetInfeasible` when nothing fits.
     """
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
-    planner = _planner(trace, effort)
-    best = _best(trace, planner, budget_bytes, unplanned)
-    if trace.losses and (best is None or best.recompute_seconds > 0):
-        best = _faster(best, _best(trace, planner.in_place_loss, budget_bytes, unplanned))
-    if best is None or _is_dear(trace, best):
-        possible = [nested for nested in planner.frugal.nested if nested.floor.peak_bytes <= budget_bytes]
-        for nested in possible[: _NESTINGS if effort.proves else 1]:
-            best = _faster(best, _best(trace, nested, budget_bytes, unplanned))
-    if best is not None:
-        return best
-    least = _least(planner)
-    choices, line = least.lowest
-    if line.peak_bytes <= budget_bytes:
-        return _plan(trace, least, budget_bytes, choices, line, unplanned, 0.0)
-    raise BudgetInfeasible(budget_bytes, line.peak_bytes, _advice(trace, line, budget_bytes))
+    every_way = _planner(trace, effort).ways(levers)
+    least = unplanned
+    for exact in (True, False) if levers is None else (None,):
+        ways = [way for way in every_way if exact in (None, way.exact)]
+        if not ways:
+            continue
+        best: Plan | None = None
+        for way in ways:
+            if best is None or _cost(best) > way.extra_seconds:
+                best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
+        for way in _nested(ways, best, budget_bytes, levers):
+            best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
+        if best is not None:
+            return best
+        lowest_way, line = _lowest(ways, levers)
+        if line.peak_bytes <= budget_bytes:
+            return _plan(trace, lowest_way, budget_bytes, lowest_way.lowest[0], line, unplanned, 0.0)
+        least = min(least, line, key=lambda each: each.peak_bytes)
+    raise BudgetInfeasible(budget_bytes, least.peak_bytes, _advice(trace, least, budget_bytes))
 
 
-def _faster(one: Plan | None, other: Plan | None) -> Plan | None:
-    found = [plan for plan in (one, other) if plan is not None]
-    return min(found, key=lambda plan: plan.recompute_seconds, default=None)
+def _cost(made: Plan) -> float:
+    """What the plan takes beyond the step itself."""
+    return made.recompute_seconds + made.tile_seconds
 
 
-def _best(trace: Trace, planner: _Planner, budget_bytes: int, unplanned: Timeline) -> Plan | None:
-    """The best plan by `planner`, that of `trace` or of what a lever makes of it; None: it finds none."""
-    model = planner.model
-    if planner.nesting is None:
-        line = simulate_choices(planner.trace, ())
+def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:
+    return min((made for made in (one, other) if made is not None), key=_cost, default=None)
+
+
+def _allows(levers: Collection[Lever] | None, lever: Lever) -> bool:
+    return levers is None or lever in levers
+
+
+def _best(
+    trace: Trace, way: _Planner, budget_bytes: int, unplanned: Timeline, levers: Collection[Lever] | None
+) -> Plan | None:
+    """The best plan by `way`, that of `trace` or of what a lever makes of it; None: it finds none."""
+    model = way.model
+    if way.nesting is None:
+        line = simulate_choices(way.trace, ())
         if line.peak_bytes <= budget_bytes:
             nothing = Solution(points={u.path: 0 for u in trace.units}, seconds=0.0, bound_seconds=0.0)
-            return _plan(trace, planner, budget_bytes, model.choices(nothing), line, unplanned, 0.0)
+            return _plan(trace, way, budget_bytes, model.choices(nothing), line, unplanned, 0.0)
+    if not _allows(levers, Lever.RECOMPUTE):
+        return None
     target = budget_bytes
     for _ in range(_REFEREE_ROUNDS):
         solution = model.solve(target)
         if solution is None:
             break
-        choices, line = planner.refereed(solution.points)
+        choices, line = way.refereed(solution.points)
         if line.peak_bytes <= budget_bytes:
-            return _plan(trace, planner, budget_bytes, choices, line, unplanned, solution.bound_seconds)
+            return _plan(trace, way, budget_bytes, choices, line, unplanned, solution.bound_seconds)
         # the model was too hopeful by this much; ask it for that much less
         target -= max(1, line.peak_bytes - budget_bytes)
     solution = model.solve(None)
     assert solution is not None
-    choices, line = planner.refereed(solution.points)
+    choices, line = way.refereed(solution.points)
     if line.peak_bytes > budget_bytes:
-        choices, line = planner.lowest
+        choices, line = way.lowest
     if line.peak_bytes <= budget_bytes:
-        return _plan(trace, planner, budget_bytes, choices, line, unplanned, 0.0)
+        return _plan(trace, way, budget_bytes, choices, line, unplanned, 0.0)
     return None
 
-
-#: Nothing is swept for less than this part of the peak.
-_WORTH = 0.999
-
-#: Of the nestings that can fit, in the order of what they sweep, so many are planned with.
-_NESTINGS = 3
 
 #: Nested recompute runs units a second time, so it is looked at when a plan without it reruns this part of the forward.
 _DEAR = 0.75
 
+#: Of the nestings that can fit, in the order of what they sweep, so many are planned with.
+_NESTINGS = 3
 
-def _is_dear(trace: Trace, found: Plan) -> bool:
-    forward = sum(op.seconds for op in trace.ops if op.phase is Phase.FORWARD and op.unit is not None)
-    return found.recompute_seconds > _DEAR * forward
-
-
-def lowest(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
-    """The plan of the lowest peak. Its budget is its own peak."""
-    least = _least(_planner(trace, effort))
-    choices, line = least.lowest
-    return _plan(trace, least, line.peak_bytes, choices, line, simulate_choices(trace, ()), 0.0)
+#: Nothing is swept for less than this part of the peak.
+_WORTH = 0.999
 
 
-def _least(planner: _Planner) -> _Planner:
-    """`planner` with the levers by which the lowest peak is found."""
-    best = min(planner, planner.frugal, key=lambda lever: lever.lowest[1].peak_bytes)
-    nestings = planner.frugal.nested
-    least = min((nested.floor.peak_bytes for nested in nestings), default=best.lowest[1].peak_bytes)
-    if least >= best.lowest[1].peak_bytes * _WORTH:
-        return best
-    nested = next(each for each in nestings if each.floor.peak_bytes * _WORTH <= least)
-    return min(best, nested, key=lambda lever: lever.lowest[1].peak_bytes)
+def _nested(
+    ways: list[_Planner], found: Plan | None, budget_bytes: int, levers: Collection[Lever] | None
+) -> list[_Planner]:
+    """The nestings worth planning with when `found` is the best plan without."""
+    if not (ways and _allows(levers, Lever.NEST) and _allows(levers, Lever.RECOMPUTE)):
+        return []
+    frugal = ways[-1]
+    forward = sum(op.seconds for op in frugal.trace.ops if op.phase is Phase.FORWARD and op.unit is not None)
+    if found is not None and found.recompute_seconds <= _DEAR * forward:
+        return []
+    possible = [way for way in frugal.nested if way.floor.peak_bytes <= budget_bytes]
+    return possible[: _NESTINGS if frugal.effort.proves else 1]
+
+
+def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever] | None = None) -> Plan:
+    """The plan of the lowest peak by any of `levers` (all by default). Its budget is its own peak."""
+    if not _allows(levers, Lever.RECOMPUTE):
+        raise InvalidInput("the lowest peak is looked for by recompute: add Lever.RECOMPUTE to the levers")
+    way, line = _lowest(_planner(trace, effort).ways(levers), levers)
+    return _plan(trace, way, line.peak_bytes, way.lowest[0], line, simulate_choices(trace, ()), 0.0)
+
+
+def _lowest(ways: list[_Planner], levers: Collection[Lever] | None) -> tuple[_Planner, Timeline]:
+    """By which of `ways`, or a nesting of it, the lowest peak is found."""
+    if not _allows(levers, Lever.RECOMPUTE):
+        lines = [(way, simulate_choices(way.trace, ())) for way in ways]
+        return min(lines, key=lambda found: found[1].peak_bytes)
+    best = min(ways, key=lambda way: way.lowest[1].peak_bytes)
+    if _allows(levers, Lever.NEST):
+        floors = [nested.floor.peak_bytes for nested in best.nested]
+        if floors and min(floors) < best.lowest[1].peak_bytes * _WORTH:
+            nested = next(way for way in best.nested if way.floor.peak_bytes * _WORTH <= min(floors))
+            best = min(best, nested, key=lambda way: way.lowest[1].peak_bytes)
+    return best, best.lowest[1]
 
 
 def every_block(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
@@ -152,13 +187,28 @@ class _Planner:
         effort: Effort,
         *,
         in_place_loss: bool = False,
+        extra_seconds: float = 0.0,
         nesting: Nesting | None = None,
         plain: _Planner | None = None,
     ) -> None:
         self.trace, self.effort = trace, effort
-        self.has_loss_in_place = in_place_loss
+        self.in_place_loss = in_place_loss
+        self.extra_seconds = extra_seconds  # what its tiles cost
         self.nesting, self.plain = nesting, plain  # the same without the nesting
         self.advances = () if nesting is None else nesting.advances
+
+    @property
+    def exact(self) -> bool:
+        return self.trace.tiling is None
+
+    def ways(self, levers: Collection[Lever] | None) -> list[_Planner]:
+        """This trace's step as each of the allowed levers that are no unit's would have it, itself first."""
+        found = [self]
+        if self.trace.losses and _allows(levers, Lever.LOSS_IN_PLACE):
+            found.append(self.with_loss_in_place)
+        if _allows(levers, Lever.TILE):
+            found += self.tiled
+        return found
 
     @functools.cached_property
     def model(self) -> Model:
@@ -170,6 +220,12 @@ class _Planner:
         return choices, simulate_choices(self.trace, choices, self.advances)
 
     @functools.cached_property
+    def fewest(self) -> tuple[Choice, ...]:
+        """Every unit keeps as little as it can."""
+        points = {path: len(options) - 1 for path, options in self.model.options.items()}
+        return self.model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
+
+    @functools.cached_property
     def floor(self) -> Timeline:
         """With the fewest bytes kept in each unit; what a nesting can do, at the cost of one walk."""
         assert self.nesting is not None and self.plain is not None
@@ -177,18 +233,15 @@ class _Planner:
         return simulate_choices(self.trace, choices, self.advances)
 
     @functools.cached_property
-    def fewest(self) -> tuple[Choice, ...]:
-        """Every unit keeps as little as it can."""
-        points = {path: len(options) - 1 for path, options in self.model.options.items()}
-        return self.model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
-
-    @functools.cached_property
     def nested(self) -> tuple[_Planner, ...]:
         """The same with fewer and fewer inputs kept."""
         return tuple(
-            _Planner(self.trace, self.effort, in_place_loss=self.has_loss_in_place, nesting=nesting, plain=self)
+            _Planner(
+                self.trace, self.effort, in_place_loss=self.in_place_loss, extra_seconds=self.extra_seconds,
+                nesting=nesting, plain=self,
+            )
             for nesting in nestings(self.trace)
-        )
+        )  # fmt: skip
 
     @functools.cached_property
     def lowest(self) -> tuple[tuple[Choice, ...], Timeline]:
@@ -225,14 +278,20 @@ class _Planner:
                 best = min((best, changed), key=lambda points: line(points).peak_bytes)
         return model.choices(Solution(points=best, seconds=0.0, bound_seconds=0.0)), line(best)
 
-    @property
-    def frugal(self) -> _Planner:
-        """With the levers that cost no recompute."""
-        return self.in_place_loss if self.trace.losses else self
+    @functools.cached_property
+    def with_loss_in_place(self) -> _Planner:
+        return _Planner(with_loss_in_place(self.trace), self.effort, in_place_loss=True)
 
     @functools.cached_property
-    def in_place_loss(self) -> _Planner:
-        return _Planner(with_loss_in_place(self.trace), self.effort, in_place_loss=True)
+    def tiled(self) -> list[_Planner]:
+        def outside(trace: Trace) -> float:
+            return sum(op.seconds for op in trace.ops if op.unit is None)
+
+        base = outside(self.trace)
+        return [
+            _Planner(variant, self.effort, extra_seconds=max(0.0, outside(variant) - base))
+            for variant in self.trace.tiled
+        ]
 
 
 _latest: _Planner | None = None
@@ -248,22 +307,24 @@ def _planner(trace: Trace, effort: Effort = THOROUGH) -> _Planner:
 
 def _plan(
     trace: Trace,
-    planner: _Planner,
+    way: _Planner,
     budget_bytes: int,
     choices: tuple[Choice, ...],
     line: Timeline,
     unplanned: Timeline,
     bound: float,
 ) -> Plan:
-    step_seconds = sum(op.seconds for op in trace.ops)
+    """`way` with `choices`, as a plan of `trace`."""
+    lever = way.trace
+    step_seconds = sum(op.seconds for op in trace.ops) + way.extra_seconds
     proven = line.recompute_seconds <= bound * (1 + 1e-6) + 1e-12
     used = {choice.program for choice in choices if not choice.keeps_all}
-    calls: dict[str, list[Program]] = {unit.path: [] for unit in trace.units}
-    for frame in trace.frames:
-        calls[frame.unit].append(trace.programs[frame.id])
+    calls: dict[str, list[Program]] = {unit.path: [] for unit in lever.units}
+    for frame in lever.frames:
+        calls[frame.unit].append(lever.programs[frame.id])
     programs = {
         unit.digest: program
-        for unit in trace.units
+        for unit in lever.units
         if unit.digest in used and (program := shared(calls[unit.path])) is not None
     }
     return Plan(
@@ -286,8 +347,10 @@ def _plan(
         }
         | {"highspy": metadata.version("highspy")},
         programs=programs,
-        in_place_loss=planner.has_loss_in_place,
-        advances=planner.advances,
+        in_place_loss=way.in_place_loss,
+        tiling=lever.tiling,
+        tile_seconds=way.extra_seconds,
+        advances=way.advances,
     )
 
 

@@ -10,7 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 
-from tightfit.core import Event, Happening, Trace
+from tightfit.core import Event, Happening, Plan, PlanMismatch, Trace
+
+
+def under(trace: Trace, plan: Plan | None) -> Trace:
+    """What the levers of `plan` that are not a unit's make of `trace`. Raises `PlanMismatch` for unknown tiles."""
+    if plan is not None and plan.tiling != trace.tiling:
+        variant = next((each for each in trace.tiled if each.tiling == plan.tiling), None)
+        if variant is None:
+            raise PlanMismatch("the plan computes the step in tiles that this trace does not know; make the plan anew")
+        trace = variant
+    return with_loss_in_place(trace) if plan is not None and plan.in_place_loss else trace
 
 
 def with_loss_in_place(trace: Trace) -> Trace:

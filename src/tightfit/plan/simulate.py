@@ -32,7 +32,7 @@ from tightfit.core import (
     Timeline,
     Trace,
 )
-from tightfit.plan.lever import with_loss_in_place
+from tightfit.plan.lever import under
 from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, kept_values, leading_to, recipe, shared
 
 _STATIC = (
@@ -57,9 +57,7 @@ def simulate(trace: Trace, plan: Plan | None = None) -> Timeline:
         raise PlanMismatch(
             f"the plan was made from trace {plan.trace_digest}, this is trace {trace.digest}; make the plan anew"
         )
-    if plan is not None and plan.in_place_loss:
-        trace = with_loss_in_place(trace)
-    return simulate_choices(trace, *(((),) if plan is None else (plan.choices, plan.advances)))
+    return simulate_choices(under(trace, plan), *(((),) if plan is None else (plan.choices, plan.advances)))
 
 
 def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list[tuple[Hashable, int]]]:
@@ -69,8 +67,7 @@ def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list
     Blocks throughout are those of the trace's values from before the step; what the static bytes hold beyond them
     (optimizer state, gradients) is shaped like the trainable parameters' gradients.
     """
-    if plan is not None and plan.in_place_loss:
-        trace = with_loss_in_place(trace)
+    trace = under(trace, plan)
     walk = _Walk(trace, *(((),) if plan is None else (plan.choices, plan.advances)))
     walk.timeline()
     total = sum(trace.static_bytes.values())

@@ -19,6 +19,7 @@ from typing import Any
 
 from tightfit.core import Forecast, InvalidInput, Measurement, Plan, format_bytes, to_json
 from tightfit.report.study import Study
+from tightfit.report.text import tiles_said
 
 __all__ = ["forecast_document", "measurement_document", "page", "plan_document", "run_document"]
 
@@ -44,7 +45,7 @@ def run_document(folder: str | Path) -> dict[str, Any]:
         "peak, measured": _bytes(peak),
         "peak, predicted": _bytes(predicted),
         "without a budget, measured": _bytes(observed.get("unplanned_peak_bytes")),
-        "gradients": "not compared" if gradients is None else "identical" if gradients["passed"] else "DIFFERENT",
+        "gradients": "not compared" if gradients is None else _held(gradients),
         "loss": f"{observed['loss_start']:.3f} to {observed['loss_end']:.3f}" if observed.get("loss_end") else None,
         "recompute": _share(observed.get("recompute_flops"), observed.get("forward_flops")),
         "tokens a second": f"{observed['tokens_per_second']:,.0f}" if observed.get("tokens_per_second") else None,
@@ -123,6 +124,12 @@ def forecast_document(forecast: Forecast, study: Study | None = None) -> dict[st
     }  # fmt: skip
 
 
+def _held(gradients: Mapping[str, Any]) -> str:
+    if not gradients["passed"]:
+        return "DIFFERENT"
+    return "within tolerance" if "float64" in gradients["expected"] else "identical"
+
+
 def plan_document(plan: Plan, model: str, study: Study) -> dict[str, Any]:
     """The page's data of `tightfit plan`."""
     unplanned = plan.step_seconds - plan.recompute_seconds
@@ -135,6 +142,7 @@ def plan_document(plan: Plan, model: str, study: Study) -> dict[str, Any]:
         "status": plan.status.value, "replays": plan.replays,
         "recompute": _share(plan.recompute_flops, plan.forward_flops) or "0%",
         "loss in place": "yes" if plan.in_place_loss else "no",
+        "in tiles": "no" if plan.tiling is None else tiles_said(plan),
     }  # fmt: skip
     record = to_json(plan)
     record.pop("programs", None)

@@ -29,6 +29,7 @@ from tightfit.core import (
     format_bytes,
     to_json,
 )
+from tightfit.plan.lever import under
 from tightfit.plan.program import kept_values, recipe, shared
 from tightfit.plan.simulate import simulate
 
@@ -44,6 +45,7 @@ __all__ = [
     "proof_table",
     "run_table",
     "sparkline",
+    "tiles_said",
 ]
 
 # --------------------------------------------------------------------------------------------- measurement
@@ -250,6 +252,7 @@ class UnitExplained:
 
 def explanation(trace: Trace, plan: Plan) -> tuple[UnitExplained, ...]:
     """One entry per unit, in the model's order."""
+    trace = under(trace, plan)
     choices = {choice.unit: choice for choice in plan.choices}
     return tuple(_explained(trace, unit.path, choices.get(unit.path), unit.pinned) for unit in trace.units)
 
@@ -359,6 +362,8 @@ def _why(trace: Trace, plan: Plan) -> list[str]:
     ]
     if plan.in_place_loss:
         lines.append("the loss makes its gradient in place of what it saved: no recompute, the same bits")
+    if plan.tiling is not None:
+        lines.append(f"tiles: {tiles_said(plan)}")
     lines.append(_reason(trace, plan, line.peak_owner))
     lines.append(
         f"recompute: {_recompute(plan.recompute_flops, plan.forward_flops)}, {plan.recompute_seconds:.4f} s of a step "
@@ -368,9 +373,21 @@ def _why(trace: Trace, plan: Plan) -> list[str]:
     return [line for line in lines if line]
 
 
+def tiles_said(plan: Plan) -> str:
+    """What `plan` computes in tiles, at what cost, and what that means for its bits."""
+    tiling = plan.tiling
+    assert tiling is not None
+    said = [] if tiling.head is None else [f"{tiling.head} with its loss, {tiling.rows} rows of logits at a time"]
+    said += [f"every unit's {module.name} in {module.tiles} chunks of tokens" for module in tiling.modules]
+    return (
+        f"{'; '.join(said)}; {plan.tile_seconds:.4f} s; sums are added in another order, so the gradients are not bit "
+        "for bit those of the untiled step: verify holds them against float64"
+    )
+
+
 def _reason(trace: Trace, plan: Plan, owner: str) -> str:
     if not plan.replays:
-        how = "with the loss in place" if plan.in_place_loss else "as it is"
+        how = "in tiles" if not plan.exact else "with the loss in place" if plan.in_place_loss else "as it is"
         return f"why: the step fits {how}, so nothing is run again"
     if owner.startswith("replay of"):
         return "why: this unit's replay needs room while earlier units' kept values are still held"
