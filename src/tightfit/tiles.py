@@ -13,14 +13,15 @@ Invariants:
   the untiled step, since sums are added in another order; `verify` holds them against float64.
 
 Refused: a head that draws random numbers or whose parameters have hooks (the ordinary head runs), double backward
-(`RuntimeError`). Where the gradient's scale is not known in forward (float16, `reduction="none"`), each tile's logits
-are made again in backward instead.
+(`RuntimeError`). Where the gradient's scale is not known in forward and matters (float16, sums in bfloat16,
+`reduction="none"`), each tile's logits are made again in backward instead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -174,11 +176,13 @@ class Deferred(torch.Tensor):
     how: Callable[[torch.Tensor], torch.Tensor]  # from the parent's ordinary logits to these
     ordinary: torch.Tensor | None
     ordinary_without_history: torch.Tensor | None
+    family: list[weakref.ref[Deferred]]  # of the head's own output: everything that was made from it
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Deferred:
         out: Deferred = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
         out.parent = out.ordinary = out.ordinary_without_history = None
+        out.family = []
         return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -191,26 +195,36 @@ class Deferred(torch.Tensor):
     def width(self) -> int:
         return int(self.shape[-1])
 
-    def made(self, asked_by: str) -> torch.Tensor:
-        """The ordinary logits: made once, with their history unless that is not wanted."""
+    @property
+    def root(self) -> Deferred:
+        found = self
+        while found.parent is not None:
+            found = found.parent
+        return found
+
+    def made(self, asked_by: str, *, shared: bool = False) -> torch.Tensor:
+        """The ordinary logits: made once, with their history unless that is not wanted. `shared`: as a view of those
+        that they are a view of."""
         with torch._C.DisableTorchFunctionSubclass():
             history = torch.is_grad_enabled() and self.requires_grad
         if self.ordinary is not None or (not history and self.ordinary_without_history is not None):
             found = self.ordinary if self.ordinary is not None else self.ordinary_without_history
             assert found is not None
             return found if history or not found.requires_grad else found.detach()
-        root = self
-        while root.parent is not None:
-            root = root.parent
+        root = self.root
         # a few rows of many (an inspection chunk by chunk) are made by themselves
-        alone = self.hidden.shape[:-1].numel() * 4 <= root.hidden.shape[:-1].numel() and root.ordinary is None
+        alone = (
+            not shared
+            and self.hidden.shape[:-1].numel() * 4 <= root.hidden.shape[:-1].numel()
+            and root.ordinary is None
+        )
         if self.parent is None or alone:
             if not alone:
                 self.head.stats.whole += 1
                 self.head.stats.asked_by = self.head.stats.asked_by or asked_by
             made = _applied(self.chain, self.head.logits(self.hidden))
         else:
-            made = self.how(self.parent.made(asked_by))
+            made = self.how(self.parent.made(asked_by, shared=shared))
         if history:
             self.ordinary = made
         else:
@@ -232,10 +246,11 @@ class Deferred(torch.Tensor):
                 out = handler(func, *args, **kwargs)
                 if out is not NotImplemented:
                     return out
-        if name.endswith("_") and (not name.endswith("__") or name.startswith("__i")) and name not in _NO_WRITES:
+        if _writes(name):
             with torch.enable_grad():  # what is changed in place are the logits that the loss will see
                 for each in _deferred_in(args, kwargs):
-                    each.made(name)
+                    for other in (each.root, *(kin for ref in each.root.family if (kin := ref()) is not None)):
+                        other.made(name, shared=True)
         args, kwargs = pytree.tree_map(
             lambda item: item.made(name) if isinstance(item, Deferred) else item, (tuple(args), dict(kwargs))
         )
@@ -276,7 +291,33 @@ _ABOUT = frozenset(
         torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.requires_grad_,
     }
 )  # fmt: skip
-_NO_WRITES = frozenset({"requires_grad_", "retain_grad", "__getitem__"})
+
+
+def _writes(name: str) -> bool:
+    """Does the function of this name change its first argument?"""
+    if name.endswith("__"):
+        return name == "__setitem__" or name in _IN_PLACE_OPERATORS
+    return name.endswith("_") and name != "requires_grad_"
+
+
+_IN_PLACE_OPERATORS = frozenset(
+    f"__i{name}__"
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "div",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    )
+)
 
 
 def _deferred_in(*trees: Any) -> Iterator[Deferred]:
@@ -298,6 +339,7 @@ def _like(
     outline = ((*hidden.shape[:-1], source.width), dtype or source.dtype)
     out = _defer(source.head, chain, outline, hidden) if graph else Deferred(outline[0], outline[1], hidden.device)
     out.head, out.hidden, out.chain, out.parent, out.how = source.head, hidden, chain, source, how
+    source.root.family.append(weakref.ref(out))
     return out
 
 
@@ -568,9 +610,8 @@ class HeadCall:
         loss = self._loss(self.job.head.logits(hidden), self.target)
         return self._named(loss, hidden, self.job.head.parameters)
 
-    def in_float64(self, double: Callable[[nn.Module], nn.Module], rows: int) -> dict[str, torch.Tensor]:
-        """The same in float64, by `double` of the head; `rows` at a time, since sums are near exact there."""
-        head = double(self.job.head.module)
+    def in_float64(self, head: nn.Module, rows: int) -> dict[str, torch.Tensor]:
+        """The same by `head`, a copy in float64; `rows` at a time, since sums are near exact there."""
         trained = [p for p in head.parameters() if p.requires_grad]
         hidden = self.hidden.detach().double().requires_grad_()
         divisor: Any = 1
@@ -611,8 +652,10 @@ class _TiledLoss(torch.autograd.Function):
         ctx: Any, job: _Job, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, *parameters: Any
     ) -> torch.Tensor:
         job.wants = [ctx.needs_input_grad[1], *ctx.needs_input_grad[4:]]
-        low = torch.float16 in (hidden.dtype, job.head.autocast.dtype if job.head.autocast.enabled else None)
-        ctx.at_once = job.reduction != "none" and not low and any(job.wants)
+        dtypes = {hidden.dtype, job.head.autocast.dtype if job.head.autocast.enabled else hidden.dtype}
+        # a gradient of low precision that is made before its scale is known is rounded once more, or vanishes
+        known = job.reduction == "mean" or (job.reduction == "sum" and not dtypes & set(_LOW))
+        ctx.at_once = known and torch.float16 not in dtypes and any(job.wants)
         ctx.job = job
         tiles = _Tiles(job, hidden, target, weight, parameters)
         denominator = _denominator(target, weight, job) if job.reduction == "mean" else None
@@ -915,7 +958,6 @@ def head_sought(model: nn.Module, units: Sequence[str]) -> Iterator[Sought]:
     }  # fmt: skip
     made: dict[Any, tuple[str, nn.Module, int, torch.Size]] = {}
     heads: set[str] = set()
-    before = functional.cross_entropy
 
     def seen(module: nn.Module, args: Any, output: Any) -> None:
         path = outside.get(id(module))
@@ -926,8 +968,7 @@ def head_sought(model: nn.Module, units: Sequence[str]) -> Iterator[Sought]:
             # the innermost module that made it comes first
             made.setdefault(output.grad_fn, (path, module, given[0].shape[-1], output.shape))
 
-    @functools.wraps(before)
-    def cross_entropy(input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+    def cross_entropy(input: Any, target: Any) -> None:
         node, best = getattr(input, "grad_fn", None), None
         for _ in range(_NEAR):
             if node is None:
@@ -948,14 +989,23 @@ def head_sought(model: nn.Module, units: Sequence[str]) -> Iterator[Sought]:
             found.row_bytes = best[3][-1] * input.element_size()
             if len(heads) > 1:
                 found.path, found.reason = None, f"several heads feed the loss: {', '.join(sorted(heads))}"
-        return before(input, target, *args, **kwargs)
+
+    class Mode(TorchFunctionMode):
+        """Sees cross entropy by whatever name it was imported."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if getattr(func, "__name__", "") == "cross_entropy":
+                given = dict(zip(("input", "target"), args, strict=False)) | kwargs
+                if isinstance(given.get("input"), torch.Tensor) and isinstance(given.get("target"), torch.Tensor):
+                    cross_entropy(given["input"], given["target"])
+            return func(*args, **kwargs)
 
     handle = nn.modules.module.register_module_forward_hook(seen)
-    functional.cross_entropy = cross_entropy
     try:
-        yield found
+        with Mode():
+            yield found
     finally:
-        functional.cross_entropy = before
         handle.remove()
         made.clear()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -324,45 +325,64 @@ def _against_float64(
 ) -> list[Check]:
     """Loss and gradients with and without the plan, each against the same in float64."""
     with _without_dropout(model):
-        if 8 * sum(p.numel() for p in model.parameters()) <= _FLOAT64_BYTES:
+        whole = 8 * sum(p.numel() for p in model.parameters()) <= _FLOAT64_BYTES
+        if whole:
             what = "of the step"
             untiled, tiled, exact = _whole_steps(model, batch, plan, loss, restart)
         else:
             what = "of the head and its loss, from the step's own hidden states"
             untiled, tiled, exact = _heads(model, batch, plan, loss, restart)
-    errors = {name: _errors(untiled.get(name), tiled.get(name), exact[name]) for name in exact}
+        errors = {name: _errors(untiled.get(name), tiled.get(name), exact[name]) for name in exact}
+        if whole and any(_ratio(errors[name]) > TILE_FACTOR for name in exact if name != "loss"):
+            # the error of a small gradient is a few roundings: look at other ones, and take the mean of all
+            found = [errors]
+            for scale in _SCALES:
+                untiled, tiled = _two_steps(model, batch, plan, loss, restart, scale)
+                found.append({name: _errors(untiled.get(name), tiled.get(name), exact[name] * scale) for name in exact})
+            errors = {name: errors[name] if name == "loss" else _mean([each[name] for each in found]) for name in exact}
     return [
         _float64_check("loss", {"loss": errors.pop("loss")}, what),
         _float64_check("gradients", errors, what),
     ]
 
 
+#: By what else the loss is scaled where one step does not show whether an error is larger.
+_SCALES = (0.7, 1.3, 0.9)
+
+
 Named = dict[str, torch.Tensor]
+
+
+def _step(model: nn.Module, batch: Any, loss: LossFunction | None, scale: float = 1.0) -> Named:
+    value = compute_loss(model, batch, loss)
+    (value * scale).backward()
+    found = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    return found | {"loss": value.detach()}
+
+
+def _two_steps(
+    model: nn.Module, batch: Any, plan: Plan, loss: LossFunction | None, restart: Callable[[], None], scale: float = 1.0
+) -> tuple[Named, Named]:
+    restart()
+    untiled = _step(model, batch, loss, scale)
+    with apply(model, plan):
+        restart()
+        tiled = _step(model, batch, loss, scale)
+    return untiled, tiled
 
 
 def _whole_steps(
     model: nn.Module, batch: Any, plan: Plan, loss: LossFunction | None, restart: Callable[[], None]
 ) -> tuple[Named, Named, Named]:
-    def step(model: nn.Module, batch: Any) -> Named:
-        value = compute_loss(model, batch, loss)
-        value.backward()
-        found = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
-        return found | {"loss": value.detach()}
-
-    restart()
-    untiled = step(model, batch)
-    with apply(model, plan):
-        restart()
-        tiled = step(model, batch)
+    untiled, tiled = _two_steps(model, batch, plan, loss, restart)
     restart()
     twin = _double(model)
-    for parameter, own in zip(twin.parameters(), model.parameters(), strict=False):
-        parameter.grad = None if own.grad is None else own.grad.double()
+    twin.zero_grad()
     doubled = pytree.tree_map(
         lambda item: item.double() if isinstance(item, torch.Tensor) and item.is_floating_point() else item, batch
     )
     with _float64():
-        exact = step(twin, doubled)
+        exact = _step(twin, doubled, loss)
     restart()
     return untiled, tiled, exact
 
@@ -377,8 +397,9 @@ def _heads(
         compute_loss(model, batch, loss)
     found: tuple[Named, Named, Named] = ({}, {}, {})
     for number, call in enumerate(calls):
+        twin = _double(call.job.head.module)
         with _float64():
-            exact = call.in_float64(_double, _HEAD_ROWS)
+            exact = call.in_float64(twin, _HEAD_ROWS)
         for into, each in zip(found, (call.untiled(), call.tiled(), exact), strict=True):
             into.update({f"{name} of loss {number + 1}" if number else name: t for name, t in each.items()})
     restart()
@@ -395,24 +416,35 @@ def _errors(
     return one, other, float(exact.norm()) * torch.finfo(untiled.dtype).eps
 
 
-def _float64_check(name: str, errors: dict[str, tuple[float, float, float]], what: str) -> Check:
-    def ratio(key: str) -> float:
-        untiled, tiled, rounding = errors[key]
-        return tiled / max(untiled, rounding / TILE_FACTOR, 1e-300)
+Errors = tuple[float, float, float]
 
-    # not written as "greater than": a tiled error that is no number must fail
-    wrong = [key for key, (_, tiled, _) in errors.items() if tiled and not ratio(key) <= TILE_FACTOR]
-    worst = max(errors, key=ratio, default=None)
+
+def _mean(each: list[Errors]) -> Errors:
+    one, other, rounding = (math.sqrt(sum(x * x for x in column) / len(column)) for column in zip(*each, strict=True))
+    return one, other, rounding
+
+
+def _ratio(errors: Errors) -> float:
+    """The error with tiles against that without, or against one rounding where that is more."""
+    untiled, tiled, rounding = errors
+    ratio = tiled / max(untiled, rounding / TILE_FACTOR, 1e-300) if tiled else 0.0
+    return ratio if ratio == ratio else math.inf  # no number is beyond any limit
+
+
+def _float64_check(name: str, errors: dict[str, Errors], what: str) -> Check:
+    wrong = [key for key in errors if _ratio(errors[key]) > TILE_FACTOR]
+    worst = max(errors, key=lambda key: _ratio(errors[key]), default=None)
     said = f"{len(errors)} within" if not wrong else f"{len(wrong)} of {len(errors)} beyond, first {wrong[0]}"
     if worst is not None:
         untiled, tiled, rounding = errors[worst]
         size = rounding and f", norm of error {tiled:.3g} against {untiled:.3g}"
-        said += f"; worst {ratio(worst):.2f} x at {worst}{size or ''}"
+        said += f"; worst {_ratio(errors[worst]):.2f} x at {worst}{size or ''}"
     return Check(
         name=name,
         expected=f"the error {what} against float64 is at most {TILE_FACTOR} x that without tiles",
         measured=said,
-        tolerance=f"{TILE_FACTOR} x the untiled run's own error, or one rounding to the dtype; dropout off",
+        tolerance=f"{TILE_FACTOR} x the untiled run's own error (norm; the mean of four scales of the loss where one "
+        "does not decide), or one rounding to the dtype; dropout off",
         passed=not wrong,
     )
 
