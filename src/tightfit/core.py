@@ -444,6 +444,8 @@ class Timeline:
     recompute_seconds: float
     recompute_flops: int
     replays: int
+    offloaded_bytes: int = 0  # copied off the device in forward
+    fetched_bytes: int = 0  # copied back in backward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,17 +12,19 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, Trace
+from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, Trace, parse_bytes
 from tightfit.engine.frame import Frame, FramePlan, Scrutiny, Stats, is_active
+from tightfit.engine.offload import Pool
 from tightfit.engine.region import checkpoint
 from tightfit.engine.stash import Chain
 from tightfit.loss import in_place
-from tightfit.plan.program import kept_values, recipe
+from tightfit.plan.program import kept_values, offloaded_values, recipe
 from tightfit.step import ForwardPatch, no_key_value_cache
 from tightfit.tiles import in_force
 from tightfit.trace import signature_of
@@ -37,8 +39,9 @@ _checked: weakref.WeakKeyDictionary[nn.Module, dict[int, Scrutiny]] = weakref.We
 class Applied:
     """A plan in force. `remove()`, or leaving it as a context manager, restores the model exactly."""
 
-    def __init__(self, model: nn.Module, plan: Plan, trace: Trace | None = None) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, trace: Trace | None = None, *, pool: Pool | None = None) -> None:
         self.model = model
+        self.pool = Pool() if pool is None else pool  # where what is offloaded waits
         self._stats = Stats()
         self._patches: list[ForwardPatch] = []
         self._switches = contextlib.ExitStack()
@@ -82,14 +85,15 @@ class Applied:
         self, name: str, module: nn.Module, plan: FramePlan
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            key = hash((plan.names, plan.live, plan.drop, plan.inputs))
+            key = hash((plan.names, plan.live, plan.drop, plan.inputs, plan.offload))
             scrutiny = _checked.setdefault(module, {}).setdefault(key, Scrutiny())
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if not torch.is_grad_enabled() or is_active():
                     return original(*args, **kwargs)
                 shown = name or "the model"
-                return Frame(shown, original, args, kwargs, plan, self._stats, module, scrutiny, self._chain).run()
+                chain, pool = self._chain, self.pool
+                return Frame(shown, original, args, kwargs, plan, self._stats, module, scrutiny, chain, pool).run()
 
             forward.__tightfit__ = True  # type: ignore[attr-defined]  # how a second plan, or a trace, sees this one
             return forward
@@ -119,9 +123,16 @@ class Applied:
         self.remove()
 
 
-def apply(model: nn.Module, plan: Plan) -> Applied:
-    """Put `plan` in force on `model`. Raises `PlanMismatch` naming the first unit that is another."""
-    return Applied(model, plan)
+def apply(
+    model: nn.Module, plan: Plan, *, spill: str | Path | None = None, host_bytes: str | int | None = None
+) -> Applied:
+    """Put `plan` in force on `model`. Raises `PlanMismatch` naming the first unit that is another.
+
+    What the plan offloads goes to host memory, of which it takes `host_bytes` at most (what finds no room stays on the
+    device), or with `spill` to a file in that folder.
+    """
+    capacity = None if host_bytes is None else parse_bytes(host_bytes)
+    return Applied(model, plan, pool=Pool(capacity, None if spill is None else Path(spill)))
 
 
 def _frame_plan(plan: Plan, choice: Choice) -> FramePlan | None:
@@ -132,8 +143,9 @@ def _frame_plan(plan: Plan, choice: Choice) -> FramePlan | None:
     if program is None or len(choice.actions) != program.values:
         raise InvalidInput(f"the plan is damaged: it has no program for the unit {choice.unit!r}")
     chosen = recipe(program, kept_values(choice.actions), frozenset(choice.lends))
-    borrows = any(action is not Action.KEEP for action in choice.inputs)
-    return FramePlan.of(program, chosen, choice.inputs, choice.lends) if chosen.replays or borrows else None
+    offload = offloaded_values(choice.actions)
+    moves = bool(offload) or any(action is not Action.KEEP for action in choice.inputs)
+    return FramePlan.of(program, chosen, choice.inputs, choice.lends, offload) if chosen.replays or moves else None
 
 
 def _matched(model: nn.Module, plan: Plan) -> list[tuple[Choice, nn.Module]]:

@@ -35,7 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit.core import Action, Kind, Program, ReplayDiverged, Unsupported
 from tightfit.engine.checksum import checksum, differs
-from tightfit.engine.stash import Chain
+from tightfit.engine.offload import Pool, Shipment
+from tightfit.engine.stash import Chain, Source
 from tightfit.engine.tape import NotOnTape, Reference, Tape, Todo, generator_of, spare_running_statistics
 from tightfit.plan.program import Recipe, expected, first_random, run_for_others
 from tightfit.step import tensors_in
@@ -53,6 +54,7 @@ class Stats:
     replays: int = 0  # frames that backward ran again
     fallbacks: int = 0  # frames that had to be replayed whole although the plan kept something
     rerun_ops: int = 0  # ops that replays really ran
+    held: int = 0  # tensors that the plan would not hold, but the unit got another or the pool had no room
     tiled: TileStats = dataclasses.field(default_factory=TileStats)
 
     def __sub__(self, other: Stats) -> Stats:
@@ -61,6 +63,7 @@ class Stats:
             replays=self.replays - other.replays,
             fallbacks=self.fallbacks - other.fallbacks,
             rerun_ops=self.rerun_ops - other.rerun_ops,
+            held=self.held - other.held,
             tiled=self.tiled - other.tiled,
         )
 
@@ -82,13 +85,20 @@ class FramePlan:
     inputs: tuple[Action, ...]  # by place among the distinct tensors that the unit is given
     lends: frozenset[int]  # values that later units have made again
     for_others: frozenset[int]  # ops that only run for them
+    offload: frozenset[int]  # values that leave the device when the forward is over
     values: int  # input k is value `values + k` to the tape
+    offloads: bool
     todo: list[Todo | None]  # once a forward has called the op; None before, and for casts, which need a closer look
     funcs: list[Any]  # the ops themselves, as forwards have called them
 
     @classmethod
     def of(
-        cls, program: Program, recipe: Recipe, inputs: tuple[Action, ...] = (), lends: Collection[int] = ()
+        cls,
+        program: Program,
+        recipe: Recipe,
+        inputs: tuple[Action, ...] = (),
+        lends: Collection[int] = (),
+        offload: frozenset[int] = frozenset(),
     ) -> FramePlan:
         steps = program.steps
         return cls(
@@ -105,6 +115,8 @@ class FramePlan:
             inputs=inputs,
             lends=frozenset(lends),
             for_others=run_for_others(program, recipe) if lends else frozenset(),
+            offload=offload,
+            offloads=bool(offload) or Action.OFFLOAD in inputs,
             values=program.values,
             todo=[None] * len(steps),
             funcs=[None] * len(steps),
@@ -290,8 +302,10 @@ class Frame:
         module: nn.Module | None = None,
         scrutiny: Scrutiny | None = None,
         chain: Chain | None = None,
+        pool: Pool | None = None,
     ) -> None:
         self.chain = chain
+        self.shipment = None if pool is None or plan is None or not plan.offloads else Shipment(pool)
         self.name, self.forward, self.plan, self.stats = name, forward, plan, stats
         self.module = module
         self.scrutiny = scrutiny  # None: nothing that the tape makes is compared
@@ -352,6 +366,10 @@ class Frame:
                     self._forgo_checksums(self.tape)
         if self.tape is not None:
             self.release()
+            if self.shipment is not None:
+                self.tape.seal()
+                self.shipment.sealed()
+                self.stats.held += self.shipment.held
             return out
         for tensor, version in self.versions:
             if _version(tensor) != version:
@@ -370,10 +388,24 @@ class Frame:
         if not plan.inputs or self.chain is None:
             return
         for place, tensor in enumerate(_distinct(tensors_in((self.args, self.kwargs)))):
-            if place < len(plan.inputs) and plan.inputs[place] is Action.RECOMPUTE:
+            action = plan.inputs[place] if place < len(plan.inputs) else Action.KEEP
+            source: Source | None = None
+            if action is Action.RECOMPUTE:
                 source = self.chain.borrowed(tensor, self.name)
-                if source is not None:
-                    tape.adopt(plan.values + place, tensor, source)
+            elif action is Action.OFFLOAD and self.shipment is not None:
+                source = self.shipment.park(tensor)
+            if source is not None:
+                tape.adopt(plan.values + place, tensor, source)
+            elif action is not Action.KEEP:
+                self.stats.held += 1
+
+    def park(self, tape: Tape, todo: Todo, out: Any) -> None:
+        """An op has made what is to leave the device."""
+        assert self.plan is not None and self.shipment is not None
+        for tensor, value in zip([out] if type(out) is torch.Tensor else tensors_in(out), todo.outputs, strict=False):
+            if value in self.plan.offload and value not in tape.sources:
+                assert value is not None
+                tape.adopt(value, tensor, self.shipment.park(tensor))
 
     def _lend(self, tape: Tape, out: Any) -> None:
         """Let later units have what this one hands on made again."""
@@ -404,7 +436,10 @@ class Frame:
                 reference = self.tape.slot(tensor, counted=False)
             except NotOnTape:
                 reference = None
-            if reference is None or not (reference.value in plan.again or reference.value >= plan.values):
+            comes_back = reference is not None and (
+                reference.value in plan.again or reference.value in plan.offload or reference.value >= plan.values
+            )
+            if reference is None or not comes_back:
                 return _Held(tensor)
             known_as = reference.value if reference.value < plan.values else -1
             counted = expected(plan.slots, plan.wanted, index, known_as)
@@ -497,9 +532,6 @@ class Frame:
             if tensor is None:
                 raise ReplayDiverged(f"{self.name}: the replay did not make saved tensor {slot.index} again")
             return tensor
-        if not self.replayed:
-            self.replayed = True
-            self.stats.replays += 1
         if self.kept_reads and not kept:
             tape.forget_made()
             self.kept_reads.clear()
@@ -512,6 +544,9 @@ class Frame:
             raise type(error)(f"{self.name}: {error}") from None
         finally:
             self.stats.rerun_ops += tape.ran - before
+            if tape.ran > before and not self.replayed:
+                self.replayed = True
+                self.stats.replays += 1
         if slot.checksum is not None:
             if differs(tensor, slot.checksum):
                 raise ReplayDiverged(
@@ -767,6 +802,7 @@ class _Watch(TorchDispatchMode):
                     func, live=plan.live[index], writes=plan.writes[index], draws=index in plan.states,
                     first_random=index == plan.first_random, outputs=plan.outputs[index],
                     for_others=index in plan.for_others,
+                    parks=not plan.offload.isdisjoint(v for v in plan.outputs[index] if v is not None),
                 )  # fmt: skip
                 plan.funcs[index] = func
                 if func is not _CAST:
@@ -787,7 +823,10 @@ class _Watch(TorchDispatchMode):
             if not todo.live:
                 if todo.mutates and any(tape.knows(t) for t in tensors_in(_written_arguments(func, args, kwargs))):
                     raise NotOnTape(f"{op_name(func)} changes a value that was to be made again")
-                return func(*args, **kwargs)
+                out = func(*args, **kwargs)
+                if todo.parks:
+                    self.frame.park(tape, todo, out)
+                return out
             entry = tape.before(index, todo, args, kwargs)
         except NotOnTape:
             self.frame.leave_plan(index + 1)

@@ -152,7 +152,7 @@ class Todo:
     """What is known about a planned op before it runs; the same for every frame of a unit."""
 
     __slots__ = (
-        "draws", "first_random", "for_others", "func", "is_batch_norm", "live", "mutates", "outputs", "plain",
+        "draws", "first_random", "for_others", "func", "is_batch_norm", "live", "mutates", "outputs", "parks", "plain",
         "shape_only",
     )  # fmt: skip
 
@@ -166,10 +166,12 @@ class Todo:
         first_random: bool,
         outputs: Sequence[int | None],
         for_others: bool = False,
+        parks: bool = False,
     ) -> None:
+        self.parks = parks and not live  # something that it makes leaves the device
         self.for_others = for_others  # it never runs for the unit's own backward
         self.func, self.live, self.draws, self.first_random, self.outputs = func, live, draws, first_random, outputs
-        self.plain = not (live or writes or first_random)  # it runs as it is
+        self.plain = not (live or writes or first_random or parks)  # it runs as it is
         self.shape_only = func in METADATA_ONLY
         self.is_batch_norm = op_name(func) in BATCH_NORMS
         self.mutates = bool(func._schema.is_mutable) and not self.is_batch_norm
@@ -335,6 +337,11 @@ class Tape:
                     raise NotOnTape("something that a live op read was changed in place later in the unit")
                 if tensor.grad_fn is not None:
                     held.tensor = tensor.detach()  # its history would hold the tape, and the tape its history
+
+    def seal(self) -> None:
+        """Nothing of the unit's forward will run any more."""
+        for source in self.sources.values():
+            source.seal()
 
     def _encoded(self, item: Any, entry: _Entry) -> Any:
         if isinstance(item, torch.Tensor):

@@ -33,7 +33,17 @@ from tightfit.core import (
     Trace,
 )
 from tightfit.plan.lever import under
-from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, kept_values, leading_to, recipe, shared
+from tightfit.plan.program import (
+    Recipe,
+    demanded,
+    dropped_slots,
+    first_random,
+    kept_values,
+    leading_to,
+    offloaded_values,
+    recipe,
+    shared,
+)
 
 _STATIC = (
     Category.PARAMETERS,
@@ -104,6 +114,7 @@ class _Replayed:
     batches: tuple[tuple[int, tuple[int, ...]], ...]  # (event before which they run, op ordinals)
     states_in_forward: int  # saved generator states while the forward runs
     fetched: frozenset[int]  # value ids that the frame reads in backward and that are not held for it till then
+    parked: frozenset[int]  # those of them that wait off the device; sweeps make the others again
     fetches: tuple[tuple[int, int], ...]  # (event before which autograd asks, one of `fetched`)
     left_states: int  # saved generator states that go with the tape: of random ops that nothing of its own asks for
 
@@ -167,11 +178,11 @@ class _Walk:
                     f"the choice for {frame.unit!r} has {len(choice.actions)} actions, not {planned.values}"
                 )
             chosen = recipe(planned, kept_values(choice.actions), frozenset(choice.lends))
-            fetched = frozenset(
-                value
-                for value, action in zip(frame.inputs, choice.inputs, strict=False)
-                if action is Action.RECOMPUTE and self._is_lent(value, choices)
-            )
+            given = dict(zip(frame.inputs, choice.inputs, strict=False))
+            swept = {v for v, action in given.items() if action is Action.RECOMPUTE and self._is_lent(v, choices)}
+            parked = {v for v, action in given.items() if action is Action.OFFLOAD}
+            parked |= {self.values_of[frame.id][v] for v in offloaded_values(choice.actions)}
+            fetched = frozenset(swept | parked)
             dropped = [(slots[frame.id][i], counted) for i, counted in dropped_slots(planned, program, chosen)]
             # without loads in this frame nothing of its own runs again
             loads = sorted((load_event[s.id], s.ordinal) for s, _ in dropped if s.id in load_event)
@@ -187,6 +198,7 @@ class _Walk:
                 slots=tuple(dropped) + tuple((s, s.read) for s in from_outside),
                 states_in_forward=len(chosen.states | ({first} if first is not None else set())),
                 fetched=fetched,
+                parked=frozenset(parked),
                 fetches=tuple((load_event[s.id], s.value) for s in from_outside if s.id in load_event),
                 left_states=len(chosen.states.difference(*(ops for _, ops in batches))),
             )  # fmt: skip
@@ -206,6 +218,7 @@ class _Walk:
         freed = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.FREE}
         released = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.RELEASE}
         end_of_step = len(trace.events)
+        self.packed_at: dict[int, int] = {}
         kept_until: dict[int, int] = {}  # by the saved tensors that the plan still holds
         dropped: set[int] = set()
         for saved in trace.saved:
@@ -214,12 +227,16 @@ class _Walk:
                 dropped.add(saved.value)
             else:
                 kept_until[saved.value] = max(kept_until.get(saved.value, -1), released.get(saved.id, end_of_step))
+        exits = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.EXIT}
+        for replayed in self.replays.values():
+            for value_id in replayed.parked:  # it is copied when the frame's forward is over
+                self.packed_at[value_id] = max(self.packed_at.get(value_id, -1), exits[replayed.frame])
         ends: dict[int, int] = {}
         for value in trace.values:
             end = freed.get(value.id, end_of_step)
             if value.id in dropped:
                 natural = end if value.natural_end is None else value.natural_end
-                end = max(natural, kept_until.get(value.id, -1))
+                end = max(natural, kept_until.get(value.id, -1), self.packed_at.get(value.id, -1))
             ends[value.id] = end
         self.tape_readers: dict[int, set[int]] = defaultdict(set)  # value -> ops that will read it once more
         self.copies: dict[int, _Copy] = {}
@@ -303,6 +320,7 @@ class _Walk:
         self.rows: list[tuple[int, ...]] = []
         self.seconds = 0.0
         self.flops = 0
+        self.fetched_bytes = 0
         state_bytes = trace.random_state_bytes
         for index, event in enumerate(trace.events):
             for frame, value_id in wanted.get(index, ()):
@@ -341,7 +359,9 @@ class _Walk:
             peak_owner=self.labels[peak] if totals else "nothing",
             recompute_seconds=self.seconds,
             recompute_flops=self.flops,
-            replays=len(self.replays),
+            replays=sum(bool(replayed.batches) for replayed in self.replays.values()),
+            offloaded_bytes=sum(trace.values[v].size_bytes for r in self.replays.values() for v in r.parked),
+            fetched_bytes=self.fetched_bytes,
         )
 
     def _made_by(self, frame: int, ordinal: int) -> list[int]:
@@ -398,6 +418,10 @@ class _Walk:
         copy = self.brought[frame, value_id]
         if copy.is_live:
             return
+        if value_id in self.replays[frame].parked:
+            self._unpack(copy)
+            copy.is_live = True
+            return
         way: list[tuple[int, int]] = []
         base, link = self._previous(value_id)
         while link is not None and not self.brought[link].is_live:
@@ -410,11 +434,17 @@ class _Walk:
         self._produce(value_id, copy)
         copy.is_live = True
 
+    def _unpack(self, copy: _Copy) -> None:
+        """Walk the copy of something back to the device."""
+        self._add(Category.SAVED, copy.size_bytes, ("copy", id(copy)))
+        self._mark("fetch of what was offloaded", 0)
+        self.fetched_bytes += copy.size_bytes
+
     def _previous(self, value_id: int) -> tuple[int, tuple[int, int] | None]:
         """The frame that made a value, and which of its own inputs it does not have, by frame and value."""
         frame = self._frame_of(value_id)
-        fetched = self.replays[frame].fetched
-        link = next((v for v in self.trace.frames[frame].inputs if v in fetched), None)
+        swept = self.replays[frame].fetched - self.replays[frame].parked
+        link = next((v for v in self.trace.frames[frame].inputs if v in swept), None)
         return frame, None if link is None else (frame, link)
 
     def _frame_of(self, value_id: int) -> int:
@@ -443,12 +473,16 @@ class _Walk:
             op = self.ops_of[frame][step]
             for each in replayed.fetched.intersection(op.inputs):
                 copy = self.brought[frame, each]
-                if each not in passing and not copy.is_live:
+                if each in passing or copy.is_live:
+                    continue
+                if each in replayed.parked:  # it is asked for once more by its own backward, and copied again
+                    self._unpack(copy)
+                else:
                     self._produce(each, copy)
-                    if copy.stays:
-                        copy.is_live = True
-                    else:
-                        passing[each] = ("copy", id(copy))
+                if copy.stays:
+                    copy.is_live = True
+                else:
+                    passing[each] = ("copy", id(copy))
             for each in self._made_by(frame, step):
                 block = ("copy", id(result)) if each == value_id else ("passing", each)
                 self._add(Category.SAVED, trace.values[each].size_bytes, block)
