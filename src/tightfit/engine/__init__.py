@@ -53,7 +53,7 @@ class Applied:
         self.plan, self.trace = plan, trace
         matched = _matched(self.model, plan)
         stores = {(sweep.base, sweep.target): frozenset(sweep.stores) for sweep in plan.advances}
-        self._chain = Chain(stores, self._count_reruns)
+        self._chain = Chain(stores, self._stats)
         try:
             self._switches.enter_context(no_key_value_cache(self.model))
             if plan.in_place_loss:
@@ -67,9 +67,6 @@ class Applied:
         except BaseException:
             self.suspend()
             raise
-
-    def _count_reruns(self, ops: int) -> None:
-        self._stats.rerun_ops += ops
 
     def suspend(self) -> None:
         """Restore the model until `resume`. Graphs made before stay valid."""

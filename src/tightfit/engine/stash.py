@@ -11,12 +11,13 @@ other case it is held as ever, which costs bytes and never a gradient. Refused: 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
+    from tightfit.engine.frame import Stats
     from tightfit.engine.tape import Tape
 
 __all__ = ["Chain", "Chained", "Source"]
@@ -38,8 +39,8 @@ class Source(Protocol):
 class Chain:
     """What the units of one plan have handed on, while it is alive, and how far sweeps go."""
 
-    def __init__(self, stores: Mapping[tuple[str, str], frozenset[str]], ran: Callable[[int], None]) -> None:
-        self.ran = ran  # told how many ops a sweep has run
+    def __init__(self, stores: Mapping[tuple[str, str], frozenset[str]], stats: Stats) -> None:
+        self.stats = stats  # counts the ops that sweeps run
         self._stores = stores  # by (base, target): the units on the way whose inputs stay
         self.sweeping = False
         self._lent: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, weakref.ref[Tape], int, str]] = {}
@@ -103,7 +104,7 @@ class Chained:
     def _produced(self) -> torch.Tensor:
         before = self.tape.ran
         tensor = self.tape.produce(self.value)
-        self.chain.ran(self.tape.ran - before)
+        self.chain.stats.rerun_ops += self.tape.ran - before
         return tensor
 
     def _previous(self) -> Chained | None:
