@@ -345,6 +345,9 @@ class Trace:
     random_state_bytes: int = 0  # one saved generator state
     notes: tuple[str, ...] = ()
     losses: tuple[Loss, ...] = ()
+    out_bytes_per_second: float = 0.0  # of copies from the device to the host
+    back_bytes_per_second: float = 0.0
+    copies_beside: bool = False  # do copies run beside the compute?
     tiling: Tiling | None = None  # what was in force when the step was recorded
     tiled: tuple[Trace, ...] = ()  # the same step, recorded with tiles in force
 
@@ -411,6 +414,8 @@ class Plan:
     advances: tuple[Advance, ...] = ()  # in the order of backward
     tiling: Tiling | None = None  # what is computed in tiles; none: nothing
     tile_seconds: float = 0.0  # what the tiles cost
+    offloaded_bytes: int = 0  # that wait off the device
+    offload_seconds: float = 0.0  # that the step waits for copies, estimated
 
     @property
     def exact(self) -> bool:

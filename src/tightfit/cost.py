@@ -9,8 +9,9 @@ Source of the model: Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
-from tightfit.core import Device, Kind, Trace
+from tightfit.core import Device, Kind, Phase, Trace
 
 LAUNCH_SECONDS = 4e-6
 
@@ -45,6 +46,34 @@ def op_seconds(flops: int, moved_bytes: int, dtype: str, device: Device = NOMINA
     """
     rate = device.flops_per_second.get(dtype, min(device.flops_per_second.values()))
     return LAUNCH_SECONDS + max(flops / rate, moved_bytes / device.memory_bytes_per_second)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lane:
+    """Copies in one direction: the step waits for what they take longer than the compute that they run beside."""
+
+    bytes_per_second: float
+    beside_seconds: float
+
+    def waiting_seconds(self, size_bytes: int) -> float:
+        return max(0.0, size_bytes / self.bytes_per_second - self.beside_seconds)
+
+
+def copy_lanes(trace: Trace) -> tuple[Lane, ...]:
+    """From the device in forward and back to it in backward."""
+    beside = {phase: 0.0 for phase in Phase}
+    for op in trace.ops if trace.copies_beside else ():
+        beside[op.phase] += op.seconds
+    return (
+        Lane(
+            bytes_per_second=trace.out_bytes_per_second or NOMINAL_CPU.d2h_bytes_per_second,
+            beside_seconds=beside[Phase.FORWARD],
+        ),
+        Lane(
+            bytes_per_second=trace.back_bytes_per_second or NOMINAL_CPU.h2d_bytes_per_second,
+            beside_seconds=beside[Phase.BACKWARD],
+        ),
+    )
 
 
 def retimed(trace: Trace, device: Device) -> Trace:

@@ -1180,7 +1180,16 @@ class _Assembly:
             random_state_bytes=self._random_state_bytes(),
             notes=self.notes,
             losses=tuple(self._losses()),
+            out_bytes_per_second=self._target().d2h_bytes_per_second,
+            back_bytes_per_second=self._target().h2d_bytes_per_second,
+            copies_beside=self._target().kind != "cpu",
         )
+
+    def _target(self) -> Device:
+        """Whose copies to the host the planner reckons with."""
+        if self.fake is not None and self.fake.target is not None:
+            return self.fake.target
+        return NOMINAL_CUDA if device_of(self.model).type == "cuda" else NOMINAL_CPU
 
     def _device(self) -> str:
         target = None if self.fake is None else self.fake.target

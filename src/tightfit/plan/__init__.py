@@ -30,7 +30,7 @@ from tightfit.core import (
     make_verb,
     parse_bytes,
 )
-from tightfit.cost import NOMINAL_CPU, retimed
+from tightfit.cost import NOMINAL_CPU, copy_lanes, retimed
 from tightfit.plan.choose import THOROUGH, Effort, Model, Solution
 from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.nest import Nesting, nestings
@@ -52,9 +52,10 @@ def plan(
     """The plan of least recompute whose simulated peak is within `budget`.
 
     `budget`: bytes, a size, or a percentage of the unplanned step's peak. `levers`: those that the plan may use. By
-    default all, but tiles, which do not give the same bits, only where nothing exact fits (`Plan.exact` says so); a
-    collection that names `Lever.TILE` has them compete on seconds. Raises `InvalidInput` for a budget that is no size,
-    `BudgetInfeasible` when nothing fits.
+    default all but `Lever.OFFLOAD`, which needs room elsewhere and has not been measured on a GPU; and tiles, which do
+    not give the same bits, only where nothing exact fits (`Plan.exact` says so). A collection that names `Lever.TILE`
+    has them compete on seconds. Raises `InvalidInput` for a budget that is no size, `BudgetInfeasible` when nothing
+    fits.
     """
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
@@ -81,7 +82,7 @@ def plan(
 
 def _cost(made: Plan) -> float:
     """What the plan takes beyond the step itself."""
-    return made.recompute_seconds + made.tile_seconds
+    return made.recompute_seconds + made.tile_seconds + made.offload_seconds
 
 
 def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:
@@ -190,7 +191,9 @@ class _Planner:
         extra_seconds: float = 0.0,
         nesting: Nesting | None = None,
         plain: _Planner | None = None,
+        offload: bool = False,
     ) -> None:
+        self.offload = offload
         self.trace, self.effort = trace, effort
         self.in_place_loss = in_place_loss
         self.extra_seconds = extra_seconds  # what its tiles cost
@@ -208,11 +211,19 @@ class _Planner:
             found.append(self.with_loss_in_place)
         if _allows(levers, Lever.TILE):
             found += self.tiled
+        if levers is not None and Lever.OFFLOAD in levers:
+            found += [way.with_offload for way in found]
         return found
 
     @functools.cached_property
+    def with_offload(self) -> _Planner:
+        return _Planner(
+            self.trace, self.effort, in_place_loss=self.in_place_loss, extra_seconds=self.extra_seconds, offload=True
+        )
+
+    @functools.cached_property
     def model(self) -> Model:
-        return Model(self.trace, self.effort, self.nesting)
+        return Model(self.trace, self.effort, self.nesting, offload=self.offload)
 
     def refereed(self, points: Mapping[str, int]) -> tuple[tuple[Choice, ...], Timeline]:
         """The choice of one point for each unit, and what the referee says of it."""
@@ -238,7 +249,7 @@ class _Planner:
         return tuple(
             _Planner(
                 self.trace, self.effort, in_place_loss=self.in_place_loss, extra_seconds=self.extra_seconds,
-                nesting=nesting, plain=self,
+                nesting=nesting, plain=self, offload=self.offload,
             )
             for nesting in nestings(self.trace)
         )  # fmt: skip
@@ -250,7 +261,7 @@ class _Planner:
         Measured seconds move the points of the frontiers and so the lowest peak among them; estimated ones do not. The
         model's lowest is not always the referee's, so the referee is asked about the units one step this way or that.
         """
-        model = Model(retimed(self.trace, NOMINAL_CPU), self.effort, self.nesting)
+        model = Model(retimed(self.trace, NOMINAL_CPU), self.effort, self.nesting, offload=self.offload)
         solution = model.solve(None)
         assert solution is not None
         tries = max(_FEWEST_TRIES, _EVENTS_TO_TRY // max(1, len(self.trace.events))) if self.effort.proves else 2
@@ -316,8 +327,10 @@ def _plan(
 ) -> Plan:
     """`way` with `choices`, as a plan of `trace`."""
     lever = way.trace
-    step_seconds = sum(op.seconds for op in trace.ops) + way.extra_seconds
-    proven = line.recompute_seconds <= bound * (1 + 1e-6) + 1e-12
+    out, back = copy_lanes(lever)
+    offload_seconds = out.waiting_seconds(line.offloaded_bytes) + back.waiting_seconds(line.fetched_bytes)
+    step_seconds = sum(op.seconds for op in trace.ops) + way.extra_seconds + offload_seconds
+    proven = line.recompute_seconds + offload_seconds <= bound * (1 + 1e-6) + 1e-12
     used = {choice.program for choice in choices if not choice.keeps_all}
     calls: dict[str, list[Program]] = {unit.path: [] for unit in lever.units}
     for frame in lever.frames:
@@ -351,6 +364,8 @@ def _plan(
         tiling=lever.tiling,
         tile_seconds=way.extra_seconds,
         advances=way.advances,
+        offloaded_bytes=line.offloaded_bytes,
+        offload_seconds=offload_seconds,
     )
 
 

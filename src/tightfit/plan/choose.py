@@ -11,23 +11,28 @@ take the least of everything, so no plan of this kind takes fewer seconds.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import highspy
 import numpy as np
 
-from tightfit.core import Action, Choice, Happening, Program, TightfitError, Trace, Unsupported
+from tightfit.core import Action, Choice, Happening, Program, Saved, TightfitError, Trace, Unsupported
+from tightfit.cost import copy_lanes
 from tightfit.plan.frontier import MANY, Frontier, Point, frontier, solver
 from tightfit.plan.nest import Nesting
-from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, recipe, shared
+from tightfit.plan.program import Recipe, clusters, demanded, dropped_slots, first_random, leading_to, recipe, shared
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 SOLVER_SECONDS = 2.0
+
+#: Of a unit's points, so many or not many more are also looked at with what they keep off the device.
+_MOVED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +57,10 @@ class Solution:
 class Model:
     """Everything about a trace that does not depend on the budget."""
 
-    def __init__(self, trace: Trace, effort: Effort = THOROUGH, nesting: Nesting | None = None) -> None:
-        self.trace, self.effort = trace, effort
+    def __init__(
+        self, trace: Trace, effort: Effort = THOROUGH, nesting: Nesting | None = None, *, offload: bool = False
+    ) -> None:
+        self.trace, self.effort, self.offload = trace, effort, offload
         self.nesting = nesting or Nesting(links=(), advances=(), passes={})
         self._index()
         self.base = self._base()
@@ -78,6 +85,8 @@ class Model:
                     points = known[unit.digest].points
                 else:
                     points += tuple(p for p in known[unit.digest].points if self._replays(unit.path, p))
+                if offload:  # before the plain points: the last is the one that keeps the fewest bytes
+                    points = points[:1] + tuple(self._moved(unit.path)) + points[1:]
             self.options[unit.path] = points
         self._tabulate()
 
@@ -104,6 +113,9 @@ class Model:
         for frame in trace.frames:
             self.frames_of[frame.unit].append(frame.id)
         self.slots: dict[int, list[int]] = defaultdict(list)
+        self.saved_of: dict[int, list[Saved]] = defaultdict(list)
+        for saved in trace.saved:
+            self.saved_of[saved.value].append(saved)
         self.kept_elsewhere: dict[int, int] = {}  # value -> last release by a saved tensor of another frame
         for saved in trace.saved:
             if saved.frame is not None:
@@ -175,6 +187,41 @@ class Model:
         )
         return _found(program, tuple(sizes), tuple(seconds), many)
 
+    def _moved(self, path: str) -> Iterator[Point]:
+        """Points of the unit with its inputs, what it keeps, or both off the device."""
+        program, points = self.programs[path], self.frontiers[path].points
+        once = {v for ops in clusters(program) if len(ops) == 1 for v in program.steps[ops[0]].writes}
+        inputs = self._movable_inputs(path)
+        for point in points[:: max(1, -(-len(points) // _MOVED))]:
+            runs = self._recipe(path, point).runs
+            again = {v for op in runs for v in program.steps[op].writes}
+            kept = (point.kept & once) - again - self.nesting.lends(path) - set(program.held)
+            for away, inputs_away in ((frozenset(), inputs), (kept, frozenset()), (kept, inputs)):
+                if away or inputs_away:
+                    yield dataclasses.replace(point, away=frozenset(away), inputs_away=frozenset(inputs_away))
+
+    def _movable_inputs(self, path: str) -> frozenset[int]:
+        """Places of the inputs that are made in the step and that nobody else holds for backward."""
+        trace = self.trace
+        holders: dict[int, set[str]] = defaultdict(set)
+        for saved in trace.saved:
+            holders[saved.value].add("" if saved.frame is None else trace.frames[saved.frame].unit)
+        frames = [trace.frames[f] for f in self.frames_of[path]]
+        borrowed = self.nesting.borrowed(path)
+        return frozenset(
+            place
+            for place in range(min(len(frame.inputs) for frame in frames))
+            if all(
+                trace.values[v].producer is not None and holders[v] <= {path} and v not in borrowed
+                for v in (frame.inputs[place] for frame in frames)
+            )
+        )
+
+    def _away(self, path: str, frame: int, point: Point) -> frozenset[int]:
+        """Value ids that wait off the device between the frame's forward and its backward."""
+        inputs = self.trace.frames[frame].inputs
+        return frozenset([*(self.values[frame][v] for v in point.away), *(inputs[k] for k in point.inputs_away)])
+
     def _recipe(self, path: str, point: Point) -> Recipe:
         lends = self.nesting.lends(path)
         return recipe(self.programs[path], point.kept - lends, lends)
@@ -184,7 +231,12 @@ class Model:
         found = {}
         chosen = self._recipe(path, point)
         for frame in self.frames_of[path]:
-            if chosen.lends or any(s in self.load for _, s in self._dropped_slots(path, frame, chosen)):
+            if (
+                chosen.lends
+                or point.away
+                or point.inputs_away
+                or any(s in self.load for _, s in self._dropped_slots(path, frame, chosen))
+            ):
                 found[frame] = chosen
         return found
 
@@ -219,7 +271,8 @@ class Model:
             event_of = {i: event for event, i in loads}
             batches = [(event_of[i], ops) for i, ops in demanded(program, chosen, tuple(i for _, i in loads))]
             last_release = max((self.released.get(s, end_of_step) for s in self.slots[frame]), default=-1)
-            borrowed = self.nesting.borrowed(path)
+            away = self._away(path, frame, point)
+            brought = self.nesting.borrowed(path) | away
             # what the dropped saved tensors held goes at once, and what was made again with the last of them
             until: dict[int, int] = {}
             for ordinal, slot in self._dropped_slots(path, frame, chosen):
@@ -243,11 +296,13 @@ class Model:
                     if value_id in made:
                         if op_id != trace.values[value_id].producer:
                             last_read[value_id] = max(last_read.get(value_id, -1), runs_at.get(op_id, -1))
-                    elif trace.values[value_id].producer is not None and value_id not in borrowed:
+                    elif trace.values[value_id].producer is not None and value_id not in brought:
                         held[value_id] = max(held.get(value_id, -1), runs_at.get(op_id, last_release))
             for value_id, event in held.items():
                 end = self.freed.get(value_id, end_of_step)
                 live(trace.values[value_id].size_bytes, end, event)
+            for value_id in away:
+                self._waits(frame, value_id, runs_at, live)
             for event, ops in batches:
                 top, left, spent = self._run_again(frame, ops, event, until, last_read)
                 for value_id in left:
@@ -265,6 +320,23 @@ class Model:
                 once = sum(trace.ops[self.ops[frame][op]].seconds for op in passing)
                 seconds += once * self.nesting.passes.get(path, 0)
         return np.cumsum(change)[: len(self.marks)], spikes, seconds
+
+    def _waits(
+        self, frame: int, value_id: int, runs_at: Mapping[int, int], live: Callable[[float, int, int], None]
+    ) -> None:
+        """Tell `live` of a value that is off the device until the frame's backward first wants it."""
+        trace = self.trace
+        value, end_of_step = trace.values[value_id], len(trace.events)
+        slots = [s for s in self.slots[frame] if trace.saved[s].value == value_id]
+        reads = [event for op, event in runs_at.items() if value_id in trace.ops[op].inputs]
+        first = min([*(self.load[s] for s in slots if s in self.load), *reads], default=end_of_step)
+        last = max([*(self.released.get(s, end_of_step) for s in slots if s in self.load), *reads], default=-1)
+        end = self.freed.get(value_id, end_of_step)
+        natural = end if value.natural_end is None else value.natural_end
+        others = [self.released.get(s.id, end_of_step) for s in self.saved_of.get(value_id, ()) if s.frame != frame]
+        gone = max(natural, self.exit[frame], *others, -1)
+        live(-value.size_bytes, gone, end)
+        live(value.size_bytes, max(first, gone) - 1, last)
 
     def _made_by(self, op_id: int) -> list[int]:
         return [v for v in self.trace.ops[op_id].outputs if v is not None and self.trace.values[v].producer == op_id]
@@ -318,12 +390,14 @@ class Model:
         # a sweep is a row of its own: what is live just before it, and the unit that adds most on the way
         sweeps = self._sweeps()
         before = [mark for mark, _ in sweeps]
+        self.away_bytes: dict[str, list[int]] = {}  # that each option moves
         self.table: dict[str, Floats] = {}
         self.seconds: dict[str, list[float]] = {}
         for path, options in self.options.items():
-            rows, spent = [], []
+            rows, spent, moved = [], [], []
             own = self._own_segments(path)
             for option in options:
+                moved.append(self._moved_bytes(path, option))
                 if option is None:
                     rows.append(np.zeros(len(self.starts) + len(sweeps)))
                     spent.append(0.0)
@@ -341,7 +415,14 @@ class Model:
                 spent.append(seconds)
             self.table[path] = np.array(rows)
             self.seconds[path] = spent
+            self.away_bytes[path] = moved
         self.base_top = np.concatenate([self.base_top, [self.base[mark] + top for mark, top in sweeps]])
+
+    def _moved_bytes(self, path: str, option: Point | None) -> int:
+        if option is None:
+            return 0
+        moved = (v for f in self.frames_of[path] for v in self._away(path, f, option))
+        return sum(self.trace.values[v].size_bytes for v in moved)
 
     def _sweeps(self) -> list[tuple[int, float]]:
         """(mark just before, most bytes that it adds for a while) of each sweep."""
@@ -409,7 +490,7 @@ class Model:
         if budget_bytes is None:
             return Solution(points=chosen, seconds=seconds, bound_seconds=0.0)
         bound = min(dual, seconds)
-        if not self.effort.proves:
+        if not self.effort.proves or self.offload:
             bound = 0.0
         elif seconds > 0:
             relaxed = self._solve(budget_bytes, self._relaxed())
@@ -497,6 +578,8 @@ class Model:
         paths = list(self.options)
         columns = [(path, i) for path in paths for i in range(len(self.options[path]))]
         unit_seconds = np.array([self.seconds[path][i] for path, i in columns])
+        away = [self.away_bytes[path][i] for path, i in columns]
+        lanes = copy_lanes(self.trace) if any(away) else ()
         usage = np.array([table[path][i] for path, i in columns]).T if columns else np.zeros((len(self.base_top), 0))
         room = (np.inf if budget_bytes is None else budget_bytes) - self.base_top
         if budget_bytes is not None:
@@ -511,15 +594,17 @@ class Model:
         scale = float(max(1.0, np.abs(usage).max() if usage.size else 1.0))
         second_scale = float(max(unit_seconds.max(), 1e-12)) if columns else 1.0
         lowest = budget_bytes is None
-        count = len(columns) + lowest
+        # behind the options: for each lane the seconds that the step waits for its copies; the peak
+        count = len(columns) + len(lanes) + lowest
         lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = count, len(keep_rows) + len(paths)
-        costs = np.zeros(count)
-        costs[: len(columns)] = unit_seconds / second_scale * (1e-6 if lowest else 1.0)
+        lp.num_col_, lp.num_row_ = count, len(keep_rows) + len(paths) + len(lanes)
+        costs = np.ones(count)
+        costs[: len(columns)] = unit_seconds / second_scale
+        costs *= 1e-6 if lowest else 1.0
         lower, upper = np.zeros(count), np.ones(count)
+        upper[len(columns) :] = highspy.kHighsInf
         if lowest:
             costs[-1] = 1.0
-            lower[-1], upper[-1] = 0.0, highspy.kHighsInf
         lp.col_cost_, lp.col_lower_, lp.col_upper_ = costs, lower, upper
         table_rows: list[tuple[list[int], list[float]]] = []
         high: list[float] = []
@@ -539,13 +624,19 @@ class Model:
         for path in paths:
             table_rows.append((list(range(start, start + len(self.options[path]))), [1.0] * len(self.options[path])))
             start += len(self.options[path])
+        for place, lane in enumerate(lanes):
+            moving = [i for i, size in enumerate(away) if size]
+            amounts = [away[i] / lane.bytes_per_second / second_scale for i in moving]
+            table_rows.append(([*moving, len(columns) + place], [*amounts, -1.0]))
+            low.append(-highspy.kHighsInf)
+            high.append(lane.beside_seconds / second_scale)
         lp.row_lower_, lp.row_upper_ = np.array(low), np.array(high)
         lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
         lp.a_matrix_.start_ = np.cumsum([0, *(len(i) for i, _ in table_rows)]).astype(np.int32)
         lp.a_matrix_.index_ = np.array([i for indices, _ in table_rows for i in indices], dtype=np.int32)
         lp.a_matrix_.value_ = np.array([a for _, amounts in table_rows for a in amounts], dtype=np.float64)
         kinds = [highspy.HighsVarType.kInteger] * len(columns)
-        lp.integrality_ = kinds + [highspy.HighsVarType.kContinuous] * lowest
+        lp.integrality_ = kinds + [highspy.HighsVarType.kContinuous] * (len(lanes) + lowest)
         highs.passModel(lp)
         highs.run()
         status = highs.getModelStatus()
@@ -570,11 +661,16 @@ class Model:
         unit = next(u for u in self.trace.units if u.path == path)
         program = self.programs.get(path, self.trace.programs[self.frames_of[path][0]])
         kept = range(program.values) if point is None else point.kept
+        away, inputs = (frozenset(), frozenset()) if point is None else (point.away, point.inputs_away)
         choice = Choice(
             unit=path,
-            actions=tuple(Action.KEEP if v in kept else Action.RECOMPUTE for v in range(program.values)),
+            actions=tuple(
+                (Action.OFFLOAD if v in away else Action.KEEP) if v in kept else Action.RECOMPUTE
+                for v in range(program.values)
+            ),
             signature=unit.signature,
             program=unit.digest,
+            inputs=tuple(Action.OFFLOAD if k in inputs else Action.KEEP for k in range(max(inputs, default=-1) + 1)),
         )
         return self.nesting.on(choice)
 

@@ -38,6 +38,8 @@ class Point:
     kept_bytes: int
     seconds: float
     passed_bytes: int
+    away: frozenset[int] = frozenset()  # of the kept values those that wait off the device
+    inputs_away: frozenset[int] = frozenset()  # places of the unit's inputs that do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,7 +78,10 @@ class Nesting:
         return dataclasses.replace(
             choice,
             actions=tuple(Action.RECOMPUTE if v in lends else action for v, action in enumerate(choice.actions)),
-            inputs=tuple(Action.RECOMPUTE if k in places else Action.KEEP for k in range(max(places, default=-1) + 1)),
+            inputs=tuple(
+                Action.RECOMPUTE if k in places else choice.inputs[k] if k < len(choice.inputs) else Action.KEEP
+                for k in range(max(max(places, default=-1) + 1, len(choice.inputs)))
+            ),
             lends=tuple(sorted(lends)),
         )
 
