@@ -1088,7 +1088,7 @@ def modules_sought(model: nn.Module, units: Sequence[str], fake: bool) -> Iterat
 
 
 #: Into how many chunks a token-wise module is cut.
-TILES = 8
+TILES = 4
 
 
 def _is_composite(module: nn.Module) -> bool:

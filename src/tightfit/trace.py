@@ -580,6 +580,7 @@ def trace(
     units: UnitsAsked = None,
     fake: bool = False,
     device: Device | torch.device | str | None = None,
+    tiles: bool = True,
 ) -> Trace:
     """One step of `model` on `batch`, recorded.
 
@@ -590,6 +591,9 @@ def trace(
     `fake=True` runs the step on fake tensors (`tightfit.fake`): the model may live on `meta`, nothing is allocated and
     seconds are estimated. Then `device` is the target: a `Device` of the catalog, or `"cuda"` for CUDA's kernels in
     general. Otherwise `device` only moves `batch`.
+
+    `tiles`: where the loss, or the largest unit, is a large part of what cannot be recomputed, record the step again
+    with tiles in force, for plans that need them; a recording takes as long as a step, so up to twice the time.
 
     Raises `InvalidInput` (batch, loss, units), `Unsupported` (a step that cannot be recorded).
     """
@@ -617,9 +621,9 @@ def trace(
             faked(model, batch, step) as fake_batch,
             no_key_value_cache(model),
         ):
-            return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step)
+            return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles)
     with undisturbed(model, batch) as restart, no_key_value_cache(model):
-        return _trace(model, batch, loss, optimizer, modules, restart, None)
+        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles)
 
 
 def _target(device: Device | torch.device | str | None) -> Device | None:
@@ -641,6 +645,7 @@ def _trace(
     modules: Mapping[str, nn.Module],
     restart: Callable[[], None],
     fake: FakeStep | None,
+    tiles: bool,
 ) -> Trace:
     restart()
     paths = list(modules)
@@ -655,6 +660,8 @@ def _trace(
     tail = None if optimizer is None else record_optimizer(optimizer, target)
     step = _Step(model, batch, loss, modules, restart, fake, tail)
     recorded = step.recorded(dry, None)
+    if not tiles:
+        return recorded
     tiled, reasons = _tiled(step, recorded, sought, token_wise)
     return dataclasses.replace(recorded, tiled=tiled, notes=(*recorded.notes, *reasons))
 
