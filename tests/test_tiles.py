@@ -27,7 +27,7 @@ from transformers import (
 
 import tightfit
 from tightfit import tiles
-from tightfit.core import Lever, Tiling, dumps, loads
+from tightfit.core import Lever, TiledModule, Tiling, dumps, loads
 from tightfit.plan import lowest
 from tightfit.step import compute_loss
 from tightfit.tiles import Deferred, TileStats, in_force
@@ -563,6 +563,145 @@ def test_a_large_model_is_held_against_float64_at_its_head(monkeypatch: pytest.M
     proof = tightfit.verify(model, batch, lowest(trace))
     assert proof.passed
     assert "head" in proof["gradients"].expected
+
+
+# ------------------------------------------------------------------------------------------ token-wise modules
+
+
+class Mixing(nn.Module):
+    """Looks like an MLP, but a token's output depends on its neighbour's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(hidden).relu().roll(1, 1))  # type: ignore[no-any-return]
+
+
+class Centred(Mixing):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(hidden - hidden.mean(1, keepdim=True)))  # type: ignore[no-any-return]
+
+
+def mlp(**more: Any) -> nn.Module:
+    model: Any = llama(**more)
+    return model.model.layers[0].mlp  # type: ignore[no-any-return]
+
+
+def proven(module: nn.Module) -> tuple[bool, bool]:
+    """By a perturbed token, and by the ops on fake tensors."""
+    from tightfit.fake import FakeStep, faked
+
+    real = tiles.is_token_wise(module, WIDTH, torch.float32, torch.device("cpu"))
+    with faked(module, (), FakeStep(None)):
+        return real, tiles.is_token_wise_by_shape(module, WIDTH, torch.float32)
+
+
+def test_what_is_token_wise_is_proven_and_what_is_not_is_refused() -> None:
+    torch.manual_seed(0)
+    model: Any = lora_on_the_head()
+    assert proven(mlp()) == (True, True)
+    assert proven(mlp(mlp_bias=True)) == (True, True)
+    assert proven(model.base_model.model.model.layers[0].input_layernorm) == (True, True)
+    assert proven(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, WIDTH))) == (
+        True,
+        True,
+    )
+    assert proven(Mixing()) == (False, False)
+    assert proven(Centred()) == (False, False)
+    assert proven(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1))) == (False, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "frozen_head", "lora_on_the_mlp"])
+def test_token_wise_modules_in_chunks(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    if name == "lora_on_the_mlp":
+        from peft import LoraConfig, get_peft_model
+
+        model: Any = get_peft_model(llama(), LoraConfig(r=4, target_modules=["up_proj"], task_type="CAUSAL_LM"))
+    else:
+        model = HEADS[name]()
+    model, batch = model.to(dtype).train(), batch_of()
+    units = [path for path, _ in model.named_modules() if path.endswith((".layers.0", ".layers.1"))]
+    with tiles.modules_sought(model, units, fake=False) as sought:
+        compute_loss(model, batch)
+    assert [each.name for each in sought] == ["mlp"]
+    untiled = steps(model, batch)
+    with in_force(model, Tiling(modules=tuple(sought)), TileStats(), units):
+        tiled = steps(model, batch)
+    assert not beyond(untiled, tiled, in_float64(model, batch))
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_autocast_in_chunks() -> None:
+    torch.manual_seed(0)
+    model, batch = llama().train(), batch_of()
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return compute_loss(model, batch)
+
+    units = ["model.layers.0", "model.layers.1"]
+    untiled = steps(model, batch, loss)
+    with in_force(model, Tiling(modules=(TiledModule(name="mlp", tiles=5),)), TileStats(), units):
+        tiled = steps(model, batch, loss)
+    assert not beyond(untiled, tiled, in_float64(model, batch, loss))
+
+
+def wide_blocks() -> tuple[nn.Module, dict[str, Any]]:
+    """A Llama whose blocks own the peak once its head is tiled."""
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=500, hidden_size=64, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=2,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # accumulated ones, so that they do not hide the activations
+    ids = torch.randint(3, 500, (2, 200))
+    return model.train(), {"input_ids": ids, "labels": ids}
+
+
+def test_chunked_blocks_are_predicted_and_proven() -> None:
+    model, batch = wide_blocks()
+    trace = tightfit.trace(model, batch)
+    fake = tightfit.trace(model, batch, fake=True)
+    assert [v.tiling for v in trace.tiled] == [v.tiling for v in fake.tiled]
+    exact = lowest(trace, levers=[Lever.RECOMPUTE, Lever.LOSS_IN_PLACE])
+    least = lowest(trace)
+    assert least.tiling is not None
+    assert [each.name for each in least.tiling.modules] == ["mlp"]
+    fixed = sum(trace.static_bytes.values())
+    assert least.peak_bytes - fixed < 0.6 * (exact.peak_bytes - fixed)
+    proof = tightfit.verify(model, batch, least)
+    assert proof.passed, [check for check in proof.checks if not check.passed]
+    assert "off by +0.0" in proof["prediction"].measured or "off by -0.0" in proof["prediction"].measured
+    with tightfit.apply(model, least) as applied:
+        compute_loss(model, batch).backward()
+        assert not applied.stats().fallbacks
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_chunk_that_loses_a_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = llama().train(), batch_of()
+    untiled, exact = steps(model, batch), in_float64(model, batch)
+    parts, backwards = tiles._parts, []
+
+    def lossy(rows: int, count: int) -> Any:
+        backwards.append(rows)
+        for part in parts(rows, count):
+            lost = torch._C._current_graph_task_id() != -1 and part.start == 0
+            yield slice(part.start, part.stop - 1) if lost else part
+
+    monkeypatch.setattr(tiles, "_parts", lossy)
+    with in_force(model, Tiling(modules=(TiledModule(name="mlp", tiles=4),)), TileStats(), ["model.layers.1"]):
+        tiled = steps(model, batch)
+    assert backwards
+    assert beyond(untiled, tiled, exact)
 
 
 # -------------------------------------------------------------------------------------------- the saboteur

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tightfit.core import InvalidInput, Plan, Trace
+from tightfit.core import BudgetInfeasible, InvalidInput, Plan, Trace
 from tightfit.engine import Applied
 from tightfit.plan import plan as make_plan
 from tightfit.step import LossFunction, UnitsAsked, tensors_in
@@ -86,14 +86,33 @@ def fit(
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
     guard = _Guard(model, batch, policy, loss, optimizer, units)
     try:
-        recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
-        applied = Applied(model, make_plan(recorded, budget), trace=recorded)
+        recorded, made = _planned(model, batch, budget, loss, optimizer, units)
+        applied = Applied(model, made, trace=recorded)
         guard.in_force(applied, recorded)
     except BaseException:
         guard.remove()
         raise
     applied.on_remove(guard.remove)
     return applied
+
+
+def _planned(
+    model: nn.Module,
+    batch: Any,
+    budget: str | int,
+    loss: LossFunction | None,
+    optimizer: torch.optim.Optimizer | None,
+    units: UnitsAsked,
+) -> tuple[Trace, Plan]:
+    """The step and its plan; in tiles, which take longer to record, only where nothing exact fits."""
+    recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units, tiles=False)
+    try:
+        return recorded, make_plan(recorded, budget)
+    except BudgetInfeasible as error:
+        if error.budget_bytes <= sum(recorded.static_bytes.values()):
+            raise  # what is there before the step is too much already
+        recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
+        return recorded, make_plan(recorded, budget)
 
 
 class _InForce(NamedTuple):
@@ -197,11 +216,11 @@ class _Guard:
             for parameter in lacking:
                 parameter.grad = torch.zeros_like(parameter)
             try:
-                recorded = trace(self.model, batch, loss=self.loss, optimizer=self.optimizer, units=self.units)
+                recorded, made = _planned(self.model, batch, budget_bytes, self.loss, self.optimizer, self.units)
             finally:
                 for parameter in lacking:
                     parameter.grad = None
-            applied.resume(make_plan(recorded, budget_bytes), recorded)
+            applied.resume(made, recorded)
             self.plans[accumulating] = _InForce(applied.plan, recorded, extent)
         except BaseException:
             applied.resume(applied.plan, applied.trace)

@@ -233,8 +233,10 @@ class _AdamW8bit(torch.optim.Optimizer):
 # ------------------------------------------------------------------------------------------ the trace
 
 
-def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = None) -> Trace:
+def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = None, *, tiles: bool = False) -> Trace:
     """The step of `setup` on fake tensors, with the kernels of `device` (`None`: this machine's CPU).
+
+    `tiles`: recorded with tiles in force too, which takes several times as long.
 
     Raises `InvalidInput` for more tokens than the model has positions, `Unsupported` for a step that fake tensors
     cannot run.
@@ -253,7 +255,7 @@ def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = 
             return compute_loss(model, batch)
 
     with _gradients(model, setup.accumulate), _refusals_of(setup.model):
-        recorded = _traced(model, batch, loss if compute is not None else None, device, units)
+        recorded = _traced(model, batch, loss if compute is not None else None, device, units, tiles)
     if setup.optimizer == "none":
         return recorded
     return behind(
@@ -294,14 +296,14 @@ def _gradients(model: nn.Module, there: bool) -> Iterator[None]:
             parameter.grad = None
 
 
-def _traced(model: nn.Module, batch: Any, loss: Any, device: Device | None, units: UnitsAsked) -> Trace:
+def _traced(model: nn.Module, batch: Any, loss: Any, device: Device | None, units: UnitsAsked, tiles: bool) -> Trace:
     """The whole model's trace, by way of a few of its blocks where these are alike."""
     stack = _stack(model) if units is None else None
     if stack is not None:
         paths = list(find_units(model))
         with contextlib.suppress(IndexError, KeyError):  # a model that counts on all its layers
             with _excerpt(stack):
-                few = trace(model, batch, loss, fake=True, device=device)
+                few = trace(model, batch, loss, fake=True, device=device, tiles=tiles)
             whole = unroll(few, paths, stack.period)
             if whole is not None:
                 static = dict(few.static_bytes)
@@ -311,7 +313,7 @@ def _traced(model: nn.Module, batch: Any, loss: Any, device: Device | None, unit
                 )
                 tiled = tuple(dataclasses.replace(variant, static_bytes=static) for variant in whole.tiled)
                 return dataclasses.replace(whole, static_bytes=static, tiled=tiled)
-    return trace(model, batch, loss, units=units, fake=True, device=device)
+    return trace(model, batch, loss, units=units, fake=True, device=device, tiles=tiles)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -442,6 +444,10 @@ def check(
     # near the limit the layout decides, and a coarser search may find what a finer one does not
     hopeless = _floor(setup, device) > room  # what does not depend on the batch is too much already
     made = None if hopeless else _fitted(recorded, room, _SHOWN) or _fitted(recorded, room, _QUICK)
+    if made is None and not hopeless:
+        progress("nothing exact fits: tracing the step in tiles")
+        recorded = trace_for(setup, device, tiles=True)
+        made = _fitted(recorded, room, _QUICK) if recorded.tiled else None
     shown = made or lowest(recorded, effort=_QUICK)
     modes.append(_mode("tightfit", recorded, simulate(recorded, shown), shown, room))
     base_seconds = modes[0].step_seconds
@@ -480,9 +486,9 @@ def check(
     )
 
 
-def trace_for(setup: Setup, device: Device) -> Trace:
+def trace_for(setup: Setup, device: Device, *, tiles: bool = False) -> Trace:
     """The trace that `check` plans: that of `trace_setup` with the seconds that `device` reaches."""
-    return retimed(trace_setup(setup, device), reached(device))
+    return retimed(trace_setup(setup, device, tiles=tiles), reached(device))
 
 
 def _mode(name: str, recorded: Trace, line: Timeline, made: Plan | None, room: int) -> Mode:
@@ -609,9 +615,16 @@ def _largest(setup: Setup, device: Device, room: int, progress: Progress, what: 
             progress(f"looking for the {'largest batch' if what == 'batch' else 'longest sequence'}: {amount}")
             recorded = trace_for(_resized(setup, what, amount), device)
             tried[guess] = _least(recorded, room)
+            if not tried[guess][0] and tried[guess][1] <= _TILES_CAN * room:
+                recorded = trace_for(_resized(setup, what, amount), device, tiles=True)
+                tried[guess] = _least(recorded, room) if recorded.tiled else tried[guess]
         low, high = (guess, high) if tried[guess][0] else (low, guess)
         guess = _guess({count: reserved for count, (_, reserved) in tried.items()}, room, low, high)
     return max(low * step, asked if here[0] else 0)
+
+
+#: Tiles are not tried where a plan without them takes this many times the room.
+_TILES_CAN = 3
 
 
 def _floor(setup: Setup, device: Device) -> int:

@@ -50,6 +50,7 @@ from tightfit.core import (
     Program,
     Saved,
     Step,
+    TiledModule,
     Tiling,
     Trace,
     Unit,
@@ -61,6 +62,7 @@ from tightfit.core import (
 from tightfit.cost import NOMINAL_CPU, NOMINAL_CUDA, retimed
 from tightfit.fake import FakeStep, faked, refusals_named
 from tightfit.loss import rows_at_once, watched
+from tightfit.plan import Effort, every_block
 from tightfit.plan.simulate import simulate_choices
 from tightfit.step import (
     ForwardPatch,
@@ -78,7 +80,7 @@ from tightfit.step import (
     undisturbed,
     unique_bytes,
 )
-from tightfit.tiles import Sought, TileStats, head_sought, in_force, rows_of_tile
+from tightfit.tiles import Sought, TileStats, head_sought, in_force, modules_sought, rows_of_tile
 from tightfit.unroll import trace_digest
 
 __all__ = [
@@ -578,6 +580,7 @@ def trace(
     units: UnitsAsked = None,
     fake: bool = False,
     device: Device | torch.device | str | None = None,
+    tiles: bool = True,
 ) -> Trace:
     """One step of `model` on `batch`, recorded.
 
@@ -588,6 +591,9 @@ def trace(
     `fake=True` runs the step on fake tensors (`tightfit.fake`): the model may live on `meta`, nothing is allocated and
     seconds are estimated. Then `device` is the target: a `Device` of the catalog, or `"cuda"` for CUDA's kernels in
     general. Otherwise `device` only moves `batch`.
+
+    `tiles`: where the loss, or the largest unit, is a large part of what cannot be recomputed, record the step again
+    with tiles in force, for plans that need them; a recording takes as long as a step, so up to twice the time.
 
     Raises `InvalidInput` (batch, loss, units), `Unsupported` (a step that cannot be recorded).
     """
@@ -615,9 +621,9 @@ def trace(
             faked(model, batch, step) as fake_batch,
             no_key_value_cache(model),
         ):
-            return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step)
+            return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles)
     with undisturbed(model, batch) as restart, no_key_value_cache(model):
-        return _trace(model, batch, loss, optimizer, modules, restart, None)
+        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles)
 
 
 def _target(device: Device | torch.device | str | None) -> Device | None:
@@ -639,20 +645,24 @@ def _trace(
     modules: Mapping[str, nn.Module],
     restart: Callable[[], None],
     fake: FakeStep | None,
+    tiles: bool,
 ) -> Trace:
     restart()
-    with head_sought(model, list(modules)) as sought:
+    paths = list(modules)
+    with head_sought(model, paths) as sought, modules_sought(model, paths, fake is not None) as token_wise:
         dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake)
     if not dry.frames:
         modules = {"": model}
-        sought = Sought()
+        sought, token_wise = Sought(), []
         restart()
         dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake)
     target = fake.target if fake is not None else None
     tail = None if optimizer is None else record_optimizer(optimizer, target)
     step = _Step(model, batch, loss, modules, restart, fake, tail)
     recorded = step.recorded(dry, None)
-    tiled, reasons = _tiled(step, recorded, sought)
+    if not tiles:
+        return recorded
+    tiled, reasons = _tiled(step, recorded, sought, token_wise)
     return dataclasses.replace(recorded, tiled=tiled, notes=(*recorded.notes, *reasons))
 
 
@@ -671,6 +681,15 @@ class _Step:
     def dry(self) -> _Recorder:
         self.restart()
         return _record(self.model, self.batch, self.loss, self.modules, self.restart, dry=True, fake=self.fake)
+
+    def tiled(self, tiling: Tiling) -> tuple[Trace | None, str]:
+        """The trace with `tiling` in force; None where the logits are made whole all the same, and by whom."""
+        stats = TileStats()
+        with in_force(self.model, tiling, stats, list(self.modules)):
+            dry = self.dry()
+            if tiling.head is not None and (stats.whole or not stats.losses):
+                return None, stats.asked_by or "what is no cross entropy of class indices"
+            return self.recorded(dry, tiling), ""
 
     def recorded(self, dry: _Recorder, tiling: Tiling | None) -> Trace:
         """The trace of the step as it runs now, after its dry pass."""
@@ -711,24 +730,42 @@ class _Step:
 _WORTH_TILES = 0.10
 
 
-def _tiled(step: _Step, recorded: Trace, sought: Sought) -> tuple[tuple[Trace, ...], tuple[str, ...]]:
+def _tiled(
+    step: _Step, recorded: Trace, sought: Sought, token_wise: Sequence[TiledModule]
+) -> tuple[tuple[Trace, ...], tuple[str, ...]]:
     """The step recorded again with tiles in force, where these can matter; and why not, where they cannot."""
     line = simulate_choices(recorded, ())
     loss_bytes = max(line.by_category[Category.LOSS.value], default=0)
     # about what is left when every unit is recomputed
     floor_bytes = line.peak_bytes - max(line.by_category[Category.SAVED.value], default=0)
-    if loss_bytes < _WORTH_TILES * max(1, floor_bytes) or (sought.path is None and not sought.reason):
-        return (), ()
-    if sought.path is None:
-        return (), (f"the head and the loss cannot be tiled: {sought.reason}",)
-    tiling = Tiling(head=sought.path, rows=rows_of_tile(sought.rows, sought.row_bytes))
-    stats = TileStats()
-    with in_force(step.model, tiling, stats):
-        dry = step.dry()
-        if stats.whole or not stats.losses:
-            asked = f"by {stats.asked_by}" if stats.whole else "by what is no cross entropy of class indices"
-            return (), (f"the head and the loss cannot be tiled: the logits are asked for whole, {asked}",)
-        return (step.recorded(dry, tiling),), ()
+    found: list[Trace] = []
+    reasons: tuple[str, ...] = ()
+    head = Tiling()
+    if loss_bytes >= _WORTH_TILES * max(1, floor_bytes):
+        if sought.path is not None:
+            tiling = Tiling(head=sought.path, rows=rows_of_tile(sought.rows, sought.row_bytes))
+            variant, asked_by = step.tiled(tiling)
+            if variant is None:
+                reasons = (f"the head and the loss cannot be tiled: the logits are asked for whole, by {asked_by}",)
+            else:
+                head = tiling
+                found.append(variant)
+        elif sought.reason:
+            reasons = (f"the head and the loss cannot be tiled: {sought.reason}",)
+    if token_wise and _unit_owns_peak(found[-1] if found else recorded):
+        variant, _ = step.tiled(dataclasses.replace(head, modules=tuple(token_wise)))
+        if variant is not None:
+            found.append(variant)
+    return tuple(found), reasons
+
+
+def _unit_owns_peak(recorded: Trace) -> bool:
+    """With every unit recomputed, is it one of them that needs the most?"""
+    effort = Effort(points=4, solver_seconds=0.2, proves=False)
+    blocks = dataclasses.replace(recorded, tiled=())
+    line = simulate_choices(blocks, every_block(blocks, effort=effort).choices)
+    paths = {unit.path for unit in recorded.units if not unit.pinned}
+    return any(f" of {path}:" in line.peak_owner for path in paths)
 
 
 def _record(

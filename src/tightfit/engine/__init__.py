@@ -59,7 +59,8 @@ class Applied:
             if plan.in_place_loss:
                 self._switches.enter_context(in_place())
             if plan.tiling is not None:
-                self._switches.enter_context(in_force(self.model, plan.tiling, self._stats.tiled))
+                units = [choice.unit for choice in plan.choices]
+                self._switches.enter_context(in_force(self.model, plan.tiling, self._stats.tiled, units))
             for choice, module in matched:
                 frame_plan = _frame_plan(plan, choice)
                 if frame_plan is not None:

@@ -24,6 +24,7 @@ from tightfit.core import (
     Plan,
     Program,
     Status,
+    Tiling,
     Timeline,
     Trace,
     format_bytes,
@@ -295,13 +296,16 @@ class _Planner:
 
     @functools.cached_property
     def tiled(self) -> list[_Planner]:
-        def outside(trace: Trace) -> float:
-            return sum(op.seconds for op in trace.ops if op.unit is None)
+        def seconds(trace: Trace, tiling: Tiling) -> float:
+            # where only the head is tiled the units' seconds are the same, but for noise
+            return sum(op.seconds for op in trace.ops if op.unit is None or tiling.modules)
 
-        base = outside(self.trace)
         return [
-            _Planner(variant, self.effort, extra_seconds=max(0.0, outside(variant) - base))
+            _Planner(
+                variant, self.effort, extra_seconds=max(0.0, seconds(variant, tiling) - seconds(self.trace, tiling))
+            )
             for variant in self.trace.tiled
+            if (tiling := variant.tiling) is not None
         ]
 
 
