@@ -212,6 +212,12 @@ def test_probes_leave_no_trace(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_page_is_about_these_traps() -> None:
+    result = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "traps.json").read_text())
+    shown = [(row["name"], row["sentence"], row["mend"]) for row in result["rows"]]
+    assert shown == [(trap.name, trap.sentence, trap.mend) for trap in TRAPS], "run benchmarks/traps.py"
+
+
 # -------------------------------------------------------------------------------------------- live models
 
 
@@ -411,10 +417,8 @@ def test_the_launchers_file_alone(tmp_path: Path) -> None:
 
 
 def test_the_step_of_a_run(tmp_path: Path) -> None:
-    text = (
-        BASE
-        + "use_peft: true\nlora_r: 4\nper_device_train_batch_size: 3\ngradient_accumulation_steps: 2\noptim: adamw_torch\n"
-    )
+    text = BASE + "use_peft: true\nlora_r: 4\nper_device_train_batch_size: 3\n"
+    text += "gradient_accumulation_steps: 2\noptim: adamw_torch\n"
     setup, _ = setup_of(read_run(write(tmp_path, text)))
     assert setup == Setup(
         model="gpt2", method="lora", batch=3, seq=128, dtype="bf16-mixed", optimizer="adamw", rank=4, accumulate=True
@@ -482,14 +486,14 @@ def test_the_simulated_fixes_are_what_the_allocator_counts(folder: str) -> None:
         tokens = random_batch(model, batch, 64)
         model.zero_grad(set_to_none=True)
         model.config.use_cache = False
+        before = sum(static_bytes_by_category(model, tokens).values())
         with context(), PeakMeter("cpu") as meter:
             model(**tokens).loss.backward()
-        return sum(static_bytes_by_category(model, None).values()) + meter.rise_bytes
+        return before + meter.rise_bytes
 
     measured(contextlib.nullcontext)
     found = {fix.name: fix.peak_bytes for fix in why.tried}
     blocks = functools.partial(every_block_checkpointed, model)
-    # the gradients that the run before left are counted with what is there; they are gone in each run
     assert why.plain.peak_bytes == pytest.approx(measured(contextlib.nullcontext), rel=0.005)
     assert why.checkpointed.peak_bytes == pytest.approx(measured(blocks), rel=0.005)
     assert found["loss-in-place"] == pytest.approx(measured(both), rel=0.005)
@@ -500,15 +504,18 @@ def test_the_simulated_fixes_are_what_the_allocator_counts(folder: str) -> None:
     assert [fix.before_bytes for fix in why.steps[1:]] == [fix.peak_bytes for fix in why.steps[:-1]]
 
 
-def test_the_optimizers_step_owns_the_peak(folder: str) -> None:
-    why = explain_peak(Setup(model=folder, batch=1, seq=32, dtype="bf16", optimizer="adamw"))
+def test_the_optimizers_step_owns_the_peak(tmp_path: Path) -> None:
+    small = {**TINY, "vocab_size": 64, "hidden_size": 128, "intermediate_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    folder = str(tmp_path)
+    why = explain_peak(Setup(model=folder, batch=1, seq=8, dtype="bf16", optimizer="adamw"))
     assert why.checkpointed.phase == "optimizer"
     assert why.cheapest is not None
     assert why.cheapest.name == "fused-optimizer"
     found = {f.name: f for f in findings(peak=why)}
     assert found["foreach-temporaries"].verdict is BITES
     assert found["logits-own-the-peak"].verdict is NOT_HERE
-    fused = explain_peak(Setup(model=folder, batch=1, seq=32, dtype="bf16", optimizer="adamw-fused"))
+    fused = explain_peak(Setup(model=folder, batch=1, seq=8, dtype="bf16", optimizer="adamw-fused"))
     assert fused.checkpointed.peak_bytes == why.cheapest.peak_bytes
     assert {f.name: f for f in findings(peak=fused)}["foreach-temporaries"].verdict is NOT_HERE
 

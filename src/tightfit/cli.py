@@ -543,6 +543,8 @@ def doctor(
         if case is not None and case.setup is not None:
             case, peak = consultation.peak_of(case, kernels=kernels, progress=say)
         run, setup = (case.run, case.setup) if case is not None else (None, None)
+        if case is None and not sys.stderr.isatty():  # seconds of work: nothing to say in a pipe
+            say = _nothing
         found = consultation.findings(run=run, peak=peak, setup=setup, deep=deep, progress=say)
     report = consultation.document(case, found, peak, deep=deep)
     if as_json:
@@ -554,6 +556,10 @@ def doctor(
         _stdout().print(doctor_table(report))
     if case is not None and report["bites"]:
         raise typer.Exit(EXIT_NO)
+
+
+def _nothing(_: str) -> None:
+    """Progress that is not shown."""
 
 
 def _environment_record() -> dict[str, str | None]:

@@ -142,6 +142,7 @@ def why_of_trace(recorded: Trace, optimizer: str) -> Why:
 def _explained(
     traced: Callable[[Any], Trace], setup: Setup | None, progress: Progress, *, on_gpu: bool, optimizer: str
 ) -> Why:
+    @functools.lru_cache(maxsize=64)
     def of(state: _State) -> Rung:
         recorded = traced(state.setup)
         if state.loss_in_place and not state.least:

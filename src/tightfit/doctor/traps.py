@@ -163,11 +163,17 @@ def _is_reentrant(function: Any) -> bool | None:
 
 
 def _switched_on(model: nn.Module) -> list[tuple[str, Any]]:
-    """(path, checkpoint function) of the modules that transformers' switch has on."""
+    """(path, checkpoint function) of the modules that transformers' switch has on; not those that only hold others."""
+
+    def has_flag(module: nn.Module) -> bool:
+        return isinstance(getattr(module, "gradient_checkpointing", None), bool)
+
     return [
         (path, getattr(module, "_gradient_checkpointing_func", None))
         for path, module in model.named_modules()
-        if getattr(module, "gradient_checkpointing", False) is True
+        if has_flag(module)
+        and module.gradient_checkpointing is True
+        and not any(has_flag(inner) for inner in module.modules() if inner is not module)
     ]
 
 
@@ -443,7 +449,7 @@ def _use_cache_model(model: nn.Module) -> Seen | None:
     if not getattr(config, "use_cache", False):
         return _not_here("config.use_cache is off")
     on = _switched_on(model)
-    if on and len([1 for _ in on]) >= len(find_units(model)):
+    if on and len(on) >= len(find_units(model)):
         return _not_here("config.use_cache is on, but transformers' checkpointing drops the cache in every layer")
     return _bites("config.use_cache is on: a call of the model in training keeps every layer's keys and values")
 
