@@ -577,3 +577,35 @@ def test_wrong_input(arguments: tuple[str, ...], said: str, capsys: pytest.Captu
     assert (status, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_real_preference_run_loses_every_n_layers(tmp_path: Path) -> None:
+    """The probe's finding in TRL's own trainer: the first step after the reference's forward ends with an error."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{chr(97 + i): 3 + i for i in range(26)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny(layers=4).save_pretrained(tmp_path / "model")
+
+    def run(**kwargs: Any) -> None:
+        arguments = DPOConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=2, save_strategy="no",
+            per_device_train_batch_size=2, gradient_checkpointing=True, disable_tqdm=True, **kwargs,
+        )  # fmt: skip
+        DPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+            args=arguments,
+            train_dataset=Dataset.from_list([{"prompt": "a b c", "chosen": " d e", "rejected": " f g"}] * 8),
+            processing_class=PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+            ),
+        ).train()
+
+    run()
+    with pytest.raises(ValueError, match="every_n_layers"):
+        run(gradient_checkpointing_kwargs={"every_n_layers": 2})
