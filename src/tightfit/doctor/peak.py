@@ -212,7 +212,8 @@ def _candidates(state: _State, recorded: Trace, on_gpu: bool) -> Iterator[tuple[
         )  # fmt: skip
     if not state.least:
         yield (
-            "tightfit-plan", "tightfit's plan of the lowest peak in place of every block", "recompute, see its FLOPs",
+            "tightfit-plan", "tightfit's plan of the lowest peak in place of every block",
+            "recompute; where it tiles the loss, sums in another order",
             dataclasses.replace(state, least=True),
         )  # fmt: skip
     if setup is None:
