@@ -1,5 +1,5 @@
-"""Write `docs/cli.md` from the program's own `--help`; `docs/peers.md`, `docs/zoo.md`, `docs/forecast.md` and README's
-measured part from `benchmarks/results`.
+"""Write `docs/cli.md` from the program's own `--help`; `docs/peers.md`, `docs/zoo.md`, `docs/forecast.md`,
+`docs/traps.md` and README's measured part from `benchmarks/results`.
 
 Invariant: the page depends on the program alone, not on the terminal: the width is fixed and colour is off; every
 figure in README's measured part is in a results file.
@@ -22,6 +22,7 @@ PAGE = Path(__file__).with_name("cli.md")
 PEERS = Path(__file__).with_name("peers.md")
 ZOO = Path(__file__).with_name("zoo.md")
 FORECAST = Path(__file__).with_name("forecast.md")
+TRAPS = Path(__file__).with_name("traps.md")
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured: begin; written by docs/generate.py -->\n", "<!-- measured: end -->\n"
@@ -187,6 +188,31 @@ def zoo_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def traps_page() -> str:
+    """docs/traps.md: each trap with what its probe saw, and in which versions."""
+    found = json.loads((RESULTS / "traps.json").read_text(encoding="utf-8"))
+    machine = found["environment"]
+    parts = [
+        "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# Traps\n",
+        "What goes wrong around activation checkpointing in this stack, most of it without an error. `tightfit doctor` "
+        "probes each on the versions that are installed; `tightfit doctor run.yaml` (or a model) says which bite there "
+        "and who owns the peak; `tightfit.doctor.examine(model, batch)` looks at a live model. A probe does the thing "
+        "on a tiny model and looks at the outcome, so a release without the trap is told as such.\n",
+        f"Seen on {found['date']} with Python {machine['python']} on {machine['platform']}, by `python "
+        "benchmarks/traps.py`.\n",
+    ]
+    for row in found["rows"]:
+        seen = [row["quick"], *([row["deep"]] if "deep" in row else [])]
+        parts += [
+            f"## {row['name']}\n",
+            f"{row['sentence']}\n",
+            *(f"- {each['verdict']}: {each['why']}" for each in seen),
+            f"- mend: {row['mend']}",
+            "- versions: " + ", ".join(f"{package} {version}" for package, version in row["versions"].items()) + "\n",
+        ]
+    return "\n".join(parts)
+
+
 def _forecast(found: dict[str, Any]) -> str:
     said = found["summary"]
     return (
@@ -348,7 +374,8 @@ def with_measured(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Write docs/cli.md, docs/peers.md, docs/zoo.md, docs/forecast.md and README's measured part."
+        description="Write docs/cli.md, docs/peers.md, docs/zoo.md, docs/forecast.md, docs/traps.md and README's "
+        "measured part."
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
     check = parser.parse_args().check
@@ -357,7 +384,7 @@ def main() -> int:
     stale = False
     pages = (
         (PAGE, render()), (PEERS, peers_page()), (ZOO, zoo_page()), (FORECAST, forecast_page()),
-        (README, with_measured(readme)),
+        (TRAPS, traps_page()), (README, with_measured(readme)),
     )  # fmt: skip
     for page, text in pages:
         on_disk = page.read_text(encoding="utf-8") if page.exists() else ""

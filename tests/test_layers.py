@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"report"}),
     frozenset({"step", "loss", "tiles", "fake", "trace", "engine"}),
     frozenset({"verify", "measure", "fitting"}),
-    frozenset({"integrations", "train", "forecast"}),
+    frozenset({"integrations", "train", "forecast", "doctor"}),
     frozenset({"cli", "__main__"}),
 )
 LINE = {module: line for line, modules in enumerate(LAYERS) for module in modules}

@@ -134,6 +134,12 @@ def test_the_planner_takes_it_before_it_recomputes(autocast: bool) -> None:
     assert before + meter.rise_bytes == pytest.approx(plan.peak_bytes, rel=0.005)
 
 
+def test_a_fake_trace_has_the_lever_too() -> None:
+    real, fake = (tightfit.trace(Tagger(), batch_of(512), fake=fake) for fake in (False, True))
+    assert fake.losses == real.losses
+    assert tightfit.plan(fake, "75%").in_place_loss
+
+
 def test_the_lever_only_moves_bytes() -> None:
     trace = tightfit.trace(Tagger(), batch_of(256))
     logits_bytes = 256 * 4096 * 4

@@ -19,9 +19,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.nn import functional
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+# a step traced on fake tensors calls it with those, and its plan has the same lever as the real step's
+_PLAIN_TENSORS = (torch.Tensor, FakeTensor)
 _aten = torch.ops.aten
 torchs_own = functional.cross_entropy
 _in_force = 0
@@ -35,8 +38,8 @@ def rows_at_once(rows: int, row_bytes: int) -> int:
 def is_plain(input: Any, target: Any, weight: Any, reduction: str, label_smoothing: float) -> bool:
     """Is this a call that `in_place` takes over? Logits (rows, classes), targets class indices (rows,)."""
     return (
-        type(input) is torch.Tensor
-        and type(target) is torch.Tensor
+        type(input) in _PLAIN_TENSORS
+        and type(target) in _PLAIN_TENSORS
         and input.dim() == 2
         and target.dim() == 1
         and not target.is_floating_point()

@@ -9,6 +9,7 @@ from tightfit.report.html import forecast_document, measurement_document, page, 
 from tightfit.report.picture import draw
 from tightfit.report.study import Study, study
 from tightfit.report.text import (
+    doctor_table,
     explain,
     explanation,
     forecast_report,
@@ -25,6 +26,7 @@ from tightfit.report.text import (
 __all__ = [
     "Study",
     "chrome_trace",
+    "doctor_table",
     "draw",
     "explain",
     "explanation",

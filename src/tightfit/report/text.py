@@ -34,6 +34,7 @@ from tightfit.plan.program import kept_values, recipe, shared
 from tightfit.plan.simulate import simulate
 
 __all__ = [
+    "doctor_table",
     "explain",
     "explanation",
     "forecast_report",
@@ -217,6 +218,80 @@ def forecast_report(forecast: Forecast) -> dict[str, Any]:
     report: dict[str, Any] = to_json(forecast)
     report["plan"] = None if forecast.plan is None else plan_report(forecast.plan)
     return report
+
+
+# -------------------------------------------------------------------------------------------------- doctor
+
+
+def doctor_table(document: Mapping[str, Any]) -> RenderableType:
+    """The traps of `doctor --json`, those that bite first and with their mend; then why checkpointing saves no more."""
+    asked = document["asked"]
+    table = Table(title=f"traps for {asked}" if asked else "traps in the installed versions", title_justify="left")
+    for column in ("trap", "verdict", "evidence"):
+        table.add_column(column, overflow="fold", no_wrap=column == "verdict")
+    order = ("bites", "cannot tell", "not here")
+    for trap in sorted(document["traps"], key=lambda trap: order.index(trap["verdict"])):
+        bites = trap["verdict"] == "bites"
+        evidence = trap["why"]
+        if bites and trap["here"] is not None:
+            evidence += f"\nin the installed versions: {trap['stack']['why']}"
+        if bites:
+            evidence += f"\nmend: {trap['mend']}"
+        table.add_row(
+            trap["name"],
+            Text(trap["verdict"], style="bold red" if bites else ""),
+            Text(f"{trap['sentence']}\n{evidence}" if bites else evidence),
+        )
+    lines: list[RenderableType] = [table]
+    if document["why_no_saving"] is not None:
+        lines += _why_no_saving(document["why_no_saving"])
+    lines += [Text(f"note: {note}") for note in document["notes"]]
+    return Group(*lines)
+
+
+def _why_no_saving(why: Mapping[str, Any]) -> list[RenderableType]:
+    setup = why["setup"]
+    shown = ", ".join(str(setup[key]) for key in ("model", "method", "dtype", "optimizer"))
+    shown += f", batch {setup['batch']} x {setup['seq']}"
+    table = Table(title=f"why no saving? {shown} (simulated)", title_justify="left")
+    table.add_column("the step", overflow="fold")
+    for column in ("peak", "recompute"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("owner of the peak", overflow="fold")
+    forward = why["plain"]["forward_flops"]
+
+    def row(name: str, way: Mapping[str, Any]) -> None:
+        forward = way["forward_flops"]
+        share = f"{way['recompute_flops'] / forward:.0%} of forward" if forward else "-"
+        table.add_row(name, format_bytes(way["peak_bytes"]), share, way["owner"])
+
+    row("no checkpointing", why["plain"])
+    row("every block checkpointed", why["checkpointed"])
+    for fix in why["tried"]:
+        row(f"and {fix['what']}" + ("" if fix["helps"] else " (does not help)"), fix)
+    lines: list[RenderableType] = [table, Text(why["answer"])]
+    if len(why["steps"]) > 1:
+        lines.append(
+            Text(
+                "one after the other: "
+                + "; ".join(f"{fix['what']}: {format_bytes(fix['peak_bytes'])}" for fix in why["steps"])
+            )
+        )
+    lines.append(
+        Text(
+            f"of it no checkpointing moves {format_bytes(why['fixed_bytes'])}: "
+            "weights, gradients, optimizer state, batch"
+        )
+    )
+    same = why["same_peak_recompute_flops"]
+    if same is not None and forward:
+        lines.append(
+            Text(
+                f"the same peak costs {same / forward:.1%} of the forward's FLOPs with tightfit's plan, "
+                f"{why['checkpointed']['recompute_flops'] / forward:.0%} with every block"
+            )
+        )
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------- proof

@@ -1,0 +1,38 @@
+"""Every trap of `tightfit doctor` on this machine's versions, the slow probes too: benchmarks/results/traps.json.
+
+`python benchmarks/traps.py`; docs/traps.md is written from the result.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tightfit.core import to_json, write_text
+from tightfit.doctor import TRAPS, probed
+from tightfit.step import environment, versions
+
+RESULT = Path(__file__).parent / "results" / "traps.json"
+
+
+def main() -> None:
+    rows = []
+    for trap in TRAPS:
+        seen = {"quick": to_json(probed(trap))}
+        if trap.deep is not None:
+            seen["deep"] = to_json(probed(trap, deep=True))
+        print(f"{trap.name}: {seen['quick']['verdict']}: {seen['quick']['why']}")
+        installed = versions()
+        rows.append(
+            {
+                "name": trap.name, "sentence": trap.sentence, "mend": trap.mend, **seen,
+                "versions": {package: installed[package] for package in trap.packages if package in installed},
+            }
+        )  # fmt: skip
+    document = {"environment": environment(), "date": datetime.now(UTC).date().isoformat(), "rows": rows}
+    write_text(RESULT, json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""What doctor is asked about: the YAML of a TRL, transformers or accelerate run, or a model's step.
+
+Invariant: a run is its file's own keys over the defaults of the installed trainers' argument classes; nothing of it is
+built or run. Refused: a YAML that is no run, a script, sizes that are no sizes (`InvalidInput`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tightfit.core import InvalidInput, Unsupported
+from tightfit.forecast import Setup, default_length
+
+__all__ = ["Case", "Run", "case_of", "is_true", "read_run", "setup_of"]
+
+# ------------------------------------------------------------------------------------------ what is given
+
+_TRAINERS = ("sft", "dpo", "transformers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A training run as its YAML says it, with the installed trainers' own defaults for what it leaves out."""
+
+    source: str
+    trainer: str  # sft, dpo, transformers; accelerate: the launcher's file alone
+    values: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def get(self, key: str) -> Any:
+        """The value of `key`: the file's, or the default of the trainer's arguments; `None` where there is none."""
+        if key in self.values:
+            return self.values[key]
+        return _defaults(self.trainer).get(key)
+
+    @property
+    def checkpointing(self) -> bool:
+        new = self.get("activation_checkpointing")
+        return bool(self.get("gradient_checkpointing") if new is None else new)
+
+    @property
+    def asked_for_checkpointing(self) -> bool | None:
+        """What the file itself says; `None`: nothing."""
+        said = [self.values.get(f"{name}_checkpointing") for name in ("activation", "gradient")]
+        return next((bool(value) for value in said if value is not None), None)
+
+    @property
+    def checkpoint_kwargs(self) -> Mapping[str, Any]:
+        for name in ("activation", "gradient"):
+            found = self.get(f"{name}_checkpointing_kwargs")
+            if isinstance(found, Mapping):
+                return found
+        return {}
+
+    @property
+    def fsdp(self) -> Mapping[str, Any]:
+        """The options of FSDP without accelerate's prefix; empty without FSDP."""
+        found = self.values.get("fsdp_config")
+        if not isinstance(found, Mapping):
+            return {}
+        return {str(key).removeprefix("fsdp_"): value for key, value in found.items()}
+
+    @property
+    def on_cpu(self) -> bool:
+        return is_true(self.get("use_cpu")) or not torch.cuda.is_available()
+
+
+def is_true(value: Any) -> bool:
+    return value is True or (isinstance(value, str) and value.strip().lower() in ("true", "yes", "1"))
+
+
+@functools.cache
+def _defaults(trainer: str) -> Mapping[str, Any]:
+    """Keys and defaults of a trainer's arguments, read from the installed classes without making one."""
+    found: dict[str, Any] = {}
+    for cls in _argument_classes(trainer):
+        for each in dataclasses.fields(cls):
+            made = each.default_factory
+            known = each.default if made is dataclasses.MISSING else made()
+            found.setdefault(each.name, None if known is dataclasses.MISSING else known)
+    return found
+
+
+def _argument_classes(trainer: str) -> list[Any]:
+    classes: list[Any] = []
+    if trainer in ("sft", "dpo"):
+        with contextlib.suppress(ImportError):
+            from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+
+            classes += [SFTConfig if trainer == "sft" else DPOConfig, ModelConfig, ScriptArguments]
+    with contextlib.suppress(ImportError):
+        from transformers import TrainingArguments
+
+        classes.append(TrainingArguments)
+    return classes
+
+
+def read_run(path: str | Path, trainer: str | None = None) -> Run:
+    """The run in a YAML file of TRL, transformers or accelerate.
+
+    `trainer`: sft, dpo or transformers; by default dpo when a key says so, else sft. Raises `InvalidInput` for a file
+    that cannot be read, is no mapping, or has no key that one of them knows.
+    """
+    if trainer is not None and trainer not in _TRAINERS:
+        raise InvalidInput(f"unknown trainer {trainer!r}: use {', '.join(_TRAINERS)}")
+    try:
+        import yaml
+    except ImportError as error:
+        raise Unsupported(f"reading a run's YAML needs the package pyyaml ({error})") from None
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"cannot read the run {str(path)!r}: {error}") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where is not None else ""
+        raise InvalidInput(f"{str(path)!r} is no YAML{line}: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(values, Mapping):
+        raise InvalidInput(f"{str(path)!r} holds {_kind(values)}: expected the keys of a TRL or transformers run")
+    values = {str(key): value for key, value in values.items()}
+    if "distributed_type" in values:
+        return Run(source=str(path), trainer="accelerate", values=values)
+    known = {name: set(_defaults(name)) for name in _TRAINERS}
+    if not any(known.values()):
+        raise Unsupported("reading a run needs the package transformers: pip install 'tightfit[transformers]'")
+    every = set().union(*known.values()) | {"model_name_or_path", "env"}
+    if not every & set(values):
+        raise InvalidInput(
+            f"{str(path)!r} has no key of a TRL or transformers run (its first is {next(iter(values), None)!r}): "
+            "expected some such as model_name_or_path, max_length, per_device_train_batch_size"
+        )
+    notes = []
+    if trainer is None:
+        only_dpo = sorted(set(values) & (known["dpo"] - known["sft"]))
+        trainer = "dpo" if only_dpo else "sft"
+        notes.append(
+            f"read as a run of TRL's {trainer.upper()} trainer"
+            + (f", since it has {only_dpo[0]}" if only_dpo else "; for another give --trainer")
+        )
+    unknown = sorted(set(values) - every)
+    if unknown:
+        notes.append(f"not looked at, since TRL and transformers do not know it: {', '.join(unknown)}")
+    return Run(source=str(path), trainer=trainer, values=values, notes=tuple(notes))
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+#: transformers' names of optimizers as `Setup` has them.
+_OPTIMIZERS = {
+    "adamw_torch": "adamw", "adamw_torch_fused": "adamw-fused", "adamw_8bit": "adamw8bit",
+    "adamw_bnb_8bit": "adamw8bit", "paged_adamw_8bit": "paged-adamw8bit", "sgd": "sgd",
+}  # fmt: skip
+
+
+def setup_of(run: Run) -> tuple[Setup | None, tuple[str, ...]]:
+    """The step of `run` as the forecast takes it (`None`: it names no model), and what had to be assumed."""
+    name = run.values.get("model_name_or_path")
+    if name is None:
+        return None, ("the run names no model (model_name_or_path), so its peak is not looked at",)
+    name, notes = str(name), []
+    loaded_in_4bit = is_true(run.get("load_in_4bit"))
+    method = "qlora" if loaded_in_4bit else "lora" if is_true(run.get("use_peft")) else "full"
+    if is_true(run.get("load_in_8bit")):
+        notes.append("8-bit weights are not forecast: they count in their plain dtype")
+    if method != "full" and run.get("lora_target_modules"):
+        notes.append("adapters are counted on every linear layer, not on lora_target_modules alone")
+    asked_optimizer = run.get("optim")
+    asked_optimizer = str(getattr(asked_optimizer, "value", asked_optimizer) or "adamw_torch_fused")
+    optimizer = _OPTIMIZERS.get(asked_optimizer, "none")
+    if optimizer == "none":
+        notes.append(f"the optimizer {asked_optimizer} is not forecast: its state and step are left out")
+    per_device = _whole(run, "per_device_train_batch_size", 8)
+    batch = 2 * per_device if run.trainer == "dpo" else per_device
+    if run.trainer == "dpo":
+        notes.append(
+            "a DPO batch is chosen and rejected together; cross entropy stands for its loss, the reference is left out"
+        )
+    longest = run.get("max_length")
+    seq = default_length(name) if longest is None else min(_whole(run, "max_length", 1024), _most_tokens(name))
+    setup = Setup(
+        model=name,
+        method=method,
+        batch=batch,
+        seq=seq,
+        dtype=_dtype_of(run, name),
+        optimizer=optimizer,
+        rank=_whole(run, "lora_r", 16),
+        accumulate=_whole(run, "gradient_accumulation_steps", 1) > 1,
+    )
+    return setup.checked(), tuple(notes)
+
+
+def _whole(run: Run, key: str, default: int) -> int:
+    value = run.get(key)
+    if value is None:
+        return default
+    try:
+        number = int(value)
+        if isinstance(value, bool) or number != float(value) or number < 1:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInput(f"{key} in {run.source!r} is {value!r}: expected a whole number of at least 1") from None
+    return number
+
+
+def _most_tokens(name: str) -> int:
+    from tightfit.integrations.transformers import config_named, positions_of
+
+    return positions_of(config_named(name)) or 1 << 20
+
+
+def _dtype_of(run: Run, name: str) -> str:
+    from tightfit.integrations.transformers import config_named
+
+    said = str(run.values.get("torch_dtype") or run.get("dtype") or "float32").removeprefix("torch.")
+    if said == "auto":
+        said = str(getattr(config_named(name), "dtype", None) or "float32").removeprefix("torch.")
+    half = {"bfloat16": "bf16", "float16": "fp16", "bf16": "bf16", "fp16": "fp16"}.get(said)
+    if half is not None:
+        return half
+    if said not in ("float32", "fp32"):
+        raise InvalidInput(f"dtype in {run.source!r} is {said!r}: expected float32, bfloat16, float16 or auto")
+    fp16, bf16 = run.get("fp16"), run.get("bf16")
+    if bf16 is None and run.trainer in ("sft", "dpo"):
+        bf16 = not is_true(fp16)  # TRL's own rule
+    return "bf16-mixed" if is_true(bf16) else "fp16-mixed" if is_true(fp16) else "fp32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What doctor was asked about: a run, a model's step, or both."""
+
+    asked: str
+    run: Run | None
+    setup: Setup | None  # none: no model is named, or its kernels are not those that can be traced
+    plain_loss: bool = True  # the loss is the model's cross entropy
+    notes: tuple[str, ...] = ()
+
+
+def case_of(asked: str, *, trainer: str | None = None, **changed: Any) -> Case:
+    """`asked`: a model as `check` takes it, or the YAML of a run. `changed`: fields of `Setup`; `None` leaves as is.
+
+    Raises `InvalidInput` for neither.
+    """
+    given = {name: value for name, value in changed.items() if value is not None}
+    path = Path(asked).expanduser()
+    if path.suffix.lower() in (".yaml", ".yml") or (path.is_file() and path.suffix.lower() == ".json"):
+        if not path.is_file():
+            raise InvalidInput(f"there is no file {asked!r}")
+        run = read_run(path, trainer)
+        setup, notes = setup_of(run)
+        if setup is not None:
+            setup = dataclasses.replace(setup, **given).checked()
+        elif given:
+            raise InvalidInput(f"{asked!r} names no model, so there is no step to change")
+        if setup is not None and (is_true(run.get("use_liger_kernel")) or str(run.get("loss_type")) == "chunked_nll"):
+            setup, notes = None, (*notes, "a fused or chunked loss cannot be traced, so the peak is not looked at")
+        return Case(
+            asked=asked, run=run, setup=setup, plain_loss=run.trainer != "dpo", notes=(*run.notes, *notes)
+        )  # fmt: skip
+    if path.suffix == ".py":
+        raise InvalidInput(
+            f"{asked!r} is a script, which would have to be run: give its model or its YAML, or call "
+            "tightfit.doctor.examine(model, batch) in it"
+        )
+    if trainer is not None:
+        raise InvalidInput(f"--trainer says how a YAML is read, but {asked!r} is none")
+    if "seq" not in given:
+        given["seq"] = default_length(asked)
+    return Case(asked=asked, run=None, setup=Setup(model=asked, **given).checked())
