@@ -30,6 +30,7 @@ from tightfit.core import (
     Unsupported,
     format_bytes,
     parse_bytes,
+    parse_levers,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +73,13 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Method = Annotated[str, typer.Option(help="full or lora.")]
 OptimizerName = Annotated[str, typer.Option("--optimizer", help="adamw, adamw8bit, sgd or none.")]
 Budget = Annotated[str, typer.Option(help="A size (22GiB), or a percentage of the unplanned step's peak.")]
+Levers = Annotated[
+    str,
+    typer.Option(
+        help="What the plan may use: recompute, loss_in_place, tile, nest, offload; all; all,-tile for all but one.",
+        show_default="all that give the same bits, tiles where nothing else fits; no offload",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="For weights, data and dropout.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Html = Annotated[
@@ -188,6 +196,7 @@ def measure(
     method: Method = "full",
     optimizer: OptimizerName = "adamw",
     budget: Budget = "60%",
+    levers: Levers = "",
     repeats: Annotated[int, typer.Option(help="Timed steps of each, interleaved.", min=1)] = 3,
     seed: Seed = 0,
     html: Html = None,
@@ -195,6 +204,7 @@ def measure(
 ) -> None:
     """Real steps side by side: no checkpointing, every block, tightfit at --budget."""
     _can_write(html, "--html")
+    allowed = parse_levers(levers)
     prepared = _prepare(
         model,
         batch=batch,
@@ -215,6 +225,7 @@ def measure(
             prepared.model,
             prepared.batch,
             budget=budget,
+            levers=allowed,
             optimizer=prepared.optimizer,
             repeats=repeats,
             progress=say,
@@ -327,6 +338,7 @@ def plan(
     method: Method = "full",
     optimizer: OptimizerName = "adamw",
     budget: Budget = "60%",
+    levers: Levers = "",
     seed: Seed = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Show the plan unit by unit, and why.")] = False,
     out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
@@ -342,6 +354,7 @@ def plan(
     """Trace one step, plan it for --budget, write plan.json."""
     for path, option in ((out, "--out"), (html, "--html"), (chrome, "--chrome"), (snapshot, "--snapshot")):
         _can_write(path, option)
+    allowed = parse_levers(levers)
     prepared = _prepare(
         model,
         batch=batch,
@@ -362,7 +375,7 @@ def plan(
         say("tracing one step")
         recorded = trace(prepared.model, prepared.batch, optimizer=prepared.optimizer)
         say("planning")
-        made = make_plan(recorded, budget)
+        made = make_plan(recorded, budget, levers=allowed)
         if html is not None:
             say("planning for other budgets too, for the page")
             _write_page(html, plan_document(made, model, study(recorded, made)))

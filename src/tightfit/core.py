@@ -164,6 +164,31 @@ class Lever(enum.Enum):
     OFFLOAD = "offload"  # kept values moved to host memory
 
 
+def parse_levers(text: str) -> frozenset[Lever] | None:
+    """Levers named in `text`: `"recompute,nest"`, `"all"`, and `"all,-tile"` for all but one. Empty: the default.
+
+    Raises `InvalidInput` for a name that is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        return None
+    known = {lever.value: lever for lever in Lever}
+    chosen: set[Lever] = set()
+    for name in names:
+        key = name.removeprefix("-").replace("-", "_")
+        if key not in known and name != "all":
+            raise InvalidInput(
+                f"unknown lever {name!r}: use {', '.join(known)}, all, or a minus before one, as in all,-tile"
+            )
+        if name == "all":
+            chosen |= set(Lever)
+        elif name.startswith("-"):
+            chosen -= {known[key]}
+        else:
+            chosen.add(known[key])
+    return frozenset(chosen)
+
+
 class Happening(enum.Enum):
     """What an `Event` records."""
 

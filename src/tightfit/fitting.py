@@ -15,13 +15,14 @@ import enum
 import functools
 import warnings
 import weakref
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tightfit.core import BudgetInfeasible, InvalidInput, Plan, Trace
+from tightfit.core import BudgetInfeasible, InvalidInput, Lever, Plan, Trace
 from tightfit.engine import Applied
 from tightfit.plan import plan as make_plan
 from tightfit.step import LossFunction, UnitsAsked, tensors_in
@@ -63,6 +64,7 @@ def fit(
     optimizer: torch.optim.Optimizer | None = None,
     units: UnitsAsked = None,
     longer: str = "replan",
+    levers: Collection[Lever] | None = None,
 ) -> Applied:
     """Trace one step, plan it for `budget` bytes, apply the plan. `applied.remove()` undoes it.
 
@@ -74,6 +76,9 @@ def fit(
     `"refuse"` (`InvalidInput`) or `"allow"` (run as it is, the budget no longer promised). With a `loss` function
     the model alone does not show the whole batch, so replanning is not possible there: a warning is given instead.
 
+    `levers`: what the plan may use, as in `plan`; by default what gives the same bits, and tiles where nothing else
+    fits.
+
     Accumulated gradients take their bytes through the whole step. A model that is fitted without them and comes with
     some is treated as `longer` says, too: planned anew once, and from then on each kind of step has its own plan;
     refused; or run with a warning.
@@ -84,9 +89,9 @@ def fit(
         policy = Longer(longer)
     except ValueError:
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
-    guard = _Guard(model, batch, policy, loss, optimizer, units)
+    guard = _Guard(model, batch, policy, loss, optimizer, units, levers)
     try:
-        recorded, made = _planned(model, batch, budget, loss, optimizer, units)
+        recorded, made = _planned(model, batch, budget, loss, optimizer, units, levers)
         applied = Applied(model, made, trace=recorded)
         guard.in_force(applied, recorded)
     except BaseException:
@@ -103,13 +108,15 @@ def _planned(
     loss: LossFunction | None,
     optimizer: torch.optim.Optimizer | None,
     units: UnitsAsked,
+    levers: Collection[Lever] | None,
 ) -> tuple[Trace, Plan]:
     """The step and its plan; in tiles, which take longer to record, only where nothing exact fits."""
-    recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units, tiles=False)
+    tiles = levers is not None and Lever.TILE in levers
+    recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units, tiles=tiles)
     try:
-        return recorded, make_plan(recorded, budget)
+        return recorded, make_plan(recorded, budget, levers=levers)
     except BudgetInfeasible as error:
-        if error.budget_bytes <= sum(recorded.static_bytes.values()):
+        if levers is not None or error.budget_bytes <= sum(recorded.static_bytes.values()):
             raise  # what is there before the step is too much already
         recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
         return recorded, make_plan(recorded, budget)
@@ -135,7 +142,9 @@ class _Guard:
         loss: LossFunction | None,
         optimizer: torch.optim.Optimizer | None,
         units: UnitsAsked,
+        levers: Collection[Lever] | None,
     ) -> None:
+        self.levers = levers
         self.model, self.policy, self.loss, self.optimizer, self.units = model, policy, loss, optimizer, units
         self.applied: Applied | None = None
         self.extent: _Extent | None = None  # of the planned batch
@@ -216,7 +225,9 @@ class _Guard:
             for parameter in lacking:
                 parameter.grad = torch.zeros_like(parameter)
             try:
-                recorded, made = _planned(self.model, batch, budget_bytes, self.loss, self.optimizer, self.units)
+                recorded, made = _planned(
+                    self.model, batch, budget_bytes, self.loss, self.optimizer, self.units, self.levers
+                )
             finally:
                 for parameter in lacking:
                     parameter.grad = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tightfit.core import Measurement, Plan, Row, Trace, format_bytes
+from tightfit.core import Lever, Measurement, Plan, Row, Trace, format_bytes
 from tightfit.engine import apply
 from tightfit.plan import every_block, simulate
 from tightfit.plan import plan as make_plan
@@ -62,12 +62,14 @@ def measure(
     loss: LossFunction | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     units: UnitsAsked = None,
+    levers: Collection[Lever] | None = None,
     repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
     described: dict[str, Any] | None = None,
     traced: Callable[[Trace], None] = lambda _: None,
 ) -> Measurement:
-    """Rows for no checkpointing, every block, and the plan for `budget` (a percentage is of the unplanned peak).
+    """Rows for no checkpointing, every block, and the plan by `levers` for `budget` (a percentage is of the unplanned
+    peak).
 
     `repeats`: interleaved timed steps per row; the row has their median. `described` fills the fields that say
     what was measured (`model`, `method`, `batch`, `seq`, `dtype`). `traced` is given the trace, for a report.
@@ -76,7 +78,7 @@ def measure(
     recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
     traced(recorded)
     progress("planning")
-    chosen = make_plan(recorded, budget)
+    chosen = make_plan(recorded, budget, levers=levers)
     blocks = every_block(recorded)
     modes: dict[str, tuple[Callable[[], AbstractContextManager[Any]], int]] = {
         NONE: (nullcontext, simulate(recorded).peak_bytes),

@@ -31,6 +31,7 @@ from tightfit.core import (
 )
 from tightfit.plan.lever import under
 from tightfit.plan.program import kept_values, recipe, shared
+from tightfit.plan.shares import Share, shares
 from tightfit.plan.simulate import simulate
 
 __all__ = [
@@ -384,7 +385,22 @@ def explain(trace: Trace, plan: Plan) -> RenderableType:
             else "nothing",
             ", ".join(_short(name) for name, _ in first.rerun_most) or "-",
         )
-    return Group(table, *(Text(line) for line in _why(trace, plan)))
+    bought = shares(trace, plan)
+    return Group(table, *([levers_table(bought, trace)] if bought else []), *(Text(line) for line in _why(trace, plan)))
+
+
+def levers_table(bought: Sequence[Share], trace: Trace) -> Table:
+    """What each lever of a plan buys and costs."""
+    step_seconds = sum(op.seconds for op in trace.ops)
+    table = Table(title="what each lever buys: the peak would be so much higher without it", title_justify="left")
+    table.add_column("lever")
+    table.add_column("bytes", justify="right")
+    table.add_column("costs, of the step", justify="right")
+    table.add_column("how", overflow="fold")
+    for share in bought:
+        cost = f"{share.seconds / step_seconds:.1%}" if step_seconds else "-"
+        table.add_row(share.lever.value.replace("_", " "), format_bytes(share.bought_bytes), cost, share.what)
+    return table
 
 
 def _grouped(units: Sequence[UnitExplained]) -> list[list[UnitExplained]]:

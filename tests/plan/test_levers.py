@@ -1,0 +1,105 @@
+"""All levers in one program: what each buys, that it can be forbidden, and that more levers are never worse."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tightfit
+from tightfit.core import Action, BudgetInfeasible, InvalidInput, Lever, Trace, parse_levers
+from tightfit.plan import Effort, every_block, lowest, plan, simulate
+from tightfit.plan.shares import shares
+
+EXACT = frozenset(Lever) - {Lever.TILE}
+QUICK = Effort(points=24, solver_seconds=0.5, proves=False)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Trace:
+    """A small Llama on fake tensors: seconds are estimated, so that plans are the same on every machine."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4, vocab_size=512)
+    ).train()
+    ids = torch.randint(0, 96, (4, 256))
+    return tightfit.trace(model, {"input_ids": ids, "labels": ids}, fake=True)
+
+
+def cost(made: tightfit.Plan) -> float:
+    return made.recompute_seconds + made.offload_seconds + made.tile_seconds
+
+
+def test_what_is_forbidden_is_not_done(recorded: Trace) -> None:
+    budget = every_block(recorded).peak_bytes
+    for lever in EXACT - {Lever.RECOMPUTE}:
+        made = plan(recorded, budget, levers=EXACT - {lever}, effort=QUICK)
+        assert lever not in {share.lever for share in shares(recorded, made)}
+    made = plan(recorded, budget, effort=QUICK)
+    assert not made.offloaded_bytes and made.exact
+    with pytest.raises(BudgetInfeasible):
+        plan(recorded, budget // 2, levers={Lever.LOSS_IN_PLACE}, effort=QUICK)
+
+
+def test_more_levers_never_cost_more(recorded: Trace) -> None:
+    """At five budgets, no subset of the exact levers beats all of them; nor has it a lower floor."""
+    others = (Lever.LOSS_IN_PLACE, Lever.NEST, Lever.OFFLOAD)
+    subsets = [
+        {Lever.RECOMPUTE, *chosen} for count in range(len(others)) for chosen in itertools.combinations(others, count)
+    ]
+    everything = lowest(recorded, levers=EXACT, effort=QUICK)
+    unplanned = simulate(recorded).peak_bytes
+    for subset in subsets:
+        assert everything.peak_bytes <= lowest(recorded, levers=subset, effort=QUICK).peak_bytes * 1.002
+    for part in (0.0, 0.1, 0.3, 0.6, 0.9):
+        budget = int(everything.peak_bytes + part * (unplanned - everything.peak_bytes))
+        found = cost(plan(recorded, budget, levers=EXACT, effort=QUICK))
+        for subset in subsets:
+            try:
+                assert found <= cost(plan(recorded, budget, levers=subset, effort=QUICK)) * (1 + 1e-9)
+            except BudgetInfeasible:
+                continue
+
+
+def test_the_floor_falls_with_each_lever(recorded: Trace) -> None:
+    floors = [
+        lowest(recorded, levers=levers, effort=QUICK).peak_bytes
+        for levers in (
+            {Lever.RECOMPUTE},
+            {Lever.RECOMPUTE, Lever.LOSS_IN_PLACE},
+            {Lever.RECOMPUTE, Lever.LOSS_IN_PLACE, Lever.NEST},
+            EXACT,
+            frozenset(Lever),
+        )
+    ]
+    assert floors == sorted(floors, reverse=True) and floors[-1] < 0.8 * floors[0]
+
+
+def test_shares_say_what_is_lost_without_a_lever(recorded: Trace) -> None:
+    made = lowest(recorded, levers=EXACT, effort=QUICK)
+    found = {share.lever: share for share in shares(recorded, made)}
+    assert Lever.OFFLOAD in found
+    for share in found.values():
+        assert share.bought_bytes >= 0 and share.seconds >= 0
+    assert max(share.bought_bytes for share in found.values()) > 0
+    assert found[Lever.OFFLOAD].seconds == pytest.approx(made.offload_seconds)
+    if Lever.RECOMPUTE in found:
+        rerun = sum(share.seconds for lever, share in found.items() if lever in (Lever.RECOMPUTE, Lever.NEST))
+        assert rerun == pytest.approx(made.recompute_seconds)
+
+
+def test_offloaded_values_are_in_the_plan(recorded: Trace) -> None:
+    made = lowest(recorded, levers={Lever.RECOMPUTE, Lever.OFFLOAD}, effort=QUICK)
+    moved = [action for choice in made.choices for action in (*choice.actions, *choice.inputs)]
+    assert Action.OFFLOAD in moved
+    assert simulate(recorded, made).offloaded_bytes == made.offloaded_bytes > 0
+
+
+def test_levers_by_name() -> None:
+    assert parse_levers("") is None
+    assert parse_levers("recompute, loss-in-place") == {Lever.RECOMPUTE, Lever.LOSS_IN_PLACE}
+    assert parse_levers("all,-tile") == EXACT
+    with pytest.raises(InvalidInput, match="unknown lever 'magic'"):
+        parse_levers("magic")
