@@ -50,6 +50,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
 )
 from trl import SFTTrainer, get_peft_config, get_quantization_config
@@ -347,7 +348,17 @@ def _asked(options: TrainOptions) -> tuple[_Asked, Path, dict[str, Any] | None]:
         record = _read_record(folder)
         return _same(asked, record, folder), folder, record
     _require_new(folder, resumes=options.resume)
+    if options.resume and not _says_what(options):
+        raise InvalidInput(
+            f"there is no run in {str(folder)!r} to resume: give the folder of one with --out, or say what to train too"
+        )
     return asked, folder, None
+
+
+def _says_what(options: TrainOptions) -> bool:
+    """Is anything asked but where, and that it goes on?"""
+    plain = TrainOptions(out=options.out, json=options.json, resume=options.resume)
+    return options != plain
 
 
 def _sets_output(options: TrainOptions, config: Mapping[str, Any] | None) -> bool:
@@ -629,7 +640,10 @@ class _Run:
             args.packing, args.packing_strategy = True, "wrapped"
         with warnings.catch_warnings(), _one_line("TRL refuses this model, these data or these settings"):
             warnings.simplefilter("ignore")
-            trainer = SFTTrainer(
+            # with a config TRL's own loss. Its fused output layer computes tiles of 4,096 tokens on the CPU, however few
+            # there are: more than the logits of the short runs that need no config
+            made = _PlainLoss if self.asked.config is None else SFTTrainer
+            trainer = made(
                 model=self.build(),
                 args=args,
                 train_dataset=training,
@@ -946,6 +960,15 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class _PlainLoss(SFTTrainer):  # type: ignore[misc]  # TRL is untyped
+    """TRL's trainer with the loss that the model itself computes."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
 class _Stop(TrainerCallback):
     """Ends the training after `steps` steps, without a checkpoint."""
 
@@ -1058,11 +1081,6 @@ class _Watch(_Losses):
         self.file.flush()
         if len(run.retries) < len(self.before) + len(self.recovery.survived):
             run.retries = [*self.before, *self.recovery.survived]
-            last = run.retries[-1]
-            run.say(
-                f"out of memory in the {last.phase} of step {last.step}: done again with a plan for "
-                f"{format_bytes(last.budget_bytes_after)}"
-            )
             run.note_plan()
         elif callback.plan is not run.plan or callback.proof is not run.proof:
             run.note_plan()

@@ -213,9 +213,10 @@ class Recovery(TrainerCallback):
                 f"smaller plans, the last for {format_bytes(old.budget_bytes)} ({failure.message}): "
                 "use a smaller batch or shorter sequences, or free memory that others hold"
             )
-        free_memory()
         if failure.phase != "optimizer":
             self._trainer.model.zero_grad(set_to_none=True)
+            self.callback.count_again()  # the peak is that of the attempt that succeeds
+        free_memory()
         new = self._replan()
         retry = Retry(
             step=self._step,
