@@ -72,13 +72,12 @@ from tightfit.integrations.recovery import Recovery, Retry, TornStep, free_memor
 from tightfit.integrations.transformers import (
     PeakCallback,
     TightfitCallback,
-    _running_trainer,
     device_named,
     dtype_named,
     load_model,
     positions_of,
 )
-from tightfit.integrations.trl import Recipe, load_data, read_config, resolve
+from tightfit.recipe import Recipe, load_data, read_config, resolve
 from tightfit.report import study
 from tightfit.step import environment
 
@@ -532,6 +531,10 @@ class _Run:
         if self.progress is not None:
             self.progress.print(f"[dim]{what} ...[/dim]", highlight=False)
 
+    def tell(self, line: str) -> None:
+        if self.progress is not None:
+            self.progress.print(line, highlight=False)
+
     def take_up(self, record: Mapping[str, Any]) -> None:
         """What the run knew when it wrote `record`."""
         observed = record["observed"]
@@ -640,8 +643,8 @@ class _Run:
             args.packing, args.packing_strategy = True, "wrapped"
         with warnings.catch_warnings(), _one_line("TRL refuses this model, these data or these settings"):
             warnings.simplefilter("ignore")
-            # with a config TRL's own loss. Its fused output layer computes tiles of 4,096 tokens on the CPU, however few
-            # there are: more than the logits of the short runs that need no config
+            # with a config, TRL's own loss; its fused output layer computes tiles of 4,096 tokens on the CPU, however
+            # few there are: more than the logits of the short runs that need no config
             made = _PlainLoss if self.asked.config is None else SFTTrainer
             trainer = made(
                 model=self.build(),
@@ -655,6 +658,9 @@ class _Run:
             rows = trainer.train_dataset
             whole = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) == args.max_length]
             trainer.train_dataset = rows.select(whole)
+        for each in callbacks:
+            if isinstance(each, _Losses):
+                each._trainer = trainer
         self._look_at(trainer)
         for unwanted in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(unwanted)
@@ -751,7 +757,7 @@ class _Run:
             self._rewind(found)
         self.callback = TightfitCallback(self.budget)
         survived = sum(retry.went_back_to is not None for retry in self.retries)
-        recovery = Recovery(self.callback, retries - survived)
+        recovery = Recovery(self.callback, retries - survived, self.tell)
         with ExitStack() as stack:
             stack.callback(self.callback.close)
             stack.callback(recovery.close)
@@ -989,7 +995,7 @@ class _Losses(TrainerCallback):
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._trainer: Any = None
+        self._trainer: Any = None  # whoever makes it says so: callbacks are not told
         self._loss: torch.Tensor | None = None
         self._tokens = 0
         self._lr = 0.0
@@ -997,7 +1003,6 @@ class _Losses(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sum up the losses of a step's batches as the Trainer does, outside of whatever guards the step already."""
-        self._trainer = _running_trainer()
         inside = self._trainer.training_step
 
         def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -1082,7 +1087,7 @@ class _Watch(_Losses):
         if len(run.retries) < len(self.before) + len(self.recovery.survived):
             run.retries = [*self.before, *self.recovery.survived]
             run.note_plan()
-        elif callback.plan is not run.plan or callback.proof is not run.proof:
+        elif callback.plan is not run.plan or callback.proof not in (None, run.proof):
             run.note_plan()
         if self.bar is not None:
             figures = (

@@ -22,13 +22,17 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from tightfit.core import BudgetInfeasible, Plan, TightfitError, Trace, format_bytes
-from tightfit.integrations.transformers import TightfitCallback, _bare, _running_trainer, logger
+from tightfit.integrations.transformers import TightfitCallback, _bare, _running_trainer
 from tightfit.plan import plan
 from tightfit.step import random_states, restore_random_states
+from tightfit.verify import PeakMeter
 
 __all__ = ["OutOfMemory", "Recovery", "Retry", "TornStep", "is_out_of_memory"]
+
+logger = logging.get_logger(__name__)
 
 SHRINK = 0.9  # the next budget, of the plan's peak
 RETRIES = 3
@@ -91,9 +95,12 @@ class Recovery(TrainerCallback):
     After an exception call `close()`: the Trainer does not say when it fails.
     """
 
-    def __init__(self, callback: TightfitCallback, retries: int = RETRIES) -> None:
+    def __init__(
+        self, callback: TightfitCallback, retries: int = RETRIES, say: Callable[[str], None] = logger.warning
+    ) -> None:
         self.callback = callback
         self.retries = retries
+        self.say = say
         self.survived: list[Retry] = []
         self._trainer: Any = None
         self._optimizer: Any = None
@@ -215,7 +222,7 @@ class Recovery(TrainerCallback):
             )
         if failure.phase != "optimizer":
             self._trainer.model.zero_grad(set_to_none=True)
-            self.callback.count_again()  # the peak is that of the attempt that succeeds
+            self._count_again()
         free_memory()
         new = self._replan()
         retry = Retry(
@@ -227,11 +234,18 @@ class Recovery(TrainerCallback):
             peak_bytes_after=new.peak_bytes,
         )
         self.survived.append(retry)
-        logger.warning(
+        self.say(
             f"tightfit: out of memory in the {retry.phase} of step {retry.step}; it is done again with a plan for "
             f"{format_bytes(retry.budget_bytes_after)} instead of {format_bytes(retry.budget_bytes_before)} "
             f"(retry {len(self.survived)} of {self.retries})"
         )
+
+    def _count_again(self) -> None:
+        """Begin the count of the step's peak anew: it is to be that of the attempt that succeeds."""
+        meter = self.callback._meter
+        if meter is not None:
+            meter.__exit__(None, None, None)
+            self.callback._meter = PeakMeter(meter.device).__enter__()
 
     def _replan(self) -> Plan:
         """Put a plan with a lower peak in force, if there is one."""

@@ -288,14 +288,6 @@ class PeakCallback(TrainerCallback):
             meter.__exit__(None, None, None)
             self.peaks.append(self._base_bytes + meter.rise_bytes)
 
-    def count_again(self) -> None:
-        """Begin the count of the step that is running anew: what went before has failed and is gone."""
-        if self._meter is not None:
-            device = self._meter.device
-            PeakCallback.close(self)
-            self._meter = PeakMeter(device)
-            self._meter.__enter__()
-
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         figures = self._figures()
         if logs is not None and "loss" in logs:
