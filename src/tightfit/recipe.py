@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
+import torch
 import yaml
 from datasets import Dataset, load_dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_dataset
@@ -106,8 +108,8 @@ def resolve(
     """
     parser = _parser()
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    if defaults:
-        parser.set_defaults_with_config(**defaults)
+    # where there is no accelerator the Trainer wants to be told, as if there were a choice
+    parser.set_defaults_with_config(**{"use_cpu": not torch.accelerator.is_available(), **(defaults or {})})
     if config:
         keys = dict(config)
         environment = keys.pop("env", {}) or {}
@@ -274,6 +276,10 @@ def _local(name: str, text_column: str) -> tuple[Any, dict[str, Any], bool]:
         return Dataset.from_dict({text_column: [text]}), source, True
     if builder == "json":
         _check_lines(path)
+    if builder == "parquet":
+        with _one_line(f"cannot read the data {name!r}"):
+            if pyarrow.parquet.read_metadata(path).num_rows == 0:
+                raise InvalidInput(f"the data {name!r} is empty: it has no rows")
     with _one_line(f"cannot read the data {name!r}"):
         found = load_dataset(builder, data_files=str(path), split="train")
     return found, source, False
