@@ -5,8 +5,8 @@ memory, what the step has changed so far (gradients, buffers, random states, a t
 where the step began, the trace that is there already is planned for a smaller budget, and the same batches run again.
 The optimizer's step is done again only when it had not changed anything yet.
 
-Invariant: a step that was retried leaves what it would have left at the first attempt, bit for bit; no batch is lost
-and none counts twice. Refused: an optimizer's step that ran out of memory half way (`TornStep`: only an earlier
+Invariant: a step that was retried leaves what it would have left at the first attempt, bit for bit (a plan with tiles
+may be followed by one with other tiles, whose last bits are others); no batch is lost and none counts twice. Refused: an optimizer's step that ran out of memory half way (`TornStep`: only an earlier
 checkpoint knows what the parameters were), and more retries than were allowed (`OutOfMemory`).
 """
 
@@ -24,7 +24,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from tightfit.core import BudgetInfeasible, Plan, TightfitError, Trace, format_bytes
+from tightfit.core import BudgetInfeasible, Lever, Plan, TightfitError, Trace, format_bytes
 from tightfit.integrations.transformers import TightfitCallback, _bare, _running_trainer
 from tightfit.plan import plan
 from tightfit.step import random_states, restore_random_states
@@ -78,11 +78,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def lower(trace: Trace, old: Plan) -> Plan:
-    """A plan of `trace` with a lower peak than `old`; `old` when there is none."""
+    """A plan of `trace` with a lower peak than `old`; `old` when there is none. Where `old` is exact, so is it."""
+    levers = [lever for lever in Lever if lever is not Lever.TILE] if old.exact else None
     try:
-        return plan(trace, int(old.peak_bytes * SHRINK))
+        return plan(trace, int(old.peak_bytes * SHRINK), levers=levers)
     except BudgetInfeasible as error:
-        return plan(trace, error.least_bytes) if error.least_bytes < old.peak_bytes else old
+        least_bytes = error.least_bytes
+    if least_bytes >= old.peak_bytes:
+        return old
+    try:
+        return plan(trace, least_bytes, levers=levers)
+    except BudgetInfeasible:
+        return old
 
 
 class Recovery(TrainerCallback):
