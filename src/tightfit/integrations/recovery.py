@@ -6,8 +6,9 @@ where the step began, the trace that is there already is planned for a smaller b
 The optimizer's step is done again only when it had not changed anything yet.
 
 Invariant: a step that was retried leaves what it would have left at the first attempt, bit for bit (a plan with tiles
-may be followed by one with other tiles, whose last bits are others); no batch is lost and none counts twice. Refused: an optimizer's step that ran out of memory half way (`TornStep`: only an earlier
-checkpoint knows what the parameters were), and more retries than were allowed (`OutOfMemory`).
+may be followed by one with other tiles, whose last bits are others); no batch is lost and none counts twice.
+Refused: an optimizer's step that ran out of memory half way (`TornStep`: only an earlier checkpoint knows what the
+parameters were), and more retries than were allowed (`OutOfMemory`).
 """
 
 from __future__ import annotations
