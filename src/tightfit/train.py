@@ -520,6 +520,7 @@ class _Run:
         self.budget: str | int = self._budget()
         self.budget_bytes: int | None = None
         self.retries: list[Retry] = []
+        self.retries_before = 0  # of a process that this one goes on for: not counted against what is allowed
         self.resumed_at: list[int] = []
         self.status = "running"
         self.error: str | None = None
@@ -541,14 +542,16 @@ class _Run:
         self.started, self.data = record["started"], dict(record["data"])
         self.origin = record["model"]["origin"]
         self.parameters, self.trainable = record["model"]["parameters"], record["model"]["trainable_parameters"]
-        self.compared = list(observed["compared_losses"])
+        planned = (self.folder / "plan.json").is_file()  # so the comparison was done, if there was to be one
+        self.compared = list(observed["compared_losses"]) if planned else None
         self.unplanned_peak_bytes = observed["unplanned_peak_bytes"]
         self.retries = [Retry(**retry) for retry in observed.get("retries", ())]
+        self.retries_before = len(self.retries)
         self.resumed_at = list(observed.get("resumed_at", ()))
         if observed["checks"]:
             checks = tuple(Check(**check) for check in observed["checks"])
             self.proof = Proof(checks=checks, environment=record["environment"])
-        if (self.folder / "plan.json").is_file():
+        if planned:
             self.plan = Plan.load(self.folder / "plan.json")
             if self.asked.options.budget == record["given"]["options"].get("budget"):
                 self.budget = self.plan.budget_bytes
@@ -756,8 +759,7 @@ class _Run:
         if self.opened:
             self._rewind(found)
         self.callback = TightfitCallback(self.budget)
-        survived = sum(retry.went_back_to is not None for retry in self.retries)
-        recovery = Recovery(self.callback, retries - survived, self.tell)
+        recovery = Recovery(self.callback, retries - len(self.retries) + self.retries_before, self.tell)
         with ExitStack() as stack:
             stack.callback(self.callback.close)
             stack.callback(recovery.close)
@@ -787,7 +789,7 @@ class _Run:
         """The optimizer changed some parameters and not others: back to the last checkpoint, with a smaller plan."""
         callback = self.callback
         assert callback is not None and callback.plan is not None and callback.trace is not None
-        if len(self.retries) >= retries:
+        if len(self.retries) - self.retries_before >= retries:
             raise error
         found = last_checkpoint(self.folder / "checkpoints")
         smaller = lower(callback.trace, callback.plan)
