@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,11 +23,11 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from tightfit.core import BudgetInfeasible, Lever, Plan, TightfitError, Trace, format_bytes
-from tightfit.integrations.transformers import TightfitCallback, _bare, _running_trainer
+from tightfit.core import BudgetInfeasible, Lever, Plan, TightfitError, Trace, Unsupported, format_bytes
+from tightfit.integrations.transformers import TightfitCallback
 from tightfit.plan import plan
 from tightfit.step import random_states, restore_random_states
 from tightfit.verify import PeakMeter
@@ -121,7 +122,8 @@ class Recovery(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
-        self._trainer, self._optimizer = _running_trainer(), _bare(kwargs["optimizer"])
+        self._trainer = _trainer_that_calls()
+        self._optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate wraps it
         self._buffers = _Buffers(kwargs["model"])
         self._wrap(self._trainer, "training_step", self._training_step)
         self._wrap(self._optimizer, "step", self._optimizer_step)
@@ -273,6 +275,17 @@ class _Failure:
 
     phase: str
     message: str
+
+
+def _trainer_that_calls() -> Any:
+    """The Trainer hands its callbacks everything but itself, so it is read from the call stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    raise Unsupported("Recovery guards the steps of a transformers.Trainer, but no Trainer is running it")
 
 
 def free_memory() -> None:
