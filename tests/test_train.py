@@ -164,6 +164,29 @@ def test_kill_in_a_checkpoint_and_resume(place: Path, whole: RunResult, tmp_path
     assert json.loads((out / "record.json").read_text())["observed"]["resumed_at"] == [3]
 
 
+def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
+    def checkpoint(step: int, state: str) -> Path:
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (folder / name).write_text("")
+        (folder / "trainer_state.json").write_text(state)
+        return folder
+
+    assert last_checkpoint(tmp_path) is None
+    first = checkpoint(3, '{"global_step": 3}')
+    checkpoint(5, '{"global_step": 5')
+    checkpoint(6, '{"global_step": 3}')
+    (checkpoint(7, '{"global_step": 7}') / "trainer_state.json").unlink()
+    (checkpoint(8, '{"global_step": 8}') / "optimizer.pt").unlink()
+    (checkpoint(9, '{"global_step": 9}') / "model.safetensors").unlink()
+    (tmp_path / "checkpoint-other").mkdir()
+    assert last_checkpoint(tmp_path) == (first, 3)
+    assert last_checkpoint(tmp_path / "missing") is None
+    second = checkpoint(12, '{"global_step": 12}')
+    assert last_checkpoint(tmp_path) == (second, 12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_at_any_moment_and_resume(moment: str, place: Path, whole: RunResult, tmp_path: Path) -> None:
@@ -273,9 +296,18 @@ def patch(monkeypatch: pytest.MonkeyPatch, where: str, now: list[int], steps: li
 
         backward.__code__ = backward.__code__.replace(co_filename=accelerate.accelerator.__file__)
         monkeypatch.setattr(accelerate.Accelerator, "backward", backward)
-    elif where == "optimizer":  # when the state is made: nothing has changed yet
-        owner = torch.optim.AdamW
-        monkeypatch.setattr(owner, "_init_group", failing(owner._init_group, now, steps, CUDA, after=True))
+    elif where == "optimizer":  # while the state is made: of the last parameter half is there, nothing has changed yet
+        init, todo = torch.optim.AdamW._init_group, list(steps)
+
+        def half(self: Any, *args: Any, **kwargs: Any) -> Any:
+            out = init(self, *args, **kwargs)
+            if now and now[0] in todo:
+                todo.remove(now[0])
+                del list(self.state.values())[-1]["exp_avg_sq"]
+                raise CUDA
+            return out
+
+        monkeypatch.setattr(torch.optim.AdamW, "_init_group", half)
     else:  # in the update, when some parameters have changed
         monkeypatch.setattr(torch, "_fused_adamw_", failing(torch._fused_adamw_, now, steps, CUDA, after=True))
 
