@@ -398,36 +398,70 @@ def plan(
     )
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
-    model: Annotated[str, typer.Option(help="As for plan; by default a small model made for this.")] = "tightfit-demo",
+    context: typer.Context,
+    config: Annotated[
+        str | None, typer.Option(help="A YAML file as TRL's sft script reads it; options given here go over it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="As for plan.", show_default="a small model made for this, or the config's")
+    ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help='A text file, or .jsonl with "text".', show_default="Python's own reference text"),
+        typer.Option(
+            help="A text file, .jsonl, .parquet or .csv, a folder of them, or python:stdlib.",
+            show_default="Python's own reference text, or the config's",
+        ),
     ] = None,
-    method: Method = "full",
-    batch: Batch = 8,
-    seq: Seq = 256,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 130,
+    method: Annotated[
+        str | None, typer.Option(help="full, lora or qlora.", show_default="full, or the config's")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences in a batch.", show_default="8, or the config's")] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens in a sequence.", show_default="256, or the config's")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="130, or the config's")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="by model and method")] = None,
     budget: Annotated[
-        str,
-        typer.Option(help="A size (22GiB), or a percentage: of the GPU's memory; on the CPU, of the unplanned peak."),
-    ] = "60%",
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = "fp32",
-    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw or sgd.")] = "adamw",
+        str | None,
+        typer.Option(
+            help="A size (22GiB), or a percentage: of the GPU's memory; on the CPU, of the unplanned peak.",
+            show_default="60%, or the config's",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="For weights, data and dropout.", show_default="0, or the config's")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cpu, or the config's")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: fp32, bf16 or fp16.", show_default="fp32, or the config's")
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option("--optimizer", help="adamw, adamw8bit or sgd.", show_default="adamw, or the config's"),
+    ] = None,
     compare_steps: Annotated[
-        int, typer.Option(help="Steps also run without a budget, to compare losses and peak; 0 for none.")
-    ] = 5,
-    out: Annotated[str | None, typer.Option(help="The run folder.", show_default="runs/<utc time>")] = None,
+        int | None,
+        typer.Option(
+            help="Steps also run without a budget, to compare losses and peak; 0 for none.",
+            show_default="5, with a config 0",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="The run folder.", show_default="the config's output_dir, or runs/<utc time>")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
+    ] = False,
+    oom_retries: Annotated[
+        int | None, typer.Option(help="Times that running out of memory is survived.", show_default="3")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune inside --budget and leave the evidence in a run folder."""
+    """Fine-tune with TRL inside --budget and leave the evidence in a run folder. Takes TRL's SFT options too."""
     from tightfit import train as training
 
     options = training.TrainOptions(
+        config=config,
         model=model,
         data=data,
         method=method,
@@ -443,6 +477,9 @@ def train(
         compare_steps=compare_steps,
         out=out,
         json=as_json,
+        resume=resume,
+        oom_retries=oom_retries,
+        arguments=tuple(context.args),
     )
     result = training.train(options, _stderr())
     if as_json:

@@ -11,6 +11,8 @@ Invariant: the output layer and the embeddings keep their dtype, as in transform
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 
 from tightfit.core import InvalidInput, Unsupported
 
-__all__ = ["quantise"]
+__all__ = ["no_repacking", "quantise"]
 
 _BLOCK, _SCALES_BLOCK = 64, 256
 
@@ -91,3 +93,29 @@ def _twin(weight: torch.Tensor, layer: Any) -> Any:
     )  # fmt: skip
     layer.quant_state = state
     return packed
+
+
+@contextmanager
+def no_repacking(model: Any) -> Iterator[None]:
+    """Inside, 4-bit layers on the CPU keep the layout of their weights when they run in evaluation mode.
+
+    bitsandbytes packs a layer's weight for its AVX-512 kernel at the first such forward, and no backward knows that
+    layout: training that goes on after an evaluation then has other gradients, without an error.
+
+    Raises `Unsupported` for a model in which a layer was repacked before.
+    """
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise Unsupported(
+                "a 4-bit layer of this model has run in evaluation mode on the CPU and is packed for inference, which "
+                "makes its gradients wrong: load the model again before training"
+            )
+    before = [layer.support_avx512bf16_for_cpu for layer in layers]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.support_avx512bf16_for_cpu = value

@@ -122,31 +122,34 @@ def _require_hub_id(name: str) -> None:
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+    name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0, **init: Any
 ) -> tuple[PreTrainedModel, str]:
     """A causal language model in training mode, and one line that says where its weights come from.
 
     `name` is a name of the catalog (random weights made with `seed`), a folder with `config.json` (its safetensors if
     there are any, else random weights), or a hub id `owner/name`. Dropout is what the config says. No code that comes
-    with a model is ever run.
+    with a model is ever run, unless `trust_remote_code=True` is among `init`, which goes to `from_pretrained`.
 
     Raises `InvalidInput` when there is no such model, or when it cannot be read without running code.
     """
+    init = {"trust_remote_code": False, **init}
     device = torch.device(device)
     folder = Path(name).expanduser()
     if name.strip().lower() in model_names():
         origin = f"random weights (seed {seed}) in the shape {model_shape(name).source}"
-        return _random_model(config_named(name), dtype, device, seed), origin
+        return _random_model(config_named(name), dtype, device, seed, init), origin
     if folder.is_dir():
-        return _model_in_folder(folder, dtype, device, seed)
+        return _model_in_folder(folder, dtype, device, seed, init)
     _require_hub_id(name)
     with _one_line(f"cannot load {name!r} from the hub"):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **init)
     commit = getattr(model.config, "_commit_hash", "") or ""
     return _ready(model, device), f"weights from the hub: {name} {commit}".strip()
 
 
-def _model_in_folder(folder: Path, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[PreTrainedModel, str]:
+def _model_in_folder(
+    folder: Path, dtype: torch.dtype, device: torch.device, seed: int, init: Mapping[str, Any]
+) -> tuple[PreTrainedModel, str]:
     _require_config(folder)
     has_weights = any((folder / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -158,25 +161,29 @@ def _model_in_folder(folder: Path, dtype: torch.dtype, device: torch.device, see
     with _one_line(f"cannot load the model in {str(folder)!r}"):
         if has_weights:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, **init
             )
             return _ready(model, device), f"weights from {folder}"
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         return (
-            _random_model(config, dtype, device, seed),
+            _random_model(config, dtype, device, seed, init),
             f"random weights (seed {seed}) in the shape {folder / 'config.json'}",
         )
 
 
-def _random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+def _random_model(
+    config: Any, dtype: torch.dtype, device: torch.device, seed: int, init: Mapping[str, Any]
+) -> PreTrainedModel:
+    known = {name: init[name] for name in ("attn_implementation", "trust_remote_code") if name in init}
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **known)
     return _ready(model, device)
 
 
 def _ready(model: Any, device: torch.device) -> PreTrainedModel:
-    model.to(device)
+    if not getattr(model, "is_quantized", False):  # those are where they were loaded, and cannot all be moved
+        model.to(device)
     model.train()
     ready: PreTrainedModel = model
     return ready

@@ -1,0 +1,118 @@
+"""LoRA's surroundings: hooks and checkpointing that others switch on unasked, and 4-bit layers in evaluation mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tightfit
+from tightfit.core import Unsupported
+from tightfit.integrations.bitsandbytes import no_repacking, quantise
+from tightfit.integrations.peft import add_lora, no_input_gradients, prepare_for_kbit_training
+from tightfit.integrations.transformers import random_batch
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=256,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).train()
+
+
+def late_adapters(hook: bool) -> Any:
+    """LoRA on the last layer alone: the three before it are a frozen prefix."""
+    model = llama()
+    if hook:
+        model.enable_input_require_grads()
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[3]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted.train()
+
+
+def gradients(model: Any, batch: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    model(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_frozen_prefix_needs_no_input_gradients() -> None:
+    model = late_adapters(hook=True)
+    batch = random_batch(model, 4, 48)
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: None)  # somebody else's, after it
+    before = list(embeddings._forward_hooks.items())
+    expected = gradients(model, batch)
+    with_hook = tightfit.simulate(tightfit.trace(model, batch)).peak_bytes
+    with no_input_gradients(model) as found:
+        assert found == 1
+        without_hook = tightfit.simulate(tightfit.trace(model, batch)).peak_bytes
+        measured = gradients(model, batch)
+    assert list(embeddings._forward_hooks.items()) == before
+    assert without_hook < with_hook * 0.9
+    plain = tightfit.simulate(tightfit.trace(late_adapters(hook=False), batch)).peak_bytes
+    assert without_hook == pytest.approx(plain, rel=0.01)
+    assert expected.keys() == measured.keys()
+    assert all(torch.equal(expected[name], measured[name]) for name in expected)
+
+
+def test_hooks_come_back_after_an_error() -> None:
+    model = late_adapters(hook=True)
+    before = dict(model.get_input_embeddings()._forward_hooks)
+    with pytest.raises(ZeroDivisionError), no_input_gradients(model):
+        raise ZeroDivisionError
+    assert dict(model.get_input_embeddings()._forward_hooks) == before
+
+
+@pytest.mark.parametrize("peft_was_first", [False, True])
+def test_prepared_for_kbit_training_without_checkpointing(peft_was_first: bool) -> None:
+    model = quantise(llama().to(torch.bfloat16), torch.float32)
+    if peft_was_first:
+        model = prepare_model_for_kbit_training(model)
+        assert model.is_gradient_checkpointing and model.get_input_embeddings()._forward_hooks, "PEFT's default changed"
+    model = prepare_for_kbit_training(model)
+    assert not model.is_gradient_checkpointing
+    assert not model.get_input_embeddings()._forward_hooks
+    assert model.model.norm.weight.dtype is torch.float32
+    model = add_lora(model, rank=4)
+    batch = random_batch(model, 4, 48)
+    recorded = tightfit.trace(model, batch)
+    fixed, top = sum(recorded.static_bytes.values()), tightfit.simulate(recorded).peak_bytes
+    plan = tightfit.plan(recorded, fixed + (top - fixed) * 7 // 10)
+    assert plan.replays
+    proof = tightfit.verify(model, batch, plan)
+    assert proof.passed, proof.checks
+
+
+def test_4_bit_layers_keep_their_layout_in_evaluation() -> None:
+    model = add_lora(quantise(llama(), torch.float32), rank=4)
+    batch = random_batch(model, 2, 32)
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.compute_dtype = torch.bfloat16
+    before = [layer.support_avx512bf16_for_cpu for layer in layers]
+    expected = gradients(model, batch)
+    with no_repacking(model):
+        model.eval()
+        with torch.no_grad():
+            model(**batch)
+        model.train()
+        measured = gradients(model, batch)
+    assert [layer.support_avx512bf16_for_cpu for layer in layers] == before
+    assert all(torch.equal(expected[name], measured[name]) for name in expected)
+    if not all(before):
+        return  # this machine's CPU has no such kernel, so nothing is ever packed
+    model.eval()
+    with torch.no_grad():
+        model(**batch)
+    model.train()
+    with pytest.raises(Unsupported, match="evaluation mode"), no_repacking(model):
+        pass

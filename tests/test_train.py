@@ -1,0 +1,553 @@
+"""`tightfit train`: TRL's settings, resuming after any end, running out of memory, and input that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from tightfit import train as training
+from tightfit.core import InvalidInput, Plan
+from tightfit.integrations.recovery import OutOfMemory, Recovery
+from tightfit.train import RunResult, TrainOptions, last_checkpoint, train
+
+TINY = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "attention_dropout": 0.1,
+}  # fmt: skip
+STEPS = 10
+#: Two batches a step, an epoch's end on the way, dropout, checkpoints at steps 3, 6 and 9.
+TRL_OPTIONS = ("--save_steps", "3", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model's shape and a text."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "tiny").mkdir()
+    (folder / "tiny" / "config.json").write_text(json.dumps(TINY))
+    (folder / "text.txt").write_text("".join(f"line {i} of the quick brown fox {i * i}. " for i in range(120)))
+    return folder
+
+
+def options(place: Path, out: Path, **changes: Any) -> TrainOptions:
+    asked: dict[str, Any] = {
+        "model": str(place / "tiny"), "data": str(place / "text.txt"), "batch": 4, "seq": 64, "steps": STEPS,
+        "budget": "80%", "compare_steps": 0, "lr": 1e-3, "arguments": TRL_OPTIONS, "out": str(out),
+    }  # fmt: skip
+    return TrainOptions(**{**asked, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> RunResult:
+    """The run that nothing interrupts."""
+    return train(options(place, place / "whole"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    name = "model.safetensors" if (folder / "model" / "model.safetensors").is_file() else "adapter_model.safetensors"
+    found: dict[str, torch.Tensor] = safetensors.torch.load_file(folder / "model" / name)
+    return found
+
+
+def is_the_same_run(run: RunResult, whole: RunResult) -> bool:
+    mine, other = weights(run.folder), weights(whole.folder)
+    lines = [json.loads(line) for line in (run.folder / "losses.jsonl").read_text().splitlines()]
+    return (
+        run.status == "completed"
+        and run.losses == whole.losses
+        and [line["loss"] for line in lines] == list(whole.losses)
+        and [line["step"] for line in lines] == list(range(1, len(whole.losses) + 1))
+        and mine.keys() == other.keys()
+        and all(torch.equal(mine[name], other[name]) for name in mine)
+    )
+
+
+def test_accumulated_losses_are_the_trainers_own(whole: RunResult) -> None:
+    state = json.loads((whole.folder / "checkpoints" / "checkpoint-9" / "trainer_state.json").read_text())
+    assert [entry["loss"] for entry in state["log_history"] if "loss" in entry] == list(whole.losses[:9])
+
+
+# ---------------------------------------------------------------------------------------- kill -9, resume
+
+#: Patches that kill the process; `kill()` is defined before them.
+MOMENTS = {
+    "before the folder is there": "training._Run.open = lambda *a: kill()",
+    "in a step": "at(training.SFTTrainer, 'training_step', 9)",
+    "after the weights of a checkpoint": "at(transformers.Trainer, '_save_optimizer_and_scheduler', 2)",
+    "after the optimizer of a checkpoint": "at(transformers.Trainer, '_save_rng_state', 3)",
+    "in the last file of a checkpoint": """
+def save_to_json(self, path, real=transformers.TrainerState.save_to_json):
+    real(self, path)
+    if self.global_step == 6:
+        text = open(path).read()
+        open(path, "w").write(text[: len(text) // 2])
+        kill()
+transformers.TrainerState.save_to_json = save_to_json""",
+    "while old checkpoints are deleted": """
+import shutil
+def rmtree(path, *a, real=shutil.rmtree, **k):
+    if "checkpoint-" in str(path):
+        os.unlink(os.path.join(path, "optimizer.pt"))
+        kill()
+    return real(path, *a, **k)
+shutil.rmtree = rmtree""",
+    "in the middle of a line of losses": """
+def write(self, *a, real=training._Watch.on_step_end, **k):
+    real(self, *a, **k)
+    if len(self.rows) == 5:
+        self.file.write('{"step": 6, "lo')
+        self.file.flush()
+        kill()
+training._Watch.on_step_end = write""",
+    "while the model is saved": "at(training._Run, '_study', 1); training.os.replace = lambda *a: kill()",
+    "before the last record": "at(training._Run, '_study', 1)",
+}  # fmt: skip
+
+CHILD = """
+import os, signal, sys
+import transformers
+from tightfit import train as training
+from tightfit.cli import main
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+def at(owner, name, number):
+    real, calls = getattr(owner, name), []
+    def counted(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == number:
+            kill()
+        return real(*args, **kwargs)
+    setattr(owner, name, counted)
+exec(sys.argv[1])
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def killed(place: Path, out: Path, moment: str, *more: str) -> None:
+    asked = options(place, out)
+    arguments = [
+        "train", "--model", str(asked.model), "--data", str(asked.data), "--batch", "4", "--seq", "64", "--steps",
+        str(STEPS), "--budget", "80%", "--compare-steps", "0", "--lr", "1e-3", "--out", str(out), *TRL_OPTIONS, *more,
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, MOMENTS[moment], *arguments],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_kill_in_a_checkpoint_and_resume(place: Path, whole: RunResult, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    killed(place, out, "after the weights of a checkpoint")
+    assert (out / "checkpoints" / "checkpoint-6").is_dir()
+    found = last_checkpoint(out / "checkpoints")
+    assert found is not None and found[1] == 3
+    assert json.loads((out / "record.json").read_text())["status"] == "running"
+    run = train(TrainOptions(out=str(out), resume=True))
+    assert is_the_same_run(run, whole)
+    assert json.loads((out / "record.json").read_text())["observed"]["resumed_at"] == [3]
+
+
+def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
+    def checkpoint(step: int, state: str) -> Path:
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (folder / name).write_text("")
+        (folder / "trainer_state.json").write_text(state)
+        return folder
+
+    assert last_checkpoint(tmp_path) is None
+    first = checkpoint(3, '{"global_step": 3}')
+    checkpoint(5, '{"global_step": 5')
+    checkpoint(6, '{"global_step": 3}')
+    (checkpoint(7, '{"global_step": 7}') / "trainer_state.json").unlink()
+    (checkpoint(8, '{"global_step": 8}') / "optimizer.pt").unlink()
+    (checkpoint(9, '{"global_step": 9}') / "model.safetensors").unlink()
+    (tmp_path / "checkpoint-other").mkdir()
+    assert last_checkpoint(tmp_path) == (first, 3)
+    assert last_checkpoint(tmp_path / "missing") is None
+    second = checkpoint(12, '{"global_step": 12}')
+    assert last_checkpoint(tmp_path) == (second, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_at_any_moment_and_resume(moment: str, place: Path, whole: RunResult, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    killed(place, out, moment)
+    run = train(options(place, out, resume=True))
+    assert is_the_same_run(run, whole)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(place: Path, whole: RunResult, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for moment in ("in a step", "after the optimizer of a checkpoint", "before the last record"):
+        killed(place, out, moment, "--resume")
+    assert is_the_same_run(train(TrainOptions(out=str(out), resume=True)), whole)
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_resume_bit_for_bit(method: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"method": method, "steps": 6, "budget": "85%"}
+    reference = train(options(place, tmp_path / "whole", **changes, compare_steps=3))
+    assert reference.passed and reference.losses_identical
+    assert reference.plan is not None and reference.plan.replays
+    real = training._Run.trainer
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        trainer = real(self, *args)
+        trainer.add_callback(Interrupt(4))
+        return trainer
+
+    monkeypatch.setattr(training._Run, "trainer", interrupted)
+    cut = train(options(place, tmp_path / "run", **changes))
+    assert cut.status == "interrupted" and len(cut.losses) == 4
+    monkeypatch.undo()
+    run = train(TrainOptions(out=str(tmp_path / "run"), resume=True))
+    assert is_the_same_run(run, reference)
+    assert not list((tmp_path / "run" / "model").glob("*.bin"))
+
+
+# ------------------------------------------------------------------------------------------ out of memory
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:132] DefaultCPUAllocator: can't allocate memory: you tried to ...")
+
+
+@pytest.fixture
+def in_training(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of the step that is being trained, none while it is planned and proven."""
+    now: list[int] = []
+
+    class Noting(Recovery):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_begin(args, state, control, **kwargs)
+            now[:] = [state.global_step + 1]
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_end(args, state, control, **kwargs)
+            now.clear()
+
+    monkeypatch.setattr(training, "Recovery", Noting)
+    yield now
+
+
+def failing(real: Callable[..., Any], now: list[int], steps: list[int], error: Exception, after: bool) -> Any:
+    """`real`, but with an error the first time that it is called in each of `steps`, which may name one twice."""
+    left = list(steps)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        out = real(*args, **kwargs) if after else None
+        if now and now[0] in left:
+            left.remove(now[0])
+            raise error
+        return out if after else real(*args, **kwargs)
+
+    return call
+
+
+def patch(monkeypatch: pytest.MonkeyPatch, where: str, now: list[int], steps: list[int]) -> None:
+    if where == "forward":
+        owner = training._PlainLoss
+        monkeypatch.setattr(owner, "compute_loss", failing(owner.compute_loss, now, steps, CUDA, after=True))
+    elif where == "backward":
+        real, left = accelerate.Accelerator.backward, list(steps)
+
+        def backward(self: Any, loss: torch.Tensor, **kwargs: Any) -> None:
+            if not now or now[0] not in left:
+                return real(self, loss, **kwargs)
+            left.remove(now[0])
+            # some gradients are there already when it happens
+            parameter = next(iter(self._models[0].parameters()))
+            hook = parameter.register_hook(lambda gradient: (_ for _ in ()).throw(CPU))
+            try:
+                real(self, loss, **kwargs)
+            finally:
+                hook.remove()
+
+        backward.__code__ = backward.__code__.replace(co_filename=accelerate.accelerator.__file__)
+        monkeypatch.setattr(accelerate.Accelerator, "backward", backward)
+    elif where == "optimizer":  # while the state is made: of the last parameter half is there, nothing has changed yet
+        init, todo = torch.optim.AdamW._init_group, list(steps)
+
+        def half(self: Any, *args: Any, **kwargs: Any) -> Any:
+            out = init(self, *args, **kwargs)
+            if now and now[0] in todo:
+                todo.remove(now[0])
+                del list(self.state.values())[-1]["exp_avg_sq"]
+                raise CUDA
+            return out
+
+        monkeypatch.setattr(torch.optim.AdamW, "_init_group", half)
+    else:  # in the update, when some parameters have changed
+        monkeypatch.setattr(torch, "_fused_adamw_", failing(torch._fused_adamw_, now, steps, CUDA, after=True))
+
+
+@pytest.mark.parametrize(
+    ("where", "steps"),
+    [("forward", [2, 5, 5]), ("backward", [5]), ("optimizer", [1]), ("torn", [5])],
+)
+def test_running_out_of_memory_changes_nothing(
+    where: str, steps: list[int], place: Path, whole: RunResult, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, in_training: list[int],
+) -> None:  # fmt: skip
+    patch(monkeypatch, where, in_training, steps)
+    run = train(options(place, tmp_path / "run"))
+    assert is_the_same_run(run, whole)
+    assert [retry.step for retry in run.retries] == steps
+    assert {retry.phase for retry in run.retries} == {"optimizer" if where == "torn" else where}
+    assert run.passed
+    budgets = [(retry.budget_bytes_before, retry.budget_bytes_after) for retry in run.retries]
+    assert all(after < before for before, after in budgets)
+    record = json.loads((run.folder / "record.json").read_text())
+    assert [retry["step"] for retry in record["observed"]["retries"]] == steps
+    assert [retry["went_back_to"] for retry in record["observed"]["retries"]] == [3 if where == "torn" else None] * len(
+        steps
+    )
+    assert Plan.load(run.folder / "plan.json").budget_bytes == budgets[-1][1]
+    assert record["constraint"]["budget_bytes"] == budgets[0][0]
+
+
+def test_out_of_memory_without_end(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_training: list[int]
+) -> None:
+    patch(monkeypatch, "forward", in_training, [5] * 9)
+    with pytest.raises(OutOfMemory, match=r"forward of step 5, after 2 retries") as caught:
+        train(options(place, tmp_path / "run", oom_retries=2))
+    assert "\n" not in str(caught.value)
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["status"] == "failed" and "after 2 retries" in record["error"]
+    assert len(record["observed"]["retries"]) == 2 and record["observed"]["steps"] == 4
+    from tightfit.cli import exit_code
+
+    assert exit_code(caught.value) == 1
+
+
+def test_another_error_is_not_survived(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_training: list[int]
+) -> None:
+    owner = training._PlainLoss
+    wrong = failing(owner.compute_loss, in_training, [2], RuntimeError("shapes differ"), after=False)
+    monkeypatch.setattr(owner, "compute_loss", wrong)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(options(place, tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["error"] == "RuntimeError: shapes differ"
+
+
+# --------------------------------------------------------------------------------------- TRL's own configs
+
+
+def yaml(place: Path, folder: Path, **keys: Any) -> str:
+    found = {
+        "model_name_or_path": str(place / "tiny"), "dataset_name": str(folder / "rows.jsonl"), "max_length": 96,
+        "per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": "1e-3", "logging_steps": 2, "use_cpu": True,
+        "bf16": False, "output_dir": str(folder / "sft"), "report_to": "none", **keys,
+    }  # fmt: skip
+    rows = [{"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}, of course. " * (i % 3 + 1)} for i in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "sft.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in found.items()))
+    return str(folder / "sft.yaml")
+
+
+def test_a_trl_yaml_trains_as_trl_would(place: Path, tmp_path: Path) -> None:
+    """The same settings, data and model in TRL's own trainer, without us: the same losses, bit for bit."""
+    run = train(TrainOptions(config=yaml(place, tmp_path), budget="97%"))
+    assert run.folder == tmp_path / "sft" and run.status == "completed"
+    from datasets import load_dataset
+
+    from tightfit.integrations.transformers import load_model
+
+    model, _ = load_model(str(place / "tiny"), seed=42)
+    args = SFTConfig(
+        max_length=96, per_device_train_batch_size=2, max_steps=4, learning_rate=1e-3, logging_steps=1, use_cpu=True,
+        bf16=False, output_dir=str(tmp_path / "theirs"), report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
+    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=training.byte_tokenizer())
+    trainer.train()
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == list(run.losses)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"learning_rat": 1e-3}, "unknown key 'learning_rat' in the config; did you mean 'learning_rate'?"),
+        ({"max_steps": "many"}, "max_steps in the config: expected int, not 'many'"),
+        ({"max_steps": 2.5}, "max_steps in the config: expected int, not 2.5"),
+        ({"max_steps": True}, "max_steps in the config: expected int, not True"),
+        ({"learning_rate": [1, 2]}, "learning_rate in the config: expected one value"),
+        ({"use_peft": "perhaps"}, "use_peft in the config: expected true or false"),
+        ({"dtype": "float8"}, "dtype in the config: 'float8' is none of"),
+        ({"dataset_name": "missing/rows.jsonl"}, "missing/rows.jsonl"),
+        ({"data": "text.txt"}, "give one of data, dataset_name and datasets"),
+        ({"model_name_or_path": None}, "names no model"),
+        ({"eval_strategy": "steps"}, "no split 'test'"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "8 bit and 4 bit"),
+        ({"budget": "lots"}, "lots"),
+    ],
+)
+def test_wrong_configs(keys: dict[str, Any], said: str, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        train(TrainOptions(config=yaml(place, tmp_path, **keys)))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.yaml", "- 1\n", "is no mapping"),
+        ("a.yaml", "a: [1\n", "is not YAML"),
+        ("a.yaml", None, "cannot read the config"),
+    ],
+)
+def test_broken_configs(name: str, content: str | None, said: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InvalidInput, match=said):
+        train(TrainOptions(config=str(tmp_path / name), out=str(tmp_path / "run")))
+
+
+def test_wrong_data(place: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"body": ["a text"] * 9}), tmp_path / "other.parquet")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")
+    pq.write_table(pa.table({"text": [1, 2, 3]}), tmp_path / "numbers.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "none.jsonl").write_text("")
+    (tmp_path / "nulls.jsonl").write_text('{"text": "fine"}\n{"text": null}\n')
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "short.txt").write_text("too short")
+    for name, said in {
+        "other.parquet": "has no column 'text'; it has body",
+        "empty.parquet": "is empty",
+        "numbers.parquet": "holds int64, not text",
+        "damaged.parquet": "cannot read the data",
+        "bad.jsonl": "line 2",
+        "none.jsonl": "is empty",
+        "nulls.jsonl": "rows without a text",
+        "latin.txt": "is not UTF-8",
+        "short.txt": "give more data",
+        "missing.csv": "No such file",
+    }.items():
+        with pytest.raises(InvalidInput, match=said):
+            train(options(place, tmp_path / "run", data=str(tmp_path / name)))
+        assert not (tmp_path / "run").exists()
+
+
+def test_local_files_train(place: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"body": [f"text number {i} " * 9 for i in range(16)]}), tmp_path / "rows.parquet")
+    run = train(
+        options(
+            place, tmp_path / "run", data=str(tmp_path / "rows.parquet"), steps=2,
+            arguments=("--dataset_text_field", "body"),
+        )
+    )  # fmt: skip
+    assert len(run.losses) == 2
+    record = json.loads((run.folder / "record.json").read_text())
+    assert len(record["data"]["sha256"]) == 64 and record["data"]["windows"] == 16
+
+
+# ------------------------------------------------------------------------------------------ wrong resuming
+
+
+def test_resuming_what_cannot_be(place: Path, whole: RunResult, tmp_path: Path) -> None:
+    before = sorted(path.name for path in whole.folder.rglob("*"))
+    again = train(TrainOptions(out=str(whole.folder), resume=True))
+    assert again.losses == whole.losses and again.passed and again.status == "completed"
+    for changes, said in (
+        ({"batch": 2}, "was made with --batch 4, not 2"),
+        ({"steps": 99}, "--steps 10, not 99"),
+        ({"arguments": ("--warmup_steps", "3")}, "leave them out"),
+    ):
+        with pytest.raises(InvalidInput, match=said):
+            train(options(place, whole.folder, resume=True, **changes))
+    assert sorted(path.name for path in whole.folder.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "missing"):
+        with pytest.raises(InvalidInput, match="no run in"):
+            train(TrainOptions(out=str(tmp_path / folder), resume=True))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").write_text("")
+    with pytest.raises(InvalidInput, match=r"no record\.json"):
+        train(TrainOptions(out=str(tmp_path / "other"), resume=True))
+    with pytest.raises(InvalidInput, match="--out"):
+        train(TrainOptions(resume=True))
+
+
+def test_a_full_disk(place: Path, tmp_path: Path) -> None:
+    """Files above a limit cannot be written, as on a full disk: one line, a whole record, no half checkpoint."""
+    child = (
+        "import resource, sys; from tightfit import train as t\n"
+        "real = t._Run.open\n"
+        "def open(self, *a):\n"
+        "    real(self, *a)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "t._Run.open = open\n"
+        "from tightfit.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-c", child, "train", "--model", str(place / "tiny"), "--data", str(place / "text.txt"),
+         "--batch", "4", "--seq", "64", "--steps", "4", "--budget", "80%", "--compare-steps", "0", "--out", str(out),
+         "--save_steps", "2"],
+        capture_output=True, text=True, timeout=300, check=False, env=os.environ,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if line.startswith("tightfit:")]
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    record = json.loads((out / "record.json").read_text())
+    assert record["status"] == "failed" and record["error"]
+    assert last_checkpoint(out / "checkpoints") is None
+    assert not list((out / "checkpoints").glob("checkpoint-*"))
+    assert not (out / "model").exists() and not (out / ".model").exists()
+    run = train(TrainOptions(out=str(out), resume=True))
+    assert run.status == "completed" and len(run.losses) == 4
+
+
+def test_the_parser_is_transformers_own() -> None:
+    """So that a new option of TRL is one of ours without a change here."""
+    from tightfit.recipe import resolve
+
+    recipe = resolve({"model_name_or_path": "gpt2", "neftune_noise_alpha": 5}, ["--weight_decay", "0.1"])
+    assert recipe.args.neftune_noise_alpha == 5 and recipe.args.weight_decay == 0.1
+    with pytest.raises(InvalidInput, match="unknown option '--weight_decai'; did you mean '--weight_decay'"):
+        resolve(None, ["--weight_decai", "0.1"])
+    assert transformers.TrainingArguments in type(recipe.args).__mro__
