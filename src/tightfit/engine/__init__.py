@@ -27,11 +27,17 @@ from tightfit.step import ForwardPatch, no_key_value_cache
 from tightfit.tiles import in_force
 from tightfit.trace import signature_of
 
-__all__ = ["Applied", "Stats", "apply", "checkpoint"]
+__all__ = ["Applied", "Stats", "apply", "checkpoint", "in_force"]
 
 
 #: What has been compared with its forward already: by module, and hash of op sequence and of what of it runs again.
 _checked: weakref.WeakKeyDictionary[nn.Module, dict[int, Scrutiny]] = weakref.WeakKeyDictionary()
+
+
+def in_force(model: nn.Module) -> Applied | None:
+    """The plan that runs in `model`'s units, whoever applied it; None: there is none."""
+    found = (getattr(module.forward, "__tightfit__", None) for module in model.modules())
+    return next((applied for applied in found if applied is not None), None)
 
 
 class Applied:
@@ -91,7 +97,7 @@ class Applied:
                 shown = name or "the model"
                 return Frame(shown, original, args, kwargs, plan, self._stats, module, scrutiny, self._chain).run()
 
-            forward.__tightfit__ = True  # type: ignore[attr-defined]  # how a second plan, or a trace, sees this one
+            forward.__tightfit__ = self  # type: ignore[attr-defined]  # how a second plan, or a trace, sees this one
             return forward
 
         return make

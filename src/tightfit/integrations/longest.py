@@ -21,11 +21,18 @@ import torch
 from tightfit.core import InvalidInput, Unsupported
 from tightfit.step import random_states, restore_random_states, tensors_in
 
-__all__ = ["Extent", "longest_batch"]
+__all__ = ["Extent", "longest_batch", "plain"]
 
 _LOOK_SECONDS = 3.0  # how long to look through a data set for its longest examples
 _STREAM_EXAMPLES = 256  # how far to look into a stream
 _IGNORED = -100  # the label of a token that is not learnt
+
+
+def plain(batch: Any) -> Any:
+    """`batch` with dicts for mappings of its own kind: in a tokenizer's `BatchEncoding` torch sees no tensors."""
+    if isinstance(batch, Mapping) or hasattr(batch, "keys"):
+        return {key: plain(batch[key]) for key in batch}
+    return [plain(item) for item in batch] if isinstance(batch, list) else batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +46,7 @@ class Extent:
     @classmethod
     def of(cls, batch: Any) -> Extent:
         """The extent of one batch, a tree of tensors."""
-        tensors = [t for t in tensors_in(batch) if t.dim()]
+        tensors = [t for t in tensors_in(plain(batch)) if t.dim()]
         return cls(
             elements=max((t.numel() for t in tensors), default=0),
             length=max((max(t.shape[1:], default=0) for t in tensors), default=0),

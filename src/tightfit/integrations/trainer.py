@@ -39,10 +39,18 @@ from tightfit.core import (
 )
 from tightfit.engine import Applied
 from tightfit.integrations import conflicts
-from tightfit.integrations.longest import Extent, longest_batch
+from tightfit.integrations.longest import Extent, longest_batch, plain
 from tightfit.measure import every_block_checkpointed
 from tightfit.plan import plan as make_plan
-from tightfit.step import environment, no_key_value_cache, parameter_tensors, tensors_in
+from tightfit.step import (
+    environment,
+    no_key_value_cache,
+    parameter_tensors,
+    random_states,
+    restore_random_states,
+    tensors_in,
+    unique_bytes,
+)
 from tightfit.trace import trace
 from tightfit.verify import PEAK_TOLERANCE, PeakMeter, gradient_checks, peak_checks, static_bytes
 
@@ -65,14 +73,14 @@ class PeakCallback(TrainerCallback):
         self._upcoming: list[Any] = []  # the batches of the optimizer step that is about to run
         self._beside: list[torch.Tensor] = []  # weights of other models that the step holds
         self._meter: PeakMeter | None = None
-        self._base_bytes = 0
+        self._states, self._static_bytes, self._base_bytes = -1, 0, 0
         self._patches = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
         trainer = _running_trainer()
         _report_first(self, trainer)
-        self.peaks, self._logged, self._upcoming = [], 0, []
+        self.peaks, self._logged, self._upcoming, self._states = [], 0, [], -1
         self._beside = _weights_beside(trainer, kwargs["model"])
         self._patches.enter_context(_replaced(trainer, "get_batch_samples", self._noting))
         # the Trainer calls no callback when a training fails
@@ -81,7 +89,7 @@ class PeakCallback(TrainerCallback):
     def _noting(self, fetch: Callable[..., Any]) -> Callable[..., Any]:
         def get_batch_samples(*args: Any, **kwargs: Any) -> Any:
             fetched = fetch(*args, **kwargs)
-            self._upcoming = list(fetched[0])
+            self._upcoming = [plain(batch) for batch in fetched[0]]
             return fetched
 
         return get_batch_samples
@@ -97,8 +105,11 @@ class PeakCallback(TrainerCallback):
         return run_epoch
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        held = [*self._upcoming, *self._beside]
-        self._base_bytes = static_bytes(kwargs["model"], _bare(kwargs["optimizer"]), held)
+        optimizer = _bare(kwargs["optimizer"])
+        if len(optimizer.state) != self._states:  # it makes its state in its first step; nothing else changes
+            self._states = len(optimizer.state)
+            self._static_bytes = static_bytes(kwargs["model"], optimizer, self._beside)
+        self._base_bytes = self._static_bytes + unique_bytes(tensors_in(self._upcoming))
         self._meter = PeakMeter(args.device)
         self._meter.__enter__()
 
@@ -158,7 +169,7 @@ class TightfitCallback(PeakCallback):
         super().__init__()
         self.budget = budget
         self.verify = verify
-        self.batch = batch
+        self.batch: Any = None if batch is None else plain(batch)
         self._given = batch is not None
         self.trace: Trace | None = None
         self.plan: Plan | None = None
@@ -190,7 +201,7 @@ class TightfitCallback(PeakCallback):
             if not self._given:
                 size = getattr(trainer, "_train_batch_size", args.train_batch_size)
                 self.batch, unseen = longest_batch(kwargs["train_dataloader"], size)
-                self.batch = transformers.Trainer._prepare_inputs(trainer, self.batch)
+                self.batch = transformers.Trainer._prepare_inputs(trainer, plain(self.batch))
             if unseen:
                 self._say(
                     state, f"planned for the longest of {unseen}; a longer batch will be planned for when it comes"
@@ -487,6 +498,7 @@ def _recorded(model: nn.Module, step: Any, loss: Callable[[nn.Module, Any], torc
         model.zero_grad(set_to_none=True)
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
+        states = random_states()  # kernels that are tried out for their scratch draw from the real generators
         try:
             return trace(model, step, loss=loss, optimizer=optimizer, fake=True, device=next(model.parameters()).device)
         except (InvalidInput, Unsupported) as refused:
@@ -494,3 +506,5 @@ def _recorded(model: nn.Module, step: Any, loss: Callable[[nn.Module, Any], torc
                 f"the plain step does not fit this device ({error}), and its loss cannot be traced without running it "
                 f"({refused}): give a shorter batch to plan for as TightfitCallback(batch=...)"
             ) from refused
+        finally:
+            restore_random_states(states)
