@@ -183,6 +183,23 @@ def test_an_exception_in_the_middle_leaves_nothing(event: str, error: type[BaseE
     assert callback.applied is None and callback.plan is not None
 
 
+def test_a_budget_below_a_single_example_is_still_said(tmp_path: Path) -> None:
+    run = trainer(
+        "trainer", tmp_path, [TightfitCallback("1MiB")], max_steps=2, per_device_train_batch_size=2,
+        auto_find_batch_size=True,
+    )  # fmt: skip
+    with pytest.raises(BudgetInfeasible, match="cannot hold this step"):
+        run.train()
+
+
+def test_a_callback_that_comes_late(tmp_path: Path) -> None:
+    late = TrainerCallback()
+    run = trainer("trainer", tmp_path, [late], max_steps=3)
+    late.on_step_end = lambda *_, **__: run.add_callback(TightfitCallback("90%"))  # type: ignore[method-assign]
+    with pytest.raises(Unsupported, match="in the middle"):
+        run.train()
+
+
 def test_a_batch_size_is_found_for_the_budget(tmp_path: Path) -> None:
     changes = {"max_steps": 3, "per_device_train_batch_size": 16, "auto_find_batch_size": True}
     probe = trainer("trainer", tmp_path, [counted := PeakCallback()], max_steps=3, per_device_train_batch_size=4)

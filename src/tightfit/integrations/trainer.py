@@ -193,7 +193,7 @@ class TightfitCallback(PeakCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self._trainer = trainer
         self.plan = self.proof = self.trace = None
-        self.plans, self.said, self._warned = 0, [], False
+        self.plans, self.said, self._warned, self._peak_checks = 0, [], False, ()
         try:
             self._suspended = conflicts.Suspended(trainer, model)
             self._say(state, self._suspended.said)
@@ -217,7 +217,9 @@ class TightfitCallback(PeakCallback):
                         )
         except BudgetInfeasible as error:
             self.close()
-            if args.auto_find_batch_size:  # what it retries with half the batch is told by these words
+            if (
+                args.auto_find_batch_size and trainer._train_batch_size > 1
+            ):  # what it retries with half the batch is told by these words
                 raise torch.OutOfMemoryError(f"tightfit: out of memory. {error}") from error
             raise
         except BaseException:
@@ -268,7 +270,8 @@ class TightfitCallback(PeakCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        assert self.plan is not None
+        if self.plan is None or self._trainer is None:
+            raise Unsupported("TightfitCallback was added in the middle of a training: give it before trainer.train()")
         # on only while a step runs: a config that is saved in between says what the user's says
         self._cache.enter_context(no_key_value_cache(model))
         longer = self._longer_batch()
@@ -343,7 +346,8 @@ class TightfitCallback(PeakCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
         self._cache.close()
-        assert self.plan is not None
+        if self.plan is None:  # added in the middle of a step; the next one says so
+            return
         if self.peaks and self.peaks[-1] > self.plan.budget_bytes * (1 + PEAK_TOLERANCE) and not self._warned:
             self._warned = True
             self._say(
