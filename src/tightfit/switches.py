@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from tightfit.core import InvalidInput, Plan, format_bytes
-from tightfit.engine import Applied, in_force
+from tightfit.engine import Applied, applied_to
 from tightfit.engine.frame import Frame, Stats, is_active
 from tightfit.fitting import fit
 from tightfit.plan import every_block
@@ -134,7 +134,7 @@ def _handle(model: nn.Module) -> _Switched | Applied | None:
 def _states(model: nn.Module) -> tuple[Applied | None, _Switched | None]:
     """The plan in force on the model and its switched units, as far as there are any."""
     held = _handle(model)
-    return in_force(model) or (held if isinstance(held, Applied) else None), (
+    return applied_to(model) or (held if isinstance(held, Applied) else None), (
         held if isinstance(held, _Switched) else None
     )
 
