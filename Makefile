@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 # One thread per pytest worker: two workers with torch's default of one thread per core only fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test lint docs bench versions clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -24,6 +24,7 @@ help:
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make docs    write docs/cli.md from the program"
 	@echo "make bench   run every script in benchmarks/"
+	@echo "make versions  the integrations' tests under other releases of transformers and torch (slow)"
 	@echo "make clean   remove .venv, caches and build output (runs/ stays)"
 
 # The stamp is touched last, so an install that was interrupted is taken up again.
@@ -55,7 +56,11 @@ docs: $(STAMP)
 	@$(BIN)/python docs/generate.py
 
 bench: $(STAMP)
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+	@set -e; for script in benchmarks/[a-z]*.py; do \
+	    [ "$$script" = benchmarks/versions.py ] && continue; echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+versions: $(STAMP)
+	@$(BIN)/python benchmarks/versions.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ PEERS = Path(__file__).with_name("peers.md")
 ZOO = Path(__file__).with_name("zoo.md")
 FORECAST = Path(__file__).with_name("forecast.md")
 TRAPS = Path(__file__).with_name("traps.md")
+SWITCHES = Path(__file__).with_name("switches.md")
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured: begin; written by docs/generate.py -->\n", "<!-- measured: end -->\n"
@@ -363,6 +364,92 @@ def _reached(found: dict[str, Any]) -> str:
     )
 
 
+SWITCHES_HEAD = """\
+<!-- Written by docs/generate.py (`make docs`) from benchmarks/results; do not edit. -->
+
+# Switches
+
+```python
+import tightfit
+
+tightfit.enable(model)                          # every unit runs again; for any nn.Module
+tightfit.enable(model, batch, budget="22GiB")   # a plan instead: what has to run again, no more
+tightfit.active(model)                          # what is on, by whom, on which units, what it saves; false: nothing
+tightfit.active(model, batch)                   # the saving measured, by the allocator's own count
+tightfit.disable(model)
+```
+
+A transformers model is switched through its own flags, so `model.is_activation_checkpointing` says what is on; while
+ours is on, `model.activation_checkpointing_enable()` and `model.gradient_checkpointing_enable()` switch ours.
+"""
+
+
+def switches_page() -> str:
+    """docs/switches.md: the switches, and what the usual tutorial says beside what was measured."""
+    parts = [SWITCHES_HEAD]
+    file = RESULTS / "switches.json"
+    if file.exists():
+        parts.append(_tutorial(json.loads(file.read_text(encoding="utf-8"))))
+    file = RESULTS / "callback.json"
+    if file.exists():
+        parts.append(_callback(json.loads(file.read_text(encoding="utf-8"))))
+    return "\n".join(parts)
+
+
+def _tutorial(found: dict[str, Any]) -> str:
+    lines = [
+        "## What the usual tutorial says, measured (`benchmarks/switches.py`)\n",
+        '**"`get_memory_footprint()` shows the saving."** It adds up parameters and buffers, which no checkpointing '
+        "changes. The same model, the same step:\n",
+        "| switched on | footprint | really saved of the step's peak |",
+        "|---|---|---|",
+    ]
+    for row in found["footprint"]["rows"]:
+        saved = f"{row['saves_bytes']:,} B ({row['basis']}, {row['units']} units)" if row["units"] else "nothing"
+        lines.append(f"| `{row['switch']}` | {row['footprint_bytes']:,} B | {saved} |")
+    said = found["called_like_a_method"]
+    lines.append(
+        '\n**"`model.is_gradient_checkpointing()` tells whether it is on."** It is a property: '
+        + "; ".join(f"`model.{name}()` gives `{error}`" for name, error in said.items())
+        + ". Without the brackets it answers.\n"
+    )
+    rows = found["bargains"]
+    saved, extra = [row["saved"] for row in rows], [row["extra_flops"] for row in rows]
+    inside = sum(0.5 <= row["saved"] <= 0.7 and 0.2 <= row["extra_flops"] <= 0.3 for row in rows)
+    lines += [
+        '**"It saves 50 to 70 % for 20 to 30 % more time."** That depends on the shape. Every block checkpointed, '
+        "whole steps with AdamW, peaks by the allocator's count, extra work in FLOPs of a forward and backward: from "
+        f"{min(saved):.0%} to {max(saved):.0%} saved for {min(extra):.0%} to {max(extra):.0%} more; {inside} of "
+        f"{len(rows)} shapes lie where the sentence puts all.\n",
+        "| shape | batch x seq | peak | every block | saved | extra FLOPs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['shape']} | {row['batch']} x {row['seq']} | {row['peak_bytes'] / 2**20:.1f} MiB "
+            f"| {row['every_block_peak_bytes'] / 2**20:.1f} MiB | {row['saved']:.1%} | {row['extra_flops']:.1%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _callback(found: dict[str, Any]) -> str:
+    lines = [
+        "## What `TightfitCallback` costs once it has planned (`benchmarks/callback.py`)\n",
+        f"Per optimizer step of {found['accumulated_batches']} accumulated batches, steps after the second:\n",
+        "| run | ops | views | forwards of the model | replays | ops run again | forwards before the first step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['run']} | {row['ops']:,} | {row['views']:,} | {row['forwards']} | {row['replays']} "
+            f"| {row['rerun_ops']} | {row['forwards_before_the_first_step']} |"
+        )
+    ratio = found["time_ratio"]
+    time = found["time_ratio_note"] if ratio is None else ", ".join(f"{run} {of}" for run, of in ratio.items())
+    lines.append(f"\nStep time against the run without it: {time}.")
+    return "\n".join(lines) + "\n"
+
+
 def with_measured(text: str) -> str:
     """README with its measured part written anew."""
     head, _, rest = text.partition(BEGIN)
@@ -374,8 +461,8 @@ def with_measured(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Write docs/cli.md, docs/peers.md, docs/zoo.md, docs/forecast.md, docs/traps.md and README's "
-        "measured part."
+        description="Write docs/cli.md, docs/peers.md, docs/zoo.md, docs/forecast.md, docs/traps.md, docs/switches.md "
+        "and README's measured part."
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
     check = parser.parse_args().check
@@ -384,7 +471,7 @@ def main() -> int:
     stale = False
     pages = (
         (PAGE, render()), (PEERS, peers_page()), (ZOO, zoo_page()), (FORECAST, forecast_page()),
-        (TRAPS, traps_page()), (README, with_measured(readme)),
+        (TRAPS, traps_page()), (SWITCHES, switches_page()), (README, with_measured(readme)),
     )  # fmt: skip
     for page, text in pages:
         on_disk = page.read_text(encoding="utf-8") if page.exists() else ""

@@ -1,8 +1,9 @@
 """Fit a PyTorch training step into a byte budget.
 
 The verbs are `trace`, `plan`, `simulate`, `apply`, `verify`, and `fit`, which is the first, second and fourth in
-one call; `checkpoint` marks one region by hand. The nouns are in `tightfit.core`. Names that need torch are
-loaded when they are first used, so plans and traces can be read where torch is not installed.
+one call; `checkpoint` marks one region by hand; `enable`, `active` and `disable` are switches. The nouns are in
+`tightfit.core`. Names that need torch are loaded when they are first used, so plans and traces can be read where torch
+is not installed.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from tightfit.plan.simulate import simulate
 if TYPE_CHECKING:
     from tightfit.engine import Applied, apply, checkpoint
     from tightfit.fitting import fit
+    from tightfit.switches import Activity, active, disable, enable
     from tightfit.trace import trace
     from tightfit.verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activity",
     "Applied",
     "BudgetInfeasible",
     "InvalidInput",
@@ -47,8 +50,11 @@ __all__ = [
     "Timeline",
     "Trace",
     "Unsupported",
+    "active",
     "apply",
     "checkpoint",
+    "disable",
+    "enable",
     "fit",
     "plan",
     "simulate",
@@ -57,6 +63,10 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Activity": "tightfit.switches",
+    "active": "tightfit.switches",
+    "disable": "tightfit.switches",
+    "enable": "tightfit.switches",
     "Applied": "tightfit.engine",
     "apply": "tightfit.engine",
     "checkpoint": "tightfit.engine",

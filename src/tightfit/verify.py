@@ -45,6 +45,8 @@ __all__ = [
     "PeakMeter",
     "against_float64",
     "differences",
+    "gradient_checks",
+    "peak_checks",
     "run_step",
     "static_bytes",
     "timed",
@@ -140,6 +142,52 @@ def verify(
         checks += _peak_checks(plan, measured_bytes)
         checks.append(_time_check(model, batch, plan, loss, restart, fallbacks=stats.fallbacks))
     return Proof(checks=tuple(checks), environment=environment())
+
+
+def gradient_checks(
+    model: nn.Module,
+    batch: Any,
+    plan: Plan,
+    loss: LossFunction | None = None,
+    reference: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> tuple[Check, ...]:
+    """The checks `gradients` and `buffers` of `verify` alone: three steps, no optimizer. The compared step runs inside
+    `reference()`: torch's own checkpointing, where the plain step does not fit."""
+    with undisturbed(model, batch) as restart, no_key_value_cache(model):
+
+        def observe() -> Outcome:
+            with reference():
+                restart()
+                compute_loss(model, batch, loss).backward()
+            return Outcome(model)
+
+        with restart.watching():
+            observe()
+        expected = observe()
+        with apply(model, plan):
+            restart()
+            compute_loss(model, batch, loss).backward()
+            planned = Outcome(model)
+        checks = _compared(expected, planned, observe)
+        if not plan.exact:
+            checks = [check for check in checks if check.name == "buffers"]
+            checks += _against_float64(model, batch, plan, loss, restart)
+        return tuple(checks)
+
+
+def peak_checks(
+    model: nn.Module,
+    batch: Any,
+    plan: Plan,
+    loss: LossFunction | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> tuple[Check, ...]:
+    """The checks `peak` and `prediction` of `verify` alone: one planned step, and one before it that makes the
+    optimizer's state."""
+    with undisturbed(model, batch) as restart, no_key_value_cache(model), apply(model, plan):
+        with restart.watching():
+            compute_loss(model, batch, loss).backward()
+        return tuple(_peak_checks(plan, _peak_bytes(model, batch, loss, optimizer, restart)))
 
 
 # ------------------------------------------------------------------------------------------- gradients

@@ -29,11 +29,17 @@ from tightfit.step import ForwardPatch, no_key_value_cache
 from tightfit.tiles import in_force
 from tightfit.trace import signature_of
 
-__all__ = ["Applied", "Stats", "apply", "checkpoint"]
+__all__ = ["Applied", "Stats", "applied_to", "apply", "checkpoint"]
 
 
 #: What has been compared with its forward already: by module, and hash of op sequence and of what of it runs again.
 _checked: weakref.WeakKeyDictionary[nn.Module, dict[int, Scrutiny]] = weakref.WeakKeyDictionary()
+
+
+def applied_to(model: nn.Module) -> Applied | None:
+    """The plan that runs in `model`'s units, whoever applied it; None: there is none."""
+    found = (getattr(module.forward, "__tightfit__", None) for module in model.modules())
+    return next((applied for applied in found if applied is not None), None)
 
 
 class Applied:
@@ -93,7 +99,7 @@ class Applied:
                 chain, pool = self._chain, self.pool
                 return Frame(shown, original, args, kwargs, plan, self._stats, module, scrutiny, chain, pool).run()
 
-            forward.__tightfit__ = True  # type: ignore[attr-defined]  # how a second plan, or a trace, sees this one
+            forward.__tightfit__ = self  # type: ignore[attr-defined]  # how a second plan, or a trace, sees this one
             return forward
 
         return make

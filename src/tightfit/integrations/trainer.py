@@ -1,0 +1,514 @@
+"""`Trainer` callbacks: one that counts each step's peak, and one that fits the step into a byte budget.
+
+`TightfitCallback` traces the step that the Trainer is about to run, plans it for the budget, measures the planned peak,
+proves the gradients on the first real batch and keeps the plan in force until the training ends. It serves TRL's
+trainers too: what they compute is asked of them, not rebuilt here.
+
+Invariant: the step that is traced and proven is the Trainer's own (`Trainer.compute_loss` on a batch that its own
+collator made), and finding it moves no random state, no statistic and no setting that is saved, so losses and saved
+files are those of a run without the callback.
+Refused: what `tightfit.integrations.conflicts` names; a gradient that differs (`ReplayDiverged`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from tightfit.core import (
+    BudgetInfeasible,
+    Check,
+    InvalidInput,
+    Plan,
+    Proof,
+    ReplayDiverged,
+    Trace,
+    Unsupported,
+    format_bytes,
+)
+from tightfit.engine import Applied
+from tightfit.integrations import conflicts
+from tightfit.integrations.longest import Extent, longest_batch, plain
+from tightfit.measure import every_block_checkpointed
+from tightfit.plan import plan as make_plan
+from tightfit.step import (
+    environment,
+    no_key_value_cache,
+    parameter_tensors,
+    random_states,
+    restore_random_states,
+    tensors_in,
+    unique_bytes,
+)
+from tightfit.trace import trace
+from tightfit.verify import PEAK_TOLERANCE, PeakMeter, gradient_checks, peak_checks, static_bytes
+
+__all__ = ["PeakCallback", "TightfitCallback"]
+
+Batch = dict[str, Any]
+
+
+class PeakCallback(TrainerCallback):
+    """Counts the peak of every optimizer step with the allocator's own count, and logs `tightfit/peak_bytes`.
+
+    Attributes: `peaks`, one number of bytes per step: everything live at the step's start that belongs to it
+    (parameters, a reference model's too, optimizer state, batches) plus what the step added at its highest. What is
+    logged is the highest since the last log.
+    """
+
+    def __init__(self) -> None:
+        self.peaks: list[int] = []
+        self._logged = 0  # of `peaks`
+        self._upcoming: list[Any] = []  # the batches of the optimizer step that is about to run
+        self._beside: list[torch.Tensor] = []  # weights of other models that the step holds
+        self._meter: PeakMeter | None = None
+        self._states, self._static_bytes, self._base_bytes = -1, 0, 0
+        self._patches = ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+        trainer = _running_trainer()
+        _report_first(self, trainer)
+        self.peaks, self._logged, self._upcoming, self._states = [], 0, [], -1
+        self._beside = _weights_beside(trainer, kwargs["model"])
+        self._patches.enter_context(_replaced(trainer, "get_batch_samples", self._noting))
+        # the Trainer calls no callback when a training fails
+        self._patches.enter_context(_replaced(trainer, "_run_epoch", self._closing))
+
+    def _noting(self, fetch: Callable[..., Any]) -> Callable[..., Any]:
+        def get_batch_samples(*args: Any, **kwargs: Any) -> Any:
+            fetched = fetch(*args, **kwargs)
+            self._upcoming = [plain(batch) for batch in fetched[0]]
+            return fetched
+
+        return get_batch_samples
+
+    def _closing(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def run_epoch(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return run(*args, **kwargs)
+            except BaseException:
+                self.close()
+                raise
+
+        return run_epoch
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = _bare(kwargs["optimizer"])
+        if len(optimizer.state) != self._states:  # it makes its state in its first step; nothing else changes
+            self._states = len(optimizer.state)
+            self._static_bytes = static_bytes(kwargs["model"], optimizer, self._beside)
+        self._base_bytes = self._static_bytes + unique_bytes(tensors_in(self._upcoming))
+        self._meter = PeakMeter(args.device)
+        self._meter.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # the optimizer has stepped and the gradients are gone: the whole step lies behind
+        self._upcoming = []
+        if self._meter is not None:
+            meter, self._meter = self._meter, None
+            meter.__exit__(None, None, None)
+            self.peaks.append(self._base_bytes + meter.rise_bytes)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs is not None and "loss" in logs:
+            figures = self._figures()
+            self._logged = len(self.peaks)
+            logs.update(figures)
+            if state.log_history:  # the Trainer appended a copy of `logs` just before
+                state.log_history[-1].update(figures)
+
+    def _figures(self) -> dict[str, float]:
+        since = self.peaks[self._logged :]
+        return {"tightfit/peak_bytes": max(since)} if since else {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the Trainer as it was, ending a count that an exception left open. Twice is once."""
+        if self._meter is not None:
+            meter, self._meter = self._meter, None
+            meter.__exit__(None, None, None)
+        self._patches.close()
+        self._upcoming, self._beside = [], []
+
+
+class TightfitCallback(PeakCallback):
+    """Fits the Trainer's step into `budget`: bytes (`"22GiB"`, an int) or a percentage of the unplanned step's peak.
+
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[TightfitCallback("60%")])
+
+    It plans for the longest batch that the Trainer's collator makes of the data; a longer one (a stream's) is planned
+    for anew, for the same bytes, before it runs. `verify=True` measures the planned peak, and compares the gradients of
+    the first real batch with and without the plan. `batch` overrides the batch that is planned for; give it when the
+    data cannot be looked at before training.
+
+    Checkpointing that TRL's configs or PEFT's `prepare_model_for_kbit_training` switched on by default is off while the
+    plan is in force, and back afterwards.
+
+    Attributes, readable after training too: `trace`, `plan`, `proof` (none before the first step, none without
+    `verify`), `peaks` (bytes per step), `batch` (planned for), `plans` (how many were made), `said` (its lines).
+
+    Raises inside `trainer.train()`: `BudgetInfeasible`; `Unsupported` for a Trainer whose step cannot be planned;
+    `ReplayDiverged` when the proof finds another gradient. After any exception the model is as it was.
+    """
+
+    def __init__(self, budget: str | int, *, verify: bool = True, batch: Any = None) -> None:
+        super().__init__()
+        self.budget = budget
+        self.verify = verify
+        self.batch: Any = None if batch is None else plain(batch)
+        self._given = batch is not None
+        self.trace: Trace | None = None
+        self.plan: Plan | None = None
+        self.proof: Proof | None = None
+        self.applied: Applied | None = None
+        self.plans = 0
+        self.said: list[str] = []
+        self._trainer: Any = None
+        self._extent = Extent()
+        self._peak_checks: tuple[Check, ...] = ()
+        self._suspended: conflicts.Suspended | None = None
+        self._cache = ExitStack()
+        self._warned = False
+
+    # -- planning
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+        trainer, model = _running_trainer(), kwargs["model"]
+        conflicts.refuse(trainer, model, self._given)
+        super().on_train_begin(args, state, control, **kwargs)
+        self._trainer = trainer
+        self.plan = self.proof = self.trace = None
+        self.plans, self.said, self._warned, self._peak_checks = 0, [], False, ()
+        try:
+            self._suspended = conflicts.Suspended(trainer, model)
+            self._say(state, self._suspended.said)
+            unseen = ""
+            if not self._given:
+                size = getattr(trainer, "_train_batch_size", args.train_batch_size)
+                self.batch, unseen = longest_batch(kwargs["train_dataloader"], size)
+                self.batch = transformers.Trainer._prepare_inputs(trainer, plain(self.batch))
+            if unseen:
+                self._say(
+                    state, f"planned for the longest of {unseen}; a longer batch will be planned for when it comes"
+                )
+            self._extent = Extent.of(self.batch)
+            with self._in_training(model):
+                chosen = self._plan_for(self.batch, model, kwargs["optimizer"])
+                if self.verify:
+                    planned = self._step(self.batch)
+                    with _accumulating(model, args.gradient_accumulation_steps > 1):
+                        self._peak_checks = peak_checks(
+                            model, planned, chosen, loss=self._loss(), optimizer=_bare(kwargs["optimizer"])
+                        )
+        except BudgetInfeasible as error:
+            self.close()
+            if (
+                args.auto_find_batch_size and trainer._train_batch_size > 1
+            ):  # what it retries with half the batch is told by these words
+                raise torch.OutOfMemoryError(f"tightfit: out of memory. {error}") from error
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def _plan_for(self, batch: Batch, model: nn.Module, optimizer: Any) -> Plan:
+        """Trace the step on `batch` and plan it: for `budget` at first, for the same bytes later."""
+        args = self._trainer.args
+        with _accumulating(model, args.gradient_accumulation_steps > 1):
+            recorded = _recorded(model, self._step(batch), self._loss(), _bare(optimizer))
+        try:
+            chosen = make_plan(recorded, self.budget if self.plan is None else self.plan.budget_bytes)
+        except BudgetInfeasible as error:
+            if self.plan is None:
+                raise
+            # in the middle of a training: the leanest plan there is, and a word about it, rather than an end
+            chosen = make_plan(recorded, error.least_bytes)
+            self._warn(f"{error}; this batch runs under the leanest plan")
+        self.trace, self.plan = recorded, chosen
+        self.plans += 1
+        return chosen
+
+    def _step(self, batch: Batch) -> dict[str, Any]:
+        """What the step on `batch` holds: the batch, those that wait beside it, and other models' weights."""
+        waiting = self._trainer.args.gradient_accumulation_steps - 1
+        return {
+            "batch": batch,
+            "beside": [*self._beside, *(t.clone() for _ in range(waiting) for t in tensors_in(batch))],
+        }
+
+    def _loss(self) -> Callable[[nn.Module, Any], torch.Tensor]:
+        return _trainer_loss(self._trainer)
+
+    @contextmanager
+    def _in_training(self, model: nn.Module) -> Iterator[None]:
+        """The model and the Trainer as in a training step, and as before afterwards."""
+        modes = [(m, m.training) for m in model.modules()]
+        model.train()
+        try:
+            with no_key_value_cache(model), _statistics_kept(self._trainer):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    # -- steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        if self.plan is None or self._trainer is None:
+            raise Unsupported("TightfitCallback was added in the middle of a training: give it before trainer.train()")
+        # on only while a step runs: a config that is saved in between says what the user's says
+        self._cache.enter_context(no_key_value_cache(model))
+        longer = self._longer_batch()
+        if longer is not None:
+            self._replan(longer, state, **kwargs)
+        if self.applied is None:
+            if self.verify:
+                self._prove(state, model)
+            self.applied = Applied(model, self.plan, self.trace)
+        super().on_step_begin(args, state, control, **kwargs)
+
+    def _longer_batch(self) -> Batch | None:
+        longest = None
+        for batch in self._upcoming:
+            extent = Extent.of(batch)
+            if extent.exceeds(self._extent):
+                self._extent = self._extent.joined(extent)
+                longest = batch
+        return longest
+
+    def _replan(self, batch: Any, state: Any, **kwargs: Any) -> None:
+        model, before = kwargs["model"], (self.plan, self.trace)
+        if self.applied is not None:
+            self.applied.suspend()
+        prepared = transformers.Trainer._prepare_inputs(self._trainer, batch)
+        with self._in_training(model):
+            new = self._plan_for(prepared, model, kwargs["optimizer"])
+        old = before[0]
+        assert old is not None
+        if new.unplanned_peak_bytes <= old.unplanned_peak_bytes:
+            self.plan, self.trace = before  # longer in one way and shorter in another: the old plan is the safer one
+        else:
+            self.batch = prepared
+            self._say(
+                state,
+                f"step {state.global_step + 1} brings a longer batch than any before; planned anew for "
+                f"{format_bytes(new.budget_bytes)}: predicted peak {format_bytes(new.peak_bytes)}",
+            )
+        if self.applied is not None:
+            assert self.plan is not None
+            self.applied.resume(self.plan, self.trace)
+
+    def _prove(self, state: Any, model: nn.Module) -> None:
+        batch = transformers.Trainer._prepare_inputs(self._trainer, self._upcoming[0]) if self._upcoming else self.batch
+        assert self.plan is not None
+        with self._in_training(model):
+            loss, step = self._loss(), self._step(batch)
+            try:
+                found = gradient_checks(model, step, self.plan, loss=loss)
+                beside = "the plain step's"
+            except torch.OutOfMemoryError:
+                # the usual reason to want a budget; torch's own checkpointing has the plain step's gradients too
+                model.zero_grad(set_to_none=True)
+                found = gradient_checks(
+                    model, step, self.plan, loss=loss, reference=lambda: every_block_checkpointed(model)
+                )
+                beside = "those of torch's checkpointing"
+        self.proof = Proof(checks=(*found, *self._peak_checks), environment=environment())
+        check = self.proof["gradients"]
+        peak = next((c.measured for c in self._peak_checks if c.name == "prediction"), "not measured")
+        if not check.passed:
+            raise ReplayDiverged(
+                f"the plan changes the gradients of this model (expected {check.expected}, found {check.measured}), "
+                "so it was not applied"
+            )
+        self._say(
+            state,
+            f"budget {format_bytes(self.plan.budget_bytes)}, predicted peak {format_bytes(self.plan.peak_bytes)}, "
+            f"measured {peak}; gradients of the first batch: {check.measured} to {beside}",
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        self._cache.close()
+        if self.plan is None:  # added in the middle of a step; the next one says so
+            return
+        if self.peaks and self.peaks[-1] > self.plan.budget_bytes * (1 + PEAK_TOLERANCE) and not self._warned:
+            self._warned = True
+            self._say(
+                state,
+                f"step {state.global_step} reached {format_bytes(self.peaks[-1])}, more than the budget of "
+                f"{format_bytes(self.plan.budget_bytes)}: something beside the planned step takes memory",
+            )
+
+    def _figures(self) -> dict[str, float]:
+        figures = super()._figures()
+        if self.plan is not None:
+            figures["tightfit/predicted_peak_bytes"] = self.plan.peak_bytes
+            figures["tightfit/budget_bytes"] = self.plan.budget_bytes
+        if self.proof is not None:
+            figures["tightfit/gradients_identical"] = float(self.proof["gradients"].passed)
+        return figures
+
+    def _warn(self, line: str) -> None:
+        self._say(self._trainer.state, line)
+
+    def _say(self, state: Any, line: str) -> None:
+        """One line on stderr, above a progress bar rather than through it; from the first process only."""
+        if not line:
+            return
+        self.said.append(line)
+        if state.is_world_process_zero and logging.get_verbosity() < logging.ERROR:
+            tqdm.write(f"tightfit: {line}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Take the plan off the model and put back what was switched off for it. Twice is once."""
+        super().close()
+        if self.applied is not None:
+            self.applied.remove()
+            self.applied = None
+        self._cache.close()
+        if self._suspended is not None:
+            self._suspended.restore()
+            self._suspended = None
+        self._trainer = None
+
+
+# ------------------------------------------------------------------------------------------- the Trainer
+
+
+def _running_trainer() -> transformers.Trainer:
+    """The Trainer that is calling this callback.
+
+    It hands its callbacks everything but itself, and only it knows how its loss is computed (a subclass, a
+    `compute_loss_func`, label smoothing, the division by the tokens of all accumulated batches), so it is read from
+    the call stack.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, transformers.Trainer):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    raise Unsupported("this callback plans the step of a transformers.Trainer, but no Trainer is running it")
+
+
+def _report_first(callback: TrainerCallback, trainer: transformers.Trainer) -> None:
+    """Move `callback` before the reporters, which read the logs in the order of the callbacks."""
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.remove(callback)
+    callbacks.insert(0, callback)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """`owner.name` as `make` gives it, on this object alone, until the context ends."""
+    had_own, original = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        if had_own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    bare: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return bare
+
+
+def _weights_beside(trainer: Any, model: nn.Module) -> list[torch.Tensor]:
+    """Weights of other models that the Trainer holds on the model's device: DPO's reference, a teacher, a judge."""
+    own = {id(p) for p in model.parameters()}
+    kind = next(model.parameters()).device.type
+    others = [m for m in vars(trainer).values() if isinstance(m, nn.Module)]
+    found = [t for m in others for p in m.parameters() if id(p) not in own for t in parameter_tensors(p)]
+    return [t for t in found if t.device.type == kind]
+
+
+def _trainer_loss(trainer: Any) -> Callable[[nn.Module, Any], torch.Tensor]:
+    """What `Trainer.training_step` computes before it calls backward, as one function of model and `_step`."""
+    count = trainer.args.gradient_accumulation_steps
+    fetch = type(trainer).get_batch_samples  # not the one that notes what is fetched
+
+    def loss(model: nn.Module, step: Any) -> torch.Tensor:
+        batch = step["batch"]
+        _, items = fetch(trainer, iter([batch] * count), count, trainer.args.device)
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+        with trainer.compute_loss_context_manager():
+            value: Any = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+        result: torch.Tensor = value if scaled else value / count
+        return result
+
+    return loss
+
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+@contextmanager
+def _statistics_kept(trainer: Any) -> Iterator[None]:
+    """Undo what `compute_loss` adds to statistics of its own (TRL's do) in steps that train nothing."""
+    held = vars(trainer)
+    plain = {name: value for name, value in held.items() if isinstance(value, _PLAIN)}
+    kept = {name: copy.deepcopy(held[name]) for name in ("_metrics", "_logs") if name in held}
+    if "current_gradient_accumulation_steps" not in held:  # the Trainer sets it at its first step
+        trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    try:
+        yield
+    finally:
+        held.update(plain)
+        held.update(kept)
+
+
+@contextmanager
+def _accumulating(model: nn.Module, accumulates: bool) -> Iterator[None]:
+    """Zero gradients inside, for a step whose later batches find those of the earlier ones."""
+    made = [p for p in model.parameters() if accumulates and p.requires_grad and p.grad is None]
+    for parameter in made:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        yield
+    finally:
+        for parameter in made:
+            parameter.grad = None
+
+
+def _recorded(model: nn.Module, step: Any, loss: Callable[[nn.Module, Any], torch.Tensor], optimizer: Any) -> Trace:
+    """The step's trace: a real one, or on fake tensors where the plain step does not fit the device."""
+    try:
+        return trace(model, step, loss=loss, optimizer=optimizer)
+    except torch.OutOfMemoryError as error:
+        model.zero_grad(set_to_none=True)
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+        states = random_states()  # kernels that are tried out for their scratch draw from the real generators
+        try:
+            return trace(model, step, loss=loss, optimizer=optimizer, fake=True, device=next(model.parameters()).device)
+        except (InvalidInput, Unsupported) as refused:
+            raise Unsupported(
+                f"the plain step does not fit this device ({error}), and its loss cannot be traced without running it "
+                f"({refused}): give a shorter batch to plan for as TightfitCallback(batch=...)"
+            ) from refused
+        finally:
+            restore_random_states(states)

@@ -1,0 +1,45 @@
+"""What TRL's trainers do that a plan has to know: a default of theirs, and features that no plan can stand beside.
+
+TRL switches checkpointing on in every config unless the user says otherwise; `is_default_checkpointing` tells that from
+a user's own choice. Nothing here imports TRL: a trainer is looked at by what it has.
+
+Refused: activation offloading (saved tensors would be moved by two), trainers that generate their batches while they
+train (GRPO, RLOO).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+from tightfit.core import Unsupported
+
+__all__ = ["is_default_checkpointing", "refuse"]
+
+_SWITCHES = ("activation_checkpointing", "gradient_checkpointing")
+
+
+def is_default_checkpointing(args: Any) -> bool:
+    """Is checkpointing on because the class of `args` has it on by default, and with no options of the user's?"""
+    defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
+    by_default = any(defaults.get(name) is True for name in _SWITCHES)
+    options = any(getattr(args, f"{name}_kwargs", None) for name in _SWITCHES)
+    return by_default and not options
+
+
+def refuse(trainer: Any, generates: bool) -> None:
+    """Raise `Unsupported` for what TRL offers and a plan cannot stand beside. `generates`: the trainer makes its
+    batches itself."""
+    args = trainer.args
+    offload = getattr(trainer, "maybe_activation_offload_context", None)
+    if getattr(args, "activation_offloading", False) or not isinstance(offload, (type(None), contextlib.nullcontext)):
+        raise Unsupported(
+            "activation_offloading=True and TightfitCallback(budget=...) both decide where saved tensors live: "
+            "set activation_offloading=False, or leave the callback out"
+        )
+    if generates:
+        raise Unsupported(
+            f"{type(trainer).__name__} generates its batches while it trains, so none can be planned for before: "
+            "give what its compute_loss takes as TightfitCallback(budget=..., batch=...)"
+        )

@@ -1,0 +1,518 @@
+"""The callback in real trainings: whole runs with evaluation, generation, saving and resuming are those without it."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import prepare_model_for_kbit_training
+from tests.integrations.runs import Generates, model, tokens, told, trainer
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback, TrainingArguments
+
+from tightfit.core import BudgetInfeasible, Unsupported
+from tightfit.integrations import conflicts
+from tightfit.integrations import trainer as subject
+from tightfit.integrations.longest import Extent, longest_batch
+from tightfit.integrations.transformers import PeakCallback, TightfitCallback
+from tightfit.step import static_bytes_by_category
+
+slow = pytest.mark.slow
+KINDS = [
+    ("trainer", "full", "85%"), ("trainer", "4bit", "85%"), ("sft", "4bit", "95%"), ("packing", "lora", "95%"),
+    ("dpo", "lora", "95%"), pytest.param("trainer", "lora", "85%", marks=slow),
+    pytest.param("sft", "full", "95%", marks=slow), pytest.param("dpo", "full", "95%", marks=slow),
+]  # fmt: skip
+
+
+def untouched(run: Any) -> bool:
+    """Is nothing of the callback left on the model and on the Trainer?"""
+    clean = not any("forward" in vars(m) and hasattr(m.forward, "__tightfit__") for m in run.model.modules())
+    return clean and not {"get_batch_samples", "_run_epoch"} & vars(run).keys()
+
+
+@pytest.mark.parametrize(("kind", "method", "budget"), KINDS)
+def test_a_whole_run_is_the_one_without_the_callback(kind: str, method: str, budget: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 12,
+    }  # fmt: skip
+    samples, others = Generates(), Generates()
+    checkpointing = {} if kind == "trainer" else {"gradient_checkpointing": False}
+    plain = trainer(kind, tmp_path / "plain", [samples], method=method, **changes, **checkpointing)
+    plain.train()
+    callback = TightfitCallback(budget)
+    ours = trainer(kind, tmp_path / "ours", [callback, others], method=method, **changes)
+    ours.train()
+    assert callback.plan is not None and callback.plan.replays > 0
+    assert callback.proof is not None and callback.proof.passed, callback.proof.checks
+    assert len(callback.peaks) == len([e for e in told(ours) if "loss" in e]) == 20
+    assert max(callback.peaks) <= callback.plan.budget_bytes * 1.005
+    assert told(ours) == told(plain)
+    assert others.texts == samples.texts and len(samples.texts) == 2
+    resumed = trainer(kind, tmp_path / "ours", [TightfitCallback(budget)], method=method, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-12"))
+    again = trainer(kind, tmp_path / "plain", method=method, **changes, **checkpointing)
+    again.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-12"))
+    assert told(resumed) == told(again)
+    if method != "4bit":  # bitsandbytes' CPU layers compute with other weights once they were evaluated
+        losses = [[e["loss"] for e in told(r) if e["step"] > 12 and "loss" in e] for r in (plain, resumed)]
+        assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert untouched(ours) and untouched(resumed)
+    saved = sorted(p.relative_to(tmp_path / "plain") for p in (tmp_path / "plain").rglob("*config.json"))
+    for file in [*saved, *(p.relative_to(tmp_path / "plain") for p in (tmp_path / "plain").rglob("*.safetensors"))]:
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes(), file
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "bf16": {"bf16": True},
+    "unequal accumulated batches": {"gradient_accumulation_steps": 4, "max_steps": 6},
+    "grouped by length": {"train_sampling_strategy": "group_by_length"},
+    "noisy embeddings": {"neftune_noise_alpha": 5.0},
+    "evaluated before": {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 3},
+    "average over tokens off": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_arguments_that_people_use(name: str, tmp_path: Path) -> None:
+    changes = {"max_steps": 5, **HOSTILE[name]}
+    plain = trainer("trainer", tmp_path, **changes)
+    plain.train()
+    callback = TightfitCallback("88%")
+    ours = trainer("trainer", tmp_path, [callback], **changes)
+    ours.train()
+    assert told(ours) == told(plain)
+    assert callback.plan is not None and callback.plan.replays > 0
+    assert max(callback.peaks) <= callback.plan.budget_bytes * 1.005
+
+
+def summed(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    logits, wanted = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return nn.functional.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
+
+
+def test_a_loss_function_of_the_users(tmp_path: Path) -> None:
+    more = {"compute_loss_func": summed}
+    plain = trainer("trainer", tmp_path, more=more, max_steps=4, gradient_accumulation_steps=2)
+    plain.train()
+    ours = trainer(
+        "trainer", tmp_path, [TightfitCallback("88%")], more=more, max_steps=4, gradient_accumulation_steps=2
+    )
+    ours.train()
+    assert told(ours) == told(plain)
+
+
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """Short examples for a long time, then long ones."""
+
+    def __init__(self, late: int = 300) -> None:
+        self.late = late
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for index in range(400):
+            yield {"input_ids": [5 + index % 90] * (6 if index < self.late else 50)}
+
+
+def test_a_longer_batch_of_a_stream_is_planned_for_when_it_comes(tmp_path: Path) -> None:
+    changes = {"max_steps": 16, "per_device_train_batch_size": 20, "accelerator_config": {"dispatch_batches": False}}
+    plain = trainer("trainer", tmp_path, [counted := PeakCallback()], data=Stream(), **changes)
+    plain.train()
+    budget_bytes = max(counted.peaks) * 9 // 10
+    callback = TightfitCallback(budget_bytes)
+    ours = trainer("trainer", tmp_path, [callback], data=Stream(), **changes)
+    ours.train()
+    assert told(ours) == told(plain)
+    assert callback.plans == 2 and any("longer batch" in line for line in callback.said)
+    assert any("a stream" in line for line in callback.said)
+    assert max(callback.peaks) <= budget_bytes * 1.005 < max(counted.peaks)
+    assert max(callback.peaks) == pytest.approx(callback.plan.peak_bytes, rel=0.005)  # type: ignore[union-attr]
+
+
+def test_a_longer_batch_that_nothing_holds_does_not_end_the_training(tmp_path: Path) -> None:
+    changes = {"max_steps": 16, "per_device_train_batch_size": 20, "accelerator_config": {"dispatch_batches": False}}
+    callback = TightfitCallback("90%")
+    ours = trainer("trainer", tmp_path, [callback], data=Stream(), **changes)
+    ours.train()
+    plain = trainer("trainer", tmp_path, data=Stream(), **changes)
+    plain.train()
+    assert told(ours) == told(plain)
+    assert any("leanest plan" in line for line in callback.said)
+
+
+def test_a_callback_serves_two_trainings(tmp_path: Path) -> None:
+    callback = TightfitCallback("88%")
+    plain, ours = trainer("trainer", tmp_path, max_steps=3), trainer("trainer", tmp_path, [callback], max_steps=3)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        plain.train()
+        torch.manual_seed(seed)
+        ours.train()
+        assert told(ours) == told(plain)
+        assert len(callback.peaks) == 3 and untouched(ours)
+
+
+class Fails(TrainerCallback):
+    def __init__(self, event: str, error: type[BaseException]) -> None:
+        setattr(self, event, self.fail)
+        self.error = error
+
+    def fail(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise self.error("in the middle")
+
+
+@pytest.mark.parametrize(
+    ("event", "error"),
+    [("on_step_begin", RuntimeError), ("on_pre_optimizer_step", KeyboardInterrupt), ("on_log", KeyboardInterrupt)],
+)
+def test_an_exception_in_the_middle_leaves_nothing(event: str, error: type[BaseException], tmp_path: Path) -> None:
+    callback = TightfitCallback("95%")
+    ours = trainer("sft", tmp_path, [callback, Fails(event, error)], max_steps=4)
+    ours.model.config.use_cache = True  # which TRL's SFTTrainer had switched off
+    with pytest.raises(error, match="in the middle"):
+        ours.train()
+    assert untouched(ours) and ours.model.is_activation_checkpointing
+    assert ours.model.config.use_cache is True
+    assert callback.applied is None and callback.plan is not None
+
+
+def test_a_budget_below_a_single_example_is_still_said(tmp_path: Path) -> None:
+    run = trainer(
+        "trainer", tmp_path, [TightfitCallback("1MiB")], max_steps=2, per_device_train_batch_size=2,
+        auto_find_batch_size=True,
+    )  # fmt: skip
+    with pytest.raises(BudgetInfeasible, match="cannot hold this step"):
+        run.train()
+
+
+def test_a_callback_that_comes_late(tmp_path: Path) -> None:
+    late = TrainerCallback()
+    run = trainer("trainer", tmp_path, [late], max_steps=3)
+    late.on_step_end = lambda *_, **__: run.add_callback(TightfitCallback("90%"))  # type: ignore[method-assign]
+    with pytest.raises(Unsupported, match="in the middle"):
+        run.train()
+
+
+def test_a_batch_size_is_found_for_the_budget(tmp_path: Path) -> None:
+    changes = {"max_steps": 3, "per_device_train_batch_size": 16, "auto_find_batch_size": True}
+    probe = trainer("trainer", tmp_path, [counted := PeakCallback()], max_steps=3, per_device_train_batch_size=4)
+    probe.train()
+    callback = TightfitCallback(max(counted.peaks))
+    ours = trainer("trainer", tmp_path, [callback], **changes)
+    ours.train()
+    assert ours._train_batch_size < 16
+    assert max(callback.peaks) <= max(counted.peaks)
+    assert untouched(ours)
+
+
+# ------------------------------------------------------------------------------------------- conflicts
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"gradient_checkpointing": True}, ["gradient_checkpointing"]),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}},
+            ["activation_checkpointing=True", "every_n_layers"],
+        ),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"offload": True}},
+            ["activation_checkpointing=True", "offload"],
+        ),
+        ({"torch_compile": True}, ["torch_compile=True"]),
+        ({"use_liger_kernel": True}, ["use_liger_kernel=True"]),
+    ],
+)
+def test_what_was_asked_for_is_refused_by_both_names(
+    changes: dict[str, Any], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not {"activation_checkpointing"} & set(TrainingArguments.__dataclass_fields__):
+        pytest.skip("this transformers has the old names only")
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda *_: None)
+    run = trainer("trainer", tmp_path, [TightfitCallback("90%")], **changes)
+    with pytest.raises(Unsupported) as refused:
+        run.train()
+    for name in [*named, "TightfitCallback(budget=...)"]:
+        assert name in str(refused.value)
+    assert untouched(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "use_reentrant"),
+        ({"gradient_checkpointing_kwargs": {"selective": True}}, "selective"),
+        ({"gradient_checkpointing": False}, "activation_offloading=True"),
+    ],
+)
+def test_what_was_asked_of_trl_is_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    run = trainer("sft", tmp_path, [TightfitCallback("90%")], **changes)
+    run.args.activation_offloading = "activation" in named  # TRL itself cannot offload without a GPU
+    with pytest.raises(Unsupported, match=named):
+        run.train()
+
+
+def test_a_trainer_that_generates_its_batches_is_refused(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from tests.integrations.runs import tokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    run = GRPOTrainer(
+        model=model(), reward_funcs=lambda completions, **_: [0.0 for _ in completions],
+        args=GRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1, bf16=False,
+                        num_generations=2, per_device_train_batch_size=2, max_completion_length=4),
+        train_dataset=Dataset.from_list([{"prompt": "say "}] * 4), processing_class=tokenizer(),
+        callbacks=[TightfitCallback("90%")],
+    )  # fmt: skip
+    with pytest.raises(Unsupported, match="GRPOTrainer generates its batches"):
+        run.train()
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_trls_default_makes_way_and_comes_back(kind: str, tmp_path: Path) -> None:
+    callback = TightfitCallback("95%")
+    run = trainer(kind, tmp_path, [callback], method="lora", max_steps=2)
+    embeddings = run.model.get_input_embeddings()
+    hooks = dict(embeddings._forward_hooks)
+    seen: list[tuple[bool, int]] = []
+    watch = TrainerCallback()
+    watch.on_step_end = lambda *_, **__: seen.append(  # type: ignore[method-assign]
+        (run.model.is_activation_checkpointing, len(embeddings._forward_hooks))
+    )
+    run.add_callback(watch)
+    run.train()
+    assert [line for line in callback.said if "default activation_checkpointing=True" in line]
+    assert seen == [(False, 0)] * 2
+    assert run.model.is_activation_checkpointing and embeddings._forward_hooks.keys() >= hooks.keys() and hooks
+
+
+def test_a_model_prepared_for_4_bit_training(tmp_path: Path) -> None:
+    def prepared() -> Any:
+        from tightfit.integrations.bitsandbytes import quantise
+        from tightfit.integrations.peft import add_lora
+
+        base = model()
+        return add_lora(prepare_model_for_kbit_training(quantise(base, torch.float32)), rank=4)
+
+    plain = trainer("trainer", tmp_path, subject=prepared(), max_steps=4)
+    plain.train()
+    callback = TightfitCallback("88%")
+    ours = trainer("trainer", tmp_path, [callback], subject=prepared(), max_steps=4)
+    ours.train()
+    assert [e["loss"] for e in told(ours) if "loss" in e] == [e["loss"] for e in told(plain) if "loss" in e]
+    assert [e["grad_norm"] for e in told(ours) if "loss" in e] == [e["grad_norm"] for e in told(plain) if "loss" in e]
+    assert any("was on in the model" in line and "hook" in line for line in callback.said)
+    assert ours.model.is_activation_checkpointing
+
+
+def test_the_hooks_of_trained_embeddings_stay() -> None:
+    whole = model()
+    whole.activation_checkpointing_enable()
+    whole.enable_input_require_grads()
+    count = len(whole.get_input_embeddings()._forward_hooks)
+    suspended = conflicts.Suspended(types.SimpleNamespace(args=types.SimpleNamespace()), whole)
+    assert len(whole.get_input_embeddings()._forward_hooks) == count > 0
+    suspended.restore()
+    assert whole.is_activation_checkpointing
+
+
+# ------------------------------------------------------------------------------------- what is reported
+
+
+def test_one_line_above_the_progress_bar(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.logging.get_verbosity", lambda: 30)
+    callback = TightfitCallback("88%")
+    run = trainer("trainer", tmp_path, [callback], max_steps=3, disable_tqdm=False)
+    run.train()
+    err = capfd.readouterr().err
+    said = [line for line in err.split("\n") if "tightfit:" in line]
+    assert len(said) == len(callback.said) == 1
+    shown = said[0].split("\r")[-1].removeprefix("\x1b[A")
+    assert shown.startswith("tightfit: budget "), repr(said[0])
+    for part in ("predicted peak", "measured", "gradients of the first batch: 30 identical"):
+        assert part in shown
+    assert "%|" in err, "there was no bar to write above"
+
+
+def test_other_processes_say_nothing(tmp_path: Path, capfd: Any) -> None:
+    callback = TightfitCallback("88%")
+    callback._say(types.SimpleNamespace(is_world_process_zero=False), "a line")
+    assert "a line" not in capfd.readouterr().err and callback.said == ["a line"]
+
+
+class Reports(TrainerCallback):
+    """Sees what tensorboard, wandb and trackio see."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def test_reporters_see_peak_and_prediction(tmp_path: Path) -> None:
+    callback, reporter = TightfitCallback("88%"), Reports()
+    run = trainer("trainer", tmp_path, [reporter, callback], max_steps=4, logging_steps=2)
+    run.train()
+    logged = [entry for entry in reporter.logs if "loss" in entry]
+    assert callback.plan is not None
+    assert [e["tightfit/peak_bytes"] for e in logged] == [max(callback.peaks[:2]), max(callback.peaks[2:])]
+    assert {e["tightfit/predicted_peak_bytes"] for e in logged} == {callback.plan.peak_bytes}
+    assert {e["tightfit/budget_bytes"] for e in logged} == {callback.plan.budget_bytes}
+    saved = [e for e in run.state.log_history if "loss" in e]
+    assert (
+        json.loads(json.dumps(saved)) == saved and saved[0]["tightfit/peak_bytes"] == logged[0]["tightfit/peak_bytes"]
+    )
+
+
+def test_a_reference_models_weights_count(tmp_path: Path) -> None:
+    callback = TightfitCallback("95%")
+    run = trainer("dpo", tmp_path, [callback], max_steps=2)
+    run.train()
+    reference_bytes = sum(static_bytes_by_category(run.ref_model).values())
+    assert callback.trace is not None and callback.trace.static_bytes["inputs"] >= reference_bytes * 0.99
+    assert max(callback.peaks) <= callback.plan.budget_bytes * 1.005  # type: ignore[union-attr]
+
+
+# -------------------------------------------------------------------------------- steps that do not fit
+
+
+def test_a_step_that_does_not_fit_is_planned_on_fake_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced, checked = subject.trace, subject.gradient_checks
+    ways: list[str] = []
+
+    def trace(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("fake"):
+            ways.append("real trace")
+            raise torch.OutOfMemoryError("no room")
+        return traced(*args, **kwargs)
+
+    def gradient_checks(*args: Any, **kwargs: Any) -> Any:
+        if "reference" not in kwargs:
+            ways.append("plain gradients")
+            raise torch.OutOfMemoryError("no room")
+        return checked(*args, **kwargs)
+
+    monkeypatch.setattr(subject, "trace", trace)
+    monkeypatch.setattr(subject, "gradient_checks", gradient_checks)
+    plain = trainer("trainer", tmp_path, max_steps=3)
+    plain.train()
+    callback = TightfitCallback("88%")
+    ours = trainer("trainer", tmp_path, [callback], max_steps=3)
+    ours.train()
+    assert ways == ["real trace", "plain gradients"]
+    assert told(ours) == told(plain) and callback.plan is not None and callback.plan.replays
+    assert "torch's checkpointing" in callback.said[-1]
+    assert max(callback.peaks) <= callback.plan.budget_bytes * 1.005
+
+
+# ------------------------------------------------------------------------------------------ the overhead
+
+
+class Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Steady(TrainerCallback):
+    """Ops and forwards between the end of one step and the end of the next."""
+
+    def __init__(self) -> None:
+        self.ops: list[int] = []
+        self.forwards: list[int] = []
+        self.count: Count | None = None
+        self.calls = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].register_forward_pre_hook(lambda *_: setattr(self, "calls", self.calls + 1))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.count is not None:
+            self.count.__exit__(None, None, None)
+            self.ops.append(self.count.ops)
+            self.forwards.append(self.calls)
+        self.calls, self.count = 0, None
+        if state.global_step < args.max_steps:
+            self.count = Count()
+            self.count.__enter__()
+
+
+def test_in_steady_state_there_is_nothing_but_the_replays(tmp_path: Path) -> None:
+    same = [{"input_ids": [7] * 24}] * 40
+    found = {}
+    for name, budget in (("none", None), ("loose", "100%"), ("tight", "80%")):
+        steady, callback = Steady(), TightfitCallback(budget or "1B")
+        callbacks = [steady] if budget is None else [steady, callback]
+        run = trainer("trainer", tmp_path, callbacks, data=same, max_steps=5, gradient_accumulation_steps=2)
+        run.train()
+        found[name] = steady
+    # the first of these intervals still counts the optimizer's new state
+    assert found["loose"].ops[1:] == found["none"].ops[1:]
+    assert found["tight"].ops[1] > found["none"].ops[1]
+    for steady in found.values():
+        assert steady.forwards == [2] * 4
+
+
+# ---------------------------------------------------------------------------------------- longest batch
+
+
+class Loader:
+    def __init__(self, dataset: Any, collate_fn: Any) -> None:
+        self.dataset, self.collate_fn = dataset, collate_fn
+
+
+def test_the_longest_batch_is_padded_and_has_the_most() -> None:
+    run = trainer("trainer", Path("unused"), data=tokens())
+    loader = Loader(tokens(), run.data_collator)
+    longest = max(len(row["input_ids"]) for row in tokens())
+    batch, unseen = longest_batch(loader, 4)
+    assert batch["input_ids"].shape == (4, longest) and not unseen
+    assert not batch["attention_mask"].all(), "a padded batch costs its mask too"
+
+
+def test_a_batch_without_padding_does_not_lose_its_longest() -> None:
+    loader = Loader(
+        [{"input_ids": [1] * n} for n in (9, 9, 9, 2)],
+        lambda rows: {"input_ids": torch.tensor([[i for r in rows for i in r["input_ids"]]])},
+    )
+    batch, _ = longest_batch(loader, 3)
+    assert batch["input_ids"].shape == (1, 27)
+
+
+def test_examples_are_as_long_as_the_collator_makes_them() -> None:
+    rows = [{"prompt": [1] * 2, "answer": [1] * 9}, {"prompt": [1] * 8, "answer": [1] * 8}]
+    loader = Loader(rows, lambda rows: {"ids": torch.tensor([rows[0]["prompt"] + rows[0]["answer"]])})
+    batch, _ = longest_batch(loader, 1)
+    assert Extent.of(batch).length == 16
+
+
+def test_a_data_set_that_looking_would_use_up(tmp_path: Path) -> None:
+    class Once(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> Any:
+            return {"input_ids": [1]}
+
+    with pytest.raises(Unsupported, match="batch="):
+        longest_batch(Loader(Once(), lambda rows: rows), 2)
+
+
+def test_a_budget_that_nothing_fits(tmp_path: Path) -> None:
+    run = trainer("sft", tmp_path, [TightfitCallback("5%")], max_steps=2)
+    with pytest.raises(BudgetInfeasible):
+        run.train()
+    assert untouched(run) and run.model.is_activation_checkpointing
