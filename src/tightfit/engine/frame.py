@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit.core import Action, Kind, Program, ReplayDiverged, Unsupported
 from tightfit.engine.checksum import checksum, differs
-from tightfit.engine.offload import Pool, Shipment
+from tightfit.engine.offload import Parked, Pool, Shipment
 from tightfit.engine.stash import Chain, Source
 from tightfit.engine.tape import NotOnTape, Reference, Tape, Todo, generator_of, spare_running_statistics
 from tightfit.plan.program import Recipe, expected, first_random, run_for_others
@@ -86,6 +86,7 @@ class FramePlan:
     lends: frozenset[int]  # values that later units have made again
     for_others: frozenset[int]  # ops that only run for them
     offload: frozenset[int]  # values that leave the device when the forward is over
+    parks: frozenset[int]  # ops that write one of them for the last time
     values: int  # input k is value `values + k` to the tape
     offloads: bool
     todo: list[Todo | None]  # once a forward has called the op; None before, and for casts, which need a closer look
@@ -116,6 +117,7 @@ class FramePlan:
             lends=frozenset(lends),
             for_others=run_for_others(program, recipe) if lends else frozenset(),
             offload=offload,
+            parks=frozenset(max(i for i, step in enumerate(steps) if v in step.writes) for v in offload),
             offloads=bool(offload) or Action.OFFLOAD in inputs,
             values=program.values,
             todo=[None] * len(steps),
@@ -405,7 +407,7 @@ class Frame:
         for tensor, value in zip([out] if type(out) is torch.Tensor else tensors_in(out), todo.outputs, strict=False):
             if value in self.plan.offload and value not in tape.sources:
                 assert value is not None
-                tape.adopt(value, tensor, self.shipment.park(tensor))
+                tape.adopt(value, tensor, self.shipment.park(tensor, being_written=todo.mutates))
 
     def _lend(self, tape: Tape, out: Any) -> None:
         """Let later units have what this one hands on made again."""
@@ -441,6 +443,9 @@ class Frame:
             )
             if reference is None or not comes_back:
                 return _Held(tensor)
+            source = self.tape.sources.get(reference.value)
+            if isinstance(source, Parked):
+                source.settle()
             known_as = reference.value if reference.value < plan.values else -1
             counted = expected(plan.slots, plan.wanted, index, known_as)
             if counted is None:
@@ -802,7 +807,7 @@ class _Watch(TorchDispatchMode):
                     func, live=plan.live[index], writes=plan.writes[index], draws=index in plan.states,
                     first_random=index == plan.first_random, outputs=plan.outputs[index],
                     for_others=index in plan.for_others,
-                    parks=not plan.offload.isdisjoint(v for v in plan.outputs[index] if v is not None),
+                    parks=index in plan.parks,
                 )  # fmt: skip
                 plan.funcs[index] = func
                 if func is not _CAST:

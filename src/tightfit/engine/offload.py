@@ -221,8 +221,9 @@ class Shipment:
         self.device_copies_beside = False
         self.held = 0  # tensors that stayed on the device after all
 
-    def park(self, tensor: torch.Tensor) -> Parked:
-        found = Parked(self, tensor)
+    def park(self, tensor: torch.Tensor, *, being_written: bool = False) -> Parked:
+        """`being_written`: by an op that changes it in place, which autograd will count when the op is over."""
+        found = Parked(self, tensor, None if being_written else tensor._version)
         self._parked.append(weakref.ref(found))
         return found
 
@@ -255,15 +256,20 @@ class Parked:
 
     __slots__ = ("__weakref__", "parcel", "shipment", "tensor", "version")
 
-    def __init__(self, shipment: Shipment, tensor: torch.Tensor) -> None:
+    def __init__(self, shipment: Shipment, tensor: torch.Tensor, version: int | None) -> None:
         self.shipment = shipment
         self.tensor: torch.Tensor | None = tensor.detach()  # its history is not for the pool
-        self.version = tensor._version
+        self.version = version
         self.parcel: Parcel | None = None
+
+    def settle(self) -> None:
+        """Autograd saves it as it is now."""
+        if self.version is None and self.tensor is not None:
+            self.version = self.tensor._version
 
     def seal(self) -> None:
         assert self.tensor is not None
-        if self.tensor._version == self.version:
+        if self.version in (None, self.tensor._version):
             self.parcel = self.shipment.pool.store(self.tensor)
             if self.parcel is not None:
                 self.tensor = None
@@ -271,7 +277,7 @@ class Parked:
     def take(self, keep: bool) -> torch.Tensor:
         tensor = self.tensor
         if tensor is not None:
-            if tensor._version != self.version:
+            if self.version not in (None, tensor._version):
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: a "
                     f"tensor of shape {list(tensor.shape)} is at version {tensor._version}; expected version "

@@ -25,7 +25,7 @@ from tightfit.core import Action, Choice, Happening, Program, Saved, TightfitErr
 from tightfit.cost import copy_lanes
 from tightfit.plan.frontier import MANY, Frontier, Point, frontier, solver
 from tightfit.plan.nest import Nesting
-from tightfit.plan.program import Recipe, clusters, demanded, dropped_slots, first_random, leading_to, recipe, shared
+from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, recipe, shared
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -190,12 +190,11 @@ class Model:
     def _moved(self, path: str) -> Iterator[Point]:
         """Points of the unit with its inputs, what it keeps, or both off the device."""
         program, points = self.programs[path], self.frontiers[path].points
-        once = {v for ops in clusters(program) if len(ops) == 1 for v in program.steps[ops[0]].writes}
         inputs = self._movable_inputs(path)
         for point in points[:: max(1, -(-len(points) // _MOVED))]:
             runs = self._recipe(path, point).runs
             again = {v for op in runs for v in program.steps[op].writes}
-            kept = (point.kept & once) - again - self.nesting.lends(path) - set(program.held)
+            kept = point.kept - again - self.nesting.lends(path) - set(program.held)
             for away, inputs_away in ((frozenset(), inputs), (kept, frozenset()), (kept, inputs)):
                 if away or inputs_away:
                     yield dataclasses.replace(point, away=frozenset(away), inputs_away=frozenset(inputs_away))
