@@ -90,11 +90,12 @@ def study(trace: Trace, chosen: Plan | None = None, points: int = POINTS, effort
 
     def point(name: str, made: Plan | None) -> StudyPoint:
         line = simulate(trace, made)
+        extra_seconds = line.recompute_seconds + (0.0 if made is None else made.tile_seconds)
         return StudyPoint(
             name=name,
             budget_bytes=line.peak_bytes if made is None else made.budget_bytes,
             peak_bytes=line.peak_bytes,
-            slowdown=1 + line.recompute_seconds / step_seconds if step_seconds else 1.0,
+            slowdown=1 + extra_seconds / step_seconds if step_seconds else 1.0,
             recompute_share=line.recompute_flops / forward_flops if forward_flops else 0.0,
             replays=line.replays,
             peak_owner=line.peak_owner,
