@@ -24,6 +24,7 @@ ZOO = Path(__file__).with_name("zoo.md")
 FORECAST = Path(__file__).with_name("forecast.md")
 TRAPS = Path(__file__).with_name("traps.md")
 SWITCHES = Path(__file__).with_name("switches.md")
+LEVERS = Path(__file__).with_name("levers.md")
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured: begin; written by docs/generate.py -->\n", "<!-- measured: end -->\n"
@@ -450,6 +451,82 @@ def _callback(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def levers_page() -> str:
+    """docs/levers.md: how far down each set of levers goes, and the curves."""
+    found = json.loads((RESULTS / "levers.json").read_text(encoding="utf-8"))
+    parts = [
+        "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# Levers\n",
+        "What a plan may use, and what each adds. All figures are from `python benchmarks/levers.py`; what the levers "
+        "are is in [concepts](concepts.md).\n",
+    ]
+    if "floor" in found:
+        floor = found["floor"]["result"]
+        parts.append("## Measured: GPT-2 on the CPU\n")
+        parts.append(
+            f"{floor['model']}, {floor['batch']} x {floor['seq']:,} tokens, full fine-tuning, fp32, dropout on; the "
+            "gradients of an earlier micro-batch are there before the step, so that the activation peak (the "
+            "allocator's count minus what was live before the step) holds none of their bytes. The lowest plan by each "
+            "set of levers:\n"
+        )
+        parts += [
+            "| levers | activation peak | of every block's | predicted peak off by | recompute, of the forward's FLOPs "
+            "| step, of every block's | gradients |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in floor["rows"]:
+            parts.append(
+                f"| {row['levers']} | {row['activation_peak_bytes']:,} B | {row['of_every_block']:.2f} "
+                f"| {row['predicted_off']:+.4%} | {row['recompute_of_forward']:.0%} "
+                f"| {row['seconds_of_every_block']:.2f} | {row['gradients']} |"
+            )
+    if "forecast" in found:
+        wide = found["forecast"]["result"]
+        parts.append("\n## Forecast: Llama-3-8B, 8,192 tokens\n")
+        parts.append(
+            f"{wide['model']}'s shape, {wide['method']}, {wide['batch']} x {wide['seq']:,} tokens, an H100's kernels, "
+            "no GPU; the lowest plan by each set of levers, whatever it costs:\n"
+        )
+        parts += [
+            "| levers | peak of the step | of every block's | recompute | slowdown, estimated | the peak is at |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in wide["rows"]:
+            parts.append(
+                f"| {row['levers']} | {row['peak_bytes'] / 2**30:.2f} GiB | {row['of_every_block']:.2f} "
+                f"| {row['recompute_of_forward']:.0%} | {row['slowdown_estimated']:.2f} x | {row['owner']} |"
+            )
+        parts.append("\nWhat the levers of the last row buy there (the peak would be so much higher without):\n")
+        parts += ["| lever | bytes | seconds, estimated | how |", "|---|---|---|---|"]
+        for share in wide["shares"]:
+            parts.append(
+                f"| {share['lever'].replace('_', ' ')} | {share['bought_bytes'] / 2**30:.2f} GiB "
+                f"| {share['seconds']:.2f} | {share['how']} |"
+            )
+    if "curves" in found:
+        parts.append("\n## From keep-everything to the floor\n")
+        parts.append(
+            "Plans by all levers, an H100's kernels; activation peak as a part of the unplanned one, slowdown "
+            "estimated. The last column is the best of the smaller sets of levers at the same budget.\n"
+        )
+        for curve in found["curves"]["result"]:
+            parts.append(f"### {curve['model']}, {curve['method']}, {curve['batch']} x {curve['seq']:,}\n")
+            parts += [
+                "| activation peak | slowdown | recompute | offloaded | sweeps | tiles | best smaller set |",
+                "|---|---|---|---|---|---|---|",
+            ]
+            for point in curve["points"]:
+                smaller = {name: value for name, value in point["smaller_sets"].items() if value is not None}
+                name = min(smaller, key=smaller.__getitem__, default="")
+                best = f"{smaller[name]:.4f} x ({name})" if name else "none fits"
+                parts.append(
+                    f"| {point['share']:.1%} | {point['slowdown_estimated']:.4f} x "
+                    f"| {point['recompute_of_forward']:.0%} | {point['offloaded_bytes'] / 2**30:.2f} GiB | {point['sweeps'] or ''} "
+                    f"| {'yes' if point['tiled'] else ''} | {best} |"
+                )
+            parts.append("")
+    return "\n".join(parts).rstrip() + "\n"
+
+
 def with_measured(text: str) -> str:
     """README with its measured part written anew."""
     head, _, rest = text.partition(BEGIN)
@@ -461,7 +538,8 @@ def with_measured(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Write docs/cli.md, docs/peers.md, docs/zoo.md, docs/forecast.md, docs/traps.md, docs/switches.md "
+        description="Write docs/cli.md, docs/peers.md, docs/zoo.md, docs/forecast.md, docs/traps.md, docs/switches.md, "
+        "docs/levers.md "
         "and README's measured part."
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
@@ -471,7 +549,7 @@ def main() -> int:
     stale = False
     pages = (
         (PAGE, render()), (PEERS, peers_page()), (ZOO, zoo_page()), (FORECAST, forecast_page()),
-        (TRAPS, traps_page()), (SWITCHES, switches_page()), (README, with_measured(readme)),
+        (TRAPS, traps_page()), (SWITCHES, switches_page()), (LEVERS, levers_page()), (README, with_measured(readme)),
     )  # fmt: skip
     for page, text in pages:
         on_disk = page.read_text(encoding="utf-8") if page.exists() else ""
