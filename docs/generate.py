@@ -520,8 +520,8 @@ def levers_page() -> str:
                 best = f"{smaller[name]:.4f} x ({name})" if name else "none fits"
                 parts.append(
                     f"| {point['share']:.1%} | {point['slowdown_estimated']:.4f} x "
-                    f"| {point['recompute_of_forward']:.0%} | {point['offloaded_bytes'] / 2**30:.2f} GiB | {point['sweeps'] or ''} "
-                    f"| {'yes' if point['tiled'] else ''} | {best} |"
+                    f"| {point['recompute_of_forward']:.0%} | {point['offloaded_bytes'] / 2**30:.2f} GiB "
+                    f"| {point['sweeps'] or ''} | {'yes' if point['tiled'] else ''} | {best} |"
                 )
             parts.append("")
     return "\n".join(parts).rstrip() + "\n"
