@@ -24,8 +24,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"plan"}),
     frozenset({"report"}),
     frozenset({"step", "loss", "tiles", "fake", "trace", "engine"}),
-    frozenset({"verify", "measure", "fitting"}),
-    frozenset({"integrations", "train", "forecast", "doctor"}),
+    frozenset({"verify", "measure", "fitting", "switches"}),
+    frozenset({"integrations", "recipe", "train", "forecast", "doctor"}),
     frozenset({"cli", "__main__"}),
 )
 LINE = {module: line for line, modules in enumerate(LAYERS) for module in modules}

@@ -56,7 +56,7 @@ class Activity:
     plan: Plan | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.units)
+        return self.by != "nothing"
 
     def __str__(self) -> str:
         if not self:
@@ -186,7 +186,7 @@ def active(model: nn.Module, batch: Any = None, loss: LossFunction | None = None
     forward and backward with and without it, by the allocator's own count; nothing is left changed."""
     applied, switched = _states(model)
     saves_bytes, basis, note, plan = None, "unknown", "", None
-    if applied is not None and applied.active_units:
+    if applied is not None and (applied.active_units or applied.plan.in_place_loss or not applied.plan.exact):
         by, units, plan = "plan", applied.active_units, applied.plan
         saves_bytes, basis = plan.unplanned_peak_bytes - plan.peak_bytes, "predicted"
     elif switched is not None and (units := switched.units(model)):
@@ -198,7 +198,7 @@ def active(model: nn.Module, batch: Any = None, loss: LossFunction | None = None
         if not units:
             by = "nothing"
             note = "the plan in force keeps everything" if applied is not None else ""
-    if units and batch is not None:
+    if by != "nothing" and batch is not None:
         saves_bytes, basis = _measured(model, batch, loss), "measured"
     return Activity(by=by, units=units, saves_bytes=saves_bytes, basis=basis, note=note, plan=plan)
 

@@ -6,7 +6,7 @@ trainers too: what they compute is asked of them, not rebuilt here.
 
 Invariant: the step that is traced and proven is the Trainer's own (`Trainer.compute_loss` on a batch that its own
 collator made), and finding it moves no random state, no statistic and no setting that is saved, so losses and saved
-files are those of a run without the callback.
+files are those of a run without the callback. Where nothing exact fits (`Plan.exact`), the line says so.
 Refused: what `tightfit.integrations.conflicts` names; a gradient that differs (`ReplayDiverged`).
 """
 
@@ -30,6 +30,7 @@ from tightfit.core import (
     BudgetInfeasible,
     Check,
     InvalidInput,
+    Lever,
     Plan,
     Proof,
     ReplayDiverged,
@@ -231,13 +232,15 @@ class TightfitCallback(PeakCallback):
         args = self._trainer.args
         with _accumulating(model, args.gradient_accumulation_steps > 1):
             recorded = _recorded(model, self._step(batch), self._loss(), _bare(optimizer))
+        # in the middle of a training nothing is proven anew, so only what gives the same bits by design
+        levers = None if self.plan is None else frozenset(Lever) - {Lever.TILE}
         try:
-            chosen = make_plan(recorded, self.budget if self.plan is None else self.plan.budget_bytes)
+            chosen = make_plan(recorded, self.budget if self.plan is None else self.plan.budget_bytes, levers=levers)
         except BudgetInfeasible as error:
             if self.plan is None:
                 raise
             # in the middle of a training: the leanest plan there is, and a word about it, rather than an end
-            chosen = make_plan(recorded, error.least_bytes)
+            chosen = make_plan(recorded, error.least_bytes, levers=levers)
             self._warn(f"{error}; this batch runs under the leanest plan")
         self.trace, self.plan = recorded, chosen
         self.plans += 1
@@ -340,7 +343,8 @@ class TightfitCallback(PeakCallback):
         self._say(
             state,
             f"budget {format_bytes(self.plan.budget_bytes)}, predicted peak {format_bytes(self.plan.peak_bytes)}, "
-            f"measured {peak}; gradients of the first batch: {check.measured} to {beside}",
+            f"measured {peak}; gradients of the first batch: {check.measured} to {beside}"
+            + ("" if self.plan.exact else "; not bit for bit, since only tiles fit this budget"),
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
