@@ -455,6 +455,12 @@ def train(
     oom_retries: Annotated[
         int | None, typer.Option(help="Times that running out of memory is survived.", show_default="3")
     ] = None,
+    levers: Annotated[
+        str | None,
+        typer.Option(
+            help="What the plan may use, as for plan.", show_default="what gives the same bits; tiles if nothing fits"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune with TRL inside --budget and leave the evidence in a run folder. Takes TRL's SFT options too."""
@@ -479,6 +485,7 @@ def train(
         json=as_json,
         resume=resume,
         oom_retries=oom_retries,
+        levers=levers,
         arguments=tuple(context.args),
     )
     result = training.train(options, _stderr())

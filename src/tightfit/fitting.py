@@ -15,7 +15,7 @@ import enum
 import functools
 import warnings
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from tightfit.plan import plan as make_plan
 from tightfit.step import LossFunction, UnitsAsked, tensors_in
 from tightfit.trace import trace
 
-__all__ = ["Longer", "fit"]
+__all__ = ["Longer", "fit", "planned"]
 
 
 class Longer(enum.Enum):
@@ -91,7 +91,8 @@ def fit(
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
     guard = _Guard(model, batch, policy, loss, optimizer, units, levers)
     try:
-        recorded, made = _planned(model, batch, budget, loss, optimizer, units, levers)
+        record = functools.partial(_record, model, batch, loss, optimizer, units)
+        recorded, made = planned(record, budget, levers)
         applied = Applied(model, made, trace=recorded)
         guard.in_force(applied, recorded)
     except BaseException:
@@ -101,24 +102,29 @@ def fit(
     return applied
 
 
-def _planned(
+def _record(
     model: nn.Module,
     batch: Any,
-    budget: str | int,
     loss: LossFunction | None,
     optimizer: torch.optim.Optimizer | None,
     units: UnitsAsked,
-    levers: Collection[Lever] | None,
-) -> tuple[Trace, Plan]:
-    """The step and its plan; in tiles, which take longer to record, only where nothing exact fits."""
-    tiles = levers is not None and Lever.TILE in levers
-    recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units, tiles=tiles)
+    tiles: bool,
+) -> Trace:
+    return trace(model, batch, loss=loss, optimizer=optimizer, units=units, tiles=tiles)
+
+
+def planned(record: Callable[[bool], Trace], budget: str | int, levers: Collection[Lever] | None) -> tuple[Trace, Plan]:
+    """The step and its plan; in tiles, which take longer to record, only where nothing exact fits.
+
+    `record`: traces the step, with tiles or without.
+    """
+    recorded = record(levers is not None and Lever.TILE in levers)
     try:
         return recorded, make_plan(recorded, budget, levers=levers)
     except BudgetInfeasible as error:
         if levers is not None or error.budget_bytes <= sum(recorded.static_bytes.values()):
             raise  # what is there before the step is too much already
-        recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
+        recorded = record(True)
         return recorded, make_plan(recorded, budget)
 
 
@@ -225,9 +231,8 @@ class _Guard:
             for parameter in lacking:
                 parameter.grad = torch.zeros_like(parameter)
             try:
-                recorded, made = _planned(
-                    self.model, batch, budget_bytes, self.loss, self.optimizer, self.units, self.levers
-                )
+                record = functools.partial(_record, self.model, batch, self.loss, self.optimizer, self.units)
+                recorded, made = planned(record, budget_bytes, self.levers)
             finally:
                 for parameter in lacking:
                     parameter.grad = None

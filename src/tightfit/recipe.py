@@ -53,6 +53,7 @@ class FitArguments:
     data: str | None = field(default=None, metadata={"help": "A local file or folder, or one of the embedded texts."})
     compare_steps: int = field(default=0, metadata={"help": "Steps also run without a budget, to compare losses."})
     oom_retries: int = field(default=3, metadata={"help": "Times that running out of memory is survived."})
+    levers: str = field(default="", metadata={"help": "What the plan may use: recompute, tile, ...; all; all,-tile."})
     base_config: str | None = field(default=None, metadata={"help": "A config that makes the model, run first."})
 
 

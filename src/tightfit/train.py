@@ -63,12 +63,15 @@ from tightfit.core import (
     TightfitError,
     format_bytes,
     parse_bytes,
+    parse_levers,
     to_json,
     write_text,
 )
+from tightfit.integrations import conflicts
 from tightfit.integrations.bitsandbytes import no_repacking, quantise
 from tightfit.integrations.peft import no_input_gradients
 from tightfit.integrations.recovery import Recovery, Retry, TornStep, free_memory, lower
+from tightfit.integrations.trainer import running_trainer
 from tightfit.integrations.transformers import (
     PeakCallback,
     TightfitCallback,
@@ -136,6 +139,7 @@ class TrainOptions:
     arguments: tuple[str, ...] = ()  # TRL's options, as on the command line
     resume: bool = False
     oom_retries: int | None = None
+    levers: str | None = None  # what the plan may use, as `tightfit.core.parse_levers` reads it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,6 +255,8 @@ def _check(options: TrainOptions) -> None:
         device_named(options.device)
     if options.budget is not None:
         parse_bytes(options.budget, whole_bytes=2**40)  # what it is a percentage of is known later, its form is not
+    if options.levers is not None:
+        parse_levers(options.levers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +282,7 @@ class _Asked:
             ("seed", options.seed),
             ("compare_steps", options.compare_steps),
             ("oom_retries", options.oom_retries),
+            ("levers", options.levers),
         ]
         if options.device is not None:
             pairs.append(("use_cpu", device_named(options.device).type == "cpu"))
@@ -323,6 +330,7 @@ class _Asked:
             optimizer={v: k for k, v in _OPTIMIZERS.items()}.get(str(args.optim.value), str(args.optim.value)),
             compare_steps=recipe.fit.compare_steps,
             oom_retries=recipe.fit.oom_retries,
+            levers=recipe.fit.levers,
         )
 
 
@@ -333,6 +341,7 @@ def _asked(options: TrainOptions) -> tuple[_Asked, Path, dict[str, Any] | None]:
     recipe = asked.recipe()
     budget, base = recipe.fit.budget, recipe.fit.base_config
     parse_bytes(budget, whole_bytes=2**40)
+    parse_levers(recipe.fit.levers)
     if base is not None and recipe.model.model_name_or_path is not None:
         raise InvalidInput("give base_config, which makes the model, or model_name_or_path, not both")
     if base is None and recipe.model.model_name_or_path is None:
@@ -522,6 +531,7 @@ class _Run:
         self.retries: list[Retry] = []
         self.retries_before = 0  # of a process that this one goes on for: not counted against what is allowed
         self.resumed_at: list[int] = []
+        self.notes: list[str] = []  # what was switched off, planned, proven, in one line each
         self.status = "running"
         self.error: str | None = None
         self.opened = False
@@ -548,6 +558,7 @@ class _Run:
         self.retries = [Retry(**retry) for retry in observed.get("retries", ())]
         self.retries_before = len(self.retries)
         self.resumed_at = list(observed.get("resumed_at", ()))
+        self.notes = list(observed.get("notes", ()))
         if observed["checks"]:
             checks = tuple(Check(**check) for check in observed["checks"])
             self.proof = Proof(checks=checks, environment=record["environment"])
@@ -640,7 +651,7 @@ class _Run:
         args.output_dir = scratch
         args.disable_tqdm = True  # the bar here shows the peak too
         args.dataloader_pin_memory = args.dataloader_pin_memory and self.device.type != "cpu"
-        args.gradient_checkpointing = args.activation_checkpointing = False
+        self._switch_off_checkpointing(args)
         training, held_out, running = self.datasets
         if running:  # not documents of their own: cut into windows of equal length
             args.packing, args.packing_strategy = True, "wrapped"
@@ -661,9 +672,7 @@ class _Run:
             rows = trainer.train_dataset
             whole = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) == args.max_length]
             trainer.train_dataset = rows.select(whole)
-        for each in callbacks:
-            if isinstance(each, _Losses):
-                each._trainer = trainer
+        conflicts.refuse(trainer, trainer.model, False)
         self._look_at(trainer)
         for unwanted in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(unwanted)
@@ -672,6 +681,21 @@ class _Run:
         flow = [each for each in others if isinstance(each, DefaultFlowCallback)]
         trainer.callback_handler.callbacks = [*flow, *callbacks, *(each for each in others if each not in flow)]
         return trainer
+
+    def _switch_off_checkpointing(self, args: Any) -> None:
+        """A YAML serves unchanged: its own checkpointing gives way to the plan, in the steps to compare with too."""
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        config, given = self.asked.config or {}, [a.lstrip("-").replace("-", "_") for a in self.asked.options.arguments]
+        for name in names:
+            if config.get(name) or any(a.split("=")[0] == name and not a.lower().endswith("=false") for a in given):
+                self.note(f"{name} in these settings is off: the plan decides what is recomputed")
+            setattr(args, name, False)
+
+    def note(self, line: str) -> None:
+        """Say `line` and write it into the record, once."""
+        if line not in self.notes:
+            self.notes.append(line)
+            self.tell(f"tightfit: {line}")
 
     def _look_at(self, trainer: Any) -> None:
         """Note what is trained on what. Raises `InvalidInput` where that cannot be."""
@@ -737,7 +761,7 @@ class _Run:
         recipe = self.asked.recipe()
         while True:
             try:
-                trainer = self._attempt(scratch, recipe.fit.oom_retries)
+                trainer = self._attempt(scratch, recipe)
                 break
             except TornStep as error:
                 self._after_torn(error, recipe.fit.oom_retries)
@@ -752,13 +776,14 @@ class _Run:
         self._study()
         self.finish("completed")
 
-    def _attempt(self, scratch: str, retries: int) -> Any:
+    def _attempt(self, scratch: str, recipe: Recipe) -> Any:
         """From the last whole checkpoint, or from the start, to the end."""
+        retries = recipe.fit.oom_retries
         found = last_checkpoint(self.folder / "checkpoints") if self.opened else None
         step = 0 if found is None else found[1]
         if self.opened:
             self._rewind(found)
-        self.callback = TightfitCallback(self.budget)
+        self.callback = TightfitCallback(self.budget, levers=parse_levers(recipe.fit.levers))
         recovery = Recovery(self.callback, retries - len(self.retries) + self.retries_before, self.tell)
         with ExitStack() as stack:
             stack.callback(self.callback.close)
@@ -770,7 +795,7 @@ class _Run:
             if step:
                 self.resumed_at.append(step)
                 self.say(f"going on after step {step}")
-            self.say("tracing and planning the step, proving its gradients")
+            self.say("tracing and planning the step, proving its gradients on the first batch")
             trainer.train(resume_from_checkpoint=None if found is None else str(found[0]))
         return trainer
 
@@ -792,7 +817,7 @@ class _Run:
         if len(self.retries) - self.retries_before >= retries:
             raise error
         found = last_checkpoint(self.folder / "checkpoints")
-        smaller = lower(callback.trace, callback.plan)
+        smaller = lower(callback.trace, callback.plan, callback.levers)
         self.retries.append(
             Retry(
                 step=error.step,
@@ -810,14 +835,14 @@ class _Run:
 
     # -- the folder
 
-    def open(self, trainer: Any) -> None:
+    def open(self, args: Any) -> None:
         """Make the folder and say that the run has begun, or goes on."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidInput(f"cannot make the run folder {str(self.folder)!r}: {error.strerror or error}") from None
         self.opened = True
-        trainer.args.output_dir = str(self.folder / "checkpoints")
+        args.output_dir = str(self.folder / "checkpoints")
         self.note_plan()
 
     def note_plan(self) -> None:
@@ -829,6 +854,8 @@ class _Run:
             if self.budget_bytes is None:
                 self.budget_bytes = self.plan.budget_bytes
         self.proof = self.callback.proof or self.proof
+        for line in self.callback.said:
+            self.note(line)
         self._write_record()
 
     def finish(self, status: str) -> None:
@@ -941,6 +968,7 @@ class _Run:
                 "checks": to_json(result.proof.checks) if result.proof else [],
                 "retries": to_json(self.retries),
                 "resumed_at": self.resumed_at,
+                "notes": self.notes,
             },
             "files": sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(".")),
         }
@@ -997,7 +1025,6 @@ class _Losses(TrainerCallback):
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._trainer: Any = None  # whoever makes it says so: callbacks are not told
         self._loss: torch.Tensor | None = None
         self._tokens = 0
         self._lr = 0.0
@@ -1005,7 +1032,8 @@ class _Losses(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sum up the losses of a step's batches as the Trainer does, outside of whatever guards the step already."""
-        inside = self._trainer.training_step
+        trainer: Any = running_trainer()
+        inside = trainer.training_step
 
         def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = inside(model, inputs, *args, **kwargs)
@@ -1014,7 +1042,7 @@ class _Losses(TrainerCallback):
             self._tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
             return loss
 
-        self._trainer.training_step = training_step
+        trainer.training_step = training_step
         self._last = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -1063,7 +1091,7 @@ class _Watch(_Losses):
         super().on_train_begin(args, state, control, **kwargs)
         run = self.run
         run.total_steps = state.max_steps
-        run.open(self._trainer)
+        run.open(args)
         self.file = open(run.folder / "losses.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         if run.progress is not None:
             self.bar = Progress(
@@ -1089,7 +1117,11 @@ class _Watch(_Losses):
         if len(run.retries) < len(self.before) + len(self.recovery.survived):
             run.retries = [*self.before, *self.recovery.survived]
             run.note_plan()
-        elif callback.plan is not run.plan or callback.proof not in (None, run.proof):
+        elif (
+            callback.plan is not run.plan
+            or callback.proof not in (None, run.proof)
+            or set(callback.said) - set(run.notes)
+        ):
             run.note_plan()
         if self.bar is not None:
             figures = (

@@ -15,22 +15,20 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
-from tightfit.core import BudgetInfeasible, Lever, Plan, TightfitError, Trace, Unsupported, format_bytes
-from tightfit.integrations.transformers import TightfitCallback
+from tightfit.core import BudgetInfeasible, Lever, Plan, TightfitError, Trace, format_bytes
+from tightfit.integrations.trainer import TightfitCallback, running_trainer
 from tightfit.plan import plan
 from tightfit.step import random_states, restore_random_states
-from tightfit.verify import PeakMeter
 
 __all__ = ["OutOfMemory", "Recovery", "Retry", "TornStep", "is_out_of_memory"]
 
@@ -79,9 +77,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
-def lower(trace: Trace, old: Plan) -> Plan:
-    """A plan of `trace` with a lower peak than `old`; `old` when there is none. Where `old` is exact, so is it."""
-    levers = [lever for lever in Lever if lever is not Lever.TILE] if old.exact else None
+#: What plans use unless told otherwise, but for tiles: nothing in the middle of a training changes its bits.
+_EXACT = frozenset({Lever.RECOMPUTE, Lever.LOSS_IN_PLACE, Lever.NEST})
+
+
+def lower(trace: Trace, old: Plan, levers: Collection[Lever] | None = None) -> Plan:
+    """A plan of `trace` with a lower peak than `old`; `old` when there is none. Where `old` is exact, so is it.
+
+    `levers`: as in `plan`.
+    """
+    if old.exact:
+        levers = (_EXACT if levers is None else frozenset(levers)) - {Lever.TILE}
     try:
         return plan(trace, int(old.peak_bytes * SHRINK), levers=levers)
     except BudgetInfeasible as error:
@@ -122,7 +128,7 @@ class Recovery(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
-        self._trainer = _trainer_that_calls()
+        self._trainer = running_trainer()
         self._optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate wraps it
         self._buffers = _Buffers(kwargs["model"])
         self._wrap(self._trainer, "training_step", self._training_step)
@@ -232,7 +238,7 @@ class Recovery(TrainerCallback):
             )
         if failure.phase != "optimizer":
             self._trainer.model.zero_grad(set_to_none=True)
-            self._count_again()
+            self.callback.count_again()
         free_memory()
         new = self._replan()
         retry = Retry(
@@ -250,22 +256,13 @@ class Recovery(TrainerCallback):
             f"(retry {len(self.survived)} of {self.retries})"
         )
 
-    def _count_again(self) -> None:
-        """Begin the count of the step's peak anew: it is to be that of the attempt that succeeds."""
-        meter = self.callback._meter
-        if meter is not None:
-            meter.__exit__(None, None, None)
-            self.callback._meter = PeakMeter(meter.device).__enter__()
-
     def _replan(self) -> Plan:
         """Put a plan with a lower peak in force, if there is one."""
         callback = self.callback
-        assert callback.plan is not None and callback.trace is not None and callback.applied is not None
-        new = lower(callback.trace, callback.plan)
+        assert callback.plan is not None and callback.trace is not None
+        new = lower(callback.trace, callback.plan, callback.levers)
         if new is not callback.plan:
-            callback.applied.suspend()
-            callback.plan = new
-            callback.applied.resume(new, callback.trace)
+            callback.change_to(new)
         return new
 
 
@@ -275,17 +272,6 @@ class _Failure:
 
     phase: str
     message: str
-
-
-def _trainer_that_calls() -> Any:
-    """The Trainer hands its callbacks everything but itself, so it is read from the call stack."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
-        frame = frame.f_back  # type: ignore[assignment]
-    raise Unsupported("Recovery guards the steps of a transformers.Trainer, but no Trainer is running it")
 
 
 def free_memory() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -39,6 +39,7 @@ from tightfit.core import (
     format_bytes,
 )
 from tightfit.engine import Applied
+from tightfit.fitting import planned
 from tightfit.integrations import conflicts
 from tightfit.integrations.longest import Extent, longest_batch, plain
 from tightfit.measure import every_block_checkpointed
@@ -79,7 +80,7 @@ class PeakCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
-        trainer = _running_trainer()
+        trainer = running_trainer()
         _report_first(self, trainer)
         self.peaks, self._logged, self._upcoming, self._states = [], 0, [], -1
         self._beside = _weights_beside(trainer, kwargs["model"])
@@ -113,6 +114,12 @@ class PeakCallback(TrainerCallback):
         self._base_bytes = self._static_bytes + unique_bytes(tensors_in(self._upcoming))
         self._meter = PeakMeter(args.device)
         self._meter.__enter__()
+
+    def count_again(self) -> None:
+        """The running step is done again: its peak is to be that of the attempt that succeeds."""
+        if self._meter is not None:
+            self._meter.__exit__(None, None, None)
+            self._meter = PeakMeter(self._meter.device).__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # the optimizer has stepped and the gradients are gone: the whole step lies behind
@@ -154,7 +161,8 @@ class TightfitCallback(PeakCallback):
     It plans for the longest batch that the Trainer's collator makes of the data; a longer one (a stream's) is planned
     for anew, for the same bytes, before it runs. `verify=True` measures the planned peak, and compares the gradients of
     the first real batch with and without the plan. `batch` overrides the batch that is planned for; give it when the
-    data cannot be looked at before training.
+    data cannot be looked at before training. `levers`: what the plan may use, as in `tightfit.plan`; by default what
+    gives the same bits, and tiles, whose gradients are proven against float64, only where nothing else fits.
 
     Checkpointing that TRL's configs or PEFT's `prepare_model_for_kbit_training` switched on by default is off while the
     plan is in force, and back afterwards.
@@ -166,9 +174,17 @@ class TightfitCallback(PeakCallback):
     `ReplayDiverged` when the proof finds another gradient. After any exception the model is as it was.
     """
 
-    def __init__(self, budget: str | int, *, verify: bool = True, batch: Any = None) -> None:
+    def __init__(
+        self,
+        budget: str | int,
+        *,
+        verify: bool = True,
+        batch: Any = None,
+        levers: Collection[Lever] | None = None,
+    ) -> None:
         super().__init__()
         self.budget = budget
+        self.levers = levers
         self.verify = verify
         self.batch: Any = None if batch is None else plain(batch)
         self._given = batch is not None
@@ -189,7 +205,7 @@ class TightfitCallback(PeakCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
-        trainer, model = _running_trainer(), kwargs["model"]
+        trainer, model = running_trainer(), kwargs["model"]
         conflicts.refuse(trainer, model, self._given)
         super().on_train_begin(args, state, control, **kwargs)
         self._trainer = trainer
@@ -230,14 +246,22 @@ class TightfitCallback(PeakCallback):
     def _plan_for(self, batch: Batch, model: nn.Module, optimizer: Any) -> Plan:
         """Trace the step on `batch` and plan it: for `budget` at first, for the same bytes later."""
         args = self._trainer.args
-        with _accumulating(model, args.gradient_accumulation_steps > 1):
-            recorded = _recorded(model, self._step(batch), self._loss(), _bare(optimizer))
-        # in the middle of a training nothing is proven anew, so only what gives the same bits by design
-        levers = None if self.plan is None else frozenset(Lever) - {Lever.TILE}
+        recorded: Trace | None = None
+
+        def record(tiles: bool) -> Trace:
+            nonlocal recorded
+            with _accumulating(model, args.gradient_accumulation_steps > 1):
+                recorded = _recorded(model, self._step(batch), self._loss(), _bare(optimizer), tiles)
+            return recorded
+
+        levers = self.levers
+        if self.plan is not None and self.plan.exact:
+            # in the middle of a training nothing is proven anew, so only what gives the same bits by design
+            levers = frozenset(levers or (Lever.RECOMPUTE, Lever.LOSS_IN_PLACE, Lever.NEST)) - {Lever.TILE}
         try:
-            chosen = make_plan(recorded, self.budget if self.plan is None else self.plan.budget_bytes, levers=levers)
+            _, chosen = planned(record, self.budget if self.plan is None else self.plan.budget_bytes, levers)
         except BudgetInfeasible as error:
-            if self.plan is None:
+            if self.plan is None or recorded is None:
                 raise
             # in the middle of a training: the leanest plan there is, and a word about it, rather than an end
             chosen = make_plan(recorded, error.least_bytes, levers=levers)
@@ -268,6 +292,13 @@ class TightfitCallback(PeakCallback):
         finally:
             for module, training in modes:
                 module.training = training
+
+    def change_to(self, plan: Plan) -> None:
+        """Go on under another plan of the same trace."""
+        self.plan = plan
+        if self.applied is not None:
+            self.applied.suspend()
+            self.applied.resume(plan, self.trace)
 
     # -- steps
 
@@ -365,8 +396,9 @@ class TightfitCallback(PeakCallback):
         if self.plan is not None:
             figures["tightfit/predicted_peak_bytes"] = self.plan.peak_bytes
             figures["tightfit/budget_bytes"] = self.plan.budget_bytes
-        if self.proof is not None:
-            figures["tightfit/gradients_identical"] = float(self.proof["gradients"].passed)
+        if self.proof is not None and self.plan is not None:
+            held = "identical" if self.plan.exact else "within_tolerance"
+            figures[f"tightfit/gradients_{held}"] = float(self.proof["gradients"].passed)
         return figures
 
     def _warn(self, line: str) -> None:
@@ -396,7 +428,7 @@ class TightfitCallback(PeakCallback):
 # ------------------------------------------------------------------------------------------- the Trainer
 
 
-def _running_trainer() -> transformers.Trainer:
+def running_trainer() -> transformers.Trainer:
     """The Trainer that is calling this callback.
 
     It hands its callbacks everything but itself, and only it knows how its loss is computed (a subclass, a
@@ -498,17 +530,20 @@ def _accumulating(model: nn.Module, accumulates: bool) -> Iterator[None]:
             parameter.grad = None
 
 
-def _recorded(model: nn.Module, step: Any, loss: Callable[[nn.Module, Any], torch.Tensor], optimizer: Any) -> Trace:
+def _recorded(
+    model: nn.Module, step: Any, loss: Callable[[nn.Module, Any], torch.Tensor], optimizer: Any, tiles: bool
+) -> Trace:
     """The step's trace: a real one, or on fake tensors where the plain step does not fit the device."""
     try:
-        return trace(model, step, loss=loss, optimizer=optimizer)
+        return trace(model, step, loss=loss, optimizer=optimizer, tiles=tiles)
     except torch.OutOfMemoryError as error:
         model.zero_grad(set_to_none=True)
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
         states = random_states()  # kernels that are tried out for their scratch draw from the real generators
         try:
-            return trace(model, step, loss=loss, optimizer=optimizer, fake=True, device=next(model.parameters()).device)
+            device = next(model.parameters()).device
+            return trace(model, step, loss=loss, optimizer=optimizer, fake=True, device=device, tiles=tiles)
         except (InvalidInput, Unsupported) as refused:
             raise Unsupported(
                 f"the plain step does not fit this device ({error}), and its loss cannot be traced without running it "
