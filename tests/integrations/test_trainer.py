@@ -373,6 +373,14 @@ def test_reporters_see_peak_and_prediction(tmp_path: Path) -> None:
     )
 
 
+def test_the_highest_since_the_last_log_is_logged() -> None:
+    counted, state, logs = PeakCallback(), types.SimpleNamespace(log_history=[]), [{"loss": 1.0} for _ in range(3)]
+    for peaks, each in zip(([7, 9, 8], [5, 3], []), logs, strict=True):
+        counted.peaks += peaks
+        counted.on_log(None, state, None, logs=each)
+    assert [each.get("tightfit/peak_bytes") for each in logs] == [9, 5, None]
+
+
 def test_a_reference_models_weights_count(tmp_path: Path) -> None:
     callback = TightfitCallback("95%")
     run = trainer("dpo", tmp_path, [callback], max_steps=2)
