@@ -10,6 +10,7 @@ No torch here: a trace read from JSON is enough.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from importlib import metadata
@@ -132,6 +133,9 @@ _DEAR = 0.75
 #: Of the nestings that can fit, in the order of what they sweep, so many are planned with.
 _NESTINGS = 3
 
+#: In a quick search every third number of slots is looked at.
+_COARSE = 3
+
 #: Nothing is swept for less than this part of the peak.
 _WORTH = 0.999
 
@@ -146,8 +150,8 @@ def _nested(
     forward = sum(op.seconds for op in frugal.trace.ops if op.phase is Phase.FORWARD and op.unit is not None)
     if found is not None and found.recompute_seconds <= _DEAR * forward:
         return []
-    possible = [way for way in frugal.nested if way.floor.peak_bytes <= budget_bytes]
-    return possible[: _NESTINGS if frugal.effort.proves else 1]
+    possible = (way for way in frugal.nested if way.floor.peak_bytes <= budget_bytes)
+    return list(itertools.islice(possible, _NESTINGS if frugal.effort.proves else 1))
 
 
 def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever] | None = None) -> Plan:
@@ -246,13 +250,14 @@ class _Planner:
 
     @functools.cached_property
     def nested(self) -> tuple[_Planner, ...]:
-        """The same with fewer and fewer inputs kept."""
+        """The same with fewer and fewer inputs kept; without much effort only some of them."""
+        step = 1 if self.effort.proves else _COARSE
         return tuple(
             _Planner(
                 self.trace, self.effort, in_place_loss=self.in_place_loss, extra_seconds=self.extra_seconds,
                 nesting=nesting, plain=self, offload=self.offload,
             )
-            for nesting in nestings(self.trace)
+            for nesting in itertools.islice(nestings(self.trace), step - 1, None, step)
         )  # fmt: skip
 
     @functools.cached_property

@@ -218,13 +218,13 @@ class _Tables:
             sums = np.cumsum(run[a + 1 :] - run[a])
             cost[0, a, a + 2 :] = sums[: count - a - 1]
         for s in range(1, slots + 1):
-            for length in range(2, count + 1):
-                for a in range(count - length + 1):
-                    b = a + length
-                    middles = np.arange(a + 1, b)
-                    totals = run[middles] - run[a] + cost[s - 1, middles, b] + cost[s, a, middles]
-                    best = int(np.argmin(totals))
-                    cost[s, a, b], self.splits[s, a, b] = totals[best], middles[best]
+            for length in range(2, count + 1):  # all ranges of a length together
+                begins = np.arange(count - length + 1)[:, None]
+                middles = begins + np.arange(1, length)[None, :]
+                totals = run[middles] - run[begins] + cost[s - 1, middles, begins + length] + cost[s, begins, middles]
+                best, rows = totals.argmin(axis=1), begins[:, 0]
+                cost[s, rows, rows + length] = totals[rows, best]
+                self.splits[s, rows, rows + length] = middles[rows, best]
         self.cost = cost
         # of the forward itself, which has passed every unit by the time backward begins
         self.forward = np.zeros((slots + 1, count))
