@@ -37,6 +37,7 @@ from tightfit.core import (
     Device,
     Forecast,
     InvalidInput,
+    Lever,
     Mode,
     Plan,
     TightfitError,
@@ -457,9 +458,10 @@ def check(
     if search and hopeless:
         largest = longest = 0
     elif search:
-        here = (fits, _least(recorded, room)[1])
-        largest = _largest(setup, device, room, progress, "batch", here)
-        longest = _largest(setup, device, room, progress, "seq", here)
+        levers = _levers_of(made)
+        here = (fits, _least(recorded, room, levers)[1])
+        largest = _largest(setup, device, room, progress, "batch", here, levers)
+        longest = _largest(setup, device, room, progress, "seq", here, levers)
     advice: tuple[str, ...] = ()
     if not fits:
         advice = tuple(_advice(setup, device, room, recorded, largest, longest, progress))
@@ -484,6 +486,16 @@ def check(
         notes=(*recorded.notes, *_kept_whole(recorded), *_notes(setup, device)),
         environment=environment(),
     )
+
+
+def _levers_of(made: Plan | None) -> frozenset[Lever] | None:
+    """What the searches may use: what the plan for the size that was asked for uses, else whatever there is.
+
+    Tiles make every trace three times as long, and they are not bit for bit, so nobody gets them who did not need them.
+    """
+    if made is None or not made.exact:
+        return None
+    return frozenset({Lever.RECOMPUTE, Lever.LOSS_IN_PLACE} | ({Lever.NEST} if made.advances else set()))
 
 
 def trace_for(setup: Setup, device: Device, *, tiles: bool = False) -> Trace:
@@ -550,12 +562,12 @@ def _reserved(recorded: Trace, made: Plan | None, room: int | None = None) -> in
         return None
 
 
-def _fitted(recorded: Trace, room: int, effort: Effort) -> Plan | None:
+def _fitted(recorded: Trace, room: int, effort: Effort, levers: frozenset[Lever] | None = None) -> Plan | None:
     """The plan of least recompute with which the allocator stays within `room`; `None` when there is none."""
     budget = room
     for _ in range(4 if effort.points > _QUICK.points else 3):
         try:
-            made = plan(recorded, budget, effort=effort)
+            made = plan(recorded, budget, effort=effort, levers=levers)
         except BudgetInfeasible:
             break
         if _reserved(recorded, made, room) is not None:
@@ -563,18 +575,19 @@ def _fitted(recorded: Trace, room: int, effort: Effort) -> Plan | None:
         reserved = _reserved(recorded, made) or room
         # fragmentation: leave the allocator as much more as it took beyond what was live
         budget = int(min(budget * 0.97, room * made.peak_bytes / max(reserved, made.peak_bytes)))
-    made = lowest(recorded, effort=effort)
+    made = lowest(recorded, effort=effort, levers=levers)
     for part in (0.75, 0.5, 0.25) if effort is _SHOWN and 0 < made.peak_bytes < budget else ():
-        between = plan(recorded, made.peak_bytes + int(part * (budget - made.peak_bytes)), effort=effort)
+        target = made.peak_bytes + int(part * (budget - made.peak_bytes))
+        between = plan(recorded, target, effort=effort, levers=levers)
         if _reserved(recorded, between, room) is not None:
             return between
     fits = made.peak_bytes <= room and _reserved(recorded, made, room) is not None
     return dataclasses.replace(made, budget_bytes=room) if fits else None
 
 
-def _least(recorded: Trace, room: int) -> tuple[bool, int]:
+def _least(recorded: Trace, room: int, levers: frozenset[Lever] | None = None) -> tuple[bool, int]:
     """Whether some plan runs within `room`, and what the one of the lowest peak makes the allocator reserve."""
-    made = lowest(recorded, effort=_QUICK)
+    made = lowest(recorded, effort=_QUICK, levers=levers)
     reserved = _reserved(recorded, made)
     assert reserved is not None
     if reserved <= room:
@@ -582,7 +595,7 @@ def _least(recorded: Trace, room: int) -> tuple[bool, int]:
     if made.peak_bytes > room:
         return False, reserved
     # within the allocator's slack the lowest peak need not be the plan that is laid out best
-    runs = _reserved(recorded, made, room) is not None or _fitted(recorded, room, _QUICK) is not None
+    runs = _reserved(recorded, made, room) is not None or _fitted(recorded, room, _QUICK, levers) is not None
     return runs, reserved
 
 
@@ -594,7 +607,15 @@ def least_peak_bytes(recorded: Trace) -> int:
 # --------------------------------------------------------------------------------------- the searches
 
 
-def _largest(setup: Setup, device: Device, room: int, progress: Progress, what: str, here: tuple[bool, int]) -> int:
+def _largest(
+    setup: Setup,
+    device: Device,
+    room: int,
+    progress: Progress,
+    what: str,
+    here: tuple[bool, int],
+    levers: frozenset[Lever] | None,
+) -> int:
     """The largest batch, or the longest sequence in steps of 64 tokens, whose step some plan fits into `room`.
 
     Bytes are nearly affine in both, so the line through two answers says where to look next; every answer is a step,
@@ -615,8 +636,8 @@ def _largest(setup: Setup, device: Device, room: int, progress: Progress, what: 
             amount = guess * step
             progress(f"looking for the {'largest batch' if what == 'batch' else 'longest sequence'}: {amount}")
             recorded = trace_for(_resized(setup, what, amount), device)
-            tried[guess] = _least(recorded, room)
-            if not tried[guess][0] and tried[guess][1] <= _TILES_CAN * room:
+            tried[guess] = _least(recorded, room, levers)
+            if levers is None and not tried[guess][0] and tried[guess][1] <= _TILES_CAN * room:
                 recorded = trace_for(_resized(setup, what, amount), device, tiles=True)
                 tried[guess] = _least(recorded, room) if recorded.tiled else tried[guess]
         low, high = (guess, high) if tried[guess][0] else (low, guess)
