@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from tightfit.core import Plan
+from tightfit.cli import main
+from tightfit.core import InvalidInput, Plan, format_bytes
 
 TINY = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
@@ -194,3 +197,190 @@ def test_ctrl_c_leaves_a_readable_record(model: str, tmp_path: Path) -> None:
     assert record["status"] == "interrupted"
     assert record["observed"]["steps"] >= 3
     assert "interrupted" in out
+
+
+# ------------------------------------------------------------------------------------ what a hostile user asked
+
+
+def said_of(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2, command_says: bool = False) -> str:
+    """The one line of an error. Unless `command_says` what it does, there is nothing else: no work was begun."""
+    assert main(arguments) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    if command_says:
+        lines = [line for line in lines if not line.endswith(" ...")]
+    (line,) = lines
+    assert line.startswith("tightfit: ")
+    return line
+
+
+def shaped(folder: Path, **changed: Any) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in {**TINY, **changed}.items() if value != "no"})
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("plan", "MODEL", *SMALL, "--out", "there"),
+        ("plan", "MODEL", *SMALL, "--html", "there"),
+        ("plan", "MODEL", *SMALL, "--chrome", "there"),
+        ("plan", "MODEL", *SMALL, "--snapshot", "there"),
+        ("measure", "MODEL", *SMALL, "--html", "there"),
+        ("check", "MODEL", "--html", "there"),
+        ("check", "MODEL", "--calibrate", "there"),
+        ("report", "run", "--out", "there"),
+        ("report", "run", "--markdown", "there"),
+        ("report", "run", "--png", "there"),
+    ],
+)
+def test_what_is_no_regular_file_stays(
+    command: tuple[str, ...],
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tightfit.report.run_document", lambda _: {})
+    Path("run").mkdir()
+    os.mkfifo("there")
+    line = said_of(capsys, *(model if word == "MODEL" else word for word in command))
+    assert "'there'" in line and command[-2] in line
+    assert Path("there").is_fifo()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("plan", "MODEL", *SMALL, "--out", "a.json", "--html", "a.json"),
+        ("plan", "MODEL", *SMALL, "--html", "plan.json"),
+        ("plan", "MODEL", *SMALL, "--chrome", "run/../plan.json"),
+        ("plan", "MODEL", *SMALL, "--snapshot", "link.json"),
+        ("plan", "MODEL", *SMALL, "--html", "a", "--chrome", "./a"),
+        ("report", "run", "--out", "a", "--markdown", "a"),
+        ("report", "run", "--png", "run/report.html"),
+        ("report", "run", "--markdown", "a", "--png", "a"),
+        ("check", "MODEL", "--calibrate", "a", "--html", "a"),
+    ],
+)
+def test_two_outputs_are_two_files(
+    command: tuple[str, ...],
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tightfit.report.run_document", lambda _: {})
+    Path("run").mkdir()
+    Path("link.json").symlink_to("plan.json")
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    line = said_of(capsys, *(model if word == "MODEL" else word for word in command))
+    assert "one file" in line and command[-2] in line
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
+def test_a_plan_goes_where_a_link_points(model: str, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "far" / "plan.json")
+    assert main(["plan", model, *SMALL, "--budget", "75%", "--out", str(tmp_path / "link.json")]) == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert Plan.load(tmp_path / "far" / "plan.json").choices
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": -2}, "num_hidden_layers is -2"),
+        ({"hidden_size": -64}, "hidden_size is -64"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"num_attention_heads": 0}, "a size in it is 0"),
+        ({"model_type": "gpt2", "num_hidden_layers": "no", "n_layer": 0}, "num_hidden_layers is 0"),
+        ({"hidden_size": 63}, "The hidden size (63) is not a multiple of the number of attention heads (4)"),
+        ({"num_hidden_layers": "3"}, "expected int, got str (value: '3')"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "measure", "check"])
+def test_a_config_of_no_model_is_refused_with_the_reason(
+    command: str,
+    changed: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = shaped(tmp_path / "wrong", **changed)
+    options = ("--no-search",) if command == "check" else ("--batch", "1", "--budget", "100%")
+    assert said in said_of(capsys, command, wrong, "--seq", "32", *options, command_says=command == "check")
+
+
+@pytest.mark.parametrize("command", ["plan", "measure"])
+@pytest.mark.parametrize("batch", [1_000_000_000, 10**30])
+def test_a_batch_that_no_memory_holds_is_refused(
+    command: str, batch: int, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = said_of(capsys, command, model, "--batch", str(batch), "--seq", "64")
+    # ids and labels, one hidden state of 64, 300 logits
+    assert format_bytes(batch * 64 * (2 * 8 + 4 * 64 + 4 * 300)) in line
+    assert format_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) in line
+    assert "smaller" in line
+
+
+def test_memory_that_the_machine_does_not_give_is_a_no(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "tightfit.integrations.transformers.random_batch", lambda *_: torch.empty(10**16, dtype=torch.uint8)
+    )
+    line = said_of(capsys, "plan", model, *SMALL, status=1)
+    assert format_bytes(10**16) in line and "--batch" in line and "--debug" not in line
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+@pytest.mark.parametrize("command", ["plan", "measure", "check", "doctor", "train"])
+def test_an_empty_name_is_not_this_folder(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(shaped(tmp_path / "here"))
+    assert main([command, *(("--model", name) if command == "train" else (name,))]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.endswith(" ..."))
+    assert "name of the model is empty" in line
+    assert [entry.name for entry in Path().iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("command", ["plan", "measure", "train"])
+def test_more_than_the_unplanned_peak_is_harmless_and_said(
+    command: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = {
+        "plan": ("plan", model, *SMALL),
+        "measure": ("measure", model, *SMALL, "--repeats", "1"),
+        "train": ("train", "--model", model, *SMALL, "--steps", "1", "--compare-steps", "0", "--out", "run"),
+    }[command]
+    assert main([*wanted, "--budget", "200%", "--json"]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    plan = report.get("plan", report)
+    assert plan["recompute_flops"] == 0
+    assert plan["budget_bytes"] > plan["peak_bytes"]
+    assert [line for line in err.splitlines() if "200%" in line and "nothing has to be recomputed" in line]
+
+
+def test_more_than_all_of_a_device_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", model, "--seq", "32", "--budget", "200%"]) == 2
+    assert "'200%'" in capsys.readouterr().err
+    from tightfit.train import TrainOptions, _Run
+
+    on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"), options=TrainOptions(budget="100.1%"))
+    with pytest.raises(InvalidInput, match=r"'100.1%' is more than all of the GPU"):
+        _Run._budget(on_a_gpu)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from tightfit.core import (
     format_bytes,
     loads,
     parse_bytes,
+    reason_of,
     write_text,
 )
 
@@ -146,6 +149,54 @@ def test_writing_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
     with pytest.raises(InvalidInput, match="cannot write"):
         write_text(tmp_path / "no" / "plan.json", "x")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "folder", "link to a fifo", "loop"])
+def test_only_regular_files_are_replaced(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    path = Path("there")
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    else:
+        os.mkfifo("fifo")
+        path.symlink_to("fifo")
+    before = {entry.name: entry.lstat() for entry in tmp_path.iterdir()}
+    with pytest.raises(InvalidInput, match="cannot write to 'there'"):
+        write_text(path, "x")
+    assert {entry.name: entry.lstat() for entry in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_written_through(there: bool, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far" / "plan.json", tmp_path / "link.json"
+    if there:
+        target.write_text("before")
+    link.symlink_to(target)
+    write_text(link, "after")
+    assert link.is_symlink() and not target.is_symlink()
+    assert target.read_text() == "after"
+    assert [entry.name for entry in (tmp_path / "far").iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("heading:\n    ValueError: 63 is odd\n    more", "heading: ValueError: 63 is odd"),
+        ("\n  one\ntwo", "one"),
+        ("one: ", "one:"),
+        ("", "ValueError"),
+    ],
+)
+def test_a_heading_is_not_a_reason(said: str, reason: str) -> None:
+    assert reason_of(ValueError(said)) == reason
 
 
 def test_errors_are_of_one_family() -> None:

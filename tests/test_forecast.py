@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,40 @@ def test_files_without_lengths_are_refused(text: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(InvalidInput):
         forecast.longest_length(file)
+
+
+def test_lengths_come_from_a_regular_file_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    waiting = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for someone to write"))
+    signal.alarm(20)
+    try:
+        for path in (tmp_path / "fifo", tmp_path):
+            with pytest.raises(InvalidInput, match="not a regular file"):
+                forecast.longest_length(path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, waiting)
+    file = tmp_path / "lengths"
+    file.write_text("5\n" * 32)
+    monkeypatch.setattr(forecast, "MOST_LENGTHS_BYTES", 64)
+    assert forecast.longest_length(file)[0] == 5
+    file.write_text("5\n" * 33)
+    with pytest.raises(InvalidInput, match="more than 64 B"):
+        forecast.longest_length(file)
+
+
+@pytest.mark.parametrize("gpu_asked", ["24GiB", "all"])
+def test_more_than_all_of_a_device_is_refused(gpu_asked: str) -> None:
+    """Before anything is traced."""
+    said: list[str] = []
+    with pytest.raises(InvalidInput, match=r"'200%'.* more than all of"):
+        if gpu_asked == "all":
+            forecast.which_gpus(TINY, budget="200%", progress=said.append)
+        else:
+            forecast.check(TINY, forecast.device_asked(gpu_asked), budget="200%", progress=said.append)
+    assert said == []
+    device = forecast.device_asked("24GiB")
+    assert forecast._room(device, "100%") == forecast._room(device, None)
 
 
 def test_calibration_writes_a_device_that_can_be_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,11 @@ from tightfit.core import (
     TightfitError,
     Unsupported,
     format_bytes,
+    output_file,
     parse_bytes,
     parse_levers,
+    percentage,
+    refused_bytes,
 )
 
 if TYPE_CHECKING:
@@ -129,10 +132,19 @@ def _prepare(
     for option, value, least in (("--batch", batch, 1), ("--seq", seq, 2)):
         if value < least:
             raise InvalidInput(f"expected {option} of at least {least}, not {value}")
-    from tightfit.integrations.transformers import device_named, dtype_named, load_model, random_batch
+    from tightfit.integrations.transformers import (
+        config_named,
+        device_named,
+        dtype_named,
+        load_model,
+        random_batch,
+        require_memory,
+    )
 
     made: Any
-    made, origin = load_model(name, dtype=dtype_named(dtype), device=device_named(device), seed=seed)
+    kind, where = dtype_named(dtype), device_named(device)
+    require_memory(config_named(name), batch, seq, dtype=kind, device=where)
+    made, origin = load_model(name, dtype=kind, device=where, seed=seed)
     tokens = random_batch(made, batch, seq, seed)
     if method == "lora":
         from tightfit.integrations.peft import add_lora
@@ -203,7 +215,7 @@ def measure(
     as_json: Json = False,
 ) -> None:
     """Real steps side by side: no checkpointing, every block, tightfit at --budget."""
-    _can_write(html, "--html")
+    _can_write({"--html": html})
     allowed = parse_levers(levers)
     prepared = _prepare(
         model,
@@ -235,6 +247,7 @@ def measure(
         if html is not None:
             say("planning for other budgets too, for the page")
             _write_page(html, measurement_document(measured, study(traces[0], measured.plan)))
+    _say_if_above_all(budget)
     if as_json:
         typer.echo(json.dumps(measurement_report(measured)))
     else:
@@ -278,7 +291,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Will it run on --gpu? Needs neither the GPU nor the weights."""
-    _can_write(html, "--html")
+    _can_write({"--calibrate": calibrate, "--html": html})
     from tightfit import forecast
     from tightfit.report import forecast_document, forecast_report, forecast_table, gpus_table, study
 
@@ -352,8 +365,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Trace one step, plan it for --budget, write plan.json."""
-    for path, option in ((out, "--out"), (html, "--html"), (chrome, "--chrome"), (snapshot, "--snapshot")):
-        _can_write(path, option)
+    _can_write({"--out": out, "--html": html, "--chrome": chrome, "--snapshot": snapshot})
     allowed = parse_levers(levers)
     prepared = _prepare(
         model,
@@ -385,8 +397,11 @@ def plan(
 
         write_text(chrome, json.dumps(chrome_trace(simulate(recorded, made))))
     if snapshot is not None:
-        snapshot.write_bytes(memory_snapshot(recorded, made))
+        from tightfit.core import write_bytes
+
+        write_bytes(snapshot, memory_snapshot(recorded, made))
     made.save(out)
+    _say_if_above_all(budget)
     if as_json:
         typer.echo(json.dumps({"path": str(out), **plan_report(made)}))
         return
@@ -489,6 +504,7 @@ def train(
         arguments=tuple(context.args),
     )
     result = training.train(options, _stderr())
+    _say_if_above_all(str(result.options.budget))
     if as_json:
         typer.echo(json.dumps(training.to_report(result)))
     else:
@@ -514,8 +530,7 @@ def report(
 
     document = run_document(run)
     target = out or run / "report.html"
-    for path, option in ((target, "--out"), (markdown, "--markdown"), (png, "--png")):
-        _can_write(path, option)
+    _can_write({"--out": target, "--markdown": markdown, "--png": png})
     _write_page(target, document)
     if markdown is not None:
         from tightfit.core import write_text
@@ -532,9 +547,25 @@ def report(
         raise typer.Exit(EXIT_NO)
 
 
-def _can_write(path: Path | None, option: str) -> None:
-    if path is not None and (not path.parent.is_dir() or path.is_dir()):
-        raise InvalidInput(f"cannot write to {str(path)!r}: give a file in a folder that exists as {option}")
+def _can_write(outputs: dict[str, Path | None]) -> None:
+    """Raise `InvalidInput` unless each path, by the option that names it, can be written and no two are one file."""
+    taken: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        try:
+            target = output_file(path)
+        except InvalidInput as error:
+            raise InvalidInput(f"{error}; give a file in a folder that exists as {option}") from None
+        if target in taken:
+            raise InvalidInput(f"{taken[target]} and {option} are one file, {str(target)!r}: give each its own")
+        taken[target] = option
+
+
+def _say_if_above_all(budget: str) -> None:
+    percent = percentage(budget)
+    if percent is not None and percent > 100:
+        _say(f"a budget of {budget} is above the peak of the step without a plan, so nothing has to be recomputed")
 
 
 def _write_page(path: Path, document: dict[str, Any]) -> None:
@@ -670,6 +701,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if (asked_bytes := refused_bytes(error)) is not None:
+            from tightfit.step import host_memory_bytes
+
+            has = host_memory_bytes()
+            _say(
+                f"{format_bytes(asked_bytes)} at once were asked for, and this machine did not give them"
+                + (f" (it has {format_bytes(has)} in all)" if has is not None else "")
+                + ": use a smaller --batch, --seq or model"
+            )
+            return EXIT_NO
         _say(f"{type(error).__name__}: {error} (run again with --debug to see where)")
         return EXIT_NO
 

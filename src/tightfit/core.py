@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import stat
 import sys
 import tempfile
 import types
@@ -74,6 +75,22 @@ class BudgetInfeasible(TightfitError):
         super().__init__("; ".join((message, *advice)))
 
 
+def reason_of(error: BaseException) -> str:
+    """What `error` says, for one line: its first line, and what follows while that is only a heading ("... :")."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = next((count for count, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:said])
+
+
+_REFUSED = re.compile(r"DefaultCPUAllocator: .*you tried to allocate ([0-9]+) bytes")
+
+
+def refused_bytes(error: BaseException) -> int | None:
+    """The bytes that torch asked the host for in vain, where that is what `error` says."""
+    found = _REFUSED.search(str(error)) if isinstance(error, RuntimeError) else None
+    return int(found[1]) if found else None
+
+
 # ------------------------------------------------------------------------------------------ byte sizes
 
 _UNITS = {
@@ -96,10 +113,10 @@ def parse_bytes(text: str | int, whole_bytes: int | None = None) -> int:
         raise InvalidInput(f"expected {asked}")
     if isinstance(text, int):
         size_bytes = text
-    elif percent := _PERCENT.fullmatch(text.strip()):
+    elif (percent := percentage(text)) is not None:
         if whole_bytes is None:
             raise InvalidInput(f"{text!r} is a percentage, but there is nothing known to take it of; give bytes")
-        size_bytes = math.floor(Fraction(Decimal(percent[1])) / 100 * whole_bytes)
+        size_bytes = math.floor(percent / 100 * whole_bytes)
     elif size := _SIZE.fullmatch(text.strip()):
         unit = size[2].upper()
         if unit not in _UNITS:
@@ -110,6 +127,19 @@ def parse_bytes(text: str | int, whole_bytes: int | None = None) -> int:
     if size_bytes <= 0:
         raise InvalidInput(f"expected more than zero bytes, not {text!r}")
     return size_bytes
+
+
+def percentage(text: str | int) -> Fraction | None:
+    """The percentage that `text` asks for (`"60%"`); `None` when it asks for something else."""
+    found = _PERCENT.fullmatch(text.strip()) if isinstance(text, str) else None
+    return Fraction(Decimal(found[1])) if found else None
+
+
+def require_part(budget: str | int, whole: str) -> None:
+    """Raise `InvalidInput` when `budget` is a percentage above 100 of `whole`, which has no more than all of it."""
+    percent = percentage(budget)
+    if percent is not None and percent > 100:
+        raise InvalidInput(f"a budget of {budget!r} is more than all of {whole}: give 100% or less, or a size")
 
 
 def format_bytes(size_bytes: float) -> str:
@@ -684,16 +714,45 @@ def make_verb(module_name: str, function: typing.Callable[..., Any]) -> None:
     module.__dict__["__signature__"] = inspect.signature(function)
 
 
+def output_file(path: str | Path) -> Path:
+    """The file that writing to `path` makes or replaces: where `path` is a symbolic link, what it points to.
+
+    Raises `InvalidInput` where there is no folder for it, and where something is that is no regular file: a rename over
+    a device or a pipe would take it away from everybody.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        if not target.parent.is_dir():
+            raise InvalidInput(f"cannot write to {str(path)!r}: there is no folder {str(target.parent)!r}") from None
+        return target
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot write to {str(path)!r}: {error}") from None
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise InvalidInput(f"cannot write to {str(path)!r}: it is {what}, which is not replaced")
+    return target
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path` by way of a temporary file beside it, so that no reader sees half of it."""
-    target = Path(path)
+    """Write `text` to `path` in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path` by way of a temporary file beside it, so that no reader sees half of it.
+
+    A symbolic link is written through. Raises `InvalidInput` as `output_file` does.
+    """
+    target = output_file(path)
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
         raise InvalidInput(f"cannot write {str(path)!r}: {error}") from None
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read

@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import functools
 import json
+import stat
 import statistics
 import time
 from collections import Counter
@@ -46,6 +47,8 @@ from tightfit.core import (
     Unsupported,
     format_bytes,
     parse_bytes,
+    reason_of,
+    require_part,
 )
 from tightfit.cost import NOMINAL_CUDA, retimed
 from tightfit.fake import FakeStep
@@ -281,8 +284,9 @@ def _refusals_of(name: str) -> Iterator[None]:
     except (RuntimeError, AssertionError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         if isinstance(error, TightfitError):
             raise
-        first_line = (str(error).splitlines() or [""])[0]
-        raise InvalidInput(f"the step of {name!r} cannot be run ({type(error).__name__}: {first_line})") from error
+        raise InvalidInput(
+            f"the step of {name!r} cannot be run ({type(error).__name__}: {reason_of(error)})"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -407,6 +411,8 @@ def reached(device: Device) -> Device:
 def _room(device: Device, budget: str | int | None) -> int:
     """What the allocator may reserve of `device`."""
     room = usable_bytes(device)
+    if budget is not None:
+        require_part(budget, f"the device's {format_bytes(device.memory_bytes)}")
     return room if budget is None else min(room, parse_bytes(budget, whole_bytes=device.memory_bytes))
 
 
@@ -808,14 +814,27 @@ def _notes(setup: Setup, device: Device) -> Iterable[str]:
 # ---------------------------------------------------------------------------------------- the worst batch
 
 
+#: No more of a file of lengths is read.
+MOST_LENGTHS_BYTES = 1 << 30
+
+
 def longest_length(path: str | Path) -> tuple[int, str]:
     """The longest example in a file of lengths, and one line that says what was looked at.
 
-    A histogram `{"length": count}`, a list of lengths, one length a line, or JSON lines with `input_ids`. Raises
-    `InvalidInput` for anything else.
+    A histogram `{"length": count}`, a list of lengths, one length a line, or JSON lines with `input_ids`, at most
+    `MOST_LENGTHS_BYTES` in all. Raises `InvalidInput` for anything else.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe or a device may never end
+            raise InvalidInput(f"cannot read the lengths in {str(path)!r}: it is not a regular file")
+        with open(path, "rb") as file:
+            content = file.read(MOST_LENGTHS_BYTES + 1)
+        if len(content) > MOST_LENGTHS_BYTES:
+            raise InvalidInput(
+                f"{str(path)!r} holds more than {format_bytes(MOST_LENGTHS_BYTES)}, which is as much as is read: "
+                "give a histogram of the lengths"
+            )
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot read the lengths in {str(path)!r}: {error}") from None
     try:
@@ -903,6 +922,8 @@ def _packed_not(setup: Setup) -> list[nn.Parameter]:
 def which_gpus(setup: Setup, *, budget: str | int | None = None, progress: Progress = lambda _: None) -> list[Forecast]:
     """A forecast, without searches, for every GPU of the catalog: those that run it first, fastest first."""
     setup.checked()
+    if budget is not None:
+        require_part(budget, "a device")
     traces: dict[tuple[str, bool, int], Trace] = {}
     found = []
     for name in gpu_names():

@@ -459,6 +459,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def host_memory_bytes() -> int | None:
+    """Physical memory of this machine; `None` where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
 def environment() -> dict[str, str]:
     """What a measurement depends on besides the model: versions, runtime, machine, threads."""
     record = {
@@ -470,8 +477,8 @@ def environment() -> dict[str, str]:
         "torch_threads": str(torch.get_num_threads()),
         "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
     }
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        record["memory_bytes"] = str(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if (host := host_memory_bytes()) is not None:
+        record["memory_bytes"] = str(host)
     if torch.cuda.is_available():
         record["cuda"] = str(torch.version.cuda)
         record["cuda_devices"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

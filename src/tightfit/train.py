@@ -64,6 +64,8 @@ from tightfit.core import (
     format_bytes,
     parse_bytes,
     parse_levers,
+    reason_of,
+    require_part,
     to_json,
     write_text,
 )
@@ -477,7 +479,7 @@ def _tokenizer(model: str, trust_remote_code: bool) -> Any:
             model, trust_remote_code=trust_remote_code, local_files_only=folder.is_dir()
         )
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"cannot load the tokenizer of {model!r}: {(str(error).splitlines() or [''])[0]}") from error
+        raise InvalidInput(f"cannot load the tokenizer of {model!r}: {reason_of(error)}") from error
 
 
 # -------------------------------------------------------------------------------------------- checkpoints
@@ -726,6 +728,7 @@ class _Run:
         budget = str(self.options.budget)
         if self.device.type != "cuda" or "%" not in budget:
             return budget
+        require_part(budget, "the GPU's memory")
         return parse_bytes(budget, torch.cuda.get_device_properties(self.device).total_memory)
 
     # -- the steps

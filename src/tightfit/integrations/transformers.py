@@ -20,8 +20,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tightfit.catalog import model_names, model_shape, nearest
-from tightfit.core import InvalidInput
+from tightfit.core import InvalidInput, format_bytes, reason_of, refused_bytes
 from tightfit.integrations.trainer import PeakCallback, TightfitCallback
+from tightfit.step import host_memory_bytes
 
 __all__ = [
     "PeakCallback",
@@ -32,6 +33,7 @@ __all__ = [
     "load_model",
     "positions_of",
     "random_batch",
+    "require_memory",
     "require_positions",
 ]
 
@@ -77,7 +79,7 @@ def config_named(name: str) -> Any:
 
     Raises `InvalidInput` when there is no such model or its config lacks what it needs.
     """
-    folder = Path(name).expanduser()
+    folder = _folder(name)
     if name.strip().lower() in model_names():
         shape = model_shape(name)
         with _one_line(f"the catalog's entry {name!r} is no config"):
@@ -85,10 +87,35 @@ def config_named(name: str) -> Any:
     if folder.is_dir():
         _require_config(folder)
         with _one_line(f"cannot read the config in {str(folder)!r}"):
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return _sized(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
     _require_hub_id(name)
     with _one_line(f"cannot load the config of {name!r} from the hub"):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return _sized(AutoConfig.from_pretrained(name, trust_remote_code=False))
+
+
+def _folder(name: str) -> Path:
+    """The folder that `name` would be. An empty name is not the folder that one happens to be in."""
+    if not name.strip():
+        raise InvalidInput(
+            "the name of the model is empty: give a name in the catalog, a folder or a hub id; . is here"
+        )
+    return Path(name).expanduser()
+
+
+#: Without one of each there is no language model, whatever its architecture.
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+def _sized(config: Any) -> Any:
+    """`config` itself. Raises `ValueError` when a size that every language model has is zero or negative in it."""
+    for part in (config, getattr(config, "text_config", None)):
+        names = getattr(part, "attribute_map", {})  # gpt2 calls its layers n_layer
+        values = vars(part) if part is not None else {}
+        for name in _SIZES:
+            value = values.get(names.get(name, name))
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} is {value}, and no model has less than one")
+    return config
 
 
 def _require_config(folder: Path) -> None:
@@ -120,7 +147,7 @@ def load_model(
     """
     init = {"trust_remote_code": False, **init}
     device = torch.device(device)
-    folder = Path(name).expanduser()
+    folder = _folder(name)
     if name.strip().lower() in model_names():
         origin = f"random weights (seed {seed}) in the shape {model_shape(name).source}"
         return _random_model(config_named(name), dtype, device, seed, init), origin
@@ -145,12 +172,13 @@ def _model_in_folder(
             "convert them to safetensors first, or remove the file to start from random weights"
         )
     with _one_line(f"cannot load the model in {str(folder)!r}"):
+        trusted = init["trust_remote_code"]
+        config = _sized(AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True))
         if has_weights:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True, **init
             )
             return _ready(model, device), f"weights from {folder}"
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         return (
             _random_model(config, dtype, device, seed, init),
             f"random weights (seed {seed}) in the shape {folder / 'config.json'}",
@@ -184,9 +212,12 @@ def _one_line(what: str) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError:
         raise
+    except ZeroDivisionError as error:  # configs derive sizes from each other before anyone can look at them
+        raise InvalidInput(f"{what}: a size in it is 0 ({error})") from error
     except Exception as error:  # config parsers, safetensors and the hub client raise types of their own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InvalidInput(f"{what}: {lines[0] if lines else type(error).__name__}") from error
+        if refused_bytes(error) is not None:  # the input is fine, the machine is small
+            raise
+        raise InvalidInput(f"{what}: {reason_of(error)}") from error
 
 
 def positions_of(config: Any) -> int | None:
@@ -208,6 +239,33 @@ def require_positions(config: Any, seq: int) -> None:
     positions = positions_of(config)
     if positions is not None and seq > positions:
         raise InvalidInput(f"a sequence of {seq} tokens was asked for, but the model has {positions} positions")
+
+
+def require_memory(config: Any, batch: int, seq: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `InvalidInput` when no step of `batch` x `seq` tokens can run in all the memory that `device` has.
+
+    What is counted is a floor, whatever the plan: token ids and labels, one hidden state, and the logits, which the
+    step without a plan, that every plan starts from, has whole.
+    """
+    try:
+        text = config.get_text_config()
+    except (AttributeError, ValueError):  # several text models in one, which no loader here takes
+        return
+    width = 2 * torch.int64.itemsize
+    for name in ("hidden_size", "vocab_size"):
+        size = getattr(text, name, None)
+        width += dtype.itemsize * size if isinstance(size, int) else 0
+    if device.type == "cuda":
+        has: int | None = torch.cuda.get_device_properties(device).total_memory
+        holder = torch.cuda.get_device_name(device)
+    else:
+        has, holder = host_memory_bytes(), "this machine"
+    takes = batch * seq * width
+    if has is not None and takes > has:
+        raise InvalidInput(
+            f"a batch of {batch} x {seq} tokens takes at least {format_bytes(takes)} (token ids, one hidden state, "
+            f"logits), and {holder} has {format_bytes(has)}: give a smaller batch or shorter sequences"
+        )
 
 
 def random_batch(model: nn.Module, batch: int, seq: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -5,11 +5,12 @@ Invariant: drawn from a page's data alone. Refused: a page without a study; a mi
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tightfit.core import InvalidInput, Unsupported
+from tightfit.core import InvalidInput, Unsupported, write_bytes
 
 __all__ = ["draw"]
 
@@ -48,5 +49,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     below.set_ylabel("slowdown")
     below.legend(fontsize=8)
     below.grid(alpha=0.3)
-    figure.savefig(path, dpi=110, format="png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
     plt.close(figure)
+    write_bytes(path, drawn.getvalue())
