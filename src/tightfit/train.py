@@ -697,7 +697,7 @@ class _Run:
         """Say `line` and write it into the record, once."""
         if line not in self.notes:
             self.notes.append(line)
-            self.tell(f"tightfit: {line}")
+            self.tell(line)
 
     def _look_at(self, trainer: Any) -> None:
         """Note what is trained on what. Raises `InvalidInput` where that cannot be."""
