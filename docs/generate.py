@@ -373,10 +373,10 @@ SWITCHES_HEAD = """\
 ```python
 import tightfit
 
-tightfit.enable(model)                          # every unit runs again; for any nn.Module
-tightfit.enable(model, batch, budget="22GiB")   # a plan instead: what has to run again, no more
-tightfit.active(model)                          # what is on, by whom, on which units, what it saves; false: nothing
-tightfit.active(model, batch)                   # the saving measured, by the allocator's own count
+tightfit.enable(model)  # every unit runs again; for any nn.Module
+tightfit.enable(model, batch, budget="22GiB")  # a plan instead: what has to run again, no more
+tightfit.active(model)  # what is on, by whom, on which units, what it saves; false: nothing
+tightfit.active(model, batch)  # the saving measured, by the allocator's own count
 tightfit.disable(model)
 ```
 

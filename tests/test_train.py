@@ -20,9 +20,10 @@ import transformers
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+import tightfit
 from tightfit import train as training
-from tightfit.core import InvalidInput, Plan
-from tightfit.integrations.recovery import OutOfMemory, Recovery
+from tightfit.core import InvalidInput, Plan, TightfitError
+from tightfit.integrations.recovery import OutOfMemory, Recovery, lower
 from tightfit.train import RunResult, TrainOptions, last_checkpoint, train
 
 TINY = {
@@ -352,6 +353,50 @@ def test_out_of_memory_without_end(
     assert exit_code(caught.value) == 1
 
 
+def test_a_plan_in_tiles_is_no_failure(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_training: list[int], capsys: Any
+) -> None:
+    """Its bits are others, its proof is a tolerance, and what follows when the memory runs out is such a plan too."""
+    from tightfit.cli import main
+
+    (tmp_path / "wide").mkdir()
+    wide = {**TINY, "vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2, "attention_dropout": 0.0}
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(wide))
+    patch(monkeypatch, "forward", in_training, [3])
+    asked = [
+        "train", "--model", str(tmp_path / "wide"), "--data", str(place / "text.txt"), "--batch", "4", "--seq", "128",
+        "--steps", "4", "--budget", "60%", "--levers", "recompute,tile", "--compare-steps", "2", "--out",
+        str(tmp_path / "run"), "--json",
+    ]  # fmt: skip
+    assert main(asked) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] and report["plan"]["tiling"] and len(report["retries"]) == 1
+    gradients = next(check for check in report["proof"]["checks"] if check["name"] == "gradients")
+    assert gradients["passed"] and "float64" in gradients["expected"]
+    assert report["losses"][:2] == pytest.approx(report["compared_losses"], rel=1e-5)
+    assert not Plan.load(tmp_path / "run" / "plan.json").exact
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["options"]["levers"] == "recompute,tile" and record["observed"]["checks"]
+
+
+def test_a_smaller_plan_is_as_exact_as_the_one_before() -> None:
+    """Nor does it move anything off the device, unless that was asked for."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=4096
+        )
+    )
+    ids = torch.randint(0, 96, (4, 128))
+    recorded = tightfit.trace(model, {"input_ids": ids, "labels": ids})
+    plan = tightfit.plan(recorded, "90%")
+    while (smaller := lower(recorded, plan)) is not plan:
+        assert smaller.exact and not smaller.offloaded_bytes and smaller.peak_bytes < plan.peak_bytes
+        plan = smaller
+    tiled = tightfit.plan(recorded, plan.peak_bytes - 1)
+    assert not tiled.exact and lower(recorded, tiled).peak_bytes <= tiled.peak_bytes
+
+
 def test_another_error_is_not_survived(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_training: list[int]
 ) -> None:
@@ -392,15 +437,34 @@ def test_a_trl_yaml_trains_as_trl_would(place: Path, tmp_path: Path) -> None:
         bf16=False, output_dir=str(tmp_path / "theirs"), report_to="none", save_strategy="no", disable_tqdm=True,
         gradient_checkpointing=False,
     )  # fmt: skip
+    notes = json.loads((run.folder / "record.json").read_text())["observed"]["notes"]
+    assert not any("is off" in note for note in notes) and any("gradients of the first batch" in note for note in notes)
     rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
     trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=training.byte_tokenizer())
     trainer.train()
     assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == list(run.losses)
 
 
+def test_checkpointing_in_a_yaml_gives_way(place: Path, tmp_path: Path) -> None:
+    """Its own is off, in the steps that are compared too, and the run says so."""
+    keys = {"gradient_checkpointing": True, "compare_steps": 2, "max_steps": 2}
+    run = train(TrainOptions(config=yaml(place, tmp_path, **keys), budget="97%"))
+    assert run.passed and run.losses_identical and run.plan is not None and run.plan.replays
+    notes = json.loads((run.folder / "record.json").read_text())["observed"]["notes"]
+    assert "gradient_checkpointing in these settings is off: the plan decides what is recomputed" in notes
+
+
+@pytest.mark.parametrize("key", ["activation_offloading", "torch_compile", "use_liger_kernel"])
+def test_what_cannot_stand_beside_a_plan_is_refused(key: str, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(TightfitError, match=key):
+        train(TrainOptions(config=yaml(place, tmp_path, **{key: True})))
+    assert not (tmp_path / "sft").exists()
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
+        ({"levers": "tiles"}, "unknown lever 'tiles'"),
         ({"learning_rat": 1e-3}, "unknown key 'learning_rat' in the config; did you mean 'learning_rate'?"),
         ({"max_steps": "many"}, "max_steps in the config: expected int, not 'many'"),
         ({"max_steps": 2.5}, "max_steps in the config: expected int, not 2.5"),

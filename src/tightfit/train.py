@@ -5,7 +5,8 @@ counts its peaks, `Recovery` survives running out of memory. Around them: data t
 that needs no files, a short run without a budget from the same start to compare losses bit by bit, and a run folder
 with `record.json`, `plan.json`, `losses.jsonl`, `checkpoints/` and `model/`.
 
-Invariant: nothing is written before model, data, options and plan are known to be good; `record.json` is always whole
+Invariant: nothing is written before model, data, options and plan are known to be good (the gradients are proven on
+the first batch, when the folder is there); `record.json` is always whole
 and says whether the run was completed, interrupted or failed; whatever a run was killed by, `resume` goes on from its
 last whole checkpoint with the losses that the uninterrupted run would have had, bit for bit.
 Refused: a run folder that is not empty, a run that is to go on with other options, data too short for one batch,
@@ -69,7 +70,7 @@ from tightfit.core import (
     to_json,
     write_text,
 )
-from tightfit.integrations import conflicts
+from tightfit.integrations import conflicts, trl
 from tightfit.integrations.bitsandbytes import no_repacking, quantise
 from tightfit.integrations.peft import no_input_gradients
 from tightfit.integrations.recovery import Recovery, Retry, TornStep, free_memory, lower
@@ -546,7 +547,7 @@ class _Run:
 
     def tell(self, line: str) -> None:
         if self.progress is not None:
-            self.progress.print(line, highlight=False)
+            self.progress.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def take_up(self, record: Mapping[str, Any]) -> None:
         """What the run knew when it wrote `record`."""
@@ -654,6 +655,7 @@ class _Run:
         args.disable_tqdm = True  # the bar here shows the peak too
         args.dataloader_pin_memory = args.dataloader_pin_memory and self.device.type != "cpu"
         self._switch_off_checkpointing(args)
+        trl.refuse_offloading(args)  # before TRL's own context is made, which fails without a GPU
         training, held_out, running = self.datasets
         if running:  # not documents of their own: cut into windows of equal length
             args.packing, args.packing_strategy = True, "wrapped"
@@ -697,7 +699,7 @@ class _Run:
         """Say `line` and write it into the record, once."""
         if line not in self.notes:
             self.notes.append(line)
-            self.tell(f"tightfit: {line}")
+            self.tell(line)
 
     def _look_at(self, trainer: Any) -> None:
         """Note what is trained on what. Raises `InvalidInput` where that cannot be."""

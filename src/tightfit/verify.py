@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import statistics
 import time
@@ -326,6 +327,39 @@ def _double(module: nn.Module) -> nn.Module:
     return holder[0].double()
 
 
+@contextlib.contextmanager
+def _in_double(model: nn.Module) -> Iterator[None]:
+    """`model` itself in float64, with no gradients; outside, the very tensors that it had.
+
+    Not a copy: a loss function may hold the model, and so may a `forward` that somebody replaced (TRL's trainers do).
+    """
+    undo: list[Callable[[], object]] = []
+    made: dict[torch.Tensor, torch.Tensor] = {}  # what is shared stays shared
+
+    def doubled(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor not in made:
+            twin = tensor.detach().double()
+            trained = isinstance(tensor, nn.Parameter)
+            made[tensor] = nn.Parameter(twin, requires_grad=tensor.requires_grad) if trained else twin
+        return made[tensor]
+
+    try:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if getattr(getattr(child, "weight", None), "quant_state", None) is not None:
+                    undo.append(functools.partial(setattr, parent, name, child))
+                    setattr(parent, name, _unpacked(child))
+        for module in list(model.modules()):
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and tensor.is_floating_point():
+                    undo.append(functools.partial(setattr, module, name, tensor))
+                    setattr(module, name, doubled(tensor))
+        yield
+    finally:
+        for put_back in reversed(undo):
+            put_back()
+
+
 def _unpacked(layer: Any) -> nn.Linear:
     """The linear layer that a 4-bit one is, by what it makes of the unit vectors."""
     bias, layer.bias = layer.bias, None
@@ -424,13 +458,11 @@ def _whole_steps(
 ) -> tuple[Named, Named, Named]:
     untiled, tiled = _two_steps(model, batch, plan, loss, restart)
     restart()
-    twin = _double(model)
-    twin.zero_grad()
     doubled = pytree.tree_map(
         lambda item: item.double() if isinstance(item, torch.Tensor) and item.is_floating_point() else item, batch
     )
-    with _float64():
-        exact = _step(twin, doubled, loss)
+    with _in_double(model), _float64():
+        exact = _step(model, doubled, loss)
     restart()
     return untiled, tiled, exact
 

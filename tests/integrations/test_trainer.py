@@ -14,9 +14,9 @@ from peft import prepare_model_for_kbit_training
 from tests.integrations.runs import Generates, model, tokens, told, trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from tightfit.core import BudgetInfeasible, Unsupported
+from tightfit.core import BudgetInfeasible, Unsupported, parse_levers
 from tightfit.integrations import conflicts
 from tightfit.integrations import trainer as subject
 from tightfit.integrations.longest import Extent, longest_batch
@@ -524,3 +524,39 @@ def test_a_budget_that_nothing_fits(tmp_path: Path) -> None:
     with pytest.raises(BudgetInfeasible):
         run.train()
     assert untouched(run) and run.model.is_activation_checkpointing
+
+
+def wide() -> Any:
+    """Logits are most of its step, so that tiles are what takes the peak down."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=4096)
+    )
+
+
+@pytest.mark.parametrize(("levers", "budget"), [("recompute,tile", "60%"), ("", "35%")])
+def test_a_plan_in_tiles_is_proven_with_a_tolerance(levers: str, budget: str, tmp_path: Path) -> None:
+    """Asked for by name, and where nothing exact fits."""
+    rows = [{"input_ids": list(range(7, 135))}] * 8
+    options: dict[str, Any] = {"data": rows, "max_steps": 4, "save_strategy": "no"}
+    plain = trainer("trainer", tmp_path, subject=wide(), **options)
+    plain.train()
+    callback = TightfitCallback(budget, levers=parse_levers(levers))
+    ours = trainer("trainer", tmp_path, [callback], subject=wide(), **options)
+    ours.train()
+    assert callback.plan is not None and not callback.plan.exact
+    assert callback.proof is not None and callback.proof.passed, callback.proof.checks
+    assert "float64" in callback.proof["gradients"].expected
+    assert max(callback.peaks) <= callback.plan.budget_bytes * 1.005
+    logged = [entry for entry in ours.state.log_history if "loss" in entry]
+    assert all(entry["tightfit/gradients_within_tolerance"] == 1.0 for entry in logged)
+    assert not any("tightfit/gradients_identical" in entry for entry in logged)
+    losses = [entry["loss"] for entry in plain.state.log_history if "loss" in entry]
+    assert [entry["loss"] for entry in logged] == pytest.approx(losses, rel=1e-4)
+
+
+def test_what_the_plan_may_not_use_it_does_not_use(tmp_path: Path) -> None:
+    data = [{"input_ids": list(range(7, 135))}] * 8
+    with pytest.raises(BudgetInfeasible):
+        callback = TightfitCallback("35%", levers=parse_levers("recompute,nest"))
+        trainer("trainer", tmp_path, [callback], subject=wide(), data=data, max_steps=1).train()

@@ -15,7 +15,7 @@ from typing import Any
 
 from tightfit.core import Unsupported
 
-__all__ = ["is_default_checkpointing", "refuse"]
+__all__ = ["is_default_checkpointing", "refuse", "refuse_offloading"]
 
 _SWITCHES = ("activation_checkpointing", "gradient_checkpointing")
 
@@ -28,16 +28,19 @@ def is_default_checkpointing(args: Any) -> bool:
     return by_default and not options
 
 
-def refuse(trainer: Any, generates: bool) -> None:
-    """Raise `Unsupported` for what TRL offers and a plan cannot stand beside. `generates`: the trainer makes its
-    batches itself."""
-    args = trainer.args
-    offload = getattr(trainer, "maybe_activation_offload_context", None)
-    if getattr(args, "activation_offloading", False) or not isinstance(offload, (type(None), contextlib.nullcontext)):
+def refuse_offloading(args: Any, context: Any = None) -> None:
+    """Raise `Unsupported` where saved tensors are moved to the host. `context`: what the trainer's steps run in."""
+    if getattr(args, "activation_offloading", False) or not isinstance(context, (type(None), contextlib.nullcontext)):
         raise Unsupported(
             "activation_offloading=True and TightfitCallback(budget=...) both decide where saved tensors live: "
             "set activation_offloading=False, or leave the callback out"
         )
+
+
+def refuse(trainer: Any, generates: bool) -> None:
+    """Raise `Unsupported` for what TRL offers and a plan cannot stand beside. `generates`: the trainer makes its
+    batches itself."""
+    refuse_offloading(trainer.args, getattr(trainer, "maybe_activation_offload_context", None))
     if generates:
         raise Unsupported(
             f"{type(trainer).__name__} generates its batches while it trains, so none can be planned for before: "
