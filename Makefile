@@ -8,13 +8,14 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SITE_STAMP := $(VENV)/.installed-docs
 # Quiet twice: errors only. Once would still print a warning per package for every index that lacks it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 # One thread per pytest worker: two workers with torch's default of one thread per core only fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help demo test lint docs bench versions clean
+.PHONY: help demo test lint docs site bench versions clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -22,7 +23,8 @@ help:
 	@echo "make demo    fine-tune a small model inside a byte budget; the evidence goes to runs/"
 	@echo "make test    lint, then the tests (ARGS=... goes to pytest)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
-	@echo "make docs    write docs/cli.md from the program"
+	@echo "make docs    write the generated pages of docs/ from the program and benchmarks/results"
+	@echo "make site    build the documentation into site/ (open site/index.html)"
 	@echo "make bench   run every script in benchmarks/"
 	@echo "make versions  the integrations' tests under other releases of transformers and torch (slow)"
 	@echo "make clean   remove .venv, caches and build output (runs/ stays)"
@@ -55,6 +57,15 @@ lint: $(STAMP)
 docs: $(STAMP)
 	@$(BIN)/python docs/generate.py
 
+# The generator is an extra of its own: neither the demo nor the tests need it.
+$(SITE_STAMP): $(STAMP)
+	@$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+site: $(SITE_STAMP)
+	@$(BIN)/mkdocs build --quiet --strict
+	@echo "site/index.html"
+
 bench: $(STAMP)
 	@set -e; for script in benchmarks/[a-z]*.py; do \
 	    [ "$$script" = benchmarks/versions.py ] && continue; echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
@@ -63,5 +74,5 @@ versions: $(STAMP)
 	@$(BIN)/python benchmarks/versions.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,19 +1,24 @@
-"""Write `docs/cli.md` from the program's own `--help`; `docs/peers.md`, `docs/zoo.md`, `docs/forecast.md`,
-`docs/traps.md` and README's measured part from `benchmarks/results`.
+"""Write `docs/cli.md` from the program's own `--help`, `docs/reference.md` from its docstrings; `docs/peers.md`,
+`docs/zoo.md`, `docs/forecast.md`, `docs/traps.md`, `docs/switches.md` and every page's measured parts from
+`benchmarks/results`.
 
 Invariant: the page depends on the program alone, not on the terminal: the width is fixed and colour is off; every
-figure in README's measured part is in a results file.
-Refused: neither is edited by hand; `--check` exits 1 when a file differs from what would be written.
+figure in a measured part (between `<!-- measured: NAME; written by docs/generate.py -->` and `<!-- measured: end -->`)
+is in a results file.
+Refused: none of it is edited by hand; `--check` exits 1 when a file differs from what would be written.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
+import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +29,13 @@ ZOO = Path(__file__).with_name("zoo.md")
 FORECAST = Path(__file__).with_name("forecast.md")
 TRAPS = Path(__file__).with_name("traps.md")
 SWITCHES = Path(__file__).with_name("switches.md")
-LEVERS = Path(__file__).with_name("levers.md")
+LEVERS = Path(__file__).with_name("levers_measured.md")
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- measured: begin; written by docs/generate.py -->\n", "<!-- measured: end -->\n"
+REFERENCE = Path(__file__).with_name("reference.md")
+MEASURED = re.compile(
+    r"(<!-- measured: (?P<name>[a-z0-9-]+); written by docs/generate\.py -->\n).*?(<!-- measured: end -->\n)", re.DOTALL
+)
 WIDTH = 100
 HEAD = """\
 <!-- Written by docs/generate.py (`make docs`); do not edit. -->
@@ -104,6 +112,15 @@ def measured() -> str:
     return "\n".join(parts)
 
 
+#: One of each kind; the measured part names them as a part of all.
+README_PEERS = (
+    "every block (torch.utils.checkpoint)",
+    "selective: save products and attention",
+    "torch_remat: save attention",
+    "torch's partitioner, budget 0.4",
+)
+
+
 def _compared(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in found["rows"] if "extra_flops" in row]
 
@@ -114,10 +131,14 @@ def _against_peers(found: dict[str, Any]) -> str:
     timed = [row for row in rows if "time" in row]
     slower = [row for row in timed if row["time"] > row["peer_time"] * 1.03]
     wrong = [row for row in rows if row["gradients"] != "identical"]
-    shown = [row for row in rows if row["seq"] == min(r["seq"] for r in rows) and row["model"] in ("gpt2", "gpt2-lora")]
+    shown = [
+        row
+        for row in rows
+        if row["seq"] == min(r["seq"] for r in rows) and row["model"] == "gpt2-lora" and row["peer"] in README_PEERS
+    ]
     return (
         "At each peer's own measured peak (`benchmarks/peers.py`; activation peak as part of the unplanned one, extra "
-        "FLOPs of a step; every row of five models and two sequence lengths in [docs/peers.md](docs/peers.md)):\n\n"
+        f"FLOPs of a step; four of the {len(rows)} rows, all of them in [docs/peers.md](docs/peers.md)):\n\n"
         + _peer_table(shown)
         + "\n![peak against recompute](docs/peers.png)\n\n"
         f"Of {len(rows)} comparisons, {len(good)} need at most 0.9 of the peer's extra FLOPs; of the {len(timed)} that "
@@ -371,13 +392,22 @@ SWITCHES_HEAD = """\
 # Switches
 
 ```python
+import torch
+from torch import nn
+
 import tightfit
 
+model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(4)))
+batch, loss = torch.randn(512, 64), lambda model, batch: model(batch).square().mean()
+
 tightfit.enable(model)  # every unit runs again; for any nn.Module
-tightfit.enable(model, batch, budget="22GiB")  # a plan instead: what has to run again, no more
-tightfit.active(model)  # what is on, by whom, on which units, what it saves; false: nothing
-tightfit.active(model, batch)  # the saving measured, by the allocator's own count
+print(tightfit.active(model))  # what is on, by whom, on which units, what it saves; false: nothing
+print(tightfit.active(model, batch, loss=loss))  # the saving measured, by the allocator's own count
 tightfit.disable(model)
+
+tightfit.enable(model, batch, budget="70%", loss=loss)  # a plan instead: what has to run again, no more
+tightfit.disable(model)
+assert not tightfit.active(model)
 ```
 
 A transformers model is switched through its own flags, so `model.is_activation_checkpointing` says what is on; while
@@ -452,10 +482,10 @@ def _callback(found: dict[str, Any]) -> str:
 
 
 def levers_page() -> str:
-    """docs/levers.md: how far down each set of levers goes, and the curves."""
+    """docs/levers_measured.md: how far down each set of levers goes, and the curves."""
     found = json.loads((RESULTS / "levers.json").read_text(encoding="utf-8"))
     parts = [
-        "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# Levers\n",
+        "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# Levers, measured\n",
         "What a plan may use, and what each adds. All figures are from `python benchmarks/levers.py`; what the levers "
         "are is in [concepts](concepts.md).\n",
     ]
@@ -527,30 +557,252 @@ def levers_page() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def with_measured(text: str) -> str:
-    """README with its measured part written anew."""
-    head, _, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not end:
-        raise SystemExit(f"README.md lacks the lines {BEGIN.strip()!r} and {END.strip()!r}")
-    return head + BEGIN + "\n" + measured() + "\n" + END + tail
+# ---------------------------------------------------------------------------------------- measured parts
+
+KINDS_OF_PEERS = {
+    "peers-blocks": ("every ", "checkpoint_sequential", "transformers"),
+    "peers-selective": ("selective",),
+    "peers-remat": ("torch_remat",),
+    "peers-compiler": ("torch's partitioner",),
+}
+
+
+def _read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _range(rows: list[dict[str, Any]], key: str, form: str) -> str:
+    found = sorted(row[key] for row in rows if key in row)
+    if not found:
+        return ""
+    low, high = format(found[0], form), format(found[-1], form)
+    return low if low == high else f"{low} to {high}"
+
+
+def peers_of(kind: str) -> str:
+    """What one kind of peer does and what tightfit does in the same peak: all of its settings, lost ones too."""
+    rows = [row for row in _compared(_read("peers")) if row["peer"].startswith(KINDS_OF_PEERS[kind])]
+    lost = [row for row in rows if row["extra_flops"] > row["peer_extra_flops"] + 1e-6]
+    nothing = [row for row in rows if row["peer_peak"] >= 1]
+    other = [row["peer_gradients"] for row in rows if row["peer_gradients"] != "identical"]
+    lines = [
+        f"{len(rows)} comparisons on {', '.join(dict.fromkeys(row['model'] for row in rows))}; at the same peak "
+        f"tightfit reruns more than the peer in {len(lost)} of them"
+        + (f" ({'; '.join(_in_words(row) for row in lost)})" if lost else "")
+        + f". Peaks above no checkpointing at all: {len(nothing)}. "
+        + (
+            f"Gradients other than the plain step's: {len(other)} (relative error up to {max(other):.1g})."
+            if other
+            else "Gradients other than the plain step's: none."
+        ),
+        "",
+        "| setting | its peak | its extra | tightfit's extra | its time | tightfit's time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        mine = [row for row in rows if row["peer"] == peer]
+        lines.append(
+            f"| {peer} | {_range(mine, 'peer_peak', '.2f')} | {_range(mine, 'peer_extra_flops', '.1%')} "
+            f"| {_range(mine, 'extra_flops', '.1%')} | {_range(mine, 'peer_time', '.2f')} "
+            f"| {_range(mine, 'time', '.2f')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    return (
+        f"{row['model']}, {row['seq']}, {row['peer']}: {row['extra_flops']:.1%} against {row['peer_extra_flops']:.1%}"
+    )
+
+
+def timeline_part() -> str:
+    """The pictures of `benchmarks/timeline.py`, with their figures in words."""
+    found = _read("timeline")
+    points = {point["name"]: point for point in found["points"]}
+    peak = points["none"]["peak_bytes"]
+    off = max(abs(p["peak_bytes"] / p["measured_bytes"] - 1) for p in found["points"] if "measured_bytes" in p)
+
+    def told(name: str) -> str:
+        point = points[name]
+        return (
+            f"{point['peak_bytes'] / 2**30:.2f} GiB ({point['peak_bytes'] / peak:.0%}), {point['recompute_share']:.0%} "
+            "of the forward's FLOPs run again"
+        )
+
+    return (
+        f"One step of {found['model']} ({found['batch']} x {found['seq']} tokens, full fine-tuning, AdamW, fp32), "
+        "drawn from its trace (`benchmarks/timeline.py`). Without checkpointing what autograd saves grows through the "
+        "forward and is freed through the backward; logits and loss stand on top of it. Recomputed in every block, or "
+        "as a plan says, only what is kept stays.\n\n"
+        "![live bytes through one step: no checkpointing, every block, a plan](timeline.png)\n\n"
+        f"No checkpointing: {told('none')}. Every block: {told('every-block')}. A plan for 60 %: {told('chosen')}. "
+        f"The allocator's count of the first and the last is off by {off:.4%} at most.\n\n"
+        "Between keeping everything and the floor lies a curve; a budget is a point on it, and how far every block "
+        "stands above it is the part of recompute that buys nothing.\n\n"
+        "![peak against recompute of the same step](tradeoff.png)\n"
+    )
+
+
+def gpt2_part() -> str:
+    return _measured_table("gpt2", _read("measure_gpt2"))
+
+
+#: Measured parts by the name that a page gives them.
+PARTS: dict[str, Callable[[], str]] = {
+    "readme": measured,
+    "gpt2": gpt2_part,
+    "timeline": timeline_part,
+    **{kind: (lambda kind=kind: peers_of(kind)) for kind in KINDS_OF_PEERS},
+}
+
+
+def with_measured(path: Path) -> str:
+    """A page with its measured parts written anew."""
+
+    def part(match: re.Match[str]) -> str:
+        if match["name"] not in PARTS:
+            raise SystemExit(f"{path}: no measured part is called {match['name']!r}; there are {', '.join(PARTS)}")
+        return f"{match[1]}\n{PARTS[match['name']]()}\n{match[3]}"
+
+    text = path.read_text(encoding="utf-8")
+    written, count = MEASURED.subn(part, text)
+    if count != text.count("<!-- measured: end -->") or count != text.count("; written by docs/generate.py -->"):
+        raise SystemExit(f"{path}: a measured part is not opened or not closed")
+    return written
+
+
+# ----------------------------------------------------------------------------------------- the reference
+
+#: (heading, module, names): what a user may call. Read from the source, so that torch need not be there.
+PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("Trace and plan", "tightfit.trace", ("trace",)),
+    ("", "tightfit.plan", ("plan", "lowest", "every_block")),
+    ("", "tightfit.plan.simulate", ("simulate",)),
+    ("Apply and verify", "tightfit.fitting", ("fit", "Longer")),
+    ("", "tightfit.engine", ("apply", "Applied")),
+    ("", "tightfit.engine.region", ("checkpoint",)),
+    ("", "tightfit.verify", ("verify",)),
+    ("", "tightfit.measure", ("measure",)),
+    ("Switches", "tightfit.switches", ("enable", "active", "disable", "Activity")),
+    ("Integrations", "tightfit.integrations.trainer", ("TightfitCallback", "PeakCallback")),
+    ("", "tightfit.integrations.recovery", ("Recovery", "Retry", "OutOfMemory", "TornStep")),
+    ("", "tightfit.integrations.transformers", ("load_model", "random_batch")),
+    ("", "tightfit.integrations.peft", ("add_lora",)),
+    ("", "tightfit.integrations.accelerate", ("fit",)),
+    ("Doctor", "tightfit.doctor", ("examine",)),
+    ("Types", "tightfit.core", ("Lever", "Plan", "Choice", "Timeline", "Proof", "Check", "Trace", "Status", "Action")),
+    ("Errors", "tightfit.core", (
+        "TightfitError", "BudgetInfeasible", "InvalidInput", "PlanMismatch", "ReplayDiverged", "Unsupported",
+    )),
+    ("Sizes", "tightfit.core", ("parse_bytes", "format_bytes", "parse_levers")),
+)  # fmt: skip
+
+
+def _definition(module: str, name: str) -> ast.FunctionDef | ast.ClassDef:
+    base = ROOT / "src" / Path(*module.split("."))
+    path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
+            return node
+    raise SystemExit(f"{path} defines no {name}: mend PUBLIC in docs/generate.py")
+
+
+def _signature(node: ast.FunctionDef, name: str) -> str:
+    result = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
+    arguments = [part for part in ast.unparse(node.args).split("self, ", 1) if part != "self"]
+    line = f"{name}({arguments[-1] if arguments else ''}){result}"
+    if len(line) <= WIDTH:
+        return line
+    stripped = ast.parse(f"def f({arguments[-1]}): pass").body[0]
+    assert isinstance(stripped, ast.FunctionDef)
+    found = stripped.args
+    parts: list[str] = []
+    plain = [*found.posonlyargs, *found.args]
+    defaults: list[ast.expr | None] = [*[None] * (len(plain) - len(found.defaults)), *found.defaults]
+    parts += [_argument(a, d) for a, d in zip(plain, defaults, strict=True)]
+    if found.vararg is not None:
+        parts.append("*" + ast.unparse(found.vararg))
+    elif found.kwonlyargs:
+        parts.append("*")
+    parts += [_argument(a, d) for a, d in zip(found.kwonlyargs, found.kw_defaults, strict=True)]
+    if found.kwarg is not None:
+        parts.append("**" + ast.unparse(found.kwarg))
+    return f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){result}"
+
+
+def _argument(argument: ast.arg, default: ast.expr | None) -> str:
+    if default is None:
+        return ast.unparse(argument)
+    return f"{ast.unparse(argument)} = {ast.unparse(default)}"
+
+
+def _entry(module: str, name: str) -> str:
+    node = _definition(module, name)
+    lines = [f"### `{module}.{name}`", ""]
+    if isinstance(node, ast.FunctionDef):
+        lines += ["```text", _signature(node, name), "```", ""]
+    else:
+        inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+        if inits:
+            lines += ["```text", _signature(inits[0], name).removesuffix(" -> None"), "```", ""]
+    if text := ast.get_docstring(node):
+        lines += [inspect.cleandoc(text).replace("<", "&lt;"), ""]
+    if isinstance(node, ast.ClassDef):
+        lines += _members(node)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _members(node: ast.ClassDef) -> list[str]:
+    """A table of fields, with the comment that stands beside them left to the source, and the methods' first lines."""
+    rows = []
+    for member in node.body:
+        if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
+            default = "" if member.value is None else f" = {ast.unparse(member.value)}"
+            rows.append((f"{member.target.id}: {ast.unparse(member.annotation)}{default}", ""))
+        elif isinstance(member, ast.Assign) and isinstance(member.targets[0], ast.Name):
+            rows.append((f"{member.targets[0].id} = {ast.unparse(member.value)}", ""))
+        elif (
+            isinstance(member, ast.FunctionDef)
+            and not member.name.startswith(("_", "on_"))
+            and (said := ast.get_docstring(member))
+        ):
+            rows.append((f"{member.name}()", said.splitlines()[0]))
+    if not rows:
+        return []
+    cells = [(code.replace("|", "\\|"), said.replace("|", "\\|")) for code, said in rows if not code.startswith("_")]
+    return ["| member | |", "|---|---|", *(f"| `{code}` | {said} |" for code, said in cells), ""]
+
+
+def reference_page() -> str:
+    """docs/reference.md: signatures and docstrings of what a user may call, from the source."""
+    parts = [
+        "<!-- Written by docs/generate.py (`make docs`) from the docstrings; do not edit. -->\n\n# Every name\n",
+        "Signatures and docstrings, as in the source. An overview is in [Python API](api.md). The verbs and the errors "
+        "are also names of `tightfit` itself.\n",
+    ]
+    for heading, module, names in PUBLIC:
+        if heading:
+            parts.append(f"## {heading}\n")
+        parts += [_entry(module, name) for name in names]
+    return "\n".join(parts)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Write docs/cli.md, docs/peers.md, docs/zoo.md, docs/forecast.md, docs/traps.md, docs/switches.md, "
-        "docs/levers.md "
-        "and README's measured part."
+        description="Write the pages of docs/ that are generated, and the measured parts of the others and of README."
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
     check = parser.parse_args().check
     fix_terminal()
-    readme = README.read_text(encoding="utf-8")
     stale = False
-    pages = (
+    pages = [
         (PAGE, render()), (PEERS, peers_page()), (ZOO, zoo_page()), (FORECAST, forecast_page()),
-        (TRAPS, traps_page()), (SWITCHES, switches_page()), (LEVERS, levers_page()), (README, with_measured(readme)),
-    )  # fmt: skip
+        (TRAPS, traps_page()), (SWITCHES, switches_page()), (LEVERS, levers_page()), (REFERENCE, reference_page()),
+    ]  # fmt: skip
+    written = {page for page, _ in pages}
+    others = [README, *sorted(page for page in README.with_name("docs").rglob("*.md") if page not in written)]
+    pages += [(page, with_measured(page)) for page in others]
     for page, text in pages:
         on_disk = page.read_text(encoding="utf-8") if page.exists() else ""
         if page.exists() and text == on_disk:

@@ -1,14 +1,15 @@
-"""README.md is executed: its Python blocks run, its commands run, and what is not run says why.
+"""README.md and every page of docs/ are executed: their Python runs, their commands run, what is not run says why.
 
-Every ```python block runs in a fresh process in a temporary folder. In ```sh and ```console blocks, `tightfit` and
-`python` lines run (a pipe or a redirection after them too); `make` lines are checked with `make -n`, because
-running them would call this test again; `cd`, `git`, `pip` and activating an environment are what a reader
-does once. Any other command fails the test, so that nothing goes untested without a word. `examples/` and
-`benchmarks/` of the checkout can be reached from the temporary folder.
+A page is one story, told in order: its ```python blocks are one program, its ```sh and ```console blocks run after it,
+in one temporary folder. A block with `title="sft.yaml"` is a file of that folder. `tightfit` and `python` lines run (a
+pipe or a redirection after them too); `make` lines are checked with `make -n`, because running them would call this
+test again; `cd`, `git`, `pip` and activating an environment are what a reader does once. Any other command fails the
+test, and so does a YAML block that is no file: nothing goes untested without a word. `examples/` and `benchmarks/` of
+the checkout can be reached from the temporary folder.
 
 Comments right before a block steer it:
 
-    <!-- test: slow -->         only with -m slow
+    <!-- test: slow -->         only with -m slow, which runs the whole page
     <!-- test: skip REASON -->  not run; the reason is shown
     <!-- test: exit 1 -->       the last command's exit status is 1 ("the answer is no")
 """
@@ -21,22 +22,26 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+FOUND = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in FOUND}
 
 PYTHON = frozenset({"python", "py"})
 SHELL = frozenset({"sh", "bash", "shell", "console"})
+FILES = frozenset({"yaml", "yml", "toml", "json"})
 
 SECONDS_ALLOWED = 180
 SLOW_SECONDS_ALLOWED = 1800
 
 DIRECTIVE = re.compile(r"\s*<!--\s*test:\s*(?P<verb>\S+)\s*(?P<rest>.*?)\s*-->\s*")
 FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})\s*(?P<info>[^`]*)")
+TITLE = re.compile(r'title="([^"/]+)"')
 
 
 # --------------------------------------------------------------------------------------------- parser
@@ -49,6 +54,7 @@ class Block:
     language: str
     line: int
     source: str
+    title: str | None = None
     slow: bool = False
     skip: str | None = None
     exit_status: int = 0
@@ -71,8 +77,7 @@ def parse(text: str) -> list[Block]:
                 body.append(inner)
             else:
                 raise ValueError(f"line {number}: this block is never closed")
-            language = (opening["info"].split() or [""])[0].lower()
-            blocks.append(_block(language, number, textwrap.dedent("\n".join(body)), directives))
+            blocks.append(_block(opening["info"], number, textwrap.dedent("\n".join(body)), directives))
             directives = []
         elif line.strip() and directives:
             raise ValueError(f"line {directives[-1][0]}: a test comment must stand right before a block")
@@ -81,7 +86,8 @@ def parse(text: str) -> list[Block]:
     return blocks
 
 
-def _block(language: str, line: int, source: str, directives: list[tuple[int, str, str]]) -> Block:
+def _block(info: str, line: int, source: str, directives: list[tuple[int, str, str]]) -> Block:
+    language, title = (info.split() or [""])[0].lower(), TITLE.search(info)
     slow, skip, exit_status = False, None, 0
     for number, verb, rest in directives:
         if verb == "slow" and not rest:
@@ -92,7 +98,12 @@ def _block(language: str, line: int, source: str, directives: list[tuple[int, st
             exit_status = int(rest)
         else:
             raise ValueError(f"line {number}: expected `slow`, `skip REASON` or `exit N`, found `{verb} {rest}`")
-    return Block(language=language, line=line, source=source, slow=slow, skip=skip, exit_status=exit_status)
+    if language in PYTHON and exit_status:
+        raise ValueError(f"line {line}: `exit N` is for commands")
+    return Block(
+        language=language, line=line, source=source, title=title and title[1], slow=slow, skip=skip,
+        exit_status=exit_status,
+    )  # fmt: skip
 
 
 def commands(block: Block) -> list[str]:
@@ -132,23 +143,34 @@ def treatment(command: str) -> str:
     return "leave" if name in {"cd", "git", "pip", "pip3", "source", "."} else "unknown"
 
 
-# ------------------------------------------------------------------------------------ README, executed
+# ------------------------------------------------------------------------------------- pages, executed
 
 
-def blocks_of(languages: frozenset[str]) -> list[object]:
-    """The README's blocks in these languages, as pytest parameters with their marks."""
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
-    parameters: list[object] = []
-    for block in parse(text):
-        if block.language in languages:
-            marks = [pytest.mark.slow] if block.slow else []
+def blocks_of(page: str) -> list[Block]:
+    """What there is to execute on a page."""
+    blocks = parse(PAGES[page].read_text(encoding="utf-8")) if PAGES[page].exists() else []
+    return [block for block in blocks if block.title or block.language in PYTHON | SHELL | FILES]
+
+
+def stories() -> Iterator[object]:
+    """(page, with its slow blocks?) for each page that has something to run, as pytest parameters."""
+    for page in PAGES:
+        todo = [block for block in blocks_of(page) if block.skip is None]
+        if any(not block.slow and not block.title for block in todo):
+            yield pytest.param(page, False, id=page)
+        if any(block.slow for block in todo):
+            yield pytest.param(page, True, id=f"{page}-slow", marks=pytest.mark.slow)
+
+
+def left_out() -> Iterator[object]:
+    for page in PAGES:
+        for block in blocks_of(page):
             if block.skip is not None:
-                marks.append(pytest.mark.skip(reason=f"README line {block.line}: {block.skip}"))
-            parameters.append(pytest.param(block, marks=marks, id=f"line-{block.line}"))
-    return parameters
+                reason = f"{page} line {block.line}: {block.skip}"
+                yield pytest.param(block, id=f"{page}-{block.line}", marks=pytest.mark.skip(reason=reason))
 
 
-def run(arguments: list[str], folder: Path, block: Block) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], folder: Path, where: str, slow: bool = False) -> subprocess.CompletedProcess[str]:
     """Run in `folder` with this environment's programs first on the path, away from the network."""
     for name in ("examples", "benchmarks"):
         if (ROOT / name).is_dir() and not (folder / name).exists():
@@ -158,52 +180,75 @@ def run(arguments: list[str], folder: Path, block: Block) -> subprocess.Complete
         "HF_HUB_OFFLINE": "1",  # a block that needs the hub would hang here and must be marked
         "PYTHONUNBUFFERED": "1",
     }
-    allowed = SLOW_SECONDS_ALLOWED if block.slow else SECONDS_ALLOWED
+    allowed = SLOW_SECONDS_ALLOWED if slow else SECONDS_ALLOWED
     try:
         return subprocess.run(
             arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=allowed, check=False
         )
     except subprocess.TimeoutExpired:
-        advice = "" if block.slow else "; mark the block with <!-- test: slow -->"
-        pytest.fail(f"README line {block.line}: still running after {allowed} s{advice}")
+        advice = "" if slow else "; mark the block with <!-- test: slow -->"
+        pytest.fail(f"{where}: still running after {allowed} s{advice}")
 
 
-def test_readme_has_a_python_block() -> None:
-    assert README.exists(), "there is no README.md"
-    assert any(block.language in PYTHON for block in parse(README.read_text(encoding="utf-8")))
+def program(blocks: list[Block]) -> str:
+    """The blocks as one program, each at the line that it has on the page, so that a traceback names the page's."""
+    lines: list[str] = []
+    for block in blocks:
+        lines += [""] * (block.line - len(lines))
+        lines += block.source.splitlines()
+    return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("block", blocks_of(PYTHON))
-def test_python_block(block: Block, tmp_path: Path) -> None:
-    script = tmp_path / "block.py"
-    # Blank lines in front make the traceback name README's own line numbers.
-    script.write_text("\n" * block.line + block.source + "\n", encoding="utf-8")
-    done = run([sys.executable, str(script)], tmp_path, block)
-    assert done.returncode == block.exit_status, f"README line {block.line}\n{done.stdout}\n{done.stderr}"
+def tell(page: str, blocks: list[Block], folder: Path) -> None:
+    """Write a page's files, run its Python, then its commands; fails at the first that does not do as it should."""
+    for block in blocks:
+        if block.title:
+            (folder / block.title).write_text(block.source + "\n", encoding="utf-8")
+        else:
+            assert block.language not in FILES, f'{page} line {block.line}: give it title="its file\'s name"'
+    if python := [block for block in blocks if block.language in PYTHON and not block.title]:
+        script = folder / "page.py"
+        script.write_text(program(python), encoding="utf-8")
+        done = run([sys.executable, str(script)], folder, page, any(block.slow for block in python))
+        assert done.returncode == 0, f"{page}\n{done.stdout}\n{done.stderr}"
+    for block in blocks:
+        if block.language in SHELL and not block.title:
+            run_commands(page, block, folder)
 
 
-@pytest.mark.parametrize("block", blocks_of(SHELL))
-def test_shell_block(block: Block, tmp_path: Path) -> None:
+def run_commands(page: str, block: Block, folder: Path) -> None:
     todo = commands(block)
-    assert todo, f"README line {block.line}: a {block.language} block without a command"
+    assert todo, f"{page} line {block.line}: a {block.language} block without a command"
     for command in todo:
         expected = block.exit_status if command == todo[-1] else 0
-        action = treatment(command)
+        action, where = treatment(command), f"{page} line {block.line}"
         assert action != "unknown", (
-            f"README line {block.line}: `{command}` is no command this test knows; mark the block with "
-            "<!-- test: skip REASON -->"
+            f"{where}: `{command}` is no command this test knows; mark the block with <!-- test: skip REASON -->"
         )
         if action == "dry run":
             dry = command.split("#", 1)[0].replace("make", "make --dry-run", 1)
-            done = run(["bash", "-c", f"cd '{ROOT}' && {dry}"], tmp_path, block)
-            assert done.returncode == 0, f"README line {block.line}: `{command}`\n{done.stderr}"
+            done = run(["bash", "-c", f"cd '{ROOT}' && {dry}"], folder, where, block.slow)
+            assert done.returncode == 0, f"{where}: `{command}`\n{done.stderr}"
         elif action == "run":
             here = command.replace(".venv/bin/", "", 1)
-            done = run(["bash", "-o", "pipefail", "-c", here], tmp_path, block)
+            done = run(["bash", "-o", "pipefail", "-c", here], folder, where, block.slow)
             assert done.returncode == expected, (
-                f"README line {block.line}: `{command}` ended with {done.returncode}, expected {expected}\n"
-                f"{done.stdout}\n{done.stderr}"
+                f"{where}: `{command}` ended with {done.returncode}, expected {expected}\n{done.stdout}\n{done.stderr}"
             )
+
+
+def test_readme_has_a_python_block() -> None:
+    assert any(block.language in PYTHON for block in blocks_of("README.md"))
+
+
+@pytest.mark.parametrize(("page", "slow"), list(stories()))
+def test_page(page: str, slow: bool, tmp_path: Path) -> None:
+    tell(page, [block for block in blocks_of(page) if block.skip is None and (slow or not block.slow)], tmp_path)
+
+
+@pytest.mark.parametrize("block", list(left_out()))
+def test_left_out(block: Block) -> None:
+    raise AssertionError(f"{block} is marked as skipped")
 
 
 # ------------------------------------------------------------------------------- the parser's own tests
@@ -300,4 +345,31 @@ def test_treatment(command: str, expected: str) -> None:
 def test_an_unknown_make_target_is_found(tmp_path: Path) -> None:
     block = Block(language="sh", line=1, source="make no-such-target")
     with pytest.raises(AssertionError, match="no-such-target"):
-        test_shell_block(block, tmp_path)
+        tell("a page", [block], tmp_path)
+
+
+def test_a_program_keeps_the_lines_of_its_page() -> None:
+    text = "# Title\n\n```python\nx = 1\n```\ntext\n```python\ny = x\n```\n"
+    assert program(parse(text)).splitlines()[3::4] == ["x = 1", "y = x"]
+
+
+def test_blocks_go_on_from_those_before_and_a_failure_names_its_line(tmp_path: Path) -> None:
+    good = parse("```python\nx = 1\n```\n```python\nassert x == 1\n```\n")
+    tell("a page", good, tmp_path)
+    with pytest.raises(AssertionError, match="line 5"):
+        tell("a page", parse("```python\nx = 2\n```\n```python\nassert x == 1\n```\n"), tmp_path)
+
+
+def test_a_titled_block_is_a_file_for_the_commands(tmp_path: Path) -> None:
+    check = """python -c 'assert open("some.yaml").read() == "a: 1\\n"'"""
+    text = f'```yaml title="some.yaml"\na: 1\n```\n```sh\n{check}\n```\n'
+    tell("a page", parse(text), tmp_path)
+    with pytest.raises(AssertionError, match="line 1: give it title"):
+        tell("a page", parse("```yaml\na: 1\n```\n"), tmp_path)
+
+
+def test_a_wrong_exit_status_is_found(tmp_path: Path) -> None:
+    command = "```sh\npython -c 'raise SystemExit(1)'\n```\n"
+    tell("a page", parse("<!-- test: exit 1 -->\n" + command), tmp_path)
+    with pytest.raises(AssertionError, match="ended with 1, expected 0"):
+        tell("a page", parse(command), tmp_path)
