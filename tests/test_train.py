@@ -188,6 +188,24 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == (second, 12)
 
 
+def test_cut_short_after_the_last_step(
+    place: Path, whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint holds all steps already: going on from it saves the model and trains no step more."""
+
+    def interrupted(self: Any, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training._Run, "_study", interrupted)
+    assert train(options(place, tmp_path / "run")).status == "interrupted"
+    monkeypatch.undo()
+    found = last_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None and found[1] == STEPS
+    run = train(TrainOptions(out=str(tmp_path / "run"), resume=True))
+    assert is_the_same_run(run, whole)
+    assert run.proof is not None and run.passed and (run.folder / "study.json").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_at_any_moment_and_resume(moment: str, place: Path, whole: RunResult, tmp_path: Path) -> None:
@@ -445,11 +463,20 @@ def test_a_trl_yaml_trains_as_trl_would(place: Path, tmp_path: Path) -> None:
     assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == list(run.losses)
 
 
-def test_checkpointing_in_a_yaml_gives_way(place: Path, tmp_path: Path) -> None:
+def test_checkpointing_in_a_yaml_gives_way(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own is off, in the steps that are compared too, and the run says so."""
+    on: list[bool] = []
+    real = SFTTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        on.append(self.model.is_gradient_checkpointing)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", training_step)
     keys = {"gradient_checkpointing": True, "compare_steps": 2, "max_steps": 2}
     run = train(TrainOptions(config=yaml(place, tmp_path, **keys), budget="97%"))
     assert run.passed and run.losses_identical and run.plan is not None and run.plan.replays
+    assert on == [False] * 4
     notes = json.loads((run.folder / "record.json").read_text())["observed"]["notes"]
     assert "gradient_checkpointing in these settings is off: the plan decides what is recomputed" in notes
 

@@ -1097,6 +1097,8 @@ class _Watch(_Losses):
         run = self.run
         run.total_steps = state.max_steps
         run.open(args)
+        if state.global_step >= state.max_steps:  # cut short after the last step; the Trainer would train one more
+            running_trainer()._run_epoch = lambda **kwargs: None
         self.file = open(run.folder / "losses.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         if run.progress is not None:
             self.bar = Progress(
