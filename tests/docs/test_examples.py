@@ -75,5 +75,6 @@ def test_the_qlora_chain_in_short(tmp_path: Path) -> None:
 def test_the_qlora_chain(tmp_path: Path) -> None:
     losses = is_good(run_config(tmp_path))
     base = [json.loads(line)["loss"] for line in (tmp_path / "run" / "base" / "losses.jsonl").read_text().splitlines()]
-    assert base[-1] < base[0] - 2
-    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.3
+    # batches of other files differ by some tenths; seen: 5.87 to 2.76, and 3.23 to 2.82
+    assert sum(base[-10:]) / 10 < base[0] - 2.5
+    assert sum(losses[-10:]) / 10 < sum(losses[:3]) / 3 - 0.3
