@@ -6,9 +6,10 @@
 GPT-2 (124M), 2 x 512 tokens, full fine-tuning, fp32, AdamW, on the CPU: one real step is traced, op by op, and walked
 through by the referee without a plan, with the plan that keeps nothing of any block, and with a plan for 60 % of the
 peak. Beside it real steps are measured without anything, under `torch.utils.checkpoint` around every block, and under
-the plan: the peak by the allocator's own count, and the FLOPs that are run again. The second picture shows the measured
-FLOPs of these three: torch's checkpointing reruns what nobody needs, too, which the plan that keeps nothing does not.
-Bytes and FLOPs only: no seconds of this script are worth anything on a busy machine. Drawing needs matplotlib.
+the plan: the peak by the allocator's own count, and the FLOPs that are run again. The second picture shows these
+three; torch's checkpointing reruns what nobody needs, too, which the plan that keeps nothing does not.
+Bytes and FLOPs only; on a busy machine plans weigh the wrong seconds, and the curve is not smooth.
+Drawing needs matplotlib.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "timeline.json"
 BATCH, SEQ, BUDGET = 2, 512, "60%"
-SHOWN = {"none": "no checkpointing", "every-block": "every block", "chosen": "a plan for 60 %"}
+SHOWN = {"none": "no checkpointing", "every-block": "nothing kept in any block", "chosen": "a plan for 60 %"}
 COLOURS = {
     "parameters": "#4c566a", "gradients": "#b48ead", "optimizer_state": "#8fbcbb", "buffers": "#d8dee9",
     "inputs": "#a3be8c", "saved": "#5e81ac", "loss": "#d08770", "temporaries": "#ebcb8b",
@@ -122,9 +123,7 @@ def draw(found: dict[str, Any]) -> None:
         )  # fmt: skip
         peak = points[name]["peak_bytes"] / GIB
         axis.axhline(peak, color="k", lw=0.8, ls="--")
-        axis.set_title(
-            f"{title}\npeak {peak:.2f} GiB, {points[name]['measured_recompute_share']:.0%} rerun", fontsize=9
-        )
+        axis.set_title(f"{title}\npeak {peak:.2f} GiB, {points[name]['recompute_share']:.0%} rerun", fontsize=9)
         axis.set_xlim(0, 1)
         axis.set_xticks([])
         axis.set_xlabel("one step", fontsize=8)
@@ -136,13 +135,17 @@ def draw(found: dict[str, Any]) -> None:
 
     figure, axis = plt.subplots(figsize=(6.0, 3.4), layout="constrained")
     peak = points["none"]["peak_bytes"]
-    plans = [point for name, point in points.items() if name != "every-block"]
+    plans = [point for name, point in points.items() if name != "every-block"]  # as low as `lowest`, at a higher price
     curve = sorted((p["peak_bytes"] / peak, 100 * p["recompute_share"]) for p in plans)
     axis.plot([x for x, _ in curve], [y for _, y in curve], "k.-", lw=1, label="plans, by the referee")
-    for name, marker in (("none", "o"), ("every-block", "s"), ("chosen", "^")):
+    for name, marker, label in (
+        ("none", "o", "no checkpointing"),
+        ("every-block", "s", "every block, torch.utils.checkpoint"),
+        ("chosen", "^", "a plan for 60 %"),
+    ):
         point = points[name]
         share = point["measured_recompute_share"]
-        axis.plot(point["measured_bytes"] / peak, 100 * share, marker, ms=8, label=f"{SHOWN[name]}, measured")
+        axis.plot(point["measured_bytes"] / peak, 100 * share, marker, ms=8, label=f"{label}, measured")
     axis.set_xlabel("peak of the whole step / that without checkpointing", fontsize=9)
     axis.set_ylabel("run again, % of the forward's FLOPs", fontsize=9)
     axis.grid(alpha=0.3)
