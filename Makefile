@@ -63,7 +63,7 @@ $(SITE_STAMP): $(STAMP)
 	@touch $@
 
 site: $(SITE_STAMP)
-	@$(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "site/index.html"
 
 bench: $(STAMP)

@@ -592,7 +592,8 @@ def peers_of(kind: str) -> str:
         + (f" ({'; '.join(_in_words(row) for row in lost)})" if lost else "")
         + f". Peaks above no checkpointing at all: {len(nothing)}. "
         + (
-            f"Gradients other than the plain step's: {len(other)} (relative error up to {max(other):.1g})."
+            f"Gradients other than the plain step's: {len(other)} (relative error up to {max(other):.1g}; "
+            f"{', '.join(dict.fromkeys(row['model'] for row in rows if row['peer_gradients'] != 'identical'))})."
             if other
             else "Gradients other than the plain step's: none."
         ),
@@ -621,23 +622,26 @@ def timeline_part() -> str:
     found = _read("timeline")
     points = {point["name"]: point for point in found["points"]}
     peak = points["none"]["peak_bytes"]
-    off = max(abs(p["peak_bytes"] / p["measured_bytes"] - 1) for p in found["points"] if "measured_bytes" in p)
+    off = max(abs(points[n]["measured_bytes"] / points[n]["peak_bytes"] - 1) for n in ("none", "chosen"))
 
     def told(name: str) -> str:
         point = points[name]
         return (
-            f"{point['peak_bytes'] / 2**30:.2f} GiB ({point['peak_bytes'] / peak:.0%}), {point['recompute_share']:.0%} "
-            "of the forward's FLOPs run again"
+            f"{point['measured_bytes'] / 2**30:.2f} GiB ({point['measured_bytes'] / peak:.0%}), "
+            f"{point['measured_recompute_share']:.0%} of the forward's FLOPs run again"
         )
 
     return (
         f"One step of {found['model']} ({found['batch']} x {found['seq']} tokens, full fine-tuning, AdamW, fp32), "
         "drawn from its trace (`benchmarks/timeline.py`). Without checkpointing what autograd saves grows through the "
-        "forward and is freed through the backward; logits and loss stand on top of it. Recomputed in every block, or "
-        "as a plan says, only what is kept stays.\n\n"
-        "![live bytes through one step: no checkpointing, every block, a plan](timeline.png)\n\n"
-        f"No checkpointing: {told('none')}. Every block: {told('every-block')}. A plan for 60 %: {told('chosen')}. "
-        f"The allocator's count of the first and the last is off by {off:.4%} at most.\n\n"
+        "forward and is freed through the backward; logits and loss stand on top of it. In the middle no block keeps "
+        "anything but its input; on the right a plan keeps what fits.\n\n"
+        "![live bytes through one step: no checkpointing, nothing kept in any block, a plan](timeline.png)\n\n"
+        "From left to right: the forward, the loss, the backward and the optimizer's step. Measured beside it, by the "
+        f"allocator's own count: no checkpointing {told('none')}; every block (`torch.utils.checkpoint`) "
+        f"{told('every-block')}; a plan for 60 % {told('chosen')}. The first and the last are drawn within "
+        f"{off:.5%} of what was measured; torch's own checkpointing holds and reruns more than the plan in the middle, "
+        "which reruns only what is needed, when it is needed.\n\n"
         "Between keeping everything and the floor lies a curve; a budget is a point on it, and how far every block "
         "stands above it is the part of recompute that buys nothing.\n\n"
         "![peak against recompute of the same step](tradeoff.png)\n"
@@ -708,11 +712,20 @@ def _definition(module: str, name: str) -> ast.FunctionDef | ast.ClassDef:
     raise SystemExit(f"{path} defines no {name}: mend PUBLIC in docs/generate.py")
 
 
+def _imported_as(module: str, name: str) -> str:
+    """What a user writes: most names are those of `tightfit` itself."""
+    from tightfit import __all__ as own
+
+    if module.startswith("tightfit.integrations"):
+        return f"{module.replace('.trainer', '.transformers')}.{name}"
+    return f"tightfit.{name}" if name in own else f"{module}.{name}"
+
+
 def _signature(node: ast.FunctionDef, name: str) -> str:
     result = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
     arguments = [part for part in ast.unparse(node.args).split("self, ", 1) if part != "self"]
     line = f"{name}({arguments[-1] if arguments else ''}){result}"
-    if len(line) <= WIDTH:
+    if len(line) <= 84:
         return line
     stripped = ast.parse(f"def f({arguments[-1]}): pass").body[0]
     assert isinstance(stripped, ast.FunctionDef)
@@ -739,7 +752,7 @@ def _argument(argument: ast.arg, default: ast.expr | None) -> str:
 
 def _entry(module: str, name: str) -> str:
     node = _definition(module, name)
-    lines = [f"### `{module}.{name}`", ""]
+    lines = [f"### `{_imported_as(module, name)}`", ""]
     if isinstance(node, ast.FunctionDef):
         lines += ["```text", _signature(node, name), "```", ""]
     else:
@@ -778,8 +791,7 @@ def reference_page() -> str:
     """docs/reference.md: signatures and docstrings of what a user may call, from the source."""
     parts = [
         "<!-- Written by docs/generate.py (`make docs`) from the docstrings; do not edit. -->\n\n# Every name\n",
-        "Signatures and docstrings, as in the source. An overview is in [Python API](api.md). The verbs and the errors "
-        "are also names of `tightfit` itself.\n",
+        "Signatures and docstrings, as in the source. An overview is in [Python API](api.md).\n",
     ]
     for heading, module, names in PUBLIC:
         if heading:

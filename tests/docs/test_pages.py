@@ -25,6 +25,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -249,6 +250,51 @@ def test_page(page: str, slow: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", list(left_out()))
 def test_left_out(block: Block) -> None:
     raise AssertionError(f"{block} is marked as skipped")
+
+
+# ---------------------------------------------------------------------------------- commands in sentences
+
+INLINE = re.compile(r"`(tightfit(?: [^`]+)?)`")
+
+
+def inline_commands() -> list[tuple[str, str]]:
+    """(page, command) for each `tightfit ...` in running text; generated reference pages say what the program says."""
+    found = []
+    for page, path in PAGES.items():
+        text = re.sub(r"(?ms)^(```|~~~).*?^\1$", "", path.read_text(encoding="utf-8"))
+        found += [(page, command) for command in INLINE.findall(text) if page != "docs/reference.md"]
+    return sorted(set(found))
+
+
+def unknown_word(command: str) -> str | None:
+    """The first word of `tightfit COMMAND ... --option` that the program does not know."""
+    import typer.main
+
+    from tightfit.cli import app
+
+    root: Any = typer.main.get_command(app)
+    words, chosen = command.split()[1:], root
+    if words and not words[0].startswith("--"):
+        chosen = root.commands.get(words[0])
+        if chosen is None:
+            return words[0]
+    known = {name for option in chosen.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
+    takes_more = words[:1] == ["train"]  # TRL's options
+    options = [word.split("=")[0] for word in words if word.startswith("--")]
+    return next((option for option in options if option not in known and not takes_more), None)
+
+
+def test_commands_in_sentences_exist() -> None:
+    found = inline_commands()
+    assert len(found) > 20
+    wrong = [f"{page}: `{command}`: {word}" for page, command in found if (word := unknown_word(command))]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_command_that_is_none_is_found() -> None:
+    assert unknown_word("tightfit check gpt2 --gpu all") is None
+    assert unknown_word("tightfit chekc gpt2") == "chekc"
+    assert unknown_word("tightfit check gpt2 --card all") == "--card"
 
 
 # ------------------------------------------------------------------------------- the parser's own tests
