@@ -17,7 +17,9 @@ from torch import nn
 
 import tightfit
 from tightfit.cli import main
-from tightfit.core import InvalidInput
+from tightfit.core import Action, InvalidInput, Lever
+from tightfit.plan import lowest
+from tightfit.plan.shares import shares
 from tightfit.report import chrome_trace, markdown_of, memory_snapshot, page, run_document, sparkline, study
 from tightfit.report.study import MOMENTS
 
@@ -58,6 +60,29 @@ def test_a_study_has_the_chosen_plan_among_at_least_sixteen(recorded: tightfit.T
         assert all(len(row) == len(found.kinds[u.kind]) for row, u in zip(point.kept, found.units, strict=True))
     assert "r" in "".join(found.points[found.chosen].kept)
     assert set("".join(found.points[0].kept)) == {"k"}
+
+
+def test_every_action_is_on_the_map_and_each_lever_in_the_table(recorded: tightfit.Trace) -> None:
+    plan = lowest(recorded, levers=frozenset(Lever) - {Lever.TILE})
+    found = study(recorded, plan)
+    chosen = found.points[found.chosen]
+    offloaded = [c for c in plan.choices if Action.OFFLOAD in (*c.actions, *c.inputs)]
+    assert offloaded and plan.offloaded_bytes
+    assert "o" in "".join((*chosen.kept, chosen.inputs))
+    assert len(chosen.inputs) == len(found.units)
+    assert {each.lever for each in found.levers} == {share.lever.value for share in shares(recorded, plan)} != set()
+    assert found.points[0].inputs == "k" * len(found.units)
+
+
+def test_a_swept_input_is_on_the_map() -> None:
+    torch.manual_seed(0)
+    blocks = (nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh()) for _ in range(8))
+    deep = tightfit.trace(nn.Sequential(*blocks), torch.randn(256, 32), loss=lambda m, b: m(b).square().mean())
+    plan = lowest(deep)
+    assert plan.advances, "no sweep in the lowest plan of eight narrow blocks"
+    found = study(deep, plan)
+    assert "s" in found.points[found.chosen].inputs
+    assert "nest" in {each.lever for each in found.levers}
 
 
 def test_the_answer_is_there_without_a_script_and_nothing_is_fetched(recorded: tightfit.Trace) -> None:

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tightfit.core import Forecast, InvalidInput, Measurement, Plan, format_bytes, to_json
+from tightfit.core import Action, Forecast, InvalidInput, Measurement, Plan, format_bytes, to_json
 from tightfit.report.study import Study
 from tightfit.report.text import tiles_said
 
@@ -132,7 +132,7 @@ def _held(gradients: Mapping[str, Any]) -> str:
 
 def plan_document(plan: Plan, model: str, study: Study) -> dict[str, Any]:
     """The page's data of `tightfit plan`."""
-    unplanned = plan.step_seconds - plan.recompute_seconds
+    unplanned = plan.step_seconds - plan.recompute_seconds - plan.tile_seconds - plan.offload_seconds
     slow = plan.step_seconds / unplanned if unplanned else 1.0
     answer = (
         f"{model} fits into {format_bytes(plan.budget_bytes)}: peak {format_bytes(plan.peak_bytes)} instead of "
@@ -142,13 +142,15 @@ def plan_document(plan: Plan, model: str, study: Study) -> dict[str, Any]:
         "status": plan.status.value, "replays": plan.replays,
         "recompute": _share(plan.recompute_flops, plan.forward_flops) or "0%",
         "loss in place": "yes" if plan.in_place_loss else "no",
+        "inputs made again by sweeps": sum(Action.RECOMPUTE in choice.inputs for choice in plan.choices) or None,
+        "offloaded": format_bytes(plan.offloaded_bytes) if plan.offloaded_bytes else None,
         "in tiles": "no" if plan.tiling is None else tiles_said(plan),
     }  # fmt: skip
     record = to_json(plan)
     record.pop("programs", None)
     return {
-        "kind": "plan", "good": True, "answer": answer, "facts": facts, "checks": [], "measured": [], "steps": [],
-        "study": to_json(study), "environment": dict(plan.versions), "record": record,
+        "kind": "plan", "good": True, "answer": answer, "facts": _said(facts), "checks": [], "measured": [],
+        "steps": [], "study": to_json(study), "environment": dict(plan.versions), "record": record,
     }  # fmt: skip
 
 

@@ -10,13 +10,14 @@ Refused: nothing; where no plan lies below the unplanned peak the row has one po
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tightfit.core import Action, BudgetInfeasible, Category, Choice, Plan, Timeline, Trace
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
+from tightfit.plan.shares import shares
 
-__all__ = ["Moment", "Study", "StudyPoint", "Tensor", "UnitMap", "study"]
+__all__ = ["LeverSaid", "Moment", "Study", "StudyPoint", "Tensor", "UnitMap", "study"]
 
 POINTS = 16
 MOMENTS = 320
@@ -55,7 +56,9 @@ class UnitMap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyPoint:
-    """One plan. `kept[u]` has a letter for each tensor of unit u's kind: k kept, r recomputed, o offloaded."""
+    """One plan. `kept[u]` has a letter for each tensor of unit u's kind: k kept, r recomputed, o offloaded, t not there,
+    since the unit is computed in tiles; `inputs[u]` one for what the unit is given: k, o, or s made again by a sweep.
+    """
 
     name: str  # none, every-block, lowest, chosen, or the budget's part of the unplanned peak
     budget_bytes: int
@@ -66,6 +69,17 @@ class StudyPoint:
     peak_owner: str
     moments: tuple[Moment, ...]
     kept: tuple[str, ...]
+    inputs: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeverSaid:
+    """What one lever buys in the plan in question."""
+
+    lever: str
+    bought_bytes: int
+    slowdown: float  # that it costs, as a part of the step
+    how: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +90,7 @@ class Study:
     units: tuple[UnitMap, ...]
     points: tuple[StudyPoint, ...]  # by falling peak; the first is the unplanned step
     chosen: int  # the point that is the plan in question
+    levers: tuple[LeverSaid, ...] = ()
 
 
 _LETTERS = {Action.KEEP: "k", Action.RECOMPUTE: "r", Action.OFFLOAD: "o"}
@@ -85,12 +100,14 @@ def study(trace: Trace, chosen: Plan | None = None, points: int = POINTS, effort
     """`points` plans of `trace` between its lowest peak and the unplanned one, and `chosen` among them."""
     labels: dict[str, int] = {}
     kinds, units = _kinds(trace)
+    values = {frame.unit or "the model": trace.programs[frame.id].values for frame in trace.frames}
     step_seconds = sum(op.seconds for op in trace.ops)
     forward_flops = sum(op.flops for op in trace.ops if op.phase.value == "forward")
 
     def point(name: str, made: Plan | None) -> StudyPoint:
         line = simulate(trace, made)
-        extra_seconds = line.recompute_seconds + (0.0 if made is None else made.tile_seconds)
+        waits = 0.0 if made is None else made.tile_seconds + made.offload_seconds
+        extra_seconds = line.recompute_seconds + waits
         return StudyPoint(
             name=name,
             budget_bytes=line.peak_bytes if made is None else made.budget_bytes,
@@ -100,7 +117,8 @@ def study(trace: Trace, chosen: Plan | None = None, points: int = POINTS, effort
             replays=line.replays,
             peak_owner=line.peak_owner,
             moments=tuple(_thinned(line, labels)),
-            kept=tuple(_kept(kinds, units, () if made is None else made.choices)),
+            kept=tuple(_kept(kinds, units, () if made is None else made.choices, values)),
+            inputs=_inputs(units, () if made is None else made.choices),
         )
 
     unplanned = simulate(trace)
@@ -124,7 +142,14 @@ def study(trace: Trace, chosen: Plan | None = None, points: int = POINTS, effort
         units=units,
         points=tuple(found),
         chosen=names.index("chosen") if chosen is not None else names.index("none"),
+        levers=() if chosen is None else tuple(_levers(trace, chosen, step_seconds)),
     )
+
+
+def _levers(trace: Trace, chosen: Plan, step_seconds: float) -> Iterator[LeverSaid]:
+    for share in shares(trace, chosen):
+        cost = share.seconds / step_seconds if step_seconds else 0.0
+        yield LeverSaid(lever=share.lever.value, bought_bytes=share.bought_bytes, slowdown=cost, how=share.what)
 
 
 def _thinned(line: Timeline, labels: dict[str, int]) -> list[Moment]:
@@ -173,10 +198,27 @@ def _tensors(trace: Trace, frame: int) -> Sequence[Tensor]:
     return [tensor for tensor in found if tensor.size_bytes and tensor.ordinal in needed] or found[:1]
 
 
-def _kept(kinds: Sequence[Sequence[Tensor]], units: Sequence[UnitMap], choices: Sequence[Choice]) -> list[str]:
+def _kept(
+    kinds: Sequence[Sequence[Tensor]],
+    units: Sequence[UnitMap],
+    choices: Sequence[Choice],
+    values: Mapping[str, int],
+) -> list[str]:
     actions = {choice.unit or "the model": choice.actions for choice in choices}
     rows = []
     for unit in units:
-        mine = actions.get(unit.path)
-        rows.append("".join("k" if mine is None else _LETTERS[mine[t.ordinal]] for t in kinds[unit.kind]))
+        mine, tensors = actions.get(unit.path), kinds[unit.kind]
+        if mine is not None and len(mine) != values[unit.path]:  # another program: tiles are in force in it
+            rows.append("t" * len(tensors))
+        else:
+            rows.append("".join("k" if mine is None else _LETTERS[mine[t.ordinal]] for t in tensors))
     return rows
+
+
+def _inputs(units: Sequence[UnitMap], choices: Sequence[Choice]) -> str:
+    given = {choice.unit or "the model": choice.inputs for choice in choices}
+    letters = []
+    for unit in units:
+        actions = given.get(unit.path, ())
+        letters.append("s" if Action.RECOMPUTE in actions else "o" if Action.OFFLOAD in actions else "k")
+    return "".join(letters)
