@@ -56,7 +56,7 @@ class UnitMap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyPoint:
-    """One plan. `kept[u]` has a letter for each tensor of unit u's kind: k kept, r recomputed, o offloaded, t not there,
+    """One plan. `kept[u]` has a letter for each tensor of unit u's kind: k kept, r recomputed, o offloaded, t gone,
     since the unit is computed in tiles; `inputs[u]` one for what the unit is given: k, o, or s made again by a sweep.
     """
 
