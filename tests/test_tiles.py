@@ -753,3 +753,15 @@ def test_verify_sees_a_wrong_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = lowest(tightfit.trace(model, batch))
     monkeypatch.setattr(*sabotages()["sums are forgotten"])
     assert not tightfit.verify(model, batch, plan)["gradients"].passed
+
+
+@pytest.mark.parametrize("what", ["register_hook", "retain_grad"])
+def test_the_gradient_of_logits_that_never_exist_is_refused(what: str) -> None:
+    """Ignored in silence, a hook that changes the gradient would make all of them wrong."""
+    model = llama().train()
+    ids = torch.randint(0, VOCABULARY, (2, 16))
+    with in_force(model, Tiling(head="lm_head", rows=8), TileStats()):
+        output = model(input_ids=ids, labels=ids)
+        arguments = (lambda gradient: gradient * 3,) if what == "register_hook" else ()
+        with pytest.raises(tightfit.Unsupported, match="computed in tiles"):
+            getattr(output.logits, what)(*arguments)

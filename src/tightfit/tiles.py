@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tightfit.core import InvalidInput, PlanMismatch, TiledModule, Tiling
+from tightfit.core import InvalidInput, PlanMismatch, TiledModule, Tiling, Unsupported
 from tightfit.loss import torchs_own
 from tightfit.step import ForwardPatch, tensors_in
 
@@ -178,12 +178,14 @@ class Deferred(torch.Tensor):
     ordinary: torch.Tensor | None
     ordinary_without_history: torch.Tensor | None
     family: list[weakref.ref[Deferred]]  # of the head's own output: everything that was made from it
+    in_loss: bool  # of the head's own output: has a loss been computed in tiles from it?
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Deferred:
         out: Deferred = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
         out.parent = out.ordinary = out.ordinary_without_history = None
         out.family = []
+        out.in_loss = False
         return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -241,6 +243,11 @@ class Deferred(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name in ("register_hook", "retain_grad") and any(each.root.in_loss for each in _deferred_in(args, kwargs)):
+            raise Unsupported(
+                f"{name} was asked of logits whose loss is computed in tiles, so no gradient of theirs ever exists; "
+                "remove the plan, or make it without tiles (levers=), to look at the gradient of the logits"
+            )
         if args and isinstance(args[0], Deferred) and args[0].ordinary is None:
             handler = _HANDLERS.get(name)
             if handler is not None:
@@ -586,6 +593,7 @@ def _cross_entropy(
     head.stats.losses += 1
     if head.stats.witness is not None:
         head.stats.witness(HeadCall(job, input.hidden.detach(), target, weight))
+    input.root.in_loss = True
     loss: torch.Tensor = _TiledLoss.apply(job, input.hidden, target, weight, *head.parameters)
     return loss
 

@@ -101,6 +101,16 @@ def test_offloaded_values_are_in_the_plan(recorded: Trace) -> None:
     assert simulate(recorded, made).offloaded_bytes == made.offloaded_bytes > 0
 
 
+def test_what_is_no_lever_is_refused(recorded: Trace) -> None:
+    for wrong in ("nest", {"nest"}):
+        for verb in (
+            lambda levers: plan(recorded, "80%", levers=levers),
+            lambda levers: lowest(recorded, levers=levers),
+        ):
+            with pytest.raises(InvalidInput, match="expected a collection of"):
+                verb(wrong)
+
+
 def test_levers_by_name() -> None:
     assert parse_levers("") is None
     assert parse_levers("recompute, loss-in-place") == {Lever.RECOMPUTE, Lever.LOSS_IN_PLACE}

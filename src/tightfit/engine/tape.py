@@ -335,8 +335,10 @@ class Tape:
                 tensor = held.tensor
                 if held.version not in (None, _version(tensor)):
                     raise NotOnTape("something that a live op read was changed in place later in the unit")
-                if tensor.grad_fn is not None:
-                    held.tensor = tensor.detach()  # its history would hold the tape, and the tape its history
+                # its history would hold the tape, and the tape its history; the base of a view that was made without
+                # gradients may have one, too
+                if tensor.grad_fn is not None or tensor._is_view():
+                    held.tensor = tensor.detach()
 
     def seal(self) -> None:
         """Nothing of the unit's forward will run any more."""

@@ -14,6 +14,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from importlib import metadata
+from typing import Any
 
 from tightfit.core import (
     BudgetInfeasible,
@@ -59,6 +60,7 @@ def plan(
     has them compete on seconds. Raises `InvalidInput` for a budget that is no size, `BudgetInfeasible` when nothing
     fits.
     """
+    levers = _checked(levers)
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
     every_way = _planner(trace, effort).ways(levers)
@@ -89,6 +91,15 @@ def _cost(made: Plan) -> float:
 
 def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:
     return min((made for made in (one, other) if made is not None), key=_cost, default=None)
+
+
+def _checked(levers: Collection[Any] | None) -> frozenset[Lever] | None:
+    """Raises `InvalidInput` for what are no levers."""
+    if levers is None:
+        return None
+    if not all(isinstance(lever, Lever) for lever in levers):
+        raise InvalidInput(f"expected a collection of tightfit.core.Lever, not {levers!r}; parse_levers reads names")
+    return frozenset(levers)
 
 
 def _allows(levers: Collection[Lever] | None, lever: Lever) -> bool:
@@ -155,7 +166,8 @@ def _nested(
 
 
 def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever] | None = None) -> Plan:
-    """The plan of the lowest peak by any of `levers` (all by default). Its budget is its own peak."""
+    """The plan of the lowest peak by any of `levers` (by default all but offload). Its budget is its own peak."""
+    levers = _checked(levers)
     if not _allows(levers, Lever.RECOMPUTE):
         raise InvalidInput("the lowest peak is looked for by recompute: add Lever.RECOMPUTE to the levers")
     way, line = _lowest(_planner(trace, effort).ways(levers), levers)
