@@ -188,7 +188,7 @@ def check(name: str) -> Outcomes:
     if differences(reference, observe(model, batch)):
         return answer("cannot be trained", "the plain step is not the same twice")
     try:
-        trace = tightfit.trace(model, batch)
+        trace = tightfit.trace(model, batch, tiles=False)
         unplanned = tightfit.simulate(trace).peak_bytes
         before = static_bytes(model, None, batch)
         shares, recompute, fallbacks, off = [], [], 0, 0.0

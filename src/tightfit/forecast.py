@@ -495,13 +495,13 @@ def check(
 
 
 def _levers_of(made: Plan | None) -> frozenset[Lever] | None:
-    """What the searches may use: what the plan for the size that was asked for uses, else whatever there is.
+    """What the searches may use: all that is exact where the plan for the size that was asked for is, else everything.
 
     Tiles make every trace three times as long, and they are not bit for bit, so nobody gets them who did not need them.
     """
     if made is None or not made.exact:
         return None
-    return frozenset({Lever.RECOMPUTE, Lever.LOSS_IN_PLACE} | ({Lever.NEST} if made.advances else set()))
+    return frozenset({Lever.RECOMPUTE, Lever.LOSS_IN_PLACE, Lever.NEST})
 
 
 def trace_for(setup: Setup, device: Device, *, tiles: bool = False) -> Trace:

@@ -891,12 +891,12 @@ class _Chunked(torch.autograd.Function):
         for part in _parts(rows.shape[0], tiles):
             with ctx.autocast.again():
                 made = forward(rows[part].unsqueeze(0)).squeeze(0)
-            if out is None:
-                out = torch.empty(rows.shape[0], made.shape[-1], dtype=made.dtype, device=made.device)
-            out[part] = made
+            if out is None:  # no view: what follows may add to it in place
+                out = torch.empty(*hidden.shape[:-1], made.shape[-1], dtype=made.dtype, device=made.device)
+            out.view(-1, made.shape[-1])[part] = made
             del made
         assert out is not None
-        return out.reshape(*hidden.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

@@ -102,7 +102,7 @@ def test_gradients_and_peak(make: Any, kept: bool, inputs: bool) -> None:
 
 
 def test_offloading_lowers_the_peak() -> None:
-    model, batch = llama(), tokens()
+    model, batch = llama(), tokens(4, 256)
     trace = tightfit.trace(model, batch)
     assert offloaded(trace, kept=False, inputs=True).peak_bytes < every_block(trace).peak_bytes
 

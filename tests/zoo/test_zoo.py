@@ -44,7 +44,7 @@ def test_routing_that_differs_from_the_traced_one(zoo: ModuleType, name: str) ->
     """The plan is made on one batch; others are routed otherwise, and fall back where that changes what runs."""
     with zoo.quiet():
         model, batch = zoo.build(name)
-        plan = every_block(tightfit.trace(model, batch))
+        plan = every_block(tightfit.trace(model, batch, tiles=False))
         vocabulary = int(batch["labels"].max()) + 1
         for seed in range(3):
             generator = torch.Generator().manual_seed(seed)
@@ -65,7 +65,7 @@ def test_lora_on_the_last_layers_replays_only_those(zoo: ModuleType) -> None:
         model, batch = zoo.build("llama")
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[2])
         model = peft.get_peft_model(model, config).train()
-        trace = tightfit.trace(model, batch)
+        trace = tightfit.trace(model, batch, tiles=False)
         plan = every_block(trace)
         reference = zoo.observe(model, batch)
         with tightfit.apply(model, plan) as applied:
