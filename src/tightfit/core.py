@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 import inspect
 import json
 import math
@@ -241,6 +242,7 @@ class Category(enum.Enum):
     BUFFERS = "buffers"
     INPUTS = "inputs"
     WORKSPACE = "workspace"  # what a library keeps for its kernels, once asked for
+    COLLECTIVES = "collectives"  # weights gathered from other processes, and the buffers of gathering and reducing
     SAVED = "saved"
     LOSS = "loss"  # made between the last unit's forward and its backward: logits, loss, their gradients
     TEMPORARIES = "temporaries"
@@ -403,6 +405,7 @@ class Trace:
     out_bytes_per_second: float = 0.0  # of copies from the device to the host
     back_bytes_per_second: float = 0.0
     copies_beside: bool = False  # do copies run beside the compute?
+    resharded: bool = False  # a unit's weights are only there while it runs, so no other unit can have it made again
     tiling: Tiling | None = None  # what was in force when the step was recorded
     tiled: tuple[Trace, ...] = ()  # the same step, recorded with tiles in force
 
@@ -476,6 +479,12 @@ class Plan:
     def exact(self) -> bool:
         """Are loss and gradients bit for bit those of the step without the plan? Tiles add sums in another order."""
         return self.tiling is None
+
+    @property
+    def decisions(self) -> str:
+        """Digest of what the plan has the engine do: equal where two plans differ only in what they say it costs."""
+        does = [self.choices, self.programs, self.in_place_loss, self.advances, self.tiling]
+        return hashlib.sha256(json.dumps(to_json(does), sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON: whole or not at all."""

@@ -11,6 +11,7 @@ wants that (`InvalidInput`), or if no plan fits it (`BudgetInfeasible`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import functools
 import warnings
@@ -22,9 +23,23 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tightfit.core import BudgetInfeasible, InvalidInput, Lever, Plan, Trace
+from tightfit.core import (
+    BudgetInfeasible,
+    InvalidInput,
+    Lever,
+    Plan,
+    PlanMismatch,
+    TightfitError,
+    Trace,
+    Unsupported,
+    dumps,
+    loads,
+)
 from tightfit.engine import Applied
+from tightfit.parallel import Strategy, gradients_wait, strategy_of
 from tightfit.plan import plan as make_plan
+from tightfit.plan import simulate
+from tightfit.ranks import Meeting, anywhere, are_several
 from tightfit.step import LossFunction, UnitsAsked, tensors_in
 from tightfit.trace import trace
 
@@ -92,7 +107,7 @@ def fit(
     guard = _Guard(model, batch, policy, loss, optimizer, units, levers)
     try:
         record = functools.partial(_record, model, batch, loss, optimizer, units)
-        recorded, made = planned(record, budget, levers)
+        recorded, made = planned(record, budget, levers, model)
         applied = Applied(model, made, trace=recorded)
         guard.in_force(applied, recorded)
     except BaseException:
@@ -113,11 +128,16 @@ def _record(
     return trace(model, batch, loss=loss, optimizer=optimizer, units=units, tiles=tiles)
 
 
-def planned(record: Callable[[bool], Trace], budget: str | int, levers: Collection[Lever] | None) -> tuple[Trace, Plan]:
-    """The step and its plan; in tiles, which take longer to record, only where nothing exact fits.
+def planned(
+    record: Callable[[bool], Trace], budget: str | int, levers: Collection[Lever] | None, model: nn.Module
+) -> tuple[Trace, Plan]:
+    """The step of `model` and its plan; in tiles, which take longer to record, only where nothing exact fits.
 
-    `record`: traces the step, with tiles or without.
+    `record`: traces the step, with tiles or without. Where several processes train the model, each records its own
+    step, the one with the highest peak makes the plan, and all have looked at what it means for theirs.
     """
+    if are_several(model):
+        return _planned_together(record, budget, levers)
     recorded = record(levers is not None and Lever.TILE in levers)
     try:
         return recorded, make_plan(recorded, budget, levers=levers)
@@ -126,6 +146,45 @@ def planned(record: Callable[[bool], Trace], budget: str | int, levers: Collecti
             raise  # what is there before the step is too much already
         recorded = record(True)
         return recorded, make_plan(recorded, budget)
+
+
+def _planned_together(
+    record: Callable[[bool], Trace], budget: str | int, levers: Collection[Lever] | None
+) -> tuple[Trace, Plan]:
+    meeting = Meeting("fit")
+    try:
+        recorded = record(False)
+        said: dict[str, Any] = {"peak": simulate(recorded).peak_bytes, "units": [u.path for u in recorded.units]}
+    except TightfitError as error:
+        meeting.gathered({"error": str(error)})
+        raise
+    all_said = meeting.gathered(said)
+    for rank, other in enumerate(all_said):
+        if "error" in other:
+            raise Unsupported(f"rank {rank} cannot record its step: {other['error']}")
+        if other["units"] != all_said[0]["units"]:
+            raise PlanMismatch(f"rank {rank} has other units than rank 0: all must build the same model")
+    peaks = [other["peak"] for other in all_said]
+    leader = peaks.index(max(peaks))
+    text = meeting.published(leader, lambda: dumps(make_plan(recorded, budget, levers=levers)))
+    theirs = loads(Plan, text, f"the plan of rank {leader}")
+    mine = dataclasses.replace(theirs, trace_digest=recorded.digest)
+    try:
+        line = simulate(recorded, mine)
+    except TightfitError as error:
+        meeting.gathered({"error": str(error)})
+        raise
+    mine = dataclasses.replace(mine, peak_bytes=line.peak_bytes, unplanned_peak_bytes=said["peak"])
+    for rank, other in enumerate(meeting.gathered({"peak": line.peak_bytes})):
+        if "error" in other:
+            raise PlanMismatch(f"the plan of rank {leader} is none for the step of rank {rank}: {other['error']}")
+        if other["peak"] > theirs.budget_bytes:
+            raise BudgetInfeasible(
+                theirs.budget_bytes,
+                other["peak"],
+                (f"the plan of rank {leader} takes that on rank {rank}: give all ranks batches of one size",),
+            )
+    return recorded, mine
 
 
 class _InForce(NamedTuple):
@@ -160,7 +219,9 @@ class _Guard:
         leaves, self.structure = pytree.tree_flatten(batch)
         self.leaves = [weakref.ref(x) if isinstance(x, torch.Tensor) else functools.partial(_same, x) for x in leaves]
         self.warned: set[str] = set()
-        self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
+        # before FSDP2's own, which gathers the weights that a trace would gather again
+        sharded = strategy_of(model) is Strategy.FSDP2
+        self.handle = model.register_forward_pre_hook(self, with_kwargs=True, prepend=sharded)
 
     def in_force(self, applied: Applied, recorded: Trace) -> None:
         """The first plan is made."""
@@ -184,9 +245,20 @@ class _Guard:
             return
         extent = _Extent.of((args, kwargs))
         accumulating = any(p.grad is not None and id(p) not in self.started for p in module.parameters())
+        waiting = gradients_wait(module)
         known = self.plans.get(accumulating)
         planned = known or self.plans[False]
-        if extent.exceeds(planned.extent):
+        exceeds, lacks = extent.exceeds(planned.extent), known is None
+        if self.policy is not Longer.ALLOW:  # what one rank replans, all have to
+            exceeds, lacks, waiting = anywhere(module, exceeds, lacks, waiting)
+        if waiting:  # neither can they be put aside, nor does the planned step know them
+            self._warn_once(
+                "whole gradients wait to be reduced (set_requires_gradient_sync(False)), which the planned step does "
+                "not have",
+                "reduce in every micro-batch",
+            )
+            return
+        if exceeds:
             if self.policy is Longer.ALLOW:
                 return
             said = (
@@ -195,12 +267,13 @@ class _Guard:
             )
             advice = "fit the model with the longest batch"
             batch = None if self.loss is not None else _seen(args, kwargs)
-        elif known is None:
+        elif lacks:
             said = "the parameters have gradients already, but the plan in force is for a step that starts without"
             advice = "fit the model while it has gradients, as the second micro-batch finds it"
             batch = _seen(args, kwargs) if self.loss is None else self._planned_batch()
             extent = planned.extent if self.loss is not None else extent
         else:
+            assert known is not None
             if self.applied.plan is not known.plan:
                 self.applied.suspend()
                 self.applied.resume(known.plan, known.trace)
@@ -208,11 +281,14 @@ class _Guard:
         if self.policy is Longer.REFUSE:
             raise InvalidInput(f"{said}: {advice}, or with longer='replan'")
         if batch is None or self.policy is Longer.ALLOW:
-            if advice not in self.warned:
-                warnings.warn(f"tightfit: {said}, so the budget is not promised; {advice}", stacklevel=4)
-                self.warned.add(advice)
+            self._warn_once(said, advice)
             return
         self._replan(batch, extent, accumulating)
+
+    def _warn_once(self, said: str, advice: str) -> None:
+        if advice not in self.warned:
+            warnings.warn(f"tightfit: {said}, so the budget is not promised; {advice}", stacklevel=5)
+            self.warned.add(advice)
 
     def _planned_batch(self) -> Any:
         leaves = [leaf() for leaf in self.leaves]
@@ -232,7 +308,7 @@ class _Guard:
                 parameter.grad = torch.zeros_like(parameter)
             try:
                 record = functools.partial(_record, self.model, batch, self.loss, self.optimizer, self.units)
-                recorded, made = planned(record, budget_bytes, self.levers)
+                recorded, made = planned(record, budget_bytes, self.levers, self.model)
             finally:
                 for parameter in lacking:
                     parameter.grad = None

@@ -26,6 +26,14 @@ from torch.utils import _pytree as pytree  # the one tree walk that also knows t
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit.core import Category, InvalidInput, Unsupported
+from tightfit.parallel import (
+    bucket_bytes,
+    forget_step,
+    gradients_are_views,
+    local_of,
+    require_no_step_under_way,
+    resizes_told,
+)
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 UnitsAsked = Sequence[str | nn.Module] | str | None
@@ -40,10 +48,15 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
+def run_forward(model: nn.Module, batch: Any, loss: LossFunction | None = None) -> Any:
+    """The model's output, or what `loss` makes of it."""
+    return call(model, batch) if loss is None else loss(model, batch)
+
+
 def compute_loss(model: nn.Module, batch: Any, loss: LossFunction | None = None) -> torch.Tensor:
     """The scalar to call `backward` on. Raises `InvalidInput` if it is not a scalar that depends on a parameter."""
     try:
-        output = call(model, batch) if loss is None else loss(model, batch)
+        output = run_forward(model, batch, loss)
     except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise InvalidInput(
@@ -87,7 +100,7 @@ def unique_bytes(tensors: Iterable[torch.Tensor], granule_bytes: int = 1) -> int
     sizes: dict[int, int] = {}
     for tensor in tensors:
         if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
+            storage = local_of(tensor).untyped_storage()
             sizes[storage._cdata] = -(-storage.nbytes() // granule_bytes) * granule_bytes
     return sum(sizes.values())
 
@@ -101,7 +114,8 @@ def static_bytes_by_category(
     seen: set[int] = set()
 
     def new_bytes(tensors: list[torch.Tensor]) -> int:
-        fresh = [t for t in tensors if t.layout is torch.strided and t.untyped_storage()._cdata not in seen]
+        strided = [local_of(t) for t in tensors if t.layout is torch.strided]
+        fresh = [t for t in strided if t.untyped_storage()._cdata not in seen]
         seen.update(t.untyped_storage()._cdata for t in fresh)
         return unique_bytes(fresh, granule_bytes)
 
@@ -113,7 +127,16 @@ def static_bytes_by_category(
         Category.BUFFERS.value: new_bytes(list(model.buffers())),
         Category.INPUTS.value: new_bytes(tensors_in(batch)),
         Category.OPTIMIZER_STATE.value: new_bytes(tensors_in(state)),
+        **_of_buckets(model),
     }
+
+
+def _of_buckets(model: nn.Module) -> dict[str, int]:
+    size_bytes = bucket_bytes(model)
+    if gradients_are_views(model):
+        grown = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
+        size_bytes = max(0, size_bytes - grown)
+    return {Category.COLLECTIVES.value: size_bytes} if size_bytes else {}
 
 
 def parameter_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
@@ -170,6 +193,9 @@ class Restart:
     """
 
     def __init__(self, model: nn.Module, batch: Any = None) -> None:
+        require_no_step_under_way(model)
+        self._forget = functools.partial(forget_step, model)
+        self._forget()
         leaves = [t for t in tensors_in(batch) if t.is_leaf and t.requires_grad]
         self._gradients: list[tuple[torch.Tensor, torch.Tensor | None]] = [
             (p, p.grad) for p in (*model.parameters(), *leaves)
@@ -191,6 +217,7 @@ class Restart:
         self._written: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __call__(self) -> None:
+        self._forget()
         for parameter, gradient in self._gradients:
             parameter.grad = None
             if gradient is not None:
@@ -199,6 +226,7 @@ class Restart:
 
     def give_back(self) -> None:
         """As it was before the first pass, gradients included."""
+        self._forget()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         self._put_back()
@@ -233,9 +261,11 @@ class Restart:
 
     # -- what the ops of a step tell
 
-    def watching(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
         """Learn from the ops that run inside; not for a pass that is measured."""
-        return _Watching(self)
+        with resizes_told(lambda storage, _: self.filled(storage)), _Watching(self):
+            yield
 
     def before(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """`func` is about to run."""
@@ -263,6 +293,10 @@ class Restart:
         if made:
             made -= {_storage_of(tensor) for tensor in tensors_in((args, kwargs))}
             self._made.update(address for address in made if address is not None)
+
+    def filled(self, storage: torch.UntypedStorage) -> None:
+        """What is in it was made in this pass, and goes before its end."""
+        self._made.add(storage._cdata)
 
     def _keep(self, tensor: torch.Tensor) -> None:
         address = _storage_of(tensor)
@@ -296,7 +330,7 @@ def _storage_of(tensor: torch.Tensor) -> int | None:
     if tensor.layout is not torch.strided:
         return None
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return int(local_of(tensor).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, ValueError):
         return None
 

@@ -62,6 +62,16 @@ from tightfit.core import (
 from tightfit.cost import NOMINAL_CPU, NOMINAL_CUDA, retimed
 from tightfit.fake import FakeStep, faked, refusals_named
 from tightfit.loss import rows_at_once, watched
+from tightfit.parallel import (
+    Strategy,
+    gradients_are_views,
+    inside,
+    local_of,
+    resharded,
+    resizes_told,
+    strategy_of,
+    unsynchronised,
+)
 from tightfit.plan import Effort, every_block
 from tightfit.plan.simulate import simulate_choices
 from tightfit.step import (
@@ -75,6 +85,7 @@ from tightfit.step import (
     environment,
     find_units,
     no_key_value_cache,
+    run_forward,
     static_bytes_by_category,
     tensors_in,
     undisturbed,
@@ -184,13 +195,20 @@ _OTHERS_FLOPS: dict[str, dict[str, Callable[..., int]]] = {
 }
 
 
+@functools.cache
+def _out_of_place(packet: Any) -> Any:
+    """`aten.addmm` of `aten.addmm_`, for which torch has no formula of its own."""
+    name = packet.__name__
+    return getattr(_aten, name[:-1], None) if name.endswith("_") and not name.startswith("_") else None
+
+
 def op_flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
     """FLOPs of one call by torch's own formulas (matrix products, convolutions, attention); 0 for the rest."""
     packet = func._overloadpacket
     own: Any = _OWN_FLOPS.get(packet) or _OTHERS_FLOPS.get(func.namespace, {}).get(packet.__name__)
     if own:
         return int(own(*args, **kwargs))
-    formula: Any = flop_registry.get(packet)
+    formula: Any = flop_registry.get(packet) or flop_registry.get(_out_of_place(packet))
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
 
 
@@ -219,6 +237,8 @@ class _Storage:
     frame: int | None
     ordinal: int | None
     version: int = 0  # counts the ops that wrote it
+    collective: bool = False  # made for what other processes send, or are sent
+    emptied: bool = False  # given back while it still was a value
 
 
 @dataclass
@@ -242,6 +262,10 @@ class _Call:
     scratch_bytes: int = 0
     rerunnable: bool = True
     adds_to_view: bool = False  # its first argument is a view, whose base keeps autograd from summing into it
+
+
+#: The name of filling a storage that had been emptied, which is no op of the dispatcher.
+_FILLED = "storage.resize_"
 
 
 @dataclass
@@ -281,6 +305,7 @@ class _Recorder(TorchDispatchMode):
         self.phase = Phase.FORWARD
         self.storages: list[_Storage] = []
         self.live: dict[int, int] = {}  # storage address -> value id
+        self.contents: dict[int, int] = {}  # of storages that are filled and emptied: address -> id of what is in it
         self.watches: dict[int, Any] = {}
         self.calls: list[_Call] = []
         self.events: list[tuple[Happening, int]] = []
@@ -302,6 +327,7 @@ class _Recorder(TorchDispatchMode):
         """Value id of the tensor's storage, and whether it is new. (None, False) when it has no storage."""
         if tensor.layout is not torch.strided:
             return None, False
+        tensor = local_of(tensor)
         try:
             storage = tensor.untyped_storage()
         except NotImplementedError:
@@ -313,7 +339,7 @@ class _Recorder(TorchDispatchMode):
         frame = self.open if producer is not None else None
         record = _Storage(
             id=len(self.storages),
-            size_bytes=-(-storage.nbytes() // self.granule_bytes) * self.granule_bytes,
+            size_bytes=self._rounded(storage.nbytes()),
             dtype=str(tensor.dtype).removeprefix("torch."),
             shape=tuple(tensor.shape),
             producer=producer,
@@ -322,16 +348,62 @@ class _Recorder(TorchDispatchMode):
         )
         if frame is not None:
             frame.values.append(record.id)
+        self._watch(record, storage)
+        return record.id, True
+
+    def _rounded(self, size_bytes: int) -> int:
+        return -(-size_bytes // self.granule_bytes) * self.granule_bytes
+
+    def _watch(self, record: _Storage, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
         self.storages.append(record)
         self.live[address] = record.id
         self.watches[record.id] = weakref.ref(storage, functools.partial(self.died, record.id, address))
-        return record.id, True
+
+    def resized(self, storage: torch.UntypedStorage, before_bytes: int) -> None:
+        """A storage was filled or emptied that is the same value all along, as a weight is that FSDP2 gathers.
+
+        What it holds for a while is a value of its own, which nothing reads.
+        """
+        if not self.recording:
+            return
+        address, size_bytes = storage._cdata, storage.nbytes()
+        if address not in self.live:  # not seen full yet: what it is weighs nothing, only what is in it does
+            self._watch(_Storage(len(self.storages), 0, "uint8", (before_bytes,), None, None, None), storage)
+        held = self.contents.pop(address, None)
+        if held is not None:
+            self.events.append((Happening.FREE, held))
+        elif before_bytes:
+            known = self.storages[self.live[address]]
+            if known.producer is not None:  # made in this pass, and now emptied
+                self.events.append((Happening.FREE, known.id))
+                known.emptied = True
+        if size_bytes:
+            if self.restart is not None:
+                self.restart.filled(storage)
+            content = _Storage(len(self.storages), self._rounded(size_bytes), "uint8", (size_bytes,), None, None, None)
+            content.producer = len(self.calls)
+            content.collective = True
+            self.storages.append(content)
+            self.contents[address] = content.id
+            call = _Call(
+                id=len(self.calls), name=_FILLED, reads=[], writes=[], outputs=[content.id], fresh=[content.id],
+                kind=Kind.OPAQUE, phase=self.phase, frame=None, ordinal=None, unit=None, flops=0,
+                out_bytes=content.size_bytes, seconds=[0.0],
+            )  # fmt: skip
+            self.calls.append(call)
+            self.events += [(Happening.ALLOC, content.id), (Happening.OP, call.id)]
 
     def died(self, value: int, address: int, _: object = None) -> None:
         if self.live.get(address) == value:
             del self.live[address]
         self.watches.pop(value, None)
-        if self.recording and self.storages[value].producer is not None:
+        if not self.recording:
+            return
+        content = self.contents.pop(address, None)
+        if content is not None:
+            self.events.append((Happening.FREE, content))
+        if self.storages[value].producer is not None and not self.storages[value].emptied:
             self.events.append((Happening.FREE, value))
 
     def released(self, saved: int) -> None:
@@ -347,7 +419,7 @@ class _Recorder(TorchDispatchMode):
             if self.fake is not None:
                 self.fake.learn(func, args, kwargs, out)
             return out
-        if func in _QUERIES:
+        if func in _QUERIES or func.namespace == "profiler":
             return func(*args, **kwargs)
         uncounted = is_uncounted(func, args, kwargs)
         frame = None if uncounted else self.open
@@ -419,11 +491,17 @@ class _Recorder(TorchDispatchMode):
         with torch.profiler.record_function(MARK) if self.marks else contextlib.nullcontext():
             return func(*args, **kwargs) if self.fake is None else self.fake.run(func, args, kwargs)
 
+    @property
+    def dispatched(self) -> list[_Call]:
+        """The calls that went through the dispatcher, as a profile numbers them."""
+        return [call for call in self.calls if call.name != _FILLED]
+
     def scratch_from(self, profiler: Any) -> None:
         """Each op's scratch bytes, and the sums that the engine would make in place, from a profile of this pass."""
-        risen = risen_bytes(profiler, len(self.calls))
-        _sum_in_place(self, _summed_by_engine(profiler, len(self.calls)))
-        for call, rise in zip(self.calls, risen, strict=True):
+        calls = self.dispatched
+        risen = risen_bytes(profiler, len(calls))
+        _sum_in_place(self, _summed_by_engine(profiler, len(calls)))
+        for call, rise in zip(calls, risen, strict=True):
             call.scratch_bytes = max(0, rise - call.out_bytes)
 
     def _classify(self, call: _Call, func: Any, args: Any, kwargs: Any, frame: _FrameRecord | None) -> None:
@@ -534,7 +612,7 @@ class _Timer(TorchDispatchMode):
         self.risen_bytes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _aten.detach.default:
+        if func is _aten.detach.default or func.namespace == "profiler":
             return func(*args, **(kwargs or {}))
         self.names.append(op_name(func))
         if self.cuda:
@@ -564,8 +642,6 @@ _QUERIES = frozenset({torch.ops.prim.device.default})
 _NOT_OURS = {
     "OptimizedModule": "compiled code is not seen op by op; fit the module before torch.compile, or without it",
     "DataParallel": "it copies the model to several devices; fit the module inside it, on one",
-    "DistributedDataParallel": "distributed steps are not planned yet; fit the module inside it, on one device",
-    "FullyShardedDataParallel": "sharded steps are not planned yet",
 }
 
 
@@ -605,7 +681,8 @@ def trace(
                 f"a real step runs where the model is; {device.name} can only be the target of fake=True"
             )
         batch = torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, batch)
-    modules = find_units(model, units)
+    modules = find_units(inside(model), units)
+    strategy = strategy_of(model)
     if any(getattr(module.forward, "__tightfit__", False) for module in model.modules()):
         raise InvalidInput("a plan is in force on this model, so its own step cannot be seen; remove the plan first")
     for path, module in model.named_modules():
@@ -622,8 +699,11 @@ def trace(
             no_key_value_cache(model),
         ):
             return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles)
-    with undisturbed(model, batch) as restart, no_key_value_cache(model):
-        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles)
+    with unsynchronised(model), undisturbed(model, batch) as restart, no_key_value_cache(model):
+        if strategy is Strategy.FSDP2:  # its first forward makes what the later ones fill again
+            with torch.no_grad():
+                run_forward(model, batch, loss)
+        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles and strategy is not Strategy.FSDP2)
 
 
 def _target(device: Device | torch.device | str | None) -> Device | None:
@@ -707,6 +787,8 @@ class _Step:
             v for p in model.parameters() if p.grad is not None for v in [full.value_of(p.grad)[0]] if v is not None
         }
         full.recording = False
+        if gradients_are_views(model):
+            _into_buckets(full, gradients)
         _same_ops("the dry pass", [c.name for c in dry.calls], [c.name for c in full.calls if c.phase is Phase.FORWARD])
         for call, other in zip(full.calls, dry.calls, strict=False):
             call.seconds += other.seconds
@@ -799,7 +881,7 @@ def _record(
         recorder.marks = True
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     try:
-        with profiler or contextlib.nullcontext(), recorder:
+        with profiler or contextlib.nullcontext(), resizes_told(recorder.resized), recorder:
             with (
                 torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack),
                 watched(note_cross_entropy),
@@ -832,12 +914,12 @@ def _record(
 
 def _backward_marked(result: torch.Tensor, recorder: _Recorder) -> None:
     """Fake tensors are never summed in place; see from the profile which sums the engine would have made so."""
-    first = len(recorder.calls)
+    first = len(recorder.dispatched)
     recorder.marks = True
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         result.backward()
     recorder.marks = False
-    count = len(recorder.calls) - first
+    count = len(recorder.dispatched) - first
     _sum_in_place(recorder, [False] * first + _summed_by_engine(profiler, count))
 
 
@@ -848,10 +930,11 @@ def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: _Rec
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=not cuda)
     with profiler, timer:
         compute_loss(model, batch, loss).backward()
-    _same_ops("the measured pass", timer.names, [c.name for c in full.calls])
-    risen = timer.risen_bytes if cuda else risen_bytes(profiler, len(full.calls))
-    _sum_in_place(full, _summed_by_engine(profiler, len(full.calls)))
-    for call, seconds, rise in zip(full.calls, timer.seconds, risen, strict=True):
+    calls = full.dispatched
+    _same_ops("the measured pass", timer.names, [c.name for c in calls])
+    risen = timer.risen_bytes if cuda else risen_bytes(profiler, len(calls))
+    _sum_in_place(full, _summed_by_engine(profiler, len(calls)))
+    for call, seconds, rise in zip(calls, timer.seconds, risen, strict=True):
         call.seconds.append(seconds)
         call.scratch_bytes = max(0, rise - call.out_bytes)
 
@@ -913,7 +996,7 @@ def _sum_in_place(full: _Recorder, summed: list[bool]) -> None:
     gradient of a linear layer's weight is one) holds its base, so nothing is summed into it.
     """
     position = {subject: i for i, (what, subject) in enumerate(full.events) if what is Happening.OP}
-    for call, by_engine in zip(full.calls, summed, strict=True):
+    for call, by_engine in zip(full.dispatched, summed, strict=True):
         if not by_engine or call.name != "aten.add.Tensor" or len(call.fresh) != 1 or not call.reads:
             continue
         if call.adds_to_view:
@@ -931,6 +1014,18 @@ def _sum_in_place(full: _Recorder, summed: list[bool]) -> None:
         del full.events[dies]
         full.events.insert(made, (Happening.FREE, old))
         position[call.id] = at + 1
+
+
+def _into_buckets(full: _Recorder, gradients: Container[int]) -> None:
+    """DDP copies each gradient into its bucket as soon as it is there, and lets go of it."""
+    last: dict[int, int] = {}
+    for at, (what, subject) in enumerate(full.events):
+        if what is Happening.OP:
+            call = full.calls[subject]
+            last.update((v, at) for v in (*(v for v, _ in call.reads), *call.writes, *call.fresh) if v in gradients)
+    for value, at in sorted(last.items(), key=lambda item: -item[1]):
+        if full.storages[value].producer is not None:
+            full.events.insert(at + 1, (Happening.FREE, value))
 
 
 def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
@@ -1008,7 +1103,7 @@ def record_optimizer(optimizer: torch.optim.Optimizer, target: Device | None = N
                 step.cuda or _default_to_fused_or_foreach(trained, group.get("differentiable", False), False)[1]
             )
         with mode:
-            chosen["params"] = [torch.empty(p.shape, dtype=p.dtype, requires_grad=True) for p in trained]
+            chosen["params"] = [torch.empty(local_of(p).shape, dtype=p.dtype, requires_grad=True) for p in trained]
         parameters += chosen["params"]
         if trained:
             groups.append(chosen)
@@ -1194,6 +1289,7 @@ class _Assembly:
                 unit=None if s.frame is None else full.frames[s.frame].unit, needed=s.id in needed,
                 ordinal=s.ordinal, natural_end=natural.get(s.id),
                 category=Category.GRADIENTS if s.id in self.gradients
+                else Category.COLLECTIVES if s.collective
                 else Category.LOSS if s.id in loss else Category.TEMPORARIES,
             )
             for s in full.storages
@@ -1220,6 +1316,7 @@ class _Assembly:
             out_bytes_per_second=self._target().d2h_bytes_per_second,
             back_bytes_per_second=self._target().h2d_bytes_per_second,
             copies_beside=self._target().kind != "cpu",
+            resharded=resharded(self.model),
         )
 
     def _target(self) -> Device:

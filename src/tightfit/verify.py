@@ -28,6 +28,8 @@ from torch.utils import _pytree as pytree
 
 from tightfit.core import Check, Plan, Proof, format_bytes, make_verb
 from tightfit.engine import apply
+from tightfit.parallel import local_of
+from tightfit.ranks import anywhere
 from tightfit.step import (
     LossFunction,
     compute_loss,
@@ -133,10 +135,10 @@ def verify(
             planned = observe()
             stats = applied.stats()
         if plan.exact:
-            checks = _compared(reference, planned, observe)
+            checks = _compared(model, reference, planned, observe)
         else:
             checks = _against_float64(model, batch, plan, loss, restart)
-            checks += [c for c in _compared(reference, planned, observe) if c.name == "buffers"]
+            checks += [c for c in _compared(model, reference, planned, observe) if c.name == "buffers"]
         del planned, reference
         with apply(model, plan):
             measured_bytes = _peak_bytes(model, batch, loss, optimizer, restart)
@@ -169,7 +171,7 @@ def gradient_checks(
             restart()
             compute_loss(model, batch, loss).backward()
             planned = Outcome(model)
-        checks = _compared(expected, planned, observe)
+        checks = _compared(model, expected, planned, observe)
         if not plan.exact:
             checks = [check for check in checks if check.name == "buffers"]
             checks += _against_float64(model, batch, plan, loss, restart)
@@ -207,6 +209,7 @@ class Outcome:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = local_of(tensor)
     if not tensor.is_sparse:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor.detach())
     return tensor.detach().to("cpu", copy=True)
@@ -246,7 +249,8 @@ def differences(expected: Outcome, found: Outcome) -> dict[str, str]:
     return {key: how for one, other in pairs for key in one if (how := _differs(one[key], other.get(key)))}
 
 
-def _compared(reference: Outcome, planned: Outcome, observe: Callable[[], Outcome]) -> list[Check]:
+def _compared(model: nn.Module, reference: Outcome, planned: Outcome, observe: Callable[[], Outcome]) -> list[Check]:
+    """Where one rank has to run the step once more, all do; a check passes where it passes on every rank."""
     checks = []
     again: Outcome | None = None
     pairs: list[tuple[str, Mapping[str, torch.Tensor | None], Mapping[str, torch.Tensor | None]]] = [
@@ -258,7 +262,7 @@ def _compared(reference: Outcome, planned: Outcome, observe: Callable[[], Outcom
             continue
         wrong = {key: how for key in expected if (how := _differs(expected[key], found[key]))}
         tolerance = "none: bit for bit"
-        if wrong:
+        if anywhere(model, bool(wrong))[0]:
             again = again or observe()
             repeated = again.gradients if name == "gradients" else again.buffers
             # a kernel that adds in any order gives other bits each time; the plan can only be held to the same
@@ -268,15 +272,17 @@ def _compared(reference: Outcome, planned: Outcome, observe: Callable[[], Outcom
             if excused:
                 tolerance = f"bit for bit, but for {len(excused)} that vary without the plan too: twice that"
         first = next(iter(wrong.items()), None)
+        here = f"{len(expected)} identical"
+        if first is not None:
+            here = f"{len(wrong)} of {len(expected)} wrong: {first[0]} {first[1]}"
+        elsewhere = anywhere(model, bool(wrong))[0] and first is None
         checks.append(
             Check(
                 name=name,
                 expected=f"{len(expected)} identical",
-                measured=f"{len(expected)} identical"
-                if first is None
-                else f"{len(wrong)} of {len(expected)} wrong: {first[0]} {first[1]}",
+                measured=f"{here}; not so on another rank" if elsewhere else here,
                 tolerance=tolerance,
-                passed=first is None,
+                passed=first is None and not elsewhere,
             )
         )
     return checks
@@ -577,7 +583,7 @@ def untrained(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, values, strict=True):
-                parameter.copy_(value)
+                local_of(parameter).copy_(value)
             for parameter in parameters:
                 if parameter not in states:
                     optimizer.state.pop(parameter, None)
@@ -585,7 +591,7 @@ def untrained(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
                 restored = {}
                 for key, (original, value) in states[parameter].items():
                     if isinstance(original, torch.Tensor):
-                        original.copy_(value)
+                        local_of(original).copy_(value)
                     restored[key] = original
                 optimizer.state[parameter] = restored
 

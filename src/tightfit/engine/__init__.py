@@ -24,7 +24,9 @@ from tightfit.engine.offload import Pool
 from tightfit.engine.region import checkpoint
 from tightfit.engine.stash import Chain
 from tightfit.loss import in_place
+from tightfit.parallel import inside
 from tightfit.plan.program import kept_values, offloaded_values, recipe
+from tightfit.ranks import Meeting, are_several
 from tightfit.step import ForwardPatch, no_key_value_cache
 from tightfit.tiles import in_force
 from tightfit.trace import signature_of
@@ -57,7 +59,9 @@ class Applied:
     def resume(self, plan: Plan, trace: Trace | None = None) -> None:
         """Put `plan` in force; on a suspended handle, which goes on counting."""
         self.plan, self.trace = plan, trace
-        matched = _matched(self.model, plan)
+        if are_several(self.model):
+            _agree(plan)
+        matched = _matched(inside(self.model), plan)
         stores = {(sweep.base, sweep.target): frozenset(sweep.stores) for sweep in plan.advances}
         self._chain = Chain(stores, self._stats)
         try:
@@ -125,6 +129,17 @@ class Applied:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+def _agree(plan: Plan) -> None:
+    """Raises `PlanMismatch` on every rank when they are about to put different plans in force."""
+    digests = Meeting("apply").gathered(plan.decisions)
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise PlanMismatch(
+            f"rank {other} is about to run another plan ({digests[other]}) than rank 0 ({digests[0]}): give every rank "
+            "the same file, or have tightfit.fit plan for all"
+        )
 
 
 def apply(

@@ -259,7 +259,7 @@ class TightfitCallback(PeakCallback):
             # in the middle of a training nothing is proven anew, so only what gives the same bits by design
             levers = frozenset(levers or (Lever.RECOMPUTE, Lever.LOSS_IN_PLACE, Lever.NEST)) - {Lever.TILE}
         try:
-            _, chosen = planned(record, self.budget if self.plan is None else self.plan.budget_bytes, levers)
+            _, chosen = planned(record, self.budget if self.plan is None else self.plan.budget_bytes, levers, model)
         except BudgetInfeasible as error:
             if self.plan is None or recorded is None:
                 raise

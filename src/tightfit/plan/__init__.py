@@ -264,6 +264,8 @@ class _Planner:
     def nested(self) -> tuple[_Planner, ...]:
         """The same with fewer and fewer inputs kept; without much effort only some of them."""
         step = 1 if self.effort.proves else _COARSE
+        if self.trace.resharded:  # a sweep through earlier units would need weights that are gone
+            return ()
         return tuple(
             _Planner(
                 self.trace, self.effort, in_place_loss=self.in_place_loss, extra_seconds=self.extra_seconds,

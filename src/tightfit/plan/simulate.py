@@ -53,6 +53,7 @@ _STATIC = (
     Category.OPTIMIZER_STATE,
     Category.BUFFERS,
     Category.INPUTS,
+    Category.COLLECTIVES,
 )
 _PLACE = {category: place for place, category in enumerate(Category)}
 

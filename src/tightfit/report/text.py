@@ -434,9 +434,11 @@ def _short(name: str) -> str:
 
 
 _ROWS = (
-    (Category.PARAMETERS, "parameters"), (Category.OPTIMIZER_STATE, "optimizer state"),
-    (Category.GRADIENTS, "gradients"), (Category.BUFFERS, "buffers"), (Category.INPUTS, "batch"),
-    (Category.SAVED, "held for backward"), (Category.TEMPORARIES, "temporaries, logits and loss"),
+    (Category.PARAMETERS, "parameters"), (Category.QUANTISED, "quantised parameters"),
+    (Category.COLLECTIVES, "gathered weights and buffers of collectives"),
+    (Category.OPTIMIZER_STATE, "optimizer state"), (Category.GRADIENTS, "gradients"), (Category.BUFFERS, "buffers"),
+    (Category.INPUTS, "batch"), (Category.WORKSPACE, "kernels' workspace"), (Category.SAVED, "held for backward"),
+    (Category.LOSS, "logits and loss"), (Category.TEMPORARIES, "temporaries"),
 )  # fmt: skip
 
 
