@@ -275,6 +275,12 @@ def check(
     accumulate: Annotated[
         bool, typer.Option("--accumulate", help="Gradients of earlier micro-batches are there when a step begins.")
     ] = False,
+    world_size: Annotated[
+        int, typer.Option("--world-size", help="GPUs that train together; the answer is of each.")
+    ] = 1,
+    strategy: Annotated[
+        str, typer.Option(help="How they share the step: ddp, fsdp2 (weights given back after forward), or one.")
+    ] = "one",
     budget: Annotated[
         str | None,
         typer.Option(help="A size, or a percentage of the GPU's memory.", show_default="all that is usable"),
@@ -312,7 +318,7 @@ def check(
         seq = forecast.default_length(model)
     setup = forecast.Setup(
         model=model, method=method, batch=batch, seq=seq, dtype=dtype, optimizer=optimizer, rank=rank,
-        accumulate=accumulate,
+        accumulate=accumulate, world_size=world_size, strategy=strategy,
     ).checked()  # fmt: skip
     if gpu.strip().lower() == "all":
         with _progress() as say:

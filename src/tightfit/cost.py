@@ -82,7 +82,7 @@ def retimed(trace: Trace, device: Device) -> Trace:
     dtypes = [value.dtype for value in trace.values]
 
     def seconds(op_inputs: tuple[int, ...], op_outputs: tuple[int | None, ...], flops: int, kind: Kind) -> float:
-        if kind is Kind.VIEW:
+        if kind is Kind.VIEW or (kind is Kind.OPAQUE and not op_inputs):  # the latter is memory taken, nothing written
             return 0.0
         outputs = {v for v in op_outputs if v is not None}
         moved = sum(sizes[v] for v in outputs - set(op_inputs)) + sum(sizes[v] for v in set(op_inputs))

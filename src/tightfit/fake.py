@@ -36,6 +36,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tightfit.allocator import MIN_BLOCK_BYTES
 from tightfit.core import Device, Unsupported
+from tightfit.parallel import forget_step, local_of
 from tightfit.step import parameter_tensors, tensors_in
 
 __all__ = ["FakeStep", "faked", "refusals_named"]
@@ -106,6 +107,7 @@ class FakeStep:
     def restart(self) -> None:
         """Gradients as at the start of a step: zeros where the model came with one, else none."""
         assert self._model is not None
+        forget_step(self._model)
         for parameter in self._model.parameters():
             parameter.grad = None
         for parameter in self._accumulating:
@@ -123,6 +125,8 @@ class FakeStep:
         """The fake result of one op, or the true one where it is known."""
         if func is _aten._local_scalar_dense.default:
             return self._scalar(args[0])
+        if func.namespace == "c10d":
+            return _pretended(func, args, kwargs)
         if func is _aten._grouped_mm.default:
             out: Any = _grouped_mm(*args, **kwargs)
         elif func is _aten.nonzero.default and args[0] in self._known:
@@ -232,6 +236,17 @@ class FakeStep:
                 made.append(sum(s.nbytes() for key, s in storages.items() if key not in given))
                 del out, storages, leaves, args, kwargs
         return [max(0, rise - size) for rise, size in zip(risen_bytes(profiler, len(made)), made, strict=True)]
+
+
+def _pretended(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """A collective that sends nothing: the tensors that it writes, and work that is done."""
+    from torch._C._distributed_c10d import FakeWork
+
+    work = FakeWork().boxed()
+    returns = func._schema.returns
+    if len(returns) == 1:
+        return work
+    return (*args[: len(returns) - 1], work)
 
 
 class _Outline(tuple[Any, ...]):
@@ -385,6 +400,8 @@ def faked(model: nn.Module, batch: Any, step: FakeStep) -> Iterator[Any]:
     step._model = model
 
     def fake_of(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in twins and local_of(tensor) is not tensor:
+            twins[id(tensor)] = _sharded_like(tensor, fake_of(local_of(tensor)))
         if id(tensor) not in twins:
             with mode:
                 device = "cpu" if tensor.is_meta else tensor.device
@@ -415,6 +432,14 @@ def faked(model: nn.Module, batch: Any, step: FakeStep) -> Iterator[Any]:
     finally:
         for table, name, tensor in undo:
             table[name] = tensor
+
+
+def _sharded_like(original: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor whose local part is the fake `local`."""
+    make: Any = type(original)
+    made: torch.Tensor = make(local, original._spec, requires_grad=original.requires_grad)  # type: ignore[attr-defined]
+    is_parameter = isinstance(original, nn.Parameter)
+    return nn.Parameter(made, requires_grad=original.requires_grad) if is_parameter else made
 
 
 def _parameter_like(

@@ -52,7 +52,9 @@ from tightfit.core import (
 )
 from tightfit.cost import NOMINAL_CUDA, retimed
 from tightfit.fake import FakeStep
+from tightfit.integrations.fsdp import shard_bytes
 from tightfit.measure import every_block_checkpointed
+from tightfit.parallel import Strategy
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.simulate import allocations
 from tightfit.report.text import tiles_said
@@ -74,6 +76,7 @@ __all__ = [
     "which_gpus",
 ]
 
+STRATEGIES = tuple(each.value for each in Strategy)
 METHODS = ("full", "lora", "qlora")
 OPTIMIZERS = ("adamw", "adamw-fused", "adamw8bit", "paged-adamw8bit", "sgd", "none")
 DTYPES = {
@@ -111,14 +114,23 @@ class Setup:
     optimizer: str = "adamw"
     rank: int = 16
     accumulate: bool = False  # gradients of earlier micro-batches are there when a step begins
+    world_size: int = 1  # processes, each with a device and a batch of its own
+    strategy: str = "one"  # how the step is spread over them
 
     def checked(self) -> Setup:
         """Itself. Raises `InvalidInput` for what cannot be meant."""
         for what, value, known in (
             ("method", self.method, METHODS), ("optimizer", self.optimizer, OPTIMIZERS), ("dtype", self.dtype, DTYPES),
+            ("strategy", self.strategy, STRATEGIES),
         ):  # fmt: skip
             if value not in known:
                 raise InvalidInput(f"unknown {what} {value!r}: use {', '.join(known)}")
+        if not 1 <= self.world_size <= 1 << 16:
+            raise InvalidInput(f"expected a world size from 1 to {1 << 16}, not {self.world_size}")
+        if self.world_size > 1 and self.strategy == "one":
+            raise InvalidInput(f"{self.world_size} processes were asked for: say how they share the step, ddp or fsdp2")
+        if self.method == "qlora" and self.strategy == "fsdp2":
+            raise Unsupported("4-bit weights cannot be sharded by FSDP2: use strategy ddp, or method lora")
         if self.batch < 1:
             raise InvalidInput(f"expected a batch of at least 1 sequence, not {self.batch}")
         if self.seq < 2:
@@ -258,22 +270,80 @@ def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = 
         with torch.autocast("cpu", dtype=compute, enabled=compute is not None):
             return compute_loss(model, batch)
 
+    spread = _Spread(setup, compute)
+    if spread.shards or compute is None:  # FSDP2 casts what it gathers, instead of autocast
+        loss = None  # type: ignore[assignment]
     with _gradients(model, setup.accumulate), _refusals_of(setup.model):
-        recorded = _traced(model, batch, loss if compute is not None else None, device, units, tiles)
+        recorded = _traced(model, batch, loss, device, units, tiles, spread)
+    recorded = spread.with_buckets(model, recorded, FakeStep(device).granule_bytes)
     if setup.optimizer == "none":
         return recorded
-    return behind(
-        recorded,
-        _optimizer_record(setup.model, setup.method, setup.dtype, setup.rank, setup.optimizer, _HashableDevice(device)),
-    )
+    return behind(recorded, _optimizer_record(*_optimizer_key(setup), _HashableDevice(device)))
+
+
+class _Spread:
+    """How a setup's step is spread over processes; this is rank 0's."""
+
+    def __init__(self, setup: Setup, compute: torch.dtype | None) -> None:
+        self.strategy, self.world_size, self.compute = Strategy(setup.strategy), setup.world_size, compute
+
+    @property
+    def shards(self) -> bool:
+        return self.strategy is Strategy.FSDP2
+
+    def of(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """The model that this rank has."""
+        if not self.shards:
+            return contextlib.nullcontext(model)
+        from tightfit.integrations.fsdp import sharded
+
+        return sharded(model, self.world_size, self.compute)
+
+    def static_bytes(self, model: nn.Module, batch: Any, granule_bytes: int) -> dict[str, int]:
+        found = static_bytes_by_category(model, batch, granule_bytes=granule_bytes)
+        if self.shards:
+            found[Category.PARAMETERS.value] = sum(
+                shard_bytes(each, self.world_size, granule_bytes) for each in model.parameters()
+            )
+            found[Category.GRADIENTS.value] = sum(
+                shard_bytes(each.grad, self.world_size, granule_bytes)
+                for each in model.parameters()
+                if each.grad is not None
+            )
+        return found
+
+    def with_buckets(self, model: nn.Module, recorded: Trace, granule_bytes: int) -> Trace:
+        """`recorded` with DDP's buckets, which are as large as the gradients."""
+        if self.strategy is not Strategy.DDP:
+            return recorded
+        size_bytes = sum(
+            -(-p.numel() * p.element_size() // granule_bytes) * granule_bytes
+            for p in model.parameters()
+            if p.requires_grad
+        )
+        static = {**recorded.static_bytes, Category.COLLECTIVES.value: size_bytes}
+        tiled = tuple(self.with_buckets(model, variant, granule_bytes) for variant in recorded.tiled)
+        return dataclasses.replace(recorded, static_bytes=static, tiled=tiled)
+
+
+def _optimizer_key(setup: Setup) -> tuple[str, str, str, int, str, int]:
+    shards = setup.world_size if setup.strategy == Strategy.FSDP2.value else 1
+    return setup.model, setup.method, setup.dtype, setup.rank, setup.optimizer, shards
 
 
 @functools.lru_cache(maxsize=4)
 def _optimizer_record(
-    model: str, method: str, dtype: str, rank: int, optimizer: str, device: _HashableDevice
+    model: str, method: str, dtype: str, rank: int, optimizer: str, shards: int, device: _HashableDevice
 ) -> OptimizerRecord:
     """The optimizer's step depends on the parameters alone, so one serves every batch and length."""
-    return record_optimizer(_optimizer(_model(model, method, dtype, rank), optimizer), device.device)
+    trained: nn.Module = _model(model, method, dtype, rank)
+    if shards > 1:
+        trained = nn.ParameterList(
+            nn.Parameter(p.new_empty(-(-p.shape[0] // shards), *p.shape[1:]) if p.dim() else p.new_empty(()))
+            for p in trained.parameters()
+            if p.requires_grad
+        )
+    return record_optimizer(_optimizer(trained, optimizer), device.device)
 
 
 @contextlib.contextmanager
@@ -301,24 +371,28 @@ def _gradients(model: nn.Module, there: bool) -> Iterator[None]:
             parameter.grad = None
 
 
-def _traced(model: nn.Module, batch: Any, loss: Any, device: Device | None, units: UnitsAsked, tiles: bool) -> Trace:
+def _traced(
+    model: nn.Module, batch: Any, loss: Any, device: Device | None, units: UnitsAsked, tiles: bool, spread: _Spread
+) -> Trace:
     """The whole model's trace, by way of a few of its blocks where these are alike."""
     stack = _stack(model) if units is None else None
+    blocks = LEAST_BLOCKS + 2 * spread.shards  # sharded, a block reaches into the time of its neighbours
+    if stack is not None and len(find_units(model)) < (blocks + 2) * stack.period:
+        stack = None
     if stack is not None:
         paths = list(find_units(model))
         with contextlib.suppress(IndexError, KeyError):  # a model that counts on all its layers
-            with _excerpt(stack):
-                few = trace(model, batch, loss, fake=True, device=device, tiles=tiles)
+            with _excerpt(stack, blocks), spread.of(model) as excerpt:
+                few = trace(excerpt, batch, loss, fake=True, device=device, tiles=tiles)
             whole = unroll(few, paths, stack.period)
             if whole is not None:
                 static = dict(few.static_bytes)
                 granule = FakeStep(device).granule_bytes
-                static.update(
-                    (name, size) for name, size in static_bytes_by_category(model, batch, granule_bytes=granule).items()
-                )
+                static.update(spread.static_bytes(model, batch, granule))
                 tiled = tuple(dataclasses.replace(variant, static_bytes=static) for variant in whole.tiled)
                 return dataclasses.replace(whole, static_bytes=static, tiled=tiled)
-    return trace(model, batch, loss, units=units, fake=True, device=device, tiles=tiles)
+    with spread.of(model) as whole_model:
+        return trace(whole_model, batch, loss, units=units, fake=True, device=device, tiles=tiles)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,11 +435,11 @@ def _description(layer: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def _excerpt(stack: _Stack) -> Iterator[None]:
-    """The model with only its first blocks and its last."""
+def _excerpt(stack: _Stack, blocks: int) -> Iterator[None]:
+    """The model with only its first blocks and its last, `blocks` in all."""
     whole: Any = getattr(stack.owner, stack.name)
     layers = list(whole)
-    first = (LEAST_BLOCKS - 1) * stack.period
+    first = (blocks - 1) * stack.period
     setattr(stack.owner, stack.name, nn.ModuleList([*layers[:first], *layers[-stack.period :]]))
     try:
         yield
@@ -489,7 +563,7 @@ def check(
         longest_seq=longest,
         advice=advice,
         error_bar=_error_bar(device),
-        notes=(*recorded.notes, *_kept_whole(recorded), *_notes(setup, device)),
+        notes=(*recorded.notes, *_kept_whole(recorded), *_notes(setup, device), *_spread_notes(setup, recorded)),
         environment=environment(),
     )
 
@@ -660,11 +734,12 @@ def _floor(setup: Setup, device: Device) -> int:
     model = _model(setup.model, setup.method, setup.dtype, setup.rank)
     static = sum(static_bytes_by_category(model).values())
     if setup.optimizer == "none":
-        return static
+        return static // (setup.world_size if setup.strategy == Strategy.FSDP2.value else 1)
     gradients: int = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    key = (setup.model, setup.method, setup.dtype, setup.rank, setup.optimizer)
-    record: OptimizerRecord = _optimizer_record(*key, _HashableDevice(device))
-    return static + gradients + record.state_bytes
+    record: OptimizerRecord = _optimizer_record(*_optimizer_key(setup), _HashableDevice(device))
+    if setup.strategy == Strategy.FSDP2.value:
+        return (static + gradients) // setup.world_size + record.state_bytes
+    return static + gradients * (2 if setup.strategy == Strategy.DDP.value else 1) + record.state_bytes
 
 
 def _resized(setup: Setup, what: str, amount: int) -> Setup:
@@ -809,6 +884,35 @@ def _notes(setup: Setup, device: Device) -> Iterable[str]:
             yield f"{format_bytes(left)} of expert weights are no torch.nn.Linear: bitsandbytes leaves them as they are"
     if device.name[:1].isdigit():
         yield "for a size alone, seconds are those of an A100's rates"
+
+
+def sent_bytes(recorded: Trace, setup: Setup) -> tuple[int, int]:
+    """Bytes that a rank receives for gathering weights, and that it sends for reducing gradients, in one step.
+
+    By ring collectives, which move (n - 1) / n of a buffer in each of their halves; DDP's all-reduce has both.
+    """
+    share = (setup.world_size - 1) / setup.world_size
+    size = {value.id: value.size_bytes for value in recorded.values}
+    gathered = sum(size[op.inputs[0]] for op in recorded.ops if op.name == "c10d._allgather_base_.default")
+    reduced = sum(size[op.inputs[1]] for op in recorded.ops if op.name == "c10d._reduce_scatter_base_.default")
+    buckets = recorded.static_bytes.get(Category.COLLECTIVES.value, 0)
+    return int(share * gathered), int(share * (reduced + 2 * buckets))
+
+
+def _spread_notes(setup: Setup, recorded: Trace) -> Iterable[str]:
+    if setup.strategy == Strategy.ONE.value:
+        return
+    gathered, reduced = sent_bytes(recorded, setup)
+    yield (
+        f"each of {setup.world_size} ranks by {setup.strategy}, with a batch of its own; the figures are rank 0's, "
+        "which never holds less than another"
+    )
+    yield (
+        f"a rank receives {format_bytes(gathered)} of weights and sends {format_bytes(reduced)} of gradients in a "
+        "step; the time of that is not in the seconds, nor are buffers that a library keeps outside torch's allocator"
+    )
+    if setup.strategy == Strategy.DDP.value:
+        yield "DDP without gradient_as_bucket_view; with it, the gradients' bytes are saved"
 
 
 # ---------------------------------------------------------------------------------------- the worst batch

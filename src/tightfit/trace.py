@@ -85,7 +85,6 @@ from tightfit.step import (
     environment,
     find_units,
     no_key_value_cache,
-    run_forward,
     static_bytes_by_category,
     tensors_in,
     undisturbed,
@@ -682,7 +681,7 @@ def trace(
             )
         batch = torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, batch)
     modules = find_units(inside(model), units)
-    strategy = strategy_of(model)
+    strategy_of(model)  # refuses what is not planned
     if any(getattr(module.forward, "__tightfit__", False) for module in model.modules()):
         raise InvalidInput("a plan is in force on this model, so its own step cannot be seen; remove the plan first")
     for path, module in model.named_modules():
@@ -700,10 +699,7 @@ def trace(
         ):
             return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles)
     with unsynchronised(model), undisturbed(model, batch) as restart, no_key_value_cache(model):
-        if strategy is Strategy.FSDP2:  # its first forward makes what the later ones fill again
-            with torch.no_grad():
-                run_forward(model, batch, loss)
-        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles and strategy is not Strategy.FSDP2)
+        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles)
 
 
 def _target(device: Device | torch.device | str | None) -> Device | None:
@@ -727,6 +723,11 @@ def _trace(
     fake: FakeStep | None,
     tiles: bool,
 ) -> Trace:
+    if strategy_of(model) is Strategy.FSDP2:
+        # its first forward makes what the later ones fill again; and tiles would compute where no weights are
+        restart()
+        _record(model, batch, loss, modules, restart, dry=True, fake=fake)
+        tiles = False
     restart()
     paths = list(modules)
     with head_sought(model, paths) as sought, modules_sought(model, paths, fake is not None) as token_wise:

@@ -62,6 +62,35 @@ def unroll(trace: Trace, paths: Sequence[str], period: int = 1) -> Trace | None:
 LEAST_BLOCKS = 5
 
 
+#: What FSDP2 does between two blocks' backward, for the later of them: it fills the weights, and looks at them.
+_GATHERS = frozenset({"storage.resize_", "fsdp.split_with_sizes_copy.default"})
+_LOOKS = frozenset({"aten.view.default", "aten.as_strided.default", "aten.detach.default", "aten.slice.Tensor"})
+
+
+def _gathered(trace: Trace, load: int) -> int:
+    """The event where the backward of a block begins, whose weights are filled before `load` reads the first tensor."""
+    at = load - 1
+    while at >= 0 and trace.events[at].what is not Happening.LOAD:
+        event = trace.events[at]
+        if event.what is Happening.OP and trace.ops[event.subject].name == "fsdp.split_with_sizes_copy.default":
+            break
+        at -= 1
+    else:
+        return load
+    while at > 0:
+        before = trace.events[at - 1]
+        if before.what is Happening.OP and trace.ops[before.subject].name not in _GATHERS | _LOOKS:
+            break
+        if before.what not in (Happening.OP, Happening.ALLOC, Happening.FREE):
+            break
+        at -= 1
+    return at
+
+
+#: A block and those on both sides of it.
+_NEIGHBOURS = 3
+
+
 class _Blocks:
     """A trace cut into blocks: which events are whose forward and backward, and who owns what."""
 
@@ -96,7 +125,7 @@ class _Blocks:
         if order != [unit.path for unit in trace.units] or len(first_load) != count:
             return None
         forward = [enters[k * period] for k in range(count)] + [exits[count * period - 1] + 1]
-        backward = [first_load[k] for k in range(count)] + [len(trace.events)]
+        backward = [_gathered(trace, first_load[k]) for k in range(count)] + [len(trace.events)]
         falling = backward[:-1]
         if forward != sorted(forward) or falling != sorted(falling, reverse=True) or forward[-1] > falling[-1]:
             return None
@@ -126,7 +155,8 @@ class _Blocks:
         for saved in trace.saved:
             if saved.frame is not None:
                 claim("saved", saved.id, saved.frame // self.period)
-        # parameters and what else was there before: a block's own when nobody else touches them
+        # parameters and what else was there before: a block's own when nobody else touches them, but for its
+        # neighbours, in whose time FSDP2 gathers its weights
         users: dict[int, set[int | None]] = defaultdict(set)
         order: dict[int, None] = {}
         for op in trace.ops:
@@ -136,10 +166,11 @@ class _Blocks:
                 order[value] = None
         allocated = {e.subject for e in trace.events if e.what is Happening.ALLOC}
         for value in order:
-            if value not in allocated and len(users[value]) == 1:
-                (user,) = users[value]
-                if user is not None:
-                    claim("value", value, user)
+            if value in allocated or None in users[value]:
+                continue
+            near = sorted(user for user in users[value] if user is not None)
+            if near[-1] - near[0] < _NEIGHBOURS:
+                claim("value", value, (near[0] + near[-1]) // 2)
 
     def _ref(self, kind: str, subject: int | None, block: int) -> Any:
         if subject is None:

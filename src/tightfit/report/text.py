@@ -149,7 +149,8 @@ _FORECAST_ROWS = (
     ("parameters", "weights"), ("quantised_parameters", "quantised weights"), ("gradients", "gradients"),
     ("optimizer_state", "optimizer state"), ("buffers", "buffers"), ("inputs", "batch"),
     ("saved", "saved tensors"), ("loss", "loss and logits"), ("temporaries", "temporaries"),
-    ("workspace", "kernel workspace"), ("allocator_slack", "allocator slack"),
+    ("collectives", "gathered weights, buckets"), ("workspace", "kernel workspace"),
+    ("allocator_slack", "allocator slack"),
 )  # fmt: skip
 
 

@@ -1,0 +1,228 @@
+"""What each process of a distributed test does: `python -m torch.distributed.run --nproc-per-node N ranks.py OUT CASE ...`.
+
+Every case leaves what this rank saw in `OUT/CASE.RANK.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import tightfit
+from tightfit.core import TightfitError
+from tightfit.integrations.peft import add_lora
+from tightfit.parallel import local_of
+from tightfit.verify import PeakMeter, static_bytes
+
+STEPS = 20
+TOKENS = 64
+
+
+def llama(method: str = "full") -> Any:
+    """Small, with dropout; made from its config alone, so that a forecast can be made of the same."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config()).train()
+    return model if method == "full" else add_lora(model, rank=4, dropout=0.1)
+
+
+def config() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=250, attention_dropout=0.1, use_cache=False,
+    )  # fmt: skip
+
+
+def spread(case: str) -> nn.Module:
+    """The model of a case, wrapped as its name says."""
+    model = llama("lora" if "lora" in case else "full")
+    if case.startswith("ddp"):
+        return DistributedDataParallel(model, gradient_as_bucket_view="views" in case)
+    how: dict[str, Any] = {"reshard_after_forward": "whole" not in case}
+    if "bf16" in case:
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in model.modules():
+        if type(module).__name__ == "LlamaDecoderLayer":
+            fully_shard(module, **how)
+    fully_shard(model, **how)
+    return model
+
+
+def batch(step: int, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    ids = torch.randint(0, 250, (2, tokens), generator=generator)
+    return {"input_ids": ids, "labels": ids}
+
+
+def synchronise(model: nn.Module, on: bool) -> None:
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on
+    else:
+        model.set_requires_gradient_sync(on)  # type: ignore[operator]
+
+
+def trained(model: nn.Module, accumulates: bool, steps: int = STEPS) -> list[Any]:
+    """Losses and this rank's gradients of every step, with an optimizer that uses them."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    torch.manual_seed(7 + dist.get_rank())
+    seen: list[Any] = []
+    for step in range(steps):
+        reduces = not accumulates or step % 2 == 1
+        if accumulates:
+            synchronise(model, reduces)
+        loss = model(**batch(step)).loss
+        loss.backward()
+        seen.append(loss.item())
+        if reduces:
+            seen += [None if p.grad is None else local_of(p.grad).clone() for p in model.parameters()]
+            optimizer.step()
+            optimizer.zero_grad()
+    return seen
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def step_peak_bytes(model: nn.Module) -> int:
+    """The most that one of three steps held: gloo's threads let go of a buffer a little later now and then."""
+    found = []
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = None
+        given = batch(0)
+        before = static_bytes(model, None, given)
+        with PeakMeter("cpu") as meter:
+            model(**given).loss.backward()
+        found.append(before + meter.rise_bytes)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return min(found)
+
+
+def twenty_steps(case: str) -> dict[str, Any]:
+    accumulates = "accumulated" in case
+    reference = trained(spread(case), accumulates)
+    model = spread(case)
+    applied = tightfit.fit(model, batch(0), "70%")
+    predicted = applied.plan.peak_bytes
+    mine = trained(model, accumulates)
+    stats = applied.stats()
+    synchronise(model, True)
+    measured = step_peak_bytes(model) if not accumulates else None
+    applied.remove()
+    return {
+        "same": same(reference, mine), "replays": stats.replays, "fallbacks": stats.fallbacks,
+        "predicted": predicted, "measured": measured, "budget": applied.plan.budget_bytes,
+        "decisions": applied.plan.decisions,
+        "untouched": all(not hasattr(m.forward, "__tightfit__") for m in model.modules()),
+    }  # fmt: skip
+
+
+def proven(case: str) -> dict[str, Any]:
+    model = spread(case.removeprefix("proven-"))
+    given = batch(0)
+    plan = tightfit.fit(model, given, "75%")
+    plan.remove()
+    proof = tightfit.verify(model, given, plan.plan)
+    return {"passed": proof.passed, "checks": {check.name: check.measured for check in proof.checks}}
+
+
+def longer(case: str) -> dict[str, Any]:
+    """One rank meets a longer batch: all plan anew, for the same bytes."""
+    model = spread(case.removeprefix("longer-"))
+    applied = tightfit.fit(model, batch(0), "75%")
+    before = applied.plan.decisions
+    length = TOKENS + 32 * (dist.get_rank() == 1)
+    model(**batch(0, length)).loss.backward()
+    return {
+        "replanned": applied.plan.decisions != before, "decisions": applied.plan.decisions,
+        "peak": applied.plan.peak_bytes, "budget": applied.plan.budget_bytes,
+    }  # fmt: skip
+
+
+def refused(run: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        run()
+    except TightfitError as error:
+        return {"error": type(error).__name__, "says": str(error)}
+    return {"error": None}
+
+
+def another_plan(_: str) -> dict[str, Any]:
+    model = spread("fsdp")
+    shares = ("75%", "60%")
+    plan = tightfit.plan(tightfit.trace(model, batch(0)), shares[dist.get_rank() % 2])
+    found = refused(lambda: tightfit.apply(model, plan))
+    return {**found, "untouched": all(not hasattr(m.forward, "__tightfit__") for m in model.modules())}
+
+
+def too_little(_: str) -> dict[str, Any]:
+    model = spread("fsdp")
+    return refused(lambda: tightfit.fit(model, batch(0), 1000))
+
+
+def late(_: str) -> dict[str, Any]:
+    """The last rank does not come."""
+    model = spread("ddp")
+    applied = tightfit.fit(model, batch(0), "75%")
+    applied.remove()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        time.sleep(6)
+        return {}
+    os.environ["TIGHTFIT_TIMEOUT_SECONDS"] = "2"
+    return refused(lambda: tightfit.apply(model, applied.plan))
+
+
+def waiting(_: str) -> dict[str, Any]:
+    """Gradients that wait to be reduced are not lost to a trace."""
+    model = spread("fsdp")
+    model(**batch(0)).loss.backward()
+    expected = [local_of(p.grad).clone() for p in model.parameters()]  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        parameter.grad = None
+    synchronise(model, False)
+    model(**batch(0)).loss.backward()
+    found = refused(lambda: tightfit.trace(model, batch(0)))
+    synchronise(model, True)
+    model(**batch(0)).loss.backward()
+    twice = [local_of(p.grad) for p in model.parameters()]  # type: ignore[arg-type]
+    return {**found, "kept": not any(torch.equal(a, b) for a, b in zip(expected, twice, strict=True))}
+
+
+CASES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "proven": proven, "longer": longer, "another": another_plan, "toolittle": too_little, "late": late,
+    "waiting": waiting,
+}  # fmt: skip
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    folder = Path(sys.argv[1])
+    for case in sys.argv[2:]:
+        found = CASES.get(case.partition("-")[0], twenty_steps)(case)
+        (folder / f"{case}.{dist.get_rank()}.json").write_text(json.dumps(found))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
