@@ -691,6 +691,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(error.format_message())
         return EXIT_WRONG_INPUT
     except TightfitError as error:
+        _tell_launcher(error)
         if debug:
             raise
         _say(str(error))
@@ -705,6 +706,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_NO
     except Exception as error:
+        _tell_launcher(error)
         if debug:
             raise
         if (asked_bytes := refused_bytes(error)) is not None:
@@ -719,6 +721,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_NO
         _say(f"{type(error).__name__}: {error} (run again with --debug to see where)")
         return EXIT_NO
+
+
+def _tell_launcher(error: Exception) -> None:
+    """Where torchrun started this process: the first cause, which it shows beside the rank's number."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    handler = get_error_handler()
+    handler.initialize()
+    handler.record_exception(error)
 
 
 # typer brings its own copy of click since 0.20 or so: whichever it is, the base of its usage errors

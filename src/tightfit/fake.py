@@ -36,7 +36,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tightfit.allocator import MIN_BLOCK_BYTES
 from tightfit.core import Device, Unsupported
-from tightfit.parallel import forget_step, local_of
+from tightfit.parallel import as_new, forget_step, local_of
 from tightfit.step import parameter_tensors, tensors_in
 
 __all__ = ["FakeStep", "faked", "refusals_named"]
@@ -427,7 +427,7 @@ def faked(model: nn.Module, batch: Any, step: FakeStep) -> Iterator[Any]:
                     undo.append((vars(module), name, plain))
                     vars(module)[name] = fake_of(plain)
         fake_batch = pytree.tree_map(lambda t: fake_of(t) if isinstance(t, torch.Tensor) else t, batch)
-        with _untraced_transformers(), _kernels_of(step), mode:
+        with as_new(model), _untraced_transformers(), _kernels_of(step), mode:
             yield fake_batch
     finally:
         for table, name, tensor in undo:

@@ -40,7 +40,7 @@ from tightfit.parallel import Strategy, gradients_wait, strategy_of
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
 from tightfit.ranks import Meeting, anywhere, are_several
-from tightfit.step import LossFunction, UnitsAsked, tensors_in
+from tightfit.step import LossFunction, UnitsAsked, device_of, tensors_in
 from tightfit.trace import trace
 
 __all__ = ["Longer", "fit", "planned"]
@@ -125,6 +125,10 @@ def _record(
     units: UnitsAsked,
     tiles: bool,
 ) -> Trace:
+    device = device_of(model)
+    if are_several(model) and device.type != "cpu":
+        # a rank whose unplanned step does not fit would leave the others waiting in the middle of theirs
+        return trace(model, batch, loss, optimizer, units, fake=True, device=device, tiles=tiles)
     return trace(model, batch, loss=loss, optimizer=optimizer, units=units, tiles=tiles)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from tightfit.core import Unsupported
 
 __all__ = [
     "Strategy",
+    "as_new",
     "bucket_bytes",
     "forget_step",
     "gradients_are_views",
@@ -116,6 +118,39 @@ def forget_step(model: nn.Module) -> None:
                     "use 2.13 or later"
                 )
             module.reset_iter_state()
+
+
+@contextlib.contextmanager
+def as_new(model: nn.Module) -> Iterator[None]:
+    """FSDP2 as before its first step inside, whatever it has gathered; afterwards as it was, and so are its weights.
+
+    For steps on other tensors than the model's own, which have been put in their place.
+    """
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def keep(thing: Any) -> Any:
+        kept.append((vars(thing), {k: v.copy() if type(v) in (list, dict, set) else v for k, v in vars(thing).items()}))
+        return thing
+
+    for module in _sharded(model):
+        state = keep(module._get_fsdp_state())
+        state._is_root = None
+        keep(state._comm_ctx)
+        keep(state._state_ctx).all_states = []
+        for group in state._fsdp_param_groups:
+            keep(group)._reset_sharded_params = False  # look at the weights again
+            group._module_fqn = None
+            for each in group.fsdp_params:
+                keep(each).all_gather_outputs = []
+                vars(each).pop("_unsharded_param", None)
+    try:
+        with warnings.catch_warnings():  # it compares the addresses of its shards, which fake ones do not have
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor", category=UserWarning)
+            yield
+    finally:
+        for table, before in reversed(kept):  # what several modules share was kept first as it was
+            table.clear()
+            table.update(before)
 
 
 def gradients_wait(model: nn.Module) -> bool:

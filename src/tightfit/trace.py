@@ -694,6 +694,7 @@ def trace(
         step = FakeStep(target)
         with (
             refusals_named(f"the {type(model).__name__}"),
+            unsynchronised(model),
             faked(model, batch, step) as fake_batch,
             no_key_value_cache(model),
         ):

@@ -62,6 +62,7 @@ from tightfit.core import (
     Plan,
     Proof,
     TightfitError,
+    Unsupported,
     format_bytes,
     parse_bytes,
     parse_levers,
@@ -203,6 +204,11 @@ def train(options: TrainOptions, progress: Console | None = None) -> RunResult:
     Raises `InvalidInput` (nothing written), `BudgetInfeasible` (nothing written), and whatever the training raises
     after a record that says so.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise Unsupported(
+            f"tightfit train is one process, and this is one of {os.environ['WORLD_SIZE']}: train with Trainer or "
+            "SFTTrainer and TightfitCallback under torchrun (docs/how_to/several_gpus.md)"
+        )
     _check(options)
     with _quiet_libraries():
         asked, folder, record = _asked(options)

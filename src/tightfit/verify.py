@@ -568,7 +568,7 @@ def _peak_bytes(
     return min(found)
 
 
-_GLOO_STEPS = 4
+_GLOO_STEPS = 6
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What each process of a distributed test does: `python -m torch.distributed.run --nproc-per-node N ranks.py OUT CASE ...`.
+"""What each process of a distributed test does: `torchrun --nproc-per-node N ranks.py OUT CASE ...`.
 
 Every case leaves what this rank saw in `OUT/CASE.RANK.json`.
 """
@@ -102,9 +102,9 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 
 def step_peak_bytes(model: nn.Module) -> int:
-    """The most that one of three steps held: gloo's threads let go of a buffer a little later now and then."""
+    """The most that one of ten steps held: gloo's threads let go of a buffer a little later now and then."""
     found = []
-    for _ in range(3):
+    for _ in range(10):
         for parameter in model.parameters():
             parameter.grad = None
         given = batch(0)
@@ -207,9 +207,46 @@ def waiting(_: str) -> dict[str, Any]:
     return {**found, "kept": not any(torch.equal(a, b) for a, b in zip(expected, twice, strict=True))}
 
 
+def trainer(case: str) -> dict[str, Any]:
+    """The Trainer's own distributed training, with and without the callback."""
+    import contextlib
+    import tempfile
+
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    from tightfit.integrations.trainer import TightfitCallback
+
+    rows = [{"input_ids": [(7 * i + 3 * j) % 250 for j in range(48)]} for i in range(32)]
+    data = Dataset.from_list([{**row, "labels": row["input_ids"]} for row in rows])
+
+    def run(callback: Any) -> tuple[list[float], list[torch.Tensor]]:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+            args = TrainingArguments(
+                folder, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
+                report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, seed=3,
+            )  # fmt: skip
+            made = Trainer(llama("lora" if "lora" in case else "full"), args, train_dataset=data)
+            if callback is not None:
+                made.add_callback(callback)
+            made.train()
+            weights = [local_of(p.detach()).clone() for p in made.model.parameters()]
+            return [entry["loss"] for entry in made.state.log_history if "loss" in entry], weights
+
+    reference = run(None)
+    callback = TightfitCallback("75%")
+    mine = run(callback)
+    assert callback.proof is not None and callback.plan is not None
+    return {
+        "losses": reference[0] == mine[0], "weights": same(list(reference[1]), list(mine[1])),
+        "proof": callback.proof.passed, "said": callback.said, "peaks": max(callback.peaks),
+        "budget": callback.plan.budget_bytes,
+    }  # fmt: skip
+
+
 CASES: dict[str, Callable[[str], dict[str, Any]]] = {
     "proven": proven, "longer": longer, "another": another_plan, "toolittle": too_little, "late": late,
-    "waiting": waiting,
+    "waiting": waiting, "trainer": trainer,
 }  # fmt: skip
 
 

@@ -115,7 +115,7 @@ class Applied:
     @property
     def active_units(self) -> tuple[str, ...]:
         """Paths of the units that the engine runs in; those that keep everything are not among them."""
-        paths = {id(m): p for p, m in self.model.named_modules()}
+        paths = {id(m): p for p, m in inside(self.model).named_modules()}
         return tuple(paths.get(id(patch.module), "") for patch in self._patches)
 
     def remove(self) -> None:

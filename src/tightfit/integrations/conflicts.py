@@ -17,6 +17,7 @@ from torch import nn
 
 from tightfit.core import Unsupported
 from tightfit.integrations import trl
+from tightfit.parallel import Strategy, strategy_of
 
 __all__ = ["Suspended", "refuse"]
 
@@ -52,8 +53,12 @@ def refuse(trainer: Any, model: nn.Module, batch_given: bool) -> None:
         )
     if args.n_gpu > 1:
         raise Unsupported(f"{args.n_gpu} GPUs are visible and the Trainer would copy the model to each: show it one")
-    if args.world_size > 1 or trainer.model_wrapped is not model:
-        raise Unsupported("a wrapped model (distributed, sharded, compiled) cannot be planned: train on one device")
+    wrapped = trainer.model_wrapped
+    if strategy_of(wrapped) is Strategy.ONE and (args.world_size > 1 or wrapped is not model):  # wrapped by now
+        raise Unsupported(
+            f"a model wrapped as {type(wrapped).__name__} cannot be planned: use one device, DDP or FSDP2 "
+            "(fsdp_version: 2 in accelerate's config)"
+        )
     generates = type(trainer)._prepare_inputs is not transformers.Trainer._prepare_inputs
     trl.refuse(trainer, generates and not batch_given)
 

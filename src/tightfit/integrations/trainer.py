@@ -43,7 +43,7 @@ from tightfit.fitting import planned
 from tightfit.integrations import conflicts
 from tightfit.integrations.longest import Extent, longest_batch, plain
 from tightfit.measure import every_block_checkpointed
-from tightfit.plan import plan as make_plan
+from tightfit.ranks import anywhere
 from tightfit.step import (
     environment,
     no_key_value_cache,
@@ -74,6 +74,7 @@ class PeakCallback(TrainerCallback):
         self._logged = 0  # of `peaks`
         self._upcoming: list[Any] = []  # the batches of the optimizer step that is about to run
         self._beside: list[torch.Tensor] = []  # weights of other models that the step holds
+        self._wrapped: Any = None  # the model as the Trainer calls it
         self._meter: PeakMeter | None = None
         self._states, self._static_bytes, self._base_bytes = -1, 0, 0
         self._patches = ExitStack()
@@ -83,6 +84,7 @@ class PeakCallback(TrainerCallback):
         trainer = running_trainer()
         _report_first(self, trainer)
         self.peaks, self._logged, self._upcoming, self._states = [], 0, [], -1
+        self._wrapped = trainer.model_wrapped
         self._beside = _weights_beside(trainer, kwargs["model"])
         self._patches.enter_context(_replaced(trainer, "get_batch_samples", self._noting))
         # the Trainer calls no callback when a training fails
@@ -110,7 +112,7 @@ class PeakCallback(TrainerCallback):
         optimizer = _bare(kwargs["optimizer"])
         if len(optimizer.state) != self._states:  # it makes its state in its first step; nothing else changes
             self._states = len(optimizer.state)
-            self._static_bytes = static_bytes(kwargs["model"], optimizer, self._beside)
+            self._static_bytes = static_bytes(self._wrapped, optimizer, self._beside)
         self._base_bytes = self._static_bytes + unique_bytes(tensors_in(self._upcoming))
         self._meter = PeakMeter(args.device)
         self._meter.__enter__()
@@ -205,8 +207,9 @@ class TightfitCallback(PeakCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
-        trainer, model = running_trainer(), kwargs["model"]
-        conflicts.refuse(trainer, model, self._given)
+        trainer = running_trainer()
+        conflicts.refuse(trainer, kwargs["model"], self._given)
+        model = trainer.model_wrapped
         super().on_train_begin(args, state, control, **kwargs)
         self._trainer = trainer
         self.plan = self.proof = self.trace = None
@@ -264,7 +267,8 @@ class TightfitCallback(PeakCallback):
             if self.plan is None or recorded is None:
                 raise
             # in the middle of a training: the leanest plan there is, and a word about it, rather than an end
-            chosen = make_plan(recorded, error.least_bytes, levers=levers)
+            seen: Trace = recorded
+            _, chosen = planned(lambda _: seen, error.least_bytes, levers, model)
             self._warn(f"{error}; this batch runs under the leanest plan")
         self.trace, self.plan = recorded, chosen
         self.plans += 1
@@ -303,14 +307,14 @@ class TightfitCallback(PeakCallback):
     # -- steps
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        model = kwargs["model"]
         if self.plan is None or self._trainer is None:
             raise Unsupported("TightfitCallback was added in the middle of a training: give it before trainer.train()")
+        model = self._trainer.model_wrapped
         # on only while a step runs: a config that is saved in between says what the user's says
         self._cache.enter_context(no_key_value_cache(model))
         longer = self._longer_batch()
-        if longer is not None:
-            self._replan(longer, state, **kwargs)
+        if anywhere(model, longer is not None)[0]:  # what one rank plans anew, all do
+            self._replan(self.batch if longer is None else longer, state, **kwargs)
         if self.applied is None:
             if self.verify:
                 self._prove(state, model)
@@ -327,7 +331,7 @@ class TightfitCallback(PeakCallback):
         return longest
 
     def _replan(self, batch: Any, state: Any, **kwargs: Any) -> None:
-        model, before = kwargs["model"], (self.plan, self.trace)
+        model, before = self._trainer.model_wrapped, (self.plan, self.trace)
         if self.applied is not None:
             self.applied.suspend()
         prepared = transformers.Trainer._prepare_inputs(self._trainer, batch)
@@ -335,7 +339,7 @@ class TightfitCallback(PeakCallback):
             new = self._plan_for(prepared, model, kwargs["optimizer"])
         old = before[0]
         assert old is not None
-        if new.unplanned_peak_bytes <= old.unplanned_peak_bytes:
+        if not anywhere(model, new.unplanned_peak_bytes > old.unplanned_peak_bytes)[0]:
             self.plan, self.trace = before  # longer in one way and shorter in another: the old plan is the safer one
         else:
             self.batch = prepared

@@ -1,0 +1,162 @@
+"""Several processes on gloo: DDP and FSDP2 under a plan are the same run, agree on one plan, and fail together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tightfit
+from tightfit.core import Category, Unsupported
+from tightfit.integrations.fsdp import shard_bytes, sharded
+from tightfit.plan import lowest
+
+PROGRAM = Path(__file__).with_name("ranks.py")
+TWENTY_STEPS = ("fsdp", "fsdp-whole", "fsdp-bf16-lora", "fsdp-accumulated", "ddp-lora", "ddp-views", "ddp-accumulated")
+OTHERS = ("proven-fsdp", "longer-fsdp", "longer-ddp", "another", "toolittle", "waiting", "trainer-ddp", "late")
+FOUR = ("fsdp-lora", "ddp", "another", "late")
+
+
+def launched(folder: Path, world: int, cases: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    """What each rank says of each case."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), str(PROGRAM),
+            str(folder), *cases,
+        ],
+        capture_output=True, text=True, check=False, env=environment, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {case: [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in range(world)] for case in cases}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return launched(tmp_path_factory.mktemp("two"), 2, (*TWENTY_STEPS, *OTHERS))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return launched(tmp_path_factory.mktemp("four"), 4, FOUR)
+
+
+def is_the_same_run(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["same"], "losses or gradients differ from those of the same run without a plan"
+        assert rank["replays"] == 80 and rank["fallbacks"] == 0  # 4 units, 20 steps
+        assert rank["predicted"] <= rank["budget"]
+        if rank["measured"] is not None:
+            assert abs(rank["measured"] / rank["predicted"] - 1) <= 0.02
+        assert rank["untouched"]
+    assert len({rank["decisions"] for rank in found}) == 1
+
+
+@pytest.mark.parametrize("case", TWENTY_STEPS)
+def test_twenty_steps_of_two_ranks_are_bit_for_bit_those_without(two: dict[str, Any], case: str) -> None:
+    is_the_same_run(two[case])
+
+
+@pytest.mark.parametrize("case", ("fsdp-lora", "ddp"))
+def test_twenty_steps_of_four_ranks_are_bit_for_bit_those_without(four: dict[str, Any], case: str) -> None:
+    is_the_same_run(four[case])
+
+
+def test_verify_proves_a_sharded_step(two: dict[str, Any]) -> None:
+    for rank in two["proven-fsdp"]:
+        assert rank["passed"], rank["checks"]
+        assert rank["checks"]["gradients"] == "39 identical"
+
+
+@pytest.mark.parametrize("case", ("longer-fsdp", "longer-ddp"))
+def test_a_longer_batch_on_one_rank_has_all_plan_anew(two: dict[str, Any], case: str) -> None:
+    first, second = two[case]
+    assert first["replanned"] and second["replanned"]
+    assert first["decisions"] == second["decisions"]
+    assert first["peak"] < second["peak"] <= second["budget"] == first["budget"]
+
+
+def test_a_rank_with_another_plan_stops_all_before_the_first_step(two: dict[str, Any], four: dict[str, Any]) -> None:
+    for rank in (*two["another"], *four["another"]):
+        assert rank["error"] == "PlanMismatch" and "rank 1 is about to run another plan" in rank["says"]
+        assert rank["untouched"]
+
+
+def test_a_budget_that_no_rank_can_hold_is_refused_on_all(two: dict[str, Any]) -> None:
+    assert {rank["error"] for rank in two["toolittle"]} == {"BudgetInfeasible"}
+    assert len({rank["says"] for rank in two["toolittle"]}) == 1
+
+
+def test_a_rank_that_does_not_come_is_named(two: dict[str, Any], four: dict[str, Any]) -> None:
+    assert "rank 1 did not come to 'apply' within 2 s" in two["late"][0]["says"]
+    for rank in four["late"][:3]:
+        assert "rank 3 did not come to 'apply' within 2 s" in rank["says"]
+
+
+def test_gradients_that_wait_to_be_reduced_are_not_lost(two: dict[str, Any]) -> None:
+    for rank in two["waiting"]:
+        assert rank["error"] == "Unsupported" and "set_requires_gradient_sync" in rank["says"]
+        assert rank["kept"]
+
+
+def test_the_trainer_is_the_same_under_ddp(two: dict[str, Any]) -> None:
+    for rank in two["trainer-ddp"]:
+        assert rank["losses"] and rank["weights"] and rank["proof"]
+        assert rank["peaks"] <= rank["budget"] * 1.005
+
+
+# ------------------------------------------------------------------------------------------- without ranks
+
+
+def pretended(world: int, **how: Any) -> tightfit.Trace:
+    sys.path.insert(0, str(PROGRAM.parent))
+    try:
+        from ranks import TOKENS, config  # type: ignore[import-not-found]
+    finally:
+        sys.path.pop(0)
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config()).train()
+    ids = torch.zeros(2, TOKENS, dtype=torch.long)
+    with sharded(model, world, **how) as twin:
+        recorded = tightfit.trace(twin, {"input_ids": ids, "labels": ids}, fake=True)
+    assert not torch.distributed.is_initialized()
+    assert recorded.static_bytes[Category.PARAMETERS.value] == sum(shard_bytes(p, world) for p in model.parameters())
+    return recorded
+
+
+@pytest.mark.parametrize(("case", "how"), [("fsdp", {}), ("fsdp-whole", {"reshards": False})])
+def test_a_forecast_by_fake_collectives_is_what_ranks_measure(two: dict[str, Any], case: str, how: Any) -> None:
+    recorded = pretended(2, **how)
+    plan = tightfit.plan(recorded, two[case][0]["budget"])
+    for rank in two[case]:
+        # two plans for one budget, one by measured seconds and one by estimated ones: their peaks are near it
+        assert abs(plan.peak_bytes / rank["measured"] - 1) <= 0.02
+
+
+def test_more_ranks_hold_less_and_take_no_longer_to_plan() -> None:
+    few, many = pretended(2), pretended(1024)
+    peaks = [tightfit.simulate(each).peak_bytes for each in (few, many)]
+    assert peaks[1] < peaks[0]
+    assert len(few.ops) == len(many.ops) and len(few.events) == len(many.events)
+
+
+def test_weights_that_are_given_back_are_not_swept_through() -> None:
+    recorded = pretended(2)
+    assert recorded.resharded
+    assert not lowest(recorded).advances
+    assert not pretended(2, reshards=False).resharded
+
+
+def test_four_bit_weights_are_not_sharded() -> None:
+    from tightfit.forecast import Setup
+
+    with pytest.raises(Unsupported, match="4-bit weights cannot be sharded"):
+        Setup(model="llama-2-7b", method="qlora", strategy="fsdp2", world_size=8).checked()
