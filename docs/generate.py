@@ -30,6 +30,7 @@ FORECAST = Path(__file__).with_name("forecast.md")
 TRAPS = Path(__file__).with_name("traps.md")
 SWITCHES = Path(__file__).with_name("switches.md")
 LEVERS = Path(__file__).with_name("levers_measured.md")
+SEVERAL_GPUS = Path(__file__).with_name("several_gpus_measured.md")
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 REFERENCE = Path(__file__).with_name("reference.md")
@@ -557,6 +558,66 @@ def levers_page() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+def several_gpus_page() -> str:
+    """docs/several_gpus_measured.md: ranks against the forecast and accelerate, and tables for many GPUs."""
+    found = json.loads((RESULTS / "several_gpus.json").read_text(encoding="utf-8"))
+    parts = [
+        "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# Several GPUs, measured\n",
+        "All figures are from `python benchmarks/several_gpus.py`; how to use it is in "
+        "[several GPUs](how_to/several_gpus.md).\n",
+    ]
+    if "measured" in found:
+        rows = found["measured"]["result"]
+        parts += [
+            "## Measured: processes on gloo\n",
+            "A small Llama with attention dropout, fp32, on a two-core CPU; peak of the rank that holds most, by the "
+            "allocator's own count. The forecast is made in one process by fake collectives. Steps are timed side by "
+            "side in one run; more processes than cores, so the ratios say little about GPUs. The gradient's error is "
+            "against the same ranks without checkpointing; 0 is bit for bit.\n",
+            "| ranks | how | | peak of a rank | forecast | off by | step | gradient error |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            highest, said = max(row["peak_bytes"]), row["forecast_bytes"]
+            off = f"{said / highest - 1:+.2%}" if said else ""
+            parts.append(
+                f"| {row['world']} | {row['case']} | {row['mode']} | {highest:,} B | {f'{said:,} B' if said else ''} "
+                f"| {off} | {row['step_ratio']:.2f} | {row['gradient_error']:.2g} |"
+            )
+        wrong = [row for row in rows if row["mode"].startswith("accelerate") and row["gradient_error"]]
+        if wrong:
+            parts.append(
+                f"\nIn {len(wrong)} of {sum(row['mode'].startswith('accelerate') for row in rows)} rows accelerate's "
+                "checkpointing gives other gradients: it does not restore the random state, so dropout is drawn anew "
+                "in the recompute.\n"
+            )
+    if "scale" in found:
+        parts += [
+            "\n## Forecast: from 8 to 1,024 H100s\n",
+            "A rank's step of 1 x 8,192 tokens, bf16, AdamW. The peak is of the plan where one fits, else of the least "
+            "there is. Communication is what a rank receives and sends, over an assumed link: 450 GB/s within a node "
+            "of eight, 50 GB/s a GPU between nodes; FSDP2 overlaps it with the compute, so a step takes at least the "
+            "larger of the two. Keeping the gathered weights until backward (`--no-reshard`) gathers half as much, for "
+            "the bytes of all weights.\n",
+            "| model | how | GPUs | without a plan | every block | plan | recompute | compute | communication "
+            "| planned in |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in found["scale"]["result"]:
+            how = f"{row['method']}, {row['strategy']}" + ("" if row["reshard"] else ", weights kept")
+            made = "planned_bytes" in row
+            recompute = f"{row['recompute_of_forward']:.0%}" if made else ""
+            peak = f"{row['planned_bytes' if made else 'least_bytes'] / 2**30:.1f} GiB" + ("" if made else ": too much")
+            world = "any" if row["strategy"] == "ddp" else f"{row['world']:,}"
+            parts.append(
+                f"| {row['model']} | {how} | {world} | {row['none_bytes'] / 2**30:.1f} GiB "
+                f"| {row['every_block_bytes'] / 2**30:.1f} GiB | {peak} "
+                f"| {recompute} | {row['compute_seconds']:.2f} s "
+                f"| {row['communication_seconds']:.2f} s | {row['all_seconds']:.0f} s |"
+            )
+    return "\n".join(parts).rstrip() + "\n"
+
+
 # ---------------------------------------------------------------------------------------- measured parts
 
 KINDS_OF_PEERS = {
@@ -810,7 +871,8 @@ def main() -> int:
     stale = False
     pages = [
         (PAGE, render()), (PEERS, peers_page()), (ZOO, zoo_page()), (FORECAST, forecast_page()),
-        (TRAPS, traps_page()), (SWITCHES, switches_page()), (LEVERS, levers_page()), (REFERENCE, reference_page()),
+        (TRAPS, traps_page()), (SWITCHES, switches_page()), (LEVERS, levers_page()),
+        (SEVERAL_GPUS, several_gpus_page()), (REFERENCE, reference_page()),
     ]  # fmt: skip
     written = {page for page, _ in pages}
     others = [README, *sorted(page for page in README.with_name("docs").rglob("*.md") if page not in written)]

@@ -765,3 +765,32 @@ def test_the_gradient_of_logits_that_never_exist_is_refused(what: str) -> None:
         arguments = (lambda gradient: gradient * 3,) if what == "register_hook" else ()
         with pytest.raises(tightfit.Unsupported, match="computed in tiles"):
             getattr(output.logits, what)(*arguments)
+
+
+def test_flops_of_a_plan_with_tiles_are_those_that_run() -> None:
+    """The head's tiles add their products in place, which torch has no formula for."""
+    from tightfit.measure import FlopCount
+
+    torch.manual_seed(0)
+    made = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000,
+            use_cache=False,
+        )
+    ).train()  # fmt: skip
+    for parameter in made.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ids = torch.randint(0, 1000, (1, 64))
+    batch = {"input_ids": ids, "labels": ids}
+    plan = lowest(tightfit.trace(made, batch), levers={Lever.RECOMPUTE, Lever.TILE})
+    assert plan.tiling is not None and plan.tiling.head == "lm_head"
+
+    def flops() -> int:
+        with FlopCount() as count:
+            made(**batch).loss.backward()
+        return count.flops
+
+    plain = flops()
+    with tightfit.apply(made, plan):
+        planned = flops()
+    assert planned - plain == plan.recompute_flops >= 0

@@ -278,9 +278,10 @@ def check(
     world_size: Annotated[
         int, typer.Option("--world-size", help="GPUs that train together; the answer is of each.")
     ] = 1,
-    strategy: Annotated[
-        str, typer.Option(help="How they share the step: ddp, fsdp2 (weights given back after forward), or one.")
-    ] = "one",
+    strategy: Annotated[str, typer.Option(help="How they share the step: ddp, fsdp2, or one.")] = "one",
+    reshard: Annotated[
+        bool, typer.Option(help="FSDP2: give a unit's weights back after its forward, and gather them again.")
+    ] = True,
     budget: Annotated[
         str | None,
         typer.Option(help="A size, or a percentage of the GPU's memory.", show_default="all that is usable"),
@@ -318,7 +319,7 @@ def check(
         seq = forecast.default_length(model)
     setup = forecast.Setup(
         model=model, method=method, batch=batch, seq=seq, dtype=dtype, optimizer=optimizer, rank=rank,
-        accumulate=accumulate, world_size=world_size, strategy=strategy,
+        accumulate=accumulate, world_size=world_size, strategy=strategy, reshard=reshard,
     ).checked()  # fmt: skip
     if gpu.strip().lower() == "all":
         with _progress() as say:

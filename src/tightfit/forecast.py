@@ -116,6 +116,7 @@ class Setup:
     accumulate: bool = False  # gradients of earlier micro-batches are there when a step begins
     world_size: int = 1  # processes, each with a device and a batch of its own
     strategy: str = "one"  # how the step is spread over them
+    reshard: bool = True  # FSDP2: are a unit's weights given back between its forward and its backward?
 
     def checked(self) -> Setup:
         """Itself. Raises `InvalidInput` for what cannot be meant."""
@@ -286,6 +287,7 @@ class _Spread:
 
     def __init__(self, setup: Setup, compute: torch.dtype | None) -> None:
         self.strategy, self.world_size, self.compute = Strategy(setup.strategy), setup.world_size, compute
+        self.reshards = setup.reshard
 
     @property
     def shards(self) -> bool:
@@ -297,7 +299,7 @@ class _Spread:
             return contextlib.nullcontext(model)
         from tightfit.integrations.fsdp import sharded
 
-        return sharded(model, self.world_size, self.compute)
+        return sharded(model, self.world_size, self.compute, reshards=self.reshards)
 
     def static_bytes(self, model: nn.Module, batch: Any, granule_bytes: int) -> dict[str, int]:
         found = static_bytes_by_category(model, batch, granule_bytes=granule_bytes)

@@ -1,0 +1,54 @@
+"""What wrappers do to one process's step, without other processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tightfit.core import InvalidInput, Unsupported
+from tightfit.parallel import Strategy, bucket_bytes, inside, local_of, resizes_told, strategy_of
+from tightfit.ranks import anywhere, are_several, timeout_seconds
+
+
+def test_a_plain_model_is_one_process() -> None:
+    model = nn.Linear(4, 4)
+    assert strategy_of(model) is Strategy.ONE and inside(model) is model
+    assert not are_several(model) and bucket_bytes(model) == 0
+    assert local_of(model.weight) is model.weight
+    assert anywhere(model, True, False) == (True, False)
+
+
+class FullyShardedDataParallel(nn.Module):
+    """FSDP1's name is all that is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+
+def test_fsdp1_is_refused_by_name() -> None:
+    with pytest.raises(Unsupported, match=r"^the model is sharded by FSDP1"):
+        strategy_of(FullyShardedDataParallel())
+    with pytest.raises(Unsupported, match=r"^1 is sharded by FSDP1"):
+        strategy_of(nn.Sequential(nn.Linear(4, 4), FullyShardedDataParallel()))
+
+
+def test_a_storage_that_is_emptied_and_filled_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    tensor = torch.empty(16)
+    original = torch.UntypedStorage.resize_
+    with resizes_told(lambda storage, before: told.append((before, storage.nbytes()))):
+        tensor.untyped_storage().resize_(0)
+        tensor.untyped_storage().resize_(0)  # nothing changes
+        tensor.untyped_storage().resize_(64)
+    tensor.untyped_storage().resize_(0)
+    assert told == [(64, 0), (0, 64)]
+    assert torch.UntypedStorage.resize_ is original
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "soon", "nan", "inf"])
+def test_a_time_to_wait_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    monkeypatch.setenv("TIGHTFIT_TIMEOUT_SECONDS", asked)
+    with pytest.raises(InvalidInput, match="TIGHTFIT_TIMEOUT_SECONDS"):
+        timeout_seconds()
