@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import tightfit
 from tightfit.core import InvalidInput, Unsupported
 from tightfit.parallel import Strategy, bucket_bytes, inside, local_of, resizes_told, strategy_of
 from tightfit.ranks import anywhere, are_several, timeout_seconds
@@ -32,6 +33,42 @@ def test_fsdp1_is_refused_by_name() -> None:
         strategy_of(FullyShardedDataParallel())
     with pytest.raises(Unsupported, match=r"^1 is sharded by FSDP1"):
         strategy_of(nn.Sequential(nn.Linear(4, 4), FullyShardedDataParallel()))
+
+
+def test_a_static_graph_is_refused() -> None:
+    class DistributedDataParallel(nn.Module):
+        static_graph = True
+
+    with pytest.raises(Unsupported, match="static_graph"):
+        strategy_of(DistributedDataParallel())
+
+
+def test_a_span_for_a_profile_in_a_unit_is_no_op() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.profiler.record_function("block"):
+                return torch.tanh(self.inner(x)).sin() + x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(3)))
+    batch = torch.randn(64, 16)
+
+    def gradients() -> list[torch.Tensor | None]:
+        model.zero_grad()
+        model(batch).square().mean().backward()
+        return [p.grad for p in model.parameters()]
+
+    expected = gradients()
+    model.zero_grad()
+    with tightfit.fit(model, batch, "80%", loss=lambda m, b: m(b).square().mean()) as applied:
+        found = gradients()
+        stats = applied.stats()
+    assert all(a is not None and b is not None and a.equal(b) for a, b in zip(expected, found, strict=True))
+    assert stats.replays and not stats.fallbacks
 
 
 def test_a_storage_that_is_emptied_and_filled_is_told() -> None:

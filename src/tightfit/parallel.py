@@ -61,6 +61,11 @@ def inside(model: nn.Module) -> nn.Module:
 def strategy_of(model: nn.Module) -> Strategy:
     """Raises `Unsupported` for the wrappers that are not planned."""
     if _is_ddp(model):
+        if getattr(model, "static_graph", False):
+            raise Unsupported(
+                "DistributedDataParallel(static_graph=True) counts what its first step does, and a trace would be that "
+                "step: leave static_graph out; a plan's replays run no hooks, so DDP does not need it"
+            )
         return Strategy.DDP
     for path, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":

@@ -165,7 +165,7 @@ def is_uncounted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     autocast context, so the second use of a weight does not cast it again. What autocast caches is what counts, since
     inside its own cast it is switched off and cannot be asked.
     """
-    if func.is_view:
+    if func.is_view or func.namespace == "profiler":  # the latter mark a span for a profile
         return True
     if func is _aten._to_copy.default:
         source, dtype = args[0], kwargs.get("dtype")
@@ -511,6 +511,11 @@ class _Recorder(TorchDispatchMode):
                 if self.storages[value].frame != frame.id and not batch_norm:
                     frame.effects.add(value)
                     call.rerunnable = False
+        if frame is not None and func.namespace == "c10d":
+            frame.pinned = (
+                "other processes take part in it, as where FSDP2 shards modules inside it on their own: shard whole "
+                "blocks, or name those modules as units"
+            )
         if frame is not None and torch.Tag.inplace_view in func.tags:
             frame.pinned = f"{call.name} changes a tensor's shape in place"
         if call.writes and not batch_norm:

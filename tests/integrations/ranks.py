@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,6 +56,8 @@ def spread(case: str) -> nn.Module:
     how: dict[str, Any] = {"reshard_after_forward": "whole" not in case}
     if "bf16" in case:
         how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if "mesh" in case:  # two groups of replicas
+        how["mesh"] = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicas", "shards"))
     for module in model.modules():
         if type(module).__name__ == "LlamaDecoderLayer":
             fully_shard(module, **how)
@@ -143,6 +146,27 @@ def proven(case: str) -> dict[str, Any]:
     plan.remove()
     proof = tightfit.verify(model, given, plan.plan)
     return {"passed": proof.passed, "checks": {check.name: check.measured for check in proof.checks}}
+
+
+def sharded_inside(_: str) -> dict[str, Any]:
+    """Parts of a block are sharded on their own: the block is kept whole, its parts can be units."""
+    model = llama()
+    parts = [
+        f"model.layers.{i}.{part}" for i in range(len(model.model.layers)) for part in ("mlp", "self_attn")
+    ]  # fmt: skip
+    for part in parts:
+        fully_shard(model.get_submodule(part))
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    found = refused(lambda: tightfit.fit(model, batch(0), "60%"))
+    pinned = {unit.pinned for unit in tightfit.trace(model, batch(0)).units}
+    applied = tightfit.fit(model, batch(0), "80%", units=parts)
+    mine = trained(model, False, steps=3)
+    stats = applied.stats()
+    return {
+        **found, "pinned": sorted(pinned), "replays": stats.replays, "fallbacks": stats.fallbacks, "losses": mine[0]
+    }  # fmt: skip
 
 
 def longer(case: str) -> dict[str, Any]:
@@ -246,7 +270,7 @@ def trainer(case: str) -> dict[str, Any]:
 
 CASES: dict[str, Callable[[str], dict[str, Any]]] = {
     "proven": proven, "longer": longer, "another": another_plan, "toolittle": too_little, "late": late,
-    "waiting": waiting, "trainer": trainer,
+    "waiting": waiting, "trainer": trainer, "inside": sharded_inside,
 }  # fmt: skip
 
 

@@ -19,8 +19,18 @@ from tightfit.plan import lowest
 
 PROGRAM = Path(__file__).with_name("ranks.py")
 TWENTY_STEPS = ("fsdp", "fsdp-whole", "fsdp-bf16-lora", "fsdp-accumulated", "ddp-lora", "ddp-views", "ddp-accumulated")
-OTHERS = ("proven-fsdp", "longer-fsdp", "longer-ddp", "another", "toolittle", "waiting", "trainer-ddp", "late")
-FOUR = ("fsdp-lora", "ddp", "another", "late")
+OTHERS = (
+    "proven-fsdp",
+    "longer-fsdp",
+    "longer-ddp",
+    "another",
+    "toolittle",
+    "waiting",
+    "trainer-ddp",
+    "inside",
+    "late",
+)
+FOUR = ("fsdp-lora", "fsdp-mesh", "ddp", "another", "late")
 
 
 def launched(folder: Path, world: int, cases: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
@@ -63,7 +73,7 @@ def test_twenty_steps_of_two_ranks_are_bit_for_bit_those_without(two: dict[str, 
     is_the_same_run(two[case])
 
 
-@pytest.mark.parametrize("case", ("fsdp-lora", "ddp"))
+@pytest.mark.parametrize("case", ("fsdp-lora", "fsdp-mesh", "ddp"))
 def test_twenty_steps_of_four_ranks_are_bit_for_bit_those_without(four: dict[str, Any], case: str) -> None:
     is_the_same_run(four[case])
 
@@ -103,6 +113,13 @@ def test_gradients_that_wait_to_be_reduced_are_not_lost(two: dict[str, Any]) -> 
     for rank in two["waiting"]:
         assert rank["error"] == "Unsupported" and "set_requires_gradient_sync" in rank["says"]
         assert rank["kept"]
+
+
+def test_a_block_whose_parts_are_sharded_on_their_own_is_kept_whole(two: dict[str, Any]) -> None:
+    for rank in two["inside"]:
+        assert rank["error"] == "BudgetInfeasible"
+        assert all("other processes take part in it" in reason for reason in rank["pinned"])
+        assert rank["replays"] and not rank["fallbacks"]  # the parts, as units
 
 
 def test_the_trainer_is_the_same_under_ddp(two: dict[str, Any]) -> None:
