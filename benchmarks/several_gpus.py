@@ -6,7 +6,7 @@
   threads hold a buffer a little longer now and then) and seconds of a step, side by side in one process: no
   checkpointing, accelerate's FSDP2 activation checkpointing (its own function), `torch.utils.checkpoint` around every
   block, and the plan for accelerate's peak. Beside them the forecast by fake collectives, made without any other rank.
-- `scale`: one step of 1 x 8,192 tokens a rank, bf16, full fine-tuning with AdamW on H100s, forecast: what fits, with
+- `scale`: one step of 1 x 4,096 tokens a rank, bf16, full fine-tuning with AdamW on H100s, forecast: what fits, with
   how much recompute, and what it sends. Seconds of communication are bytes over an assumed link: 450 GB/s inside a
   node of eight (NVLink 4, one direction), 50 GB/s a GPU between nodes (400 Gb/s).
 """
@@ -270,7 +270,7 @@ def scale() -> list[dict[str, Any]]:
                 if strategy == "ddp" and world != 64:
                     continue  # a rank of DDP holds the same in every world
                 setup = Setup(
-                    model=model, method=method, seq=8192, strategy=strategy, world_size=world, reshard=reshard
+                    model=model, method=method, seq=4096, strategy=strategy, world_size=world, reshard=reshard
                 )
                 started = time.perf_counter()
                 recorded = trace_for(setup, target)

@@ -594,7 +594,7 @@ def several_gpus_page() -> str:
     if "scale" in found:
         parts += [
             "\n## Forecast: from 8 to 1,024 H100s\n",
-            "A rank's step of 1 x 8,192 tokens, bf16, AdamW. The peak is of the plan where one fits, else of the least "
+            "A rank's step of 1 x 4,096 tokens, bf16, AdamW. The peak is of the plan where one fits, else of the least "
             "there is. Communication is what a rank receives and sends, over an assumed link: 450 GB/s within a node "
             "of eight, 50 GB/s a GPU between nodes; FSDP2 overlaps it with the compute, so a step takes at least the "
             "larger of the two. Keeping the gathered weights until backward (`--no-reshard`) gathers half as much, for "

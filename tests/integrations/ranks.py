@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -268,9 +269,36 @@ def trainer(case: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def killed(case: str) -> dict[str, Any]:
+    """Six steps of the Trainer that saves every second one; `killed-die`: the last rank is killed in the fifth."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from tightfit.integrations.trainer import TightfitCallback
+
+    what, folder = case.split("-")[1], Path(sys.argv[1]) / ("whole" if case.endswith("whole") else "broken")
+    rows = [{"input_ids": [(7 * i + 3 * j) % 250 for j in range(48)]} for i in range(32)]
+
+    class Dies(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if what == "die" and state.global_step == 4 and dist.get_rank() == dist.get_world_size() - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    args = TrainingArguments(
+        str(folder), max_steps=6, per_device_train_batch_size=2, logging_steps=1, report_to=[], save_steps=2,
+        use_cpu=True, disable_tqdm=True, seed=3,
+    )  # fmt: skip
+    data = Dataset.from_list([{**row, "labels": row["input_ids"]} for row in rows])
+    callback = TightfitCallback("75%")
+    made = Trainer(llama(), args, train_dataset=data, callbacks=[callback, Dies()])
+    made.train(resume_from_checkpoint=what == "resume")
+    torch.save([p.detach() for p in made.model.parameters()], folder / f"weights.{dist.get_rank()}.pt")
+    return {"losses": [entry["loss"] for entry in made.state.log_history if "loss" in entry], "said": callback.said}
+
+
 CASES: dict[str, Callable[[str], dict[str, Any]]] = {
     "proven": proven, "longer": longer, "another": another_plan, "toolittle": too_little, "late": late,
-    "waiting": waiting, "trainer": trainer, "inside": sharded_inside,
+    "waiting": waiting, "trainer": trainer, "inside": sharded_inside, "killed": killed,
 }  # fmt: skip
 
 

@@ -33,7 +33,9 @@ OTHERS = (
 FOUR = ("fsdp-lora", "fsdp-mesh", "ddp", "another", "late")
 
 
-def launched(folder: Path, world: int, cases: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+def launched(
+    folder: Path, world: int, cases: tuple[str, ...], *, dies: bool = False
+) -> dict[str, list[dict[str, Any]]]:
     """What each rank says of each case."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -43,6 +45,10 @@ def launched(folder: Path, world: int, cases: tuple[str, ...]) -> dict[str, list
         ],
         capture_output=True, text=True, check=False, env=environment, timeout=900,
     )  # fmt: skip
+    if dies:
+        assert done.returncode != 0
+        assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-4000:]  # torchrun names the rank and its end
+        return {}
     assert done.returncode == 0, done.stderr[-4000:]
     return {case: [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in range(world)] for case in cases}
 
@@ -177,3 +183,15 @@ def test_four_bit_weights_are_not_sharded() -> None:
 
     with pytest.raises(Unsupported, match="4-bit weights cannot be sharded"):
         Setup(model="llama-2-7b", method="qlora", strategy="fsdp2", world_size=8).checked()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_leaves_what_the_others_go_on_from(tmp_path: Path) -> None:
+    whole = launched(tmp_path, 2, ("killed-never-whole",))["killed-never-whole"]
+    launched(tmp_path, 2, ("killed-die",), dies=True)
+    assert (tmp_path / "broken" / "checkpoint-4" / "trainer_state.json").is_file()
+    resumed = launched(tmp_path, 2, ("killed-resume",))["killed-resume"]
+    for rank in range(2):
+        assert resumed[rank]["losses"] == whole[rank]["losses"]
+        one, other = (torch.load(tmp_path / name / f"weights.{rank}.pt") for name in ("whole", "broken"))
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
