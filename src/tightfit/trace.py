@@ -77,6 +77,7 @@ from tightfit.step import (
     no_key_value_cache,
     static_bytes_by_category,
     tensors_in,
+    uncompiled,
     undisturbed,
     unique_bytes,
 )
@@ -192,6 +193,16 @@ def op_flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: A
         return int(own(*args, **kwargs))
     formula: Any = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
+
+
+def costs_flops(name: str) -> bool:
+    """Does torch, or we, have a formula for the FLOPs of the op of this name? All ops of other libraries count too."""
+    namespace, _, rest = name.partition(".")
+    packet = f"{namespace}.{rest.partition('.')[0]}"
+    return namespace not in ("aten", "prims") or packet in _COSTLY
+
+
+_COSTLY = frozenset(str(packet) for packet in (*flop_registry, *_OWN_FLOPS))
 
 
 def signature_of(module: nn.Module) -> str:
@@ -562,7 +573,6 @@ _QUERIES = frozenset({torch.ops.prim.device.default})
 
 #: Wrappers whose steps a dispatch mode cannot see, or whose peaks are not those of one device.
 _NOT_OURS = {
-    "OptimizedModule": "compiled code is not seen op by op; fit the module before torch.compile, or without it",
     "DataParallel": "it copies the model to several devices; fit the module inside it, on one",
     "DistributedDataParallel": "distributed steps are not planned yet; fit the module inside it, on one device",
     "FullyShardedDataParallel": "sharded steps are not planned yet",
@@ -618,11 +628,12 @@ def trace(
         step = FakeStep(target)
         with (
             refusals_named(f"the {type(model).__name__}"),
+            uncompiled(model),
             faked(model, batch, step) as fake_batch,
             no_key_value_cache(model),
         ):
             return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles)
-    with undisturbed(model, batch) as restart, no_key_value_cache(model):
+    with uncompiled(model), undisturbed(model, batch) as restart, no_key_value_cache(model):
         return _trace(model, batch, loss, optimizer, modules, restart, None, tiles)
 
 
