@@ -477,8 +477,15 @@ class ForwardPatch:
         self.module = module
         self.had_own = "forward" in module.__dict__
         self.original = module.forward
-        replacement: Any = _Replacement(module, self.original, self.had_own, make(self.original))
-        module.forward = replacement
+        self.replacement: Any = _Replacement(module, self.original, self.had_own, make(self.original))
+        module.forward = self.replacement
+
+    def redo(self) -> bool:
+        """Replace it again, by the same object; False, and nothing done, where another `forward` is there by now."""
+        if self.module.forward != self.original or ("forward" in self.module.__dict__) != self.had_own:
+            return False
+        self.module.forward = self.replacement
+        return True
 
     def undo(self) -> None:
         if self.had_own:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, Trace, Unsupported, parse_bytes
-from tightfit.engine.compiled import Tagged, TaggedUnit, doors, require_expressible
+from tightfit.engine.compiled import Decision, Tagged, doors, require_expressible
 from tightfit.engine.frame import Frame, FramePlan, Scrutiny, Stats, is_active
 from tightfit.engine.offload import Pool
 from tightfit.engine.region import checkpoint
@@ -51,7 +51,8 @@ class Applied:
         self.pool = Pool() if pool is None else pool  # where what is offloaded waits
         self._stats = Stats()
         self._patches: list[ForwardPatch] = []
-        self._tagged: dict[str, TaggedUnit] = {}
+        self._decisions: dict[str, Decision] = {}
+        self._known: dict[tuple[Choice, str], ForwardPatch] = {}  # of plans that were in force before, too
         self._switches = contextlib.ExitStack()
         self._on_remove: list[Callable[[], None]] = []
         self.resume(plan, trace)
@@ -59,6 +60,7 @@ class Applied:
     def resume(self, plan: Plan, trace: Trace | None = None) -> None:
         """Put `plan` in force; on a suspended handle, which goes on counting."""
         self.plan, self.trace = plan, trace
+        self._decisions.clear()
         matched = _matched(self.model, plan)
         stores = {(sweep.base, sweep.target): frozenset(sweep.stores) for sweep in plan.advances}
         self._chain = Chain(stores, self._stats)
@@ -74,7 +76,7 @@ class Applied:
             for choice, module in matched:
                 frame_plan = _frame_plan(plan, choice)
                 if frame_plan is not None:
-                    self._patches.append(ForwardPatch(module, self._planned(choice, module, frame_plan)))
+                    self._patches.append(self._patched(choice, module, frame_plan))
         except BaseException:
             self.suspend()
             raise
@@ -89,23 +91,30 @@ class Applied:
         """Have `remove` call `run` too."""
         self._on_remove.append(run)
 
+    def _patched(self, choice: Choice, module: nn.Module, frame_plan: FramePlan) -> ForwardPatch:
+        """The patch that did this before, if there is one: the compiler looks at its identity."""
+        decision = self._decisions[choice.unit] = Decision.of(module, self.plan, choice)
+        known = self._known.get((choice, decision.key))
+        if known is None or known.module is not module or not known.redo():
+            known = ForwardPatch(module, self._planned(choice, module, frame_plan, decision))
+            self._known[choice, decision.key] = known
+        return known
+
     def _planned(
-        self, choice: Choice, module: nn.Module, plan: FramePlan
+        self, choice: Choice, module: nn.Module, plan: FramePlan, decision: Decision
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             key = hash((plan.names, plan.live, plan.drop, plan.inputs, plan.offload))
             scrutiny = _checked.setdefault(module, {}).setdefault(key, Scrutiny())
             shown = choice.unit or "the model"
-            unit = TaggedUnit(shown, original, self.plan, choice)
-            self._tagged[choice.unit] = unit
-            tagged = unit.forward  # the compiler follows what it finds in a closure
+            tagged = decision.region(original)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if torch.compiler.is_compiling():
-                    return tagged(*args, **kwargs)
+                    return tagged(*args, **kwargs) if torch.is_grad_enabled() else original(*args, **kwargs)
                 if not torch.is_grad_enabled() or is_active():
                     return original(*args, **kwargs)
-                chain, pool = self._chain, self.pool
+                chain, pool = self._chain, self.pool  # of the plan in force now
                 return Frame(shown, original, args, kwargs, plan, self._stats, module, scrutiny, chain, pool).run()
 
             forward.__tightfit__ = self  # type: ignore[attr-defined]  # how a second plan, or a trace, sees this one
@@ -119,8 +128,9 @@ class Applied:
 
     @property
     def tagged(self) -> dict[str, Tagged]:
-        """By unit: what the compiler was last told. Empty until compiled code has run, or where there is none."""
-        return {path: unit.tagged for path, unit in self._tagged.items() if unit.tagged is not None}
+        """By unit: what the compiler was told when it last compiled one like it. Units of which none was compiled are
+        not there."""
+        return {path: known.tagged for path, known in self._decisions.items() if known.tagged is not None}
 
     @property
     def active_units(self) -> tuple[str, ...]:

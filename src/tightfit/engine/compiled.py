@@ -1,7 +1,7 @@
 """A plan in compiled code: tags on ops that the compiler's partitioner honours.
 
-Idea: inside code that `torch.compile` compiles, saved-tensor hooks and dispatch modes are gone; what is saved for
-backward is decided by the partitioner, from a tag on each op. So a planned unit is handed to the compiler as a region of
+Idea: in code that `torch.compile` compiles, saved-tensor hooks and dispatch modes are gone; what is saved for backward
+is decided by the partitioner, from a tag on each op. So a planned unit is handed to the compiler as a region of
 selective checkpointing (`torch.utils.checkpoint`), and its tags say what the plan says: ops that make dropped values
 must run again, matrix products and random ops whose values are kept must not. Everything cheap that the plan keeps is
 left to the compiler, which makes it again inside a fused kernel where that is free.
@@ -10,12 +10,12 @@ The compiler does not see the ops that the plan was made of: a dropout is one op
 and go. The two sequences are aligned, and the alignment is checked: every op that costs FLOPs or draws random numbers
 must have its counterpart, fed by the counterparts of what feeds it.
 
-Invariant: what runs again is decided by tags, and random numbers are the compiler's business (it saves the generator's
+Invariant: what runs again is decided by tags, and random numbers are the compiler's business (it keeps the generator's
 state, or the seed, of each tagged op), so a wrong tag could cost bytes or FLOPs and never a gradient.
 Refused (`Unsupported`): ops that cannot be aligned, a graph break inside a unit, `activation_memory_budget` beside a
 plan, and what tags cannot express: offload, nesting, tiles, the loss's gradient in place.
 
-Source: torch/utils/checkpoint.py (policies) and torch/_functorch/partitioners.py (what becomes of the tags), torch 2.13.
+Source: torch/utils/checkpoint.py (policies) and torch/_functorch/partitioners.py (what they become).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tightfit.plan.program import Recipe, kept_values, recipe
 from tightfit.step import compiled_entries, tensors_in
 from tightfit.trace import costs_flops, is_random, op_name
 
-__all__ = ["Tagged", "TaggedUnit", "doors", "inexpressible", "require_expressible"]
+__all__ = ["Decision", "Tagged", "doors", "require_expressible"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +57,19 @@ class Tagged:
 def inexpressible(plan: Plan, whole: bool) -> str:
     """Why compiled code cannot carry `plan` out; empty where it can. `whole`: is the loss compiled too?"""
     if plan.offloaded_bytes or any(_offloads(choice) for choice in plan.choices):
-        return "it offloads values to the host"
-    if plan.advances or any(choice.lends for choice in plan.choices):
-        return "it nests units, so that one unit's values are made again for another"
-    if plan.tiling is not None and (whole or plan.tiling.modules):
-        return "it computes modules in tiles"
-    if plan.in_place_loss and whole:
-        return "it makes the loss's gradient in place of what the loss saved"
-    return ""
+        found = "offloads values to the host"
+    elif plan.advances or any(choice.lends for choice in plan.choices):
+        found = "nests units, so that one unit's values are made again for another"
+    elif plan.tiling is not None and (whole or plan.tiling.modules):
+        found = "computes modules in tiles"
+    elif plan.in_place_loss and whole:
+        found = "makes the loss's gradient in place of what the loss saved"
+    else:
+        return ""
+    return (
+        f"the model is compiled, and its plan {found}, which tags for the compiler cannot say: make the plan with "
+        "levers={Lever.RECOMPUTE}, or run the model without torch.compile"
+    )
 
 
 def _offloads(choice: Choice) -> bool:
@@ -74,10 +79,7 @@ def _offloads(choice: Choice) -> bool:
 def require_expressible(plan: Plan, whole: bool) -> None:
     """Raise `Unsupported` for a plan that tags cannot carry out."""
     if reason := inexpressible(plan, whole):
-        raise Unsupported(
-            f"the model is compiled, and {reason}, which the compiler's tags cannot say: make the plan with "
-            "levers={Lever.RECOMPUTE}, or run the model without torch.compile"
-        )
+        raise Unsupported(reason)
 
 
 def _require_no_budget_of_its_own() -> None:
@@ -86,37 +88,70 @@ def _require_no_budget_of_its_own() -> None:
     budget = float(functorch_config.activation_memory_budget)
     if budget != 1:
         raise Unsupported(
-            f"torch._functorch.config.activation_memory_budget is {budget:g}: the compiler would decide what runs again "
-            "beside the plan, and it gives dropout another mask when it does; set it to 1"
+            f"torch._functorch.config.activation_memory_budget is {budget:g}: the compiler would decide what runs again"
+            " beside the plan, and it gives dropout another mask when it does; set it to 1"
         )
 
 
 # -------------------------------------------------------------------------------------------------- regions
 
 
-class TaggedUnit:
-    """A unit as the compiler is given it. `forward` is called while the compiler traces, and in no other case."""
+class Decision:
+    """What one kind of unit keeps. One object for all units alike, so that the compiler compiles them once."""
 
-    def __init__(self, name: str, original: Callable[..., Any], plan: Plan, choice: Choice) -> None:
+    def __init__(self, name: str, program: Program, kept: frozenset[int], refusal: str) -> None:
+        self.name, self.program, self.kept, self.refusal = name, program, kept, refusal
         self.tagged: Tagged | None = None  # of the latest compilation
-        program = plan.programs[choice.program]
+        # the compiler's guards compare functions by their code alone, and strings by what they say
+        self.key = f"{name} {len(_decisions)}"
+        _decisions[self.key] = self
 
-        def contexts() -> tuple[Any, Any]:
-            if torch._guards.TracingContext.try_get() is None:
-                raise Unsupported(
-                    f"the compiler broke off inside the unit {name!r} and runs it piece by piece (TORCH_LOGS=graph_breaks "
-                    "says where), so a plan for the whole of it cannot be handed over; mend the break, or do not compile it"
-                )
-            require_expressible(plan, whole=False)
-            _require_no_budget_of_its_own()
-            chosen = recipe(program, kept_values(choice.actions))
-            region = _Region(name, program, chosen, self)
-            return region, region.replay
+    @staticmethod
+    def of(module: nn.Module, plan: Plan, choice: Choice) -> Decision:
+        program = plan.programs[choice.program]
+        return _decision(type(module).__name__, program, kept_values(choice.actions), inexpressible(plan, whole=False))
+
+    def region(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """`original` as the compiler is to take it; called while it traces, and in no other case."""
+        key = self.key
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+            context = functools.partial(_contexts, key)
+            return checkpoint(original, *args, use_reentrant=False, context_fn=context, **kwargs)
 
-        self.forward = forward
+        return forward
+
+
+_decisions: dict[str, Decision] = {}
+
+
+@functools.cache
+def _decision(name: str, program: Program, kept: frozenset[int], refusal: str) -> Decision:
+    return Decision(name, program, kept, refusal)
+
+
+def _contexts(key: str) -> tuple[Any, Any]:
+    """What `torch.utils.checkpoint` runs a unit's forward in, as the compiler traces it, and its second run."""
+    decision = _decisions[key]
+    if torch._guards.TracingContext.try_get() is None:
+        raise Unsupported(
+            f"the compiler broke off inside a unit ({decision.name}) and runs it in pieces, so a plan for the whole of "
+            "it cannot be handed over; TORCH_LOGS=graph_breaks says where: mend that, or do not compile it"
+        )
+    if decision.refusal:
+        raise Unsupported(decision.refusal)
+    _require_no_budget_of_its_own()
+    _make_room()
+    region = _Region(decision)
+    return region, region.replay
+
+
+def _make_room() -> None:
+    """Units that keep different values are compiled one by one, under one code object: the compiler's limit on that is
+    for code that it cannot settle on, and past it runs everything uncompiled."""
+    import torch._dynamo.config as dynamo_config
+
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 8 + len(_decisions))
 
 
 @dataclass(slots=True)
@@ -142,8 +177,8 @@ class _Region(TorchDispatchMode):
         """As torch's own mode for this, to which every op is passed on."""
         return True
 
-    def __init__(self, name: str, program: Program, chosen: Recipe, owner: TaggedUnit) -> None:
-        self.name, self.program, self.chosen, self.owner = name, program, chosen, owner
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
         self.seen: list[_Seen] = []
         self.makers: dict[int, tuple[Any, frozenset[int]]] = {}  # by tensor: itself, and the ops that made it
         self.length = 0
@@ -190,8 +225,10 @@ class _Region(TorchDispatchMode):
 
     def _settle(self) -> None:
         self.makers.clear()
-        twins = _twins(self.name, self.program, self.seen)
-        tags, self.owner.tagged = _tags(self.program, self.chosen, self.seen, twins)
+        decision = self.decision
+        twins = _twins(decision.name, decision.program, self.seen)
+        chosen = recipe(decision.program, decision.kept)
+        tags, decision.tagged = _tags(decision.program, chosen, self.seen, twins)
         for each, tag in zip(self.seen, tags, strict=True):
             for node in each.nodes:
                 if "recompute" not in node.meta:
@@ -257,7 +294,7 @@ def _twins(name: str, program: Program, seen: Sequence[_Seen]) -> dict[int, tupl
 
 def _differs(name: str, how: str) -> Unsupported:
     return Unsupported(
-        f"the unit {name!r} is compiled to other ops than its plan was made of: {how}; plan the compiled model itself "
+        f"a unit ({name}) is compiled to other ops than its plan was made of: {how}; plan the compiled model itself "
         "(tightfit.fit after torch.compile), or leave this unit out of the units"
     )
 
@@ -279,9 +316,7 @@ def _check_wiring(name: str, program: Program, seen: Sequence[_Seen], twins: dic
             behind[value] = frozenset({group}) if group in weighs else behind.get(value, frozenset()) | reads
     found: list[frozenset[int]] = []
     for i, each in enumerate(seen):
-        sources = frozenset().union(
-            *(frozenset({s}) if seen[s].weighs else found[s] for s in each.sources), ()
-        )
+        sources = frozenset().union(*(frozenset({s}) if seen[s].weighs else found[s] for s in each.sources), ())
         found.append(sources)
         if each.weighs and i in twins:
             allowed = frozenset().union(*(feeds[op] for op in twins[i]), ())
