@@ -79,7 +79,7 @@ def measure(
     """
     if compiled_entries(model):
         raise Unsupported(
-            "the model is compiled, and measure counts the ops of uncompiled steps; use tightfit.verify, which compares "
+            "the model is compiled, and measure counts the ops of uncompiled steps; tightfit.verify compares "
             "the compiled step with and without a plan"
         )
     progress("tracing one step")

@@ -1082,6 +1082,8 @@ def modules_sought(model: nn.Module, units: Sequence[str], fake: bool) -> Iterat
         yield found
     finally:
         handle.remove()
+        # torch 2.13 forgets this table, and then warns that every `torch.compile`d module has global hooks
+        nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
     names: list[str] = []
     for name, call in sorted(seen.items(), key=lambda item: item[0].count(".")):
         if call is None or any(name.startswith(outer + ".") for outer in names):

@@ -547,16 +547,9 @@ def _ratio(errors: Errors) -> float:
     return ratio if ratio == ratio else math.inf  # no number is beyond any limit
 
 
-_TILED = (
-    "tiles",
-    f"{TILE_FACTOR} x the untiled run's own error (norm; the mean of four scales of the loss where one does not decide)"
-    ", or one rounding to the dtype; dropout off",
-)
-_COMPILED = (
-    "the plan",
-    f"{TILE_FACTOR} x the compiled run's own error (norm; the mean of four scales of the loss where one does not decide)"
-    ", or one rounding to the dtype; dropout as it is",
-)
+_HOW = "own error (norm; the mean of four scales of the loss where one does not decide), or one rounding to the dtype"
+_TILED = ("tiles", f"{TILE_FACTOR} x the untiled run's {_HOW}; dropout off")
+_COMPILED = ("the plan", f"{TILE_FACTOR} x the compiled run's {_HOW}; dropout as it is")
 
 
 def _float64_check(name: str, errors: dict[str, Errors], what: str, said: tuple[str, str] = _TILED) -> Check:
