@@ -347,6 +347,61 @@ def test_an_in_place_activation_and_batch_norm() -> None:
         torch.testing.assert_close(one, other, msg=name)
 
 
+def test_other_ways_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function around the model, one graph by force, sizes left open, a break between units; and a compiler that gives
+    up runs the engine for uncompiled code."""
+
+    class Broken(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+                torch._dynamo.graph_break()
+            return self.head(x).square().mean()  # type: ignore[no-any-return]
+
+    batch, longer = data(16), data(24)
+    expected, longer_expected = gradients(Stack(), batch), gradients(Stack(), longer)
+    plan = lowest(Stack(), batch)
+    for make, options in ((Stack, {"fullgraph": True}), (Stack, {"dynamic": True}), (Broken, {})):
+        torch.compiler.reset()
+        model = make()
+        model.compile(backend=BACKEND, **options)  # type: ignore[no-untyped-call]
+        with tightfit.apply(model, plan) as applied:
+            assert error(gradients(model, batch), expected) < 1e-5
+            assert error(gradients(model, longer), longer_expected) < 1e-5
+            assert applied.stats().frames == 0
+    torch.compiler.reset()
+    model = Stack()
+    step = torch.compile(model.forward, backend=BACKEND)
+    with tightfit.apply(model, plan) as applied:
+        monkeypatch.setattr(Stack, "__call__", lambda self, x: step(x))
+        assert error(gradients(model, batch), expected) < 1e-5
+        assert applied.stats().frames == 0
+        monkeypatch.undo()
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        model = compile_whole(Stack())
+        model(batch), model(longer)
+        with tightfit.apply(model, plan) as applied:
+            assert error(gradients(model, batch), expected) < 1e-5
+            assert applied.stats().frames == 3
+
+
+def test_a_loss_compiled_after_its_plan_was_applied() -> None:
+    """Found by the function that was replaced, while the compiler traces it."""
+
+    class Classes(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return functional.cross_entropy(x.flatten(0, 1), torch.zeros(x[..., 0].numel(), dtype=torch.long))
+
+    batch = data(8)
+    model = Classes()
+    plan = dataclasses.replace(lowest(model, batch), in_place_loss=True)
+    with tightfit.apply(model, plan), pytest.raises(Unsupported, match="the loss is compiled"):
+        gradients(compile_whole(model), batch)
+
+
 def test_no_gradients_no_tags() -> None:
     batch = data()
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ from tightfit.plan.program import Recipe, kept_values, recipe
 from tightfit.step import compiled_entries, tensors_in
 from tightfit.trace import costs_flops, is_random, op_name
 
-__all__ = ["Decision", "Tagged", "doors", "require_expressible"]
+__all__ = ["Decision", "Tagged", "doors", "given_up", "require_expressible"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,14 +230,16 @@ class _Region(TorchDispatchMode):
         twins = _twins(decision.name, decision.program, self.seen)
         chosen = recipe(decision.program, decision.kept)
         tags, decision.tagged = _tags(decision.program, chosen, self.seen, twins)
-        for each, tag in zip(self.seen, tags, strict=True):
-            for node in each.nodes:
-                if "recompute" not in node.meta:
-                    raise Unsupported(
-                        f"torch {torch.__version__} does not tag the ops of a checkpointed region, so a plan cannot be "
-                        "handed to its compiler"
-                    )
-                node.meta["recompute"] = tag
+        # sizes that are worked out on the way are nodes too, which torch does not tag
+        nodes = [(node, tag) for each, tag in zip(self.seen, tags, strict=True) for node in each.nodes]
+        tagged = [(node, tag) for node, tag in nodes if "recompute" in node.meta]
+        if nodes and not tagged:
+            raise Unsupported(
+                f"torch {torch.__version__} does not tag the ops of a checkpointed region, so a plan cannot be handed "
+                "to its compiler"
+            )
+        for node, tag in tagged:
+            node.meta["recompute"] = tag
 
 
 def _graph() -> Any:
@@ -248,6 +251,14 @@ def _graph() -> Any:
 
 def _counts(node: Any) -> bool:
     return node.op == "call_function" and node.target is not torch.ops.aten.detach.default
+
+
+def given_up() -> bool:
+    """Does the caller run as it is, inside code that the compiler was to take, but could not or would not? Any function
+    that is called there may still be compiled."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return bool(torch._C._dynamo.eval_frame.get_eval_frame_callback())
 
 
 # ------------------------------------------------------------------------------------------------ alignment
@@ -395,6 +406,7 @@ class _Door:
             ours = _ours(error)
             if ours is None:
                 raise
+            ours.args = (str(ours).partition("\n")[0],)  # the compiler adds where it was
             raise ours from None
 
 
