@@ -322,7 +322,10 @@ def test_more_decisions_than_the_compilers_limit() -> None:
     with tightfit.apply(model, plan) as applied:
         found = gradients(model, batch)
         assert applied.stats().frames == 0
+        recomputed = [applied.tagged[f"blocks.{number}"].recomputed for number in range(12)]
     assert error(found, gradients(Stack(blocks=12), batch)) < 1e-5
+    assert recomputed[:7] == sorted(recomputed[:7], reverse=True) and recomputed[0] > recomputed[6]
+    assert recomputed[7:] == recomputed[:5]
 
 
 def test_an_in_place_activation_and_batch_norm() -> None:
@@ -348,8 +351,8 @@ def test_an_in_place_activation_and_batch_norm() -> None:
 
 
 def test_other_ways_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A function around the model, one graph by force, sizes left open, a break between units; and a compiler that gives
-    up runs the engine for uncompiled code."""
+    """A function around the model, one graph by force, sizes left open, a break between units; and where the compiler
+    gives up, the engine for uncompiled code."""
 
     class Broken(Stack):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
