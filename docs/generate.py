@@ -664,7 +664,7 @@ def compiled_part() -> str:
             f"uncompiled {case['uncompiled_peak_bytes']:,} B, compiled {alone['peak_bytes']:,} B:\n"
         )
         lines = [
-            "| activation_memory_budget | its peak | its extra | ops again | dropout "
+            "| budget | its peak | its extra | ops again | dropout "
             "| tightfit's peak | its extra | ops again | dropout |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
@@ -679,8 +679,8 @@ def compiled_part() -> str:
     proofs = [row["proof"] for case in found["cases"] for row in case["rows"] if "proof" in row]
     passed = sum(all(proof.values()) for proof in proofs)
     parts.append(
-        "*Extra* is FLOPs of the compiler's two graphs beyond those without a budget, in parts of the step; *ops again* "
-        "are the forward's ops that are in the backward graph too. `tightfit.verify` passed on "
+        "*Extra* is FLOPs of the compiler's two graphs beyond those without a budget, in parts of the step; *ops "
+        "again* are the forward's ops that are in the backward graph too. `tightfit.verify` passed on "
         f"{passed} of {len(proofs)} plans.\n"
     )
     return "\n".join(parts)

@@ -113,7 +113,7 @@ def _in_place(input: torch.Tensor, target: torch.Tensor, reduction: str, ignore_
     if not (torch.is_grad_enabled() and input.requires_grad):
         return torchs_own(input, target, reduction=reduction, ignore_index=ignore_index)
     if torch.compiler.is_compiling():
-        refuse_compiled("the loss", "makes its gradient in place of what it saved")
+        refuse_compiled("the loss is compiled, and the plan in force makes its gradient in place of what it saved")
     if torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.float16, torch.bfloat16):
         input = input.float()  # as autocast does for this function
     loss: torch.Tensor = _CrossEntropy.apply(input, target, _REDUCTIONS[reduction], ignore_index)

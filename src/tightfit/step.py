@@ -367,12 +367,9 @@ def _plain_path(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
-def refuse_compiled(what: str, how: str) -> None:
+def refuse_compiled(what: str) -> None:
     """Raise `Unsupported`. The compiler leaves its own code for this, so that the error reaches the user as it is."""
-    raise Unsupported(
-        f"{what} is compiled, and the plan in force {how}, which compiled code cannot: make the plan with "
-        "levers={Lever.RECOMPUTE}, or leave that out of what is compiled"
-    )
+    raise Unsupported(f"{what}; compiled code cannot do that: leave it out of what is compiled")
 
 
 # as torch.compiler.disable does, which takes a second to load

@@ -937,7 +937,7 @@ def _parts(rows: int, tiles: int) -> Iterator[slice]:
 def _chunking(module: nn.Module, tiles: int, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            refuse_compiled(type(module).__name__, "computes it in tiles")
+            refuse_compiled(f"a {type(module).__name__} is compiled, and the plan in force computes it in tiles")
         hidden = args[0] if len(args) == 1 and not kwargs else None
         if (
             not torch.is_grad_enabled()
@@ -1161,7 +1161,7 @@ def _deferring(
 ) -> Callable[..., torch.Tensor]:
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            refuse_compiled(type(module).__name__, "computes it in tiles")
+            refuse_compiled(f"a {type(module).__name__} is compiled, and the plan in force computes it in tiles")
         hidden = args[0] if len(args) == 1 and not kwargs else None
         if (
             not torch.is_grad_enabled()

@@ -221,8 +221,7 @@ def test_masks_are_the_same_in_forward_and_backward() -> None:
     assert torch.equal(first, model.out[0]) and torch.equal(second, model.out[0])
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(("name", "autocast"), [("gpt2", False), ("llama", True)])
 def test_transformers_models(name: str, autocast: bool) -> None:
     def make() -> Any:
         torch.manual_seed(0)
@@ -243,7 +242,7 @@ def test_transformers_models(name: str, autocast: bool) -> None:
     model = make()
     recorded = tightfit.trace(model, batch, loss=lambda m, b: loss_of(m, b, autocast), tiles=False)
     model.config.use_cache = False
-    compile_whole(model)
+    compile_blocks(model)
     alone = gradients(model, batch, autocast)
     with tightfit.apply(model, every_block(recorded)) as applied:
         found = gradients(model, batch, autocast)
@@ -364,7 +363,7 @@ def test_other_ways_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, longer = data(16), data(24)
     expected, longer_expected = gradients(Stack(), batch), gradients(Stack(), longer)
     plan = lowest(Stack(), batch)
-    for make, options in ((Stack, {"fullgraph": True}), (Stack, {"dynamic": True}), (Broken, {})):
+    for make, options in ((Stack, {"fullgraph": True, "dynamic": True}), (Broken, {})):
         torch.compiler.reset()
         model = make()
         model.compile(backend=BACKEND, **options)  # type: ignore[no-untyped-call]
@@ -402,6 +401,33 @@ def test_a_loss_compiled_after_its_plan_was_applied() -> None:
     model = Classes()
     plan = dataclasses.replace(lowest(model, batch), in_place_loss=True)
     with tightfit.apply(model, plan), pytest.raises(Unsupported, match="the loss is compiled"):
+        gradients(compile_whole(model), batch)
+
+
+def test_regions_and_switches_in_compiled_code() -> None:
+    class Regions(Stack):
+        keep: Any = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = tightfit.checkpoint(block, x, keep=self.keep)
+            return self.head(x).square().mean()  # type: ignore[no-any-return]
+
+    batch = data()
+    expected = gradients(Stack(), batch)
+    peaks = [peak(compile_whole(Stack()), batch)]
+    switched = Stack()
+    tightfit.enable(switched)
+    for model, keep in ((switched, None), (Regions(), None), (Regions(), ("addmm",))):
+        torch.compiler.reset()
+        model.keep = keep  # type: ignore[assignment]
+        assert error(gradients(compile_whole(model), batch), expected) < 1e-5
+        peaks.append(peak(model, batch))
+    alone, enabled, region, kept = peaks
+    assert enabled == region < kept < alone
+    model = Regions()
+    model.keep = lambda name: True
+    with pytest.raises(Unsupported, match="a function for keep"):
         gradients(compile_whole(model), batch)
 
 
@@ -445,7 +471,7 @@ def renamed(plan: Plan, ordinal: int, name: str) -> Plan:
     return dataclasses.replace(plan, programs=programs)
 
 
-@pytest.mark.parametrize("compile_it", [compile_whole, compile_wrapped, compile_blocks])
+@pytest.mark.parametrize("compile_it", [compile_whole, compile_wrapped])
 def test_a_plan_of_other_ops_is_refused(compile_it: Any) -> None:
     batch = data()
     plan = lowest(Stack(), batch)
@@ -556,7 +582,7 @@ def test_measure_refuses_a_compiled_model() -> None:
 # ------------------------------------------------------------------------------------------ fit and verify
 
 
-@pytest.mark.parametrize("compile_it", [compile_whole, compile_wrapped, compile_blocks])
+@pytest.mark.parametrize("compile_it", [compile_wrapped, compile_blocks])
 def test_fit_measures_what_it_promises(compile_it: Any) -> None:
     batch = data(256)
     model = compile_it(Stack())

@@ -24,9 +24,9 @@ import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -38,7 +38,9 @@ from tightfit.plan.program import Recipe, kept_values, recipe
 from tightfit.step import compiled_entries, tensors_in
 from tightfit.trace import costs_flops, is_random, op_name
 
-__all__ = ["Decision", "Tagged", "doors", "given_up", "require_expressible"]
+T = TypeVar("T")
+
+__all__ = ["Decision", "Tagged", "doors", "given_up", "require_expressible", "run_again"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +147,27 @@ def _contexts(key: str) -> tuple[Any, Any]:
     _make_room()
     region = _Region(decision)
     return region, region.replay
+
+
+def run_again(function: Callable[..., T], args: Any, kwargs: Any, keep: Collection[str] | None = None) -> T:
+    """`function` as a region that the compiler runs again in backward, but for the ops that `keep` names."""
+    if keep is None:
+        out: T = checkpoint(function, *args, use_reentrant=False, **kwargs)
+    else:
+        context = functools.partial(_keeping, tuple(sorted(keep)))
+        out = checkpoint(function, *args, use_reentrant=False, context_fn=context, **kwargs)
+    return out
+
+
+def _keeping(names: tuple[str, ...]) -> Any:
+    _require_no_budget_of_its_own()
+
+    def policy(_: Any, func: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+        full = op_name(func).rpartition(".")[0]
+        kept = {op_name(func), full, full.rpartition(".")[2]}.intersection(names)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def _make_room() -> None:
