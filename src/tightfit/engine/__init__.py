@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, Trace, Unsupported, parse_bytes
-from tightfit.engine.compiled import Decision, Tagged, doors, given_up, require_expressible
+from tightfit.engine.compiled import Decision, Tagged, doors, require_expressible
 from tightfit.engine.frame import Frame, FramePlan, Scrutiny, Stats, is_active
 from tightfit.engine.offload import Pool
 from tightfit.engine.region import checkpoint
@@ -114,8 +114,6 @@ class Applied:
                     return tagged(*args, **kwargs) if torch.is_grad_enabled() else original(*args, **kwargs)
                 if not torch.is_grad_enabled() or is_active():
                     return original(*args, **kwargs)
-                if given_up():
-                    return torch.compiler.disable(forward)(*args, **kwargs)
                 chain, pool = self._chain, self.pool  # of the plan in force now
                 return Frame(shown, original, args, kwargs, plan, self._stats, module, scrutiny, chain, pool).run()
 

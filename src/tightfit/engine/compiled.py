@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -40,7 +39,7 @@ from tightfit.trace import costs_flops, is_random, op_name
 
 T = TypeVar("T")
 
-__all__ = ["Decision", "Tagged", "doors", "given_up", "require_expressible", "run_again"]
+__all__ = ["Decision", "Tagged", "doors", "require_expressible", "run_again"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,14 +273,6 @@ def _graph() -> Any:
 
 def _counts(node: Any) -> bool:
     return node.op == "call_function" and node.target is not torch.ops.aten.detach.default
-
-
-def given_up() -> bool:
-    """Does the caller run as it is, inside code that the compiler was to take, but could not or would not? Any function
-    that is called there may still be compiled."""
-    if "torch._dynamo" not in sys.modules:
-        return False
-    return bool(torch._C._dynamo.eval_frame.get_eval_frame_callback())
 
 
 # ------------------------------------------------------------------------------------------------ alignment
