@@ -676,6 +676,20 @@ def compiled_part() -> str:
                 f"| {row['value']} | {_compiled_cells(row, whole)} | {_compiled_cells(mine[row['value']], whole)} |"
             )
         parts.append("\n".join(lines) + "\n")
+    pairs = [
+        (theirs, mine)
+        for case in found["cases"]
+        for theirs in case["rows"]
+        for mine in case["rows"]
+        if theirs.get("value", -1) == mine.get("against", -2) and not mine.get("infeasible")
+    ]
+    less = sum(mine["recompute_flops"] < theirs["recompute_flops"] for theirs, mine in pairs)
+    more = sum(mine["recompute_flops"] > theirs["recompute_flops"] for theirs, mine in pairs)
+    wrong = sum(theirs["dropout"] == "wrong" for theirs, _ in pairs)
+    parts.append(
+        f"In no more than that peak tightfit recomputes less in {less} of {len(pairs)} cases and more in {more}; "
+        f"the compiler's own budget gives wrong gradients in {wrong}.\n"
+    )
     proofs = [row["proof"] for case in found["cases"] for row in case["rows"] if "proof" in row]
     passed = sum(all(proof.values()) for proof in proofs)
     parts.append(

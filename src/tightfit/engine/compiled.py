@@ -319,14 +319,13 @@ def _twins(name: str, program: Program, seen: Sequence[_Seen]) -> dict[int, tupl
 
 def _differs(name: str, how: str) -> Unsupported:
     return Unsupported(
-        f"a unit ({name}) is compiled to other ops than its plan was made of: {how}; plan the compiled model itself "
-        "(tightfit.fit after torch.compile), or leave this unit out of the units"
+        f"a unit ({name}) is compiled to other ops than its plan was made of: {how}; make the plan anew from this "
+        "model, or leave this unit out of the units"
     )
 
 
 def _check_wiring(name: str, program: Program, seen: Sequence[_Seen], twins: dict[int, tuple[int, ...]]) -> None:
     """Are the ops that weigh fed by the counterparts of what feeds them in the plan?"""
-    writer: dict[int, int] = {}
     feeds: list[frozenset[int]] = []  # per planned op: the ops that weigh behind what it reads
     drawing = {i for i, step in enumerate(program.steps) if step.kind is Kind.RANDOM}
     behind: dict[int, frozenset[int]] = {}  # value -> ops that weigh behind it
@@ -337,7 +336,6 @@ def _check_wiring(name: str, program: Program, seen: Sequence[_Seen], twins: dic
         feeds.append(reads)
         group = first_of.get(i, i)
         for value in step.writes:
-            writer[value] = i
             behind[value] = frozenset({group}) if group in weighs else behind.get(value, frozenset()) | reads
     found: list[frozenset[int]] = []
     for i, each in enumerate(seen):
