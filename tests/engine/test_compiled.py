@@ -148,7 +148,7 @@ def test_gradients_are_right_and_the_peak_falls(compile_it: Any) -> None:
     assert peak(model, batch) == pytest.approx(unplanned_bytes, rel=0.01)  # taken off again
 
 
-@pytest.mark.parametrize("compile_it", [compile_whole, compile_wrapped, compile_blocks])
+@pytest.mark.parametrize("compile_it", [compile_whole, compile_blocks])
 def test_compiled_after_the_plan_was_applied(compile_it: Any) -> None:
     batch = data()
     model = Stack()
@@ -221,7 +221,7 @@ def test_masks_are_the_same_in_forward_and_backward() -> None:
     assert torch.equal(first, model.out[0]) and torch.equal(second, model.out[0])
 
 
-@pytest.mark.parametrize(("name", "autocast"), [("gpt2", False), ("llama", True)])
+@pytest.mark.parametrize(("name", "autocast"), [("gpt2", False), pytest.param("llama", True, marks=pytest.mark.slow)])
 def test_transformers_models(name: str, autocast: bool) -> None:
     def make() -> Any:
         torch.manual_seed(0)
@@ -600,7 +600,7 @@ def test_measure_refuses_a_compiled_model() -> None:
 # ------------------------------------------------------------------------------------------ fit and verify
 
 
-@pytest.mark.parametrize("compile_it", [compile_wrapped, compile_blocks])
+@pytest.mark.parametrize("compile_it", [compile_wrapped, pytest.param(compile_blocks, marks=pytest.mark.slow)])
 def test_fit_measures_what_it_promises(compile_it: Any) -> None:
     batch = data(256)
     model = compile_it(Stack())
