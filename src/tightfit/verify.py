@@ -152,6 +152,7 @@ def verify(
             measured_bytes = _peak_bytes(model, batch, loss, optimizer, restart)
         checks += _peak_checks(plan, measured_bytes, compiled=bool(compiled_entries(model)))
         checks.append(_time_check(model, batch, switch, loss, restart, fallbacks=stats.fallbacks))
+        switch.close()
     return Proof(checks=tuple(checks), environment=environment())
 
 
@@ -187,6 +188,7 @@ def gradient_checks(
         elif not plan.exact:
             checks = [check for check in checks if check.name == "buffers"]
             checks += _against_float64(model, batch, switch, loss, restart)
+        switch.close()
         return tuple(checks)
 
 
@@ -220,6 +222,9 @@ class _Switch:
 
     def __exit__(self, *_: object) -> None:
         self.applied.suspend()
+
+    def close(self) -> None:
+        self.applied.remove()
 
 
 # ------------------------------------------------------------------------------------------- gradients

@@ -141,6 +141,7 @@ class Applied:
     def remove(self) -> None:
         """Restore every `forward`. Harmless when called twice; graphs made before stay valid."""
         self.suspend()
+        self._known.clear()  # they know this handle, and nobody should have to look for the cycle
         while self._on_remove:
             self._on_remove.pop()()
 
