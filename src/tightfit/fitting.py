@@ -4,6 +4,10 @@ Idea: a plan says which values are kept, not how large they are, so it serves ev
 batch no longer than the planned one needs no more bytes; a longer one is noticed before its forward runs, and so are
 gradients that the planned step did not start with.
 
+A compiled step has other temporaries than the step that is traced (fused kernels need fewer, or hold several results at
+once), so there a plan is measured: planned, compiled, run, and planned again for as many bytes more or fewer, a few
+times; the plan that recomputes least among those that kept the budget is the one.
+
 Invariant: the budget in bytes is that of the first plan, whatever comes later. Refused: a longer batch, if the user
 wants that (`InvalidInput`), or if no plan fits it (`BudgetInfeasible`).
 """
@@ -16,7 +20,7 @@ import enum
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,14 +38,17 @@ from tightfit.core import (
     Unsupported,
     dumps,
     loads,
+    parse_bytes,
 )
 from tightfit.engine import Applied
+from tightfit.engine.compiled import doors
 from tightfit.parallel import Strategy, gradients_wait, strategy_of
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
 from tightfit.ranks import Meeting, anywhere, are_several
-from tightfit.step import LossFunction, UnitsAsked, device_of, tensors_in
+from tightfit.step import LossFunction, UnitsAsked, compiled_entries, device_of, tensors_in
 from tightfit.trace import trace
+from tightfit.verify import measured_peak_bytes
 
 __all__ = ["Longer", "fit", "planned"]
 
@@ -98,6 +105,10 @@ def fit(
     some is treated as `longer` says, too: planned anew once, and from then on each kind of step has its own plan;
     refused; or run with a warning.
 
+    A model that is compiled, or whose units are (`torch.compile`, `module.compile()`), is planned as it runs uncompiled
+    and measured compiled: up to four plans are compiled and run, and `applied.plan.peak_bytes` is what was measured.
+    `levers` is then recompute alone, with the loss in place where only units are compiled.
+
     Raises what `trace`, `plan` and `apply` do, and `InvalidInput` for another `longer`.
     """
     try:
@@ -106,9 +117,11 @@ def fit(
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
     guard = _Guard(model, batch, policy, loss, optimizer, units, levers)
     try:
-        record = functools.partial(_record, model, batch, loss, optimizer, units)
-        recorded, made = planned(record, budget, levers, model)
-        applied = Applied(model, made, trace=recorded)
+        recorded, made, applied = guard.planned(batch, budget)
+        if applied is None:
+            applied = Applied(model, made, trace=recorded)
+        else:
+            applied.resume(made, recorded)
         guard.in_force(applied, recorded)
     except BaseException:
         guard.remove()
@@ -191,6 +204,71 @@ def _planned_together(
     return recorded, mine
 
 
+#: Plans of a compiled step that are compiled and measured.
+_PROBES = 4
+#: A measured peak this near the budget is near enough.
+_NEAR = 0.97
+
+
+def _planned_compiled(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    optimizer: torch.optim.Optimizer | None,
+    record: Callable[[bool], Trace],
+    budget: str | int,
+    levers: Collection[Lever] | None,
+    applied: Applied | None,
+) -> tuple[Trace, Plan, Applied]:
+    """The step and its plan, the plan's peak measured in compiled steps; `applied`, or a handle, to put it in force."""
+    if levers is None:
+        levers = {Lever.RECOMPUTE} if "" in compiled_entries(model) else {Lever.RECOMPUTE, Lever.LOSS_IN_PLACE}
+    recorded = record(False)
+    unplanned_bytes = simulate(recorded).peak_bytes
+    budget_bytes = parse_bytes(budget, unplanned_bytes)
+    measured: dict[int, tuple[int, Plan]] = {}  # by the bytes that the uncompiled step is planned for
+    asked_bytes: int = budget_bytes
+    for _ in range(_PROBES):
+        try:
+            made = make_plan(recorded, asked_bytes, levers=levers)
+        except BudgetInfeasible as error:
+            if error.least_bytes in measured:
+                break
+            asked_bytes = error.least_bytes
+            made = make_plan(recorded, asked_bytes, levers=levers)
+        if applied is None:
+            applied = Applied(model, made, recorded)
+            applied.suspend()
+        peak_bytes = measured_peak_bytes(model, batch, _in_force(applied, made, recorded), loss, optimizer)
+        measured[asked_bytes] = peak_bytes, made
+        fits = peak_bytes <= budget_bytes
+        if fits and (not made.replays or peak_bytes >= _NEAR * budget_bytes):
+            break
+        low = max((a for a, (peak, _) in measured.items() if peak <= budget_bytes), default=0)
+        high = min((a for a, (peak, _) in measured.items() if peak > budget_bytes), default=unplanned_bytes)
+        asked_bytes = made.peak_bytes + budget_bytes - peak_bytes
+        if not low < asked_bytes < high:
+            asked_bytes = high if low and high == unplanned_bytes else (low + high) // 2
+        if asked_bytes in measured or asked_bytes <= 0:
+            break
+    fitting = [(plan, peak) for peak, plan in measured.values() if peak <= budget_bytes]
+    if not fitting:
+        least_bytes = min(peak for peak, _ in measured.values())
+        raise BudgetInfeasible(budget_bytes, least_bytes, ("this is the compiled step's peak as it was measured",))
+    made, peak_bytes = min(fitting, key=lambda each: (each[0].recompute_seconds, each[1]))
+    assert applied is not None
+    return recorded, dataclasses.replace(made, budget_bytes=budget_bytes, peak_bytes=peak_bytes), applied
+
+
+@contextlib.contextmanager
+def _in_force(applied: Applied, plan: Plan, recorded: Trace) -> Iterator[None]:
+    applied.resume(plan, recorded)
+    try:
+        yield
+    finally:
+        applied.suspend()
+
+
 class _InForce(NamedTuple):
     """A plan, and what it was made for."""
 
@@ -226,6 +304,20 @@ class _Guard:
         # before FSDP2's own, which gathers the weights that a trace would gather again
         sharded = strategy_of(model) is Strategy.FSDP2
         self.handle = model.register_forward_pre_hook(self, with_kwargs=True, prepend=sharded)
+        # a hook of a compiled model is compiled with it, and sees nothing
+        self.switches = contextlib.ExitStack()
+        self.switches.enter_context(doors(model, before=self))
+
+    def planned(
+        self, batch: Any, budget: str | int, applied: Applied | None = None
+    ) -> tuple[Trace, Plan, Applied | None]:
+        model, loss, optimizer = self.model, self.loss, self.optimizer
+        record = functools.partial(_record, model, batch, loss, optimizer, self.units)
+        if compiled_entries(model):
+            if are_several(model):
+                raise Unsupported("a compiled model on several ranks is not planned: leave out torch.compile")
+            return _planned_compiled(model, batch, loss, optimizer, record, budget, self.levers, applied)
+        return (*planned(record, budget, self.levers, model), applied)
 
     def in_force(self, applied: Applied, recorded: Trace) -> None:
         """The first plan is made."""
@@ -235,12 +327,15 @@ class _Guard:
 
     def remove(self) -> None:
         self.handle.remove()
+        self.switches.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In a copy of the model, a pickled one too: a hook that does nothing, and needs no tightfit to be loaded."""
         return getattr, (contextlib.nullcontext(), "__exit__")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
         if self.applied is None:  # the trace is running
             if self.extent is None:
                 self.extent = _Extent.of((args, kwargs))
@@ -311,8 +406,7 @@ class _Guard:
             for parameter in lacking:
                 parameter.grad = torch.zeros_like(parameter)
             try:
-                record = functools.partial(_record, self.model, batch, self.loss, self.optimizer, self.units)
-                recorded, made = planned(record, budget_bytes, self.levers, self.model)
+                recorded, made, _ = self.planned(batch, budget_bytes, applied)
             finally:
                 for parameter in lacking:
                     parameter.grad = None

@@ -22,6 +22,8 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.nn import functional
 
+from tightfit.step import refuse_compiled
+
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # a step traced on fake tensors calls it with those, and its plan has the same lever as the real step's
 _PLAIN_TENSORS = (torch.Tensor, FakeTensor)
@@ -110,6 +112,8 @@ def _replaced(
 def _in_place(input: torch.Tensor, target: torch.Tensor, reduction: str, ignore_index: int) -> torch.Tensor:
     if not (torch.is_grad_enabled() and input.requires_grad):
         return torchs_own(input, target, reduction=reduction, ignore_index=ignore_index)
+    if torch.compiler.is_compiling():
+        refuse_compiled("the loss is compiled, and the plan in force makes its gradient in place of what it saved")
     if torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.float16, torch.bfloat16):
         input = input.float()  # as autocast does for this function
     loss: torch.Tensor = _CrossEntropy.apply(input, target, _REDUCTIONS[reduction], ignore_index)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tightfit.core import Lever, Measurement, Plan, Row, Trace, format_bytes
+from tightfit.core import Lever, Measurement, Plan, Row, Trace, Unsupported, format_bytes
 from tightfit.engine import apply
 from tightfit.plan import every_block, simulate
 from tightfit.plan import plan as make_plan
@@ -29,6 +29,7 @@ from tightfit.step import (
     ForwardPatch,
     LossFunction,
     UnitsAsked,
+    compiled_entries,
     compute_loss,
     device_of,
     environment,
@@ -71,9 +72,16 @@ def measure(
     """Rows for no checkpointing, every block, and the plan by `levers` for `budget` (a percentage is of the unplanned
     peak).
 
+    Raises `Unsupported` for a compiled model, and what `trace` and `plan` do.
+
     `repeats`: interleaved timed steps per row; the row has their median. `described` fills the fields that say
     what was measured (`model`, `method`, `batch`, `seq`, `dtype`). `traced` is given the trace, for a report.
     """
+    if compiled_entries(model):
+        raise Unsupported(
+            "the model is compiled, and measure counts the ops of uncompiled steps; tightfit.verify compares "
+            "the compiled step with and without a plan"
+        )
     progress("tracing one step")
     recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
     traced(recorded)

@@ -373,6 +373,53 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
         numpy.random.set_state(states["numpy"])
 
 
+# -------------------------------------------------------------------------------------------- compiled
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself: what `torch.compile(module)` returns is a wrapper around it."""
+    while type(module).__name__ == "OptimizedModule":
+        module = module._orig_mod  # type: ignore[assignment]
+    return module
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """As `named_modules`, without the wrappers of `torch.compile`: a plan has the same paths with and without them."""
+    return {_plain_path(path): module for path, module in model.named_modules() if unwrapped(module) is module}
+
+
+def compiled_entries(model: nn.Module) -> dict[str, nn.Module]:
+    """Path to module of what runs compiled when it is called: `torch.compile(module)`, `module.compile()`."""
+    return {
+        _plain_path(path): module
+        for path, module in model.named_modules()
+        if unwrapped(module) is not module or vars(module).get("_compiled_call_impl") is not None
+    }
+
+
+def _plain_path(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def refuse_compiled(what: str) -> None:
+    """Raise `Unsupported`. The compiler leaves its own code for this, so that the error reaches the user as it is."""
+    raise Unsupported(f"{what}; compiled code cannot do that: leave it out of what is compiled")
+
+
+# as torch.compiler.disable does, which takes a second to load
+refuse_compiled._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run what is compiled in `model` op by op inside."""
+    if not compiled_entries(model):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 # ----------------------------------------------------------------------------------------------- units
 
 
@@ -385,7 +432,8 @@ def find_units(model: nn.Module, asked: UnitsAsked = None) -> dict[str, nn.Modul
 
     Raises `InvalidInput` when nothing matches or one unit lies inside another.
     """
-    modules = dict(model.named_modules())
+    model = unwrapped(model)
+    modules = modules_of(model)
     if asked is None:
         found = _repeated_blocks(model, "") or _composite_children(model)
     else:
@@ -393,6 +441,7 @@ def find_units(model: nn.Module, asked: UnitsAsked = None) -> dict[str, nn.Modul
         found = {}
         for item in wanted:
             if isinstance(item, nn.Module):
+                item = unwrapped(item)
                 matches = [path for path, module in modules.items() if module is item]
             else:
                 matches = [path for path in modules if path == item] or fnmatch.filter(modules, item)
@@ -410,6 +459,10 @@ def find_units(model: nn.Module, asked: UnitsAsked = None) -> dict[str, nn.Modul
     return {path: module for path, module in modules.items() if path in found}
 
 
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, unwrapped(child)) for name, child in module.named_children())
+
+
 def _is_block(module: nn.Module) -> bool:
     """A module worth planning as a whole: one with parts, or a custom one; not a bare `nn.Linear`."""
     return any(True for _ in module.children()) or not type(module).__module__.startswith("torch.nn.")
@@ -417,7 +470,7 @@ def _is_block(module: nn.Module) -> bool:
 
 def _repeated_blocks(module: nn.Module, path: str) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
-    for name, child in module.named_children():
+    for name, child in _children(module):
         child_path = f"{path}.{name}" if path else name
         inside_list = isinstance(module, (nn.ModuleList, nn.Sequential))
         if inside_list and _is_block(child) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
@@ -432,7 +485,7 @@ def _repeated_blocks(module: nn.Module, path: str) -> dict[str, nn.Module]:
 def _composite_children(model: nn.Module) -> dict[str, nn.Module]:
     path, module = "", model
     while True:
-        parts = {name: child for name, child in module.named_children() if _is_block(child)}
+        parts = {name: child for name, child in _children(module) if _is_block(child)}
         if len(parts) > 1:
             return {f"{path}.{name}" if path else name: child for name, child in parts.items()}
         if not parts:
@@ -467,8 +520,15 @@ class ForwardPatch:
         self.module = module
         self.had_own = "forward" in module.__dict__
         self.original = module.forward
-        replacement: Any = _Replacement(module, self.original, self.had_own, make(self.original))
-        module.forward = replacement
+        self.replacement: Any = _Replacement(module, self.original, self.had_own, make(self.original))
+        module.forward = self.replacement
+
+    def redo(self) -> bool:
+        """Replace it again, by the same object; False, and nothing done, where another `forward` is there by now."""
+        if self.module.forward != self.original or ("forward" in self.module.__dict__) != self.had_own:
+            return False
+        self.module.forward = self.replacement
+        return True
 
     def undo(self) -> None:
         if self.had_own:

@@ -25,6 +25,7 @@ from torch import nn
 
 from tightfit.core import InvalidInput, Plan, format_bytes
 from tightfit.engine import Applied, applied_to
+from tightfit.engine.compiled import run_again
 from tightfit.engine.frame import Frame, Stats, is_active
 from tightfit.fitting import fit
 from tightfit.plan import every_block
@@ -83,7 +84,9 @@ class _Switched:
         own(enable=enable, gradient_checkpointing_func=self.checkpoint, **kwargs)
 
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What `torch.utils.checkpoint` does, by our engine."""
+        """What `torch.utils.checkpoint` does, by our engine; in compiled code, by the compiler."""
+        if torch.compiler.is_compiling():
+            return run_again(function, args, kwargs)
         if not torch.is_grad_enabled() or is_active():
             return function(*args, **kwargs)
         layer = layer_of(function, args)

@@ -36,7 +36,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tightfit.core import InvalidInput, PlanMismatch, TiledModule, Tiling, Unsupported
 from tightfit.loss import torchs_own
-from tightfit.step import ForwardPatch, tensors_in
+from tightfit.step import ForwardPatch, refuse_compiled, tensors_in
 
 __all__ = ["Deferred", "Sought", "TileStats", "head_sought", "in_force", "modules_sought", "refusal", "rows_of_tile"]
 
@@ -936,6 +936,8 @@ def _parts(rows: int, tiles: int) -> Iterator[slice]:
 
 def _chunking(module: nn.Module, tiles: int, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            refuse_compiled(f"a {type(module).__name__} is compiled, and the plan in force computes it in tiles")
         hidden = args[0] if len(args) == 1 and not kwargs else None
         if (
             not torch.is_grad_enabled()
@@ -1082,6 +1084,8 @@ def modules_sought(model: nn.Module, units: Sequence[str], fake: bool) -> Iterat
         yield found
     finally:
         handle.remove()
+        # torch 2.13 forgets this table, and then warns that every `torch.compile`d module has global hooks
+        nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
     names: list[str] = []
     for name, call in sorted(seen.items(), key=lambda item: item[0].count(".")):
         if call is None or any(name.startswith(outer + ".") for outer in names):
@@ -1156,6 +1160,8 @@ def _deferring(
     module: nn.Module, rows: int, stats: TileStats, original: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            refuse_compiled(f"a {type(module).__name__} is compiled, and the plan in force computes it in tiles")
         hidden = args[0] if len(args) == 1 and not kwargs else None
         if (
             not torch.is_grad_enabled()

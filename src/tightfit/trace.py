@@ -87,6 +87,7 @@ from tightfit.step import (
     no_key_value_cache,
     static_bytes_by_category,
     tensors_in,
+    uncompiled,
     undisturbed,
     unique_bytes,
 )
@@ -209,6 +210,16 @@ def op_flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: A
         return int(own(*args, **kwargs))
     formula: Any = flop_registry.get(packet) or flop_registry.get(_out_of_place(packet))
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
+
+
+def costs_flops(name: str) -> bool:
+    """Does torch, or we, have a formula for the FLOPs of the op of this name? All ops of other libraries count too."""
+    namespace, _, rest = name.partition(".")
+    packet = f"{namespace}.{rest.partition('.')[0]}"
+    return namespace not in ("aten", "prims") or packet in _COSTLY
+
+
+_COSTLY = frozenset(str(packet) for packet in (*flop_registry, *_OWN_FLOPS))
 
 
 def signature_of(module: nn.Module) -> str:
@@ -644,7 +655,6 @@ _QUERIES = frozenset({torch.ops.prim.device.default})
 
 #: Wrappers whose steps a dispatch mode cannot see, or whose peaks are not those of one device.
 _NOT_OURS = {
-    "OptimizedModule": "compiled code is not seen op by op; fit the module before torch.compile, or without it",
     "DataParallel": "it copies the model to several devices; fit the module inside it, on one",
 }
 
@@ -700,11 +710,17 @@ def trace(
         with (
             refusals_named(f"the {type(model).__name__}"),
             unsynchronised(model),
+            uncompiled(model),
             faked(model, batch, step) as fake_batch,
             no_key_value_cache(model),
         ):
             return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles)
-    with unsynchronised(model), undisturbed(model, batch) as restart, no_key_value_cache(model):
+    with (
+        unsynchronised(model),
+        uncompiled(model),
+        undisturbed(model, batch) as restart,
+        no_key_value_cache(model),
+    ):
         return _trace(model, batch, loss, optimizer, modules, restart, None, tiles)
 
 

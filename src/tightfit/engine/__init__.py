@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, Trace, parse_bytes
+from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, Trace, Unsupported, parse_bytes
+from tightfit.engine.compiled import Decision, Tagged, doors, require_expressible
 from tightfit.engine.frame import Frame, FramePlan, Scrutiny, Stats, is_active
 from tightfit.engine.offload import Pool
 from tightfit.engine.region import checkpoint
@@ -27,7 +28,7 @@ from tightfit.loss import in_place
 from tightfit.parallel import inside
 from tightfit.plan.program import kept_values, offloaded_values, recipe
 from tightfit.ranks import Meeting, are_several
-from tightfit.step import ForwardPatch, no_key_value_cache
+from tightfit.step import ForwardPatch, compiled_entries, modules_of, no_key_value_cache
 from tightfit.tiles import in_force
 from tightfit.trace import signature_of
 
@@ -52,6 +53,8 @@ class Applied:
         self.pool = Pool() if pool is None else pool  # where what is offloaded waits
         self._stats = Stats()
         self._patches: list[ForwardPatch] = []
+        self._decisions: dict[str, Decision] = {}
+        self._known: dict[tuple[Choice, str], ForwardPatch] = {}  # of plans that were in force before, too
         self._switches = contextlib.ExitStack()
         self._on_remove: list[Callable[[], None]] = []
         self.resume(plan, trace)
@@ -59,13 +62,16 @@ class Applied:
     def resume(self, plan: Plan, trace: Trace | None = None) -> None:
         """Put `plan` in force; on a suspended handle, which goes on counting."""
         self.plan, self.trace = plan, trace
+        self._decisions.clear()
         if are_several(self.model):
             _agree(plan)
         matched = _matched(inside(self.model), plan)
         stores = {(sweep.base, sweep.target): frozenset(sweep.stores) for sweep in plan.advances}
         self._chain = Chain(stores, self._stats)
+        _check_compiled(self.model, plan)
         try:
             self._switches.enter_context(no_key_value_cache(self.model))
+            self._switches.enter_context(doors(self.model))
             if plan.in_place_loss:
                 self._switches.enter_context(in_place())
             if plan.tiling is not None:
@@ -74,7 +80,7 @@ class Applied:
             for choice, module in matched:
                 frame_plan = _frame_plan(plan, choice)
                 if frame_plan is not None:
-                    self._patches.append(ForwardPatch(module, self._planned(choice.unit, module, frame_plan)))
+                    self._patches.append(self._patched(choice, module, frame_plan))
         except BaseException:
             self.suspend()
             raise
@@ -89,18 +95,30 @@ class Applied:
         """Have `remove` call `run` too."""
         self._on_remove.append(run)
 
+    def _patched(self, choice: Choice, module: nn.Module, frame_plan: FramePlan) -> ForwardPatch:
+        """The patch that did this before, if there is one: the compiler looks at its identity."""
+        decision = self._decisions[choice.unit] = Decision.of(module, self.plan, choice)
+        known = self._known.get((choice, decision.key))
+        if known is None or known.module is not module or not known.redo():
+            known = ForwardPatch(module, self._planned(choice, module, frame_plan, decision))
+            self._known[choice, decision.key] = known
+        return known
+
     def _planned(
-        self, name: str, module: nn.Module, plan: FramePlan
+        self, choice: Choice, module: nn.Module, plan: FramePlan, decision: Decision
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             key = hash((plan.names, plan.live, plan.drop, plan.inputs, plan.offload))
             scrutiny = _checked.setdefault(module, {}).setdefault(key, Scrutiny())
+            shown = choice.unit or "the model"
+            tagged = decision.region(original)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
+                if torch.compiler.is_compiling():
+                    return tagged(*args, **kwargs) if torch.is_grad_enabled() else original(*args, **kwargs)
                 if not torch.is_grad_enabled() or is_active():
                     return original(*args, **kwargs)
-                shown = name or "the model"
-                chain, pool = self._chain, self.pool
+                chain, pool = self._chain, self.pool  # of the plan in force now
                 return Frame(shown, original, args, kwargs, plan, self._stats, module, scrutiny, chain, pool).run()
 
             forward.__tightfit__ = self  # type: ignore[attr-defined]  # how a second plan, or a trace, sees this one
@@ -113,14 +131,21 @@ class Applied:
         return dataclasses.replace(self._stats, tiled=dataclasses.replace(self._stats.tiled))
 
     @property
+    def tagged(self) -> dict[str, Tagged]:
+        """By unit: what the compiler was told when it last compiled one like it. Units of which none was compiled are
+        not there."""
+        return {path: known.tagged for path, known in self._decisions.items() if known.tagged is not None}
+
+    @property
     def active_units(self) -> tuple[str, ...]:
         """Paths of the units that the engine runs in; those that keep everything are not among them."""
-        paths = {id(m): p for p, m in inside(self.model).named_modules()}
+        paths = {id(m): p for p, m in modules_of(inside(self.model)).items()}
         return tuple(paths.get(id(patch.module), "") for patch in self._patches)
 
     def remove(self) -> None:
         """Restore every `forward`. Harmless when called twice; graphs made before stay valid."""
         self.suspend()
+        self._known.clear()  # they know this handle, and nobody should have to look for the cycle
         while self._on_remove:
             self._on_remove.pop()()
 
@@ -170,7 +195,7 @@ def _frame_plan(plan: Plan, choice: Choice) -> FramePlan | None:
 def _matched(model: nn.Module, plan: Plan) -> list[tuple[Choice, nn.Module]]:
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"expected a torch.nn.Module, found {type(model).__name__}")
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     found = []
     for choice in plan.choices:
         module = modules.get(choice.unit)
@@ -189,3 +214,24 @@ def _matched(model: nn.Module, plan: Plan) -> list[tuple[Choice, nn.Module]]:
             raise InvalidInput(f"a plan is already in force on {choice.unit!r}; remove it first")
         found.append((choice, module))
     return found
+
+
+def _check_compiled(model: nn.Module, plan: Plan) -> None:
+    """Raise `Unsupported` for what is compiled in `model` already and cannot be planned, so that no step is lost."""
+    entries = compiled_entries(model)
+    if not entries:
+        return
+    for choice in plan.choices:
+        if choice.keeps_all or any(_is_within(choice.unit, path) for path in entries):
+            continue
+        inner = next((path for path in entries if _is_within(path, choice.unit)), None)
+        if inner is not None:
+            raise Unsupported(
+                f"{inner!r} is compiled, but the unit {choice.unit!r} around it is not, and a plan is for all of it: "
+                f"compile {choice.unit!r}, or name its parts as units"
+            )
+    require_expressible(plan, whole="" in entries)
+
+
+def _is_within(path: str, outer: str) -> bool:
+    return not outer or path == outer or path.startswith(outer + ".")

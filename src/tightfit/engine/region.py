@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import torch
 
 from tightfit.core import InvalidInput, Program, Unsupported
+from tightfit.engine.compiled import run_again
 from tightfit.engine.frame import Frame, FramePlan, Stats, is_active
 from tightfit.plan.program import recipe
-from tightfit.step import tensors_in
+from tightfit.step import refuse_compiled, tensors_in
 from tightfit.trace import ProgramRecorder
 
 T = TypeVar("T")
@@ -36,8 +37,13 @@ def checkpoint(function: Callable[..., T], *args: Any, keep: Keep | None = None,
 
     `keep`: op names (`"aten.mm.default"`, `"aten.mm"` or `"mm"`), or a predicate on the full name. Raises
     `InvalidInput` when it matches no op; in backward `ReplayDiverged` when the function does not do the same
-    twice.
+    twice. In compiled code the compiler does it, by names only, and none of them need match.
     """
+    if torch.compiler.is_compiling():
+        if callable(keep):
+            refuse_compiled("a compiled region has a function for keep, not the names of ops")
+        names = {keep} if isinstance(keep, str) else keep
+        return run_again(function, args, kwargs, names)  # type: ignore[arg-type]
     if not torch.is_grad_enabled() or is_active():
         return function(*args, **kwargs)
     name = getattr(function, "__qualname__", type(function).__qualname__)

@@ -41,7 +41,7 @@ def refuse(trainer: Any, model: nn.Module, batch_given: bool) -> None:
         )
     if getattr(args, "torch_compile", False):
         raise Unsupported(
-            "torch_compile=True and TightfitCallback(budget=...): a compiled model cannot be planned; "
+            "torch_compile=True and TightfitCallback(budget=...): the Trainer compiles the model after it is planned; "
             "set torch_compile=False, or leave the callback out"
         )
     if getattr(args, "use_liger_kernel", False) or any(
