@@ -175,6 +175,9 @@ def test_a_dark_screen_prints_on_white(opened: Any) -> None:
     assert tab.ask("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.ask("getComputedStyle(document.querySelector('#download')).display") == "none"
     assert tab.ask("document.querySelector('#map .blocks button').getBoundingClientRect().height") > 10
+    coloured = "[...document.querySelectorAll('.legend i,#map button')]"
+    coloured += ".every(e => getComputedStyle(e).printColorAdjust === 'exact')"
+    assert tab.ask(coloured)
     paper = tab.paper()
     assert paper.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", paper)) <= 4
 
@@ -375,3 +378,32 @@ def test_a_run_whose_time_was_not_compared_stands_on_the_axis(opened: Any) -> No
     alone = opened(document(measured=[]))
     assert "measured" not in text_of(alone, "#marks") and "every block" in text_of(alone, "#marks")
     assert "every-block" in [name for name, *_ in alone.ask(MARKS)]
+
+
+def test_a_phone_prints_at_the_width_of_paper(opened: Any) -> None:
+    tab = opened(document(), width=390)
+    wide = "['timeline', 'curve', 'loss'].map(id => document.getElementById(id).viewBox.baseVal.width)"
+    assert all(w < 390 for w in tab.ask(wide))
+    tab.ask("dispatchEvent(new Event('beforeprint'))")
+    assert tab.ask(wide) == [760] * 3
+    tab.ask("dispatchEvent(new Event('afterprint'))")
+    assert all(w < 390 for w in tab.ask(wide))
+
+
+def test_a_page_of_32_layers_is_small_and_answers_within_two_seconds(opened: Any) -> None:
+    made = document()
+    study = made["study"]
+    study["kinds"] = [study["kinds"][0] * 6]
+    study["units"] = [{"path": f"model.layers.{i}", "kind": 0, "pinned": ""} for i in range(32)]
+    asked = [("none", 40, 1.0), *((f"{i}%", 39 - i, 1 + i / 50) for i in range(16)), ("lowest", 20, 2.0)]
+    study["points"] = [point(name, peak << 20, slow, "krrkok" * 3, "k" * 32) for name, peak, slow in asked]
+    for each in study["points"]:
+        each["kept"] *= 11
+        each["moments"] = [
+            {"at": i / 319, "label": i % 5, "by_category": [9 << 20, each["peak_bytes"] * i // 319, i]}
+            for i in range(320)
+        ]
+    assert len(page(made).encode()) < 2_000_000
+    tab = opened(made, width=390)
+    assert tab.ask("document.querySelectorAll('#map button').length") == 32 * 19
+    assert tab.ask("performance.getEntriesByName('ready')[0].startTime") < 2000

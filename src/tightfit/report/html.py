@@ -287,7 +287,7 @@ def _table(
     head_id: str = "",
 ) -> str:
     """A titled table; the columns `figures` are set to the right, those with long texts keep a readable width."""
-    long = [i and any(len(str(row[i])) > 24 for row in rows) for i in range(len(heads))]
+    long = [i > 0 and len(heads) > 2 and any(len(str(row[i])) > 24 for row in rows) for i in range(len(heads))]
     number = [' class="n"' if i in figures else ' class="w"' if long[i] else "" for i in range(len(heads))]
     head = "".join(f'<th scope="col"{number[i]}>{html.escape(name)}</th>' for i, name in enumerate(heads))
     body = "".join(
