@@ -303,7 +303,9 @@ def screenshots(run: Path) -> None:
             tab.open(file, width=width)
             end = int(tab.ask("document.getElementById('curve').getBoundingClientRect().bottom + scrollY")) + 20
             picture = Image.open(io.BytesIO(tab.picture())).convert("RGB")
-            few = picture.crop((0, 0, width, end)).quantize(64, dither=Image.Dither.NONE)
+            few = picture.crop((0, 0, width, end)).quantize(
+                128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+            )
             few.save(ROOT / "docs" / f"{name}.png", optimize=True)
 
 

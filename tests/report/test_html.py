@@ -14,10 +14,19 @@ from torch import nn
 
 import tightfit
 from tightfit.cli import main
-from tightfit.core import Action, InvalidInput, Lever
+from tightfit.core import Action, InvalidInput, Lever, Measurement, Row
 from tightfit.plan import lowest
 from tightfit.plan.shares import shares
-from tightfit.report import chrome_trace, markdown_of, memory_snapshot, page, run_document, sparkline, study
+from tightfit.report import (
+    chrome_trace,
+    markdown_of,
+    measurement_document,
+    memory_snapshot,
+    page,
+    run_document,
+    sparkline,
+    study,
+)
 from tightfit.report.study import MOMENTS
 
 
@@ -110,6 +119,59 @@ def test_a_page_of_32_layers_is_small() -> None:
     assert len(page(document(trace, study=to_json(study(trace, plan, points=6)))).encode()) < 2_000_000
 
 
+def test_check_traces_once_for_its_page_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tightfit import forecast
+
+    made: list[bool] = []
+    real = forecast.trace_for
+
+    def counted(*given: Any, **named: Any) -> tightfit.Trace:
+        made.append(bool(named.get("tiles")))
+        return real(*given, **named)
+
+    monkeypatch.setattr(forecast, "trace_for", counted)
+    asked = ["check", "tightfit-demo", "--seq", "256", "--gpu", "2GiB", "--no-search"]
+    without = [main(asked), list(made)]
+    made.clear()
+    assert [main([*asked, "--html", str(tmp_path / "c.html")]), made] == without
+    assert "fits on" in (tmp_path / "c.html").read_text(encoding="utf-8")
+
+
+def test_a_forecasts_trace_is_that_of_its_plan() -> None:
+    from tightfit import forecast
+
+    setup = forecast.Setup(model="tightfit-demo", batch=8, seq=512, optimizer="none")
+    traces: list[tightfit.Trace] = []
+    for budget in ("400MiB", "94MiB"):
+        answer = forecast.check(setup, forecast.device_asked("4GiB"), budget=budget, search=False, traced=traces.append)
+        assert answer.plan is not None
+        assert tightfit.simulate(traces[-1], answer.plan).peak_bytes == answer.modes[-1].peak_bytes
+    assert [bool(trace.tiled) for trace in traces] == [False, True]
+
+
+def test_measured_rows_reach_the_page_as_they_are(recorded: tightfit.Trace) -> None:
+    rows = tuple(
+        Row(
+            mode=mode, peak_bytes=peak, predicted_peak_bytes=1000, activation_peak_bytes=1, step_seconds=seconds,
+            recompute_flops=flops, forward_flops=100, gradients=gradients,
+        )
+        for mode, peak, seconds, flops, gradients in [
+            ("none", 1000, 2.0, 0, "reference"), ("every-block", 500, 3.0, 90, "identical"),
+            ("tightfit", 610, 2.2, 10, "identical"),
+        ]
+    )  # fmt: skip
+    measured = Measurement(
+        model="m", method="full", batch=1, seq=2, dtype="fp32", device="cpu", environment={}, rows=rows,
+        budget_bytes=610, plan=tightfit.plan(recorded, "75%"), note="",
+    )  # fmt: skip
+    shown = measurement_document(measured)
+    assert [(m["mode"], m["peak_bytes"], m["slowdown"]) for m in shown["measured"]] == [
+        ("none", 1000, 1.0), ("every-block", 500, 1.5), ("tightfit", 610, 1.1)
+    ]  # fmt: skip
+    text = page(shown)
+    assert "<td>every block</td>" in text and "-50.0000%" in text and "3.000 s (1.50 x)" in text
+
+
 def test_exports(recorded: tightfit.Trace) -> None:
     import pickle
 
@@ -129,6 +191,43 @@ def test_exports(recorded: tightfit.Trace) -> None:
         top = max(top, sum(live.values()))
     assert abs(top - line.peak_bytes) <= recorded.random_state_bytes * 10 + 64
     assert sparkline([0, 1, 2, 4]) == "▁▃▅█" and sparkline([]) == ""
+
+
+def test_torchs_own_readers_read_the_snapshot(recorded: tightfit.Trace) -> None:
+    """Whatever of `torch.cuda._memory_viz` takes a snapshot; its flame graphs would fetch a script first."""
+    import pickle
+
+    from torch.cuda import _memory_viz as viz
+
+    plan = tightfit.plan(recorded, "75%")
+    snapshot = pickle.loads(memory_snapshot(recorded, plan))  # our own bytes
+    entries = snapshot["device_traces"][0]
+    taken = [e["size"] for e in entries if e["action"] == "alloc"]
+    freed = [e["size"] for e in entries if e["action"] == "free_completed"]
+    (segment,) = snapshot["segments"]
+    asked = [b["requested_size"] for b in segment["blocks"] if b["state"] == "active_allocated"]
+    assert sum(asked) == segment["requested_size"] == sum(taken) - sum(freed) > 0
+    assert sum(b["size"] for b in segment["blocks"]) == segment["total_size"]
+    assert viz.calc_active(segment) == segment["active_size"] >= sum(asked)
+
+    said = viz.trace(snapshot)
+    assert f"{len(entries)} entries" in said
+    assert "MEM[" not in said and said.count(":") >= len(taken)  # every block lies in the segment
+    assert said.count("# free completed") == len(freed) and said.count("cudaMalloc") == 1
+    end = segment["address"] + segment["total_size"]
+    assert max(e["addr"] + e["size"] for e in entries if e["action"] == "alloc") <= end
+    assert "segments: 1\n" in viz.segsum(snapshot)
+    for plot in (viz.trace_plot, viz.segment_plot):
+        text = plot(snapshot)
+        assert "<html" in text or "<script" in text
+    lines = viz.memory(snapshot, format_flamegraph=lambda text: text).splitlines()
+    assert sum(int(line.rsplit(" ", 1)[1]) for line in lines) == segment["total_size"]
+    assert any("lives through the step" in line for line in lines)
+    assert viz.segments(snapshot, format_flamegraph=lambda text: text)
+    unplanned = pickle.loads(memory_snapshot(recorded))
+    assert viz.compare(unplanned["segments"], snapshot["segments"], format_flamegraph=lambda text: text) is not None
+    kept = viz.filter_alloc_free_pairs(snapshot)["device_traces"][0]
+    assert sum(e["size"] for e in kept if e["action"] == "alloc") == sum(asked)
 
 
 def test_markdown_says_the_answer_and_the_checks(recorded: tightfit.Trace) -> None:
