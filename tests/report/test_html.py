@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import io
 import json
 import re
 from pathlib import Path
@@ -14,16 +15,18 @@ from torch import nn
 
 import tightfit
 from tightfit.cli import main
-from tightfit.core import Action, InvalidInput, Lever, Measurement, Row
+from tightfit.core import Action, InvalidInput, Lever, Measurement, Row, format_bytes
 from tightfit.plan import lowest
 from tightfit.plan.shares import shares
 from tightfit.report import (
     chrome_trace,
+    draw,
     markdown_of,
     measurement_document,
     memory_snapshot,
     page,
     run_document,
+    run_table,
     sparkline,
     study,
 )
@@ -137,16 +140,16 @@ def test_check_traces_once_for_its_page_too(tmp_path: Path, monkeypatch: pytest.
     assert "fits on" in (tmp_path / "c.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_forecasts_trace_is_that_of_its_plan() -> None:
     from tightfit import forecast
 
     setup = forecast.Setup(model="tightfit-demo", batch=8, seq=512, optimizer="none")
     traces: list[tightfit.Trace] = []
-    for budget in ("400MiB", "94MiB"):
-        answer = forecast.check(setup, forecast.device_asked("4GiB"), budget=budget, search=False, traced=traces.append)
-        assert answer.plan is not None
-        assert tightfit.simulate(traces[-1], answer.plan).peak_bytes == answer.modes[-1].peak_bytes
-    assert [bool(trace.tiled) for trace in traces] == [False, True]
+    answer = forecast.check(setup, forecast.device_asked("4GiB"), budget="94MiB", search=False, traced=traces.append)
+    (trace,) = traces
+    assert answer.plan is not None and answer.plan.tiling is not None and trace.tiled
+    assert tightfit.simulate(trace, answer.plan).peak_bytes == answer.modes[-1].peak_bytes
 
 
 def test_measured_rows_reach_the_page_as_they_are(recorded: tightfit.Trace) -> None:
@@ -233,6 +236,58 @@ def test_torchs_own_readers_read_the_snapshot(recorded: tightfit.Trace) -> None:
 def test_markdown_says_the_answer_and_the_checks(recorded: tightfit.Trace) -> None:
     text = markdown_of(document(recorded))
     assert text.startswith("**it fits**") and "| gradients | 3 | 3 | passed |" in text and "every-block" in text
+
+
+def test_the_terminal_says_what_the_page_says(recorded: tightfit.Trace) -> None:
+    from rich.console import Console
+
+    made = document(recorded, answer="[red]it[/red] fits", facts={"[b]peak": "[/nonsense]"})
+    units = made["study"]["units"]
+    units[0]["path"] = "[red]first[/red]"
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(run_table(made))
+    text = console.export_text()
+    assert "[red]it[/red] fits" in text and "[b]peak" in text and "[/nonsense]" in text and "[red]first[/red]" in text
+    assert "gradients: passed (3)" in text
+    chosen = made["study"]["points"][made["study"]["chosen"]]
+    assert f"the peak is at: {chosen['peak_owner']}" in text
+    no_plan, this_plan = (
+        next(line for line in text.splitlines() if line.startswith(n)) for n in ("no plan", "this plan")
+    )
+    assert "█" in no_plan and "█" not in this_plan  # one scale
+    assert format_bytes(chosen["peak_bytes"]) in this_plan
+    # the figures of the first unit, from the study's own letters
+    sizes = [tensor["size_bytes"] for tensor in made["study"]["kinds"][units[0]["kind"]]]
+    kept = [size for size, letter in zip(sizes, chosen["kept"][0], strict=True) if letter == "k"]
+    row = next(line for line in text.splitlines() if "first" in line)
+    assert f"{format_bytes(sum(kept))} ({len(kept)})" in row
+
+
+def test_alike_neighbours_are_one_row_of_the_terminals_plan(recorded: tightfit.Trace) -> None:
+    from rich.console import Console
+
+    made = document(recorded)
+    point = made["study"]["points"][made["study"]["chosen"]]
+    point["kept"] = [point["kept"][0]] * 3 + ["o" * len(point["kept"][0])] * (len(point["kept"]) - 3)
+    point["inputs"] = "k" * len(point["kept"])
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(run_table(made))
+    text = console.export_text()
+    assert "0 to 2 (3 alike)" in text and "3 to 4 (2 alike)" in text and "offloaded" in text
+
+
+def test_a_picture_shows_what_was_measured(recorded: tightfit.Trace, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw(document(recorded), tmp_path / "without.png")
+    draw(
+        document(recorded, measured=[{"mode": "every-block", "peak_bytes": 200_000, "slowdown": 1.4}]),
+        tmp_path / "with.png",
+    )
+    without, given = ((tmp_path / f"{name}.png").read_bytes() for name in ("without", "with"))
+    assert without.startswith(b"\x89PNG") and given.startswith(b"\x89PNG") and without != given
+    with pytest.raises(InvalidInput, match="nothing to draw"):
+        draw(document(recorded, study=None), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,22 +77,22 @@ def _frames(name: str) -> list[dict[str, Any]]:
 
 
 def _segment(base: int, top: int, live: Sequence[tuple[int, int, str]]) -> dict[str, Any]:
-    """The one segment that all blocks lie in, as the step leaves it: `live` are addresses, sizes and names, in order."""
+    """The one segment that all blocks lie in, as the step leaves it; `live`: addresses, sizes and names, in order."""
     blocks: list[dict[str, Any]] = []
 
-    def add(address: int, end: int, asked: int, frames: list[dict[str, Any]]) -> None:
+    def add(address: int, end: int, asked: int, name: str) -> None:
         if end > address:
             blocks.append(
-                {"address": address, "size": end - address, "requested_size": asked, "frames": frames,
+                {"address": address, "size": end - address, "requested_size": asked, "frames": _frames(name),
                  "state": "active_allocated" if asked else "inactive"}
             )  # fmt: skip
 
     at = base
     for address, size, name in live:
-        add(at, address, 0, [])
+        add(at, address, 0, "free")
         at = address + -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
-        add(address, at, size, _frames(name))
-    add(at, top, 0, [])
+        add(address, at, size, name)
+    add(at, top, 0, "free")
     held = sum(block["size"] for block in blocks if block["state"] == "active_allocated")
     return {
         "device": 0, "address": base, "total_size": top - base, "allocated_size": held, "active_size": held,
