@@ -270,6 +270,8 @@ def test_alike_neighbours_are_one_row_of_the_terminals_plan(recorded: tightfit.T
     point = made["study"]["points"][made["study"]["chosen"]]
     point["kept"] = [point["kept"][0]] * 3 + ["o" * len(point["kept"][0])] * (len(point["kept"]) - 3)
     point["inputs"] = "k" * len(point["kept"])
+    for unit in made["study"]["units"]:
+        unit["kind"] = made["study"]["units"][0]["kind"]
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(run_table(made))
     text = console.export_text()
