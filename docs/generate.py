@@ -655,9 +655,10 @@ def page_part() -> str:
     key = max(ms for row in found["loads"] for ms in row["key_ms"])
     return (
         f"The page of {found['model']} with LoRA (32 layers, {found['seq']:,} tokens) is "
-        f"{found['page_bytes'] / 1e6:.2f} MB. In {len(found['loads'])} loads by {found['browser']} on 2 CPU cores, other work beside it (load "
-        f"{found['load_average_at_start']:.0f}), it was drawn and ready after at most {ready / 1e3:.2f} s, and every "
-        f"place of the slider was drawn within {key / 1e3:.2f} s (`benchmarks/page.py`).\n\n"
+        f"{found['page_bytes'] / 1e6:.2f} MB. In {len(found['loads'])} loads by {found['browser']} on 2 CPU cores, "
+        f"other work beside it (load {found['load_average_at_start']:.0f}), it was drawn and ready after at most "
+        f"{ready / 1e3:.2f} s, and every place of the slider was drawn within {key / 1e3:.2f} s "
+        "(`benchmarks/page.py`).\n\n"
         "![milliseconds until the page is ready, and from the slider to the next frame](../page.png)"
     )
 
