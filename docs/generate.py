@@ -709,6 +709,21 @@ def timeline_part() -> str:
     )
 
 
+def page_part() -> str:
+    """`benchmarks/page.py`: how large the page of a deep model is, and how soon it answers."""
+    found = _read("page")
+    ready = max(row["ready_ms"] for row in found["loads"])
+    key = max(ms for row in found["loads"] for ms in row["key_ms"])
+    return (
+        f"The page of {found['model']} with LoRA (32 layers, {found['seq']:,} tokens) is "
+        f"{found['page_bytes'] / 1e6:.2f} MB. In {len(found['loads'])} loads by {found['browser']} on 2 CPU cores, "
+        f"other work beside it (load {found['load_average_at_start']:.0f}), it was drawn and ready after at most "
+        f"{ready / 1e3:.2f} s, and every place of the slider was drawn within {key / 1e3:.2f} s "
+        "(`benchmarks/page.py`).\n\n"
+        "![milliseconds until the page is ready, and from the slider to the next frame](../page.png)"
+    )
+
+
 def gpt2_part() -> str:
     return _measured_table("gpt2", _read("measure_gpt2"))
 
@@ -776,6 +791,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "readme": measured,
     "gpt2": gpt2_part,
     "timeline": timeline_part,
+    "page": page_part,
     **{kind: (lambda kind=kind: peers_of(kind)) for kind in KINDS_OF_PEERS},
 }
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -37,3 +39,13 @@ def zoo() -> ModuleType:
 @pytest.fixture(scope="session")
 def random_modules() -> ModuleType:
     return load_benchmark("random_modules")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium; `chromium.page()` is a tab."""
+    page = load_benchmark("page")
+    if page.CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (apt install chromium)")
+    with page.browser() as browser:
+        yield browser

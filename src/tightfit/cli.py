@@ -333,13 +333,13 @@ def check(
             raise typer.Exit(EXIT_NO)
         return
     target = forecast.device_asked(gpu)
+    traces: list[Trace] = []
     with _progress() as say:
-        answer = forecast.check(setup, target, budget=budget, search=search, progress=say)
+        answer = forecast.check(setup, target, budget=budget, search=search, progress=say, traced=traces.append)
         answer = dataclasses.replace(answer, notes=(*told, *answer.notes))
         if html is not None:
             say("planning for other budgets too, for the page")
-            recorded = forecast.trace_for(setup, target)
-            _write_page(html, forecast_document(answer, study(recorded, answer.plan)))
+            _write_page(html, forecast_document(answer, study(traces[0], answer.plan)))
     if as_json:
         typer.echo(json.dumps(forecast_report(answer)))
     else:

@@ -507,12 +507,13 @@ def check(
     budget: str | int | None = None,
     search: bool = True,
     progress: Progress = lambda _: None,
+    traced: Callable[[Trace], None] = lambda _: None,
 ) -> Forecast:
     """Whether the step of `setup` runs on `device`, and how.
 
     `budget`: what the allocator may take of the device, bytes or a percentage of its memory; all that is usable by
-    default. `search` also looks for the largest batch and the longest sequence. Raises as `trace_setup` does, and
-    `InvalidInput` for a budget that is no size.
+    default. `search` also looks for the largest batch and the longest sequence. `traced` is given the trace that the
+    plan is of, for a report. Raises as `trace_setup` does, and `InvalidInput` for a budget that is no size.
     """
     setup.checked()
     room = _room(device, budget)
@@ -531,6 +532,7 @@ def check(
         progress("nothing exact fits: tracing the step in tiles")
         recorded = trace_for(setup, device, tiles=True)
         made = _fitted(recorded, room, _QUICK) if recorded.tiled else None
+    traced(recorded)
     shown = made or lowest(recorded, effort=_QUICK)
     modes.append(_mode("tightfit", recorded, simulate(recorded, shown), shown, room))
     base_seconds = modes[0].step_seconds

@@ -2,14 +2,14 @@
 
 Invariant: what is written is the referee's own sequence of blocks; nothing is read back. Refused: nothing.
 Formats: the Chrome trace event format (counter events), and the dictionary that `torch.cuda.memory._dump_snapshot`
-pickles (`device_traces` with alloc and free entries), which https://pytorch.org/memory_viz opens. The pickle is only
-ever written here, never loaded.
+pickles (`device_traces` with alloc and free entries, `segments` as they are at the end), which
+https://pytorch.org/memory_viz opens. The pickle is only ever written here, never loaded.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tightfit.allocator import MIN_BLOCK_BYTES
@@ -39,12 +39,9 @@ def memory_snapshot(trace: Trace, plan: Plan | None = None) -> bytes:
     """A pickle of the step's allocations and releases, as memory_viz reads them."""
     static, step = allocations(trace, plan)
     entries: list[dict[str, Any]] = []
-    addresses: dict[Any, tuple[int, int]] = {}
+    addresses: dict[Any, tuple[int, int, str]] = {}
     free: dict[int, list[int]] = {}
-    top = 1 << 20
-
-    def frames(name: str) -> list[dict[str, Any]]:
-        return [{"name": name, "filename": "tightfit", "line": 0}]
+    base = top = 1 << 20
 
     def take(key: Any, size: int, name: str) -> None:
         nonlocal top
@@ -52,8 +49,8 @@ def memory_snapshot(trace: Trace, plan: Plan | None = None) -> bytes:
             address = free[size].pop()
         else:
             address, top = top, top + -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
-        addresses[key] = (address, size)
-        entries.append({"action": "alloc", "addr": address, "size": size, "stream": 0, "frames": frames(name)})
+        addresses[key] = (address, size, name)
+        entries.append({"action": "alloc", "addr": address, "size": size, "stream": 0, "frames": _frames(name)})
 
     for i, size in enumerate(static):
         take(("static", i), size, "lives through the step")
@@ -61,15 +58,47 @@ def memory_snapshot(trace: Trace, plan: Plan | None = None) -> bytes:
         if size > 0:
             take(key, size, _name(trace, key))
         elif key in addresses:
-            address, held = addresses.pop(key)
+            address, held, _ = addresses.pop(key)
             free.setdefault(held, []).append(address)
             for action in ("free_requested", "free_completed"):
                 entries.append({"action": action, "addr": address, "size": held, "stream": 0, "frames": []})
+    segment = _segment(base, top, sorted(addresses.values()))
+    first = {"action": "segment_alloc", "addr": base, "size": top - base, "stream": 0, "frames": []}
+    entries.insert(0, first)
     for i, entry in enumerate(entries):
         entry["time_us"] = i * _TICK_MICROSECONDS
     return pickle.dumps(
-        {"segments": [], "device_traces": [entries], "allocator_settings": {}, "external_annotations": []}
+        {"segments": [segment], "device_traces": [entries], "allocator_settings": {}, "external_annotations": []}
     )
+
+
+def _frames(name: str) -> list[dict[str, Any]]:
+    return [{"name": name, "filename": "tightfit", "line": 0}]
+
+
+def _segment(base: int, top: int, live: Sequence[tuple[int, int, str]]) -> dict[str, Any]:
+    """The one segment that all blocks lie in, as the step leaves it; `live`: addresses, sizes and names, in order."""
+    blocks: list[dict[str, Any]] = []
+
+    def add(address: int, end: int, asked: int, name: str) -> None:
+        if end > address:
+            blocks.append(
+                {"address": address, "size": end - address, "requested_size": asked, "frames": _frames(name),
+                 "state": "active_allocated" if asked else "inactive"}
+            )  # fmt: skip
+
+    at = base
+    for address, size, name in live:
+        add(at, address, 0, "free")
+        at = address + -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
+        add(address, at, size, name)
+    add(at, top, 0, "free")
+    held = sum(block["size"] for block in blocks if block["state"] == "active_allocated")
+    return {
+        "device": 0, "address": base, "total_size": top - base, "allocated_size": held, "active_size": held,
+        "requested_size": sum(size for _, size, _ in live), "stream": 0, "segment_type": "large",
+        "segment_pool_id": (0, 0), "is_expandable": False, "frames": [], "blocks": blocks,
+    }  # fmt: skip
 
 
 def _name(trace: Trace, key: Any) -> str:

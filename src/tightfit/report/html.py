@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tightfit.core import Action, Forecast, InvalidInput, Measurement, Plan, format_bytes, to_json
+from tightfit.core import Action, Forecast, InvalidInput, Measurement, Plan, Row, format_bytes, to_json
 from tightfit.report.study import Study
 from tightfit.report.text import tiles_said
 
@@ -67,7 +67,7 @@ def run_document(folder: str | Path) -> dict[str, Any]:
     study_file = folder / "study.json"
     return {
         "kind": "run", "good": held and passed, "answer": answer, "facts": _said(facts), "checks": checks,
-        "measured": _measured([("without a budget", observed.get("unplanned_peak_bytes")), ("this run", peak)]),
+        "measured": _measured([("none", observed.get("unplanned_peak_bytes"), None), ("this run", peak, predicted)]),
         "steps": steps, "study": _read(study_file, "") if study_file.is_file() else None,
         "environment": record.get("environment", {}), "record": record,
     }  # fmt: skip
@@ -76,7 +76,7 @@ def run_document(folder: str | Path) -> dict[str, Any]:
 def measurement_document(measured: Measurement, study: Study | None = None) -> dict[str, Any]:
     """The page's data of `tightfit measure`."""
     none, *_, planned = measured.rows
-    slow = planned.step_seconds / none.step_seconds if none.step_seconds else 1.0
+    slow = _slowdown(planned, none)
     same = all(row.gradients != "differs" for row in measured.rows)
     held = planned.peak_bytes <= measured.budget_bytes * 1.005
     answer = (
@@ -85,17 +85,27 @@ def measurement_document(measured: Measurement, study: Study | None = None) -> d
         "gradients "
         f"{'identical' if same else 'DIFFERENT'}"
     )
-    facts = {}
-    for row in measured.rows:
-        facts[f"{row.mode}: peak"] = format_bytes(row.peak_bytes)
-        facts[f"{row.mode}: off the prediction by"] = f"{row.peak_bytes / row.predicted_peak_bytes - 1:+.4%}"
-        facts[f"{row.mode}: step"] = f"{row.step_seconds:.3f} s"
-        facts[f"{row.mode}: recompute"] = _share(row.recompute_flops, row.forward_flops) or "0%"
+    facts = {
+        "budget": format_bytes(measured.budget_bytes),
+        "peak, measured": format_bytes(planned.peak_bytes),
+        "peak without a plan": format_bytes(none.peak_bytes),
+        "step": f"{planned.step_seconds:.3f} s, {slow:.2f} x",
+        "recompute": _share(planned.recompute_flops, planned.forward_flops) or "0%",
+        "gradients": "identical" if same else "DIFFERENT",
+    }
     record = to_json(measured)
     record["plan"].pop("programs", None)
     return {
         "kind": "measure", "good": held and same, "answer": answer, "facts": facts, "checks": [], "note": measured.note,
-        "measured": _measured([(row.mode, row.peak_bytes) for row in measured.rows]), "steps": [],
+        "measured": [
+            {
+                "mode": row.mode, "peak_bytes": row.peak_bytes, "predicted_peak_bytes": row.predicted_peak_bytes,
+                "slowdown": _slowdown(row, none), "step_seconds": row.step_seconds,
+                "recompute_share": row.recompute_flops / row.forward_flops if row.forward_flops else None,
+                "gradients": row.gradients,
+            }
+            for row in measured.rows
+        ], "steps": [],
         "study": None if study is None else to_json(study), "environment": dict(measured.environment), "record": record,
     }  # fmt: skip
 
@@ -179,40 +189,117 @@ def _head(document: Mapping[str, Any]) -> str:
 
 
 def _tail(document: Mapping[str, Any]) -> str:
-    parts = []
-    if document["checks"]:
-        rows = "".join(
-            f"<tr><td>{_cell(c['name'])}</td><td>{_cell(c['expected'])}</td><td>{_cell(c['measured'])}</td>"
-            f"<td>{_cell(c['tolerance'])}</td><td>{'passed' if c['passed'] else '<strong>failed</strong>'}</td></tr>"
-            for c in document["checks"]
+    study = document["study"] or {}
+    parts: list[str] = []
+    rows: list[tuple[Any, ...]]
+    if study.get("points"):
+        parts.append(_plans(study))
+    if study.get("levers"):
+        rows = [
+            (
+                lever["lever"].replace("_", " "),
+                format_bytes(lever["bought_bytes"]),
+                f"{lever['slowdown']:.1%}",
+                lever["how"],
+            )
+            for lever in study["levers"]
+        ]
+        parts.append(
+            _table("What each lever buys", ("lever", "bytes", "costs, of the step", "how"), rows, figures=(1, 2))
         )
-        parts.append(_table("Proof", ("check", "expected", "measured", "tolerance", ""), rows))
+        parts.append('<p class="soft">By so much the peak of this page\'s plan would be higher without it.</p>')
+    if document["measured"]:
+        parts.append(_compared(document["measured"]))
+    if document["checks"]:
+        rows = [
+            (c["name"], c["expected"], c["measured"], c["tolerance"], "passed" if c["passed"] else "FAILED")
+            for c in document["checks"]
+        ]
+        parts.append(_table("Proof", ("check", "expected", "measured", "tolerance", "verdict"), rows))
     if len(document["steps"]) > 1:
         first, last = document["steps"][0], document["steps"][-1]
+        peaks = [step["peak_bytes"] for step in document["steps"] if "peak_bytes" in step]
         parts.append(
             "<h2>The run, step by step</h2>"
             f"<p>Loss {first['loss']:.3f} at the first step, {last['loss']:.3f} at step {last['step']}.</p>"
-            '<div class="plot"><svg id="loss" viewBox="0 0 1000 160" role="img" aria-label="loss by step"></svg></div>'
-            '<p class="soft">Peak of each step.</p><div class="plot">'
-            '<svg id="peaks" viewBox="0 0 1000 160" role="img" aria-label="peak bytes by step"></svg></div>'
+            '<div class="plot"><svg id="loss" role="img" aria-label="loss by step"></svg></div>'
         )
-    rows = "".join(
-        f"<tr><td>{_cell(name)}</td><td>{_cell(value)}</td></tr>" for name, value in document["environment"].items()
-    )
-    parts.append(_table("What these figures depend on", ("", ""), rows))
+        if peaks:
+            parts.append(
+                f'<p class="soft">Peak of each step: {format_bytes(min(peaks))} to {format_bytes(max(peaks))}.</p>'
+                '<div class="plot"><svg id="peaks" role="img" aria-label="peak bytes by step"></svg></div>'
+            )
+    parts.append(_table("What these figures depend on", ("name", "value"), list(document["environment"].items())))
     return "\n".join(parts)
 
 
-def _table(title: str, heads: Sequence[str], rows: str) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    return (
-        f'<h2>{html.escape(title)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+def _plans(study: Mapping[str, Any]) -> str:
+    """The points of the curve as a table; the script marks the row of the budget that is shown."""
+    rows = []
+    for i, point in enumerate(study["points"]):
+        name = {"none": "no plan", "every-block": "every block", "chosen": "this plan"}.get(
+            point["name"], point["name"]
+        )
+        rows.append(
+            (
+                name if i != study["chosen"] or point["name"] == "chosen" else f"{name} (this page)",
+                format_bytes(point["peak_bytes"]), f"{point['slowdown']:.2f} x", f"{point['recompute_share']:.1%}",
+                point["replays"], point["peak_owner"],
+            )
+        )  # fmt: skip
+    heads = ("plan", "peak", "slowdown", "recompute", "replays", "the peak is at")
+    return _table(
+        "The same step under other budgets", heads, rows, figures=(1, 2, 3, 4), id="curve-table", head_id="h-plans"
     )
 
 
-def _cell(value: Any) -> str:
-    return html.escape(str(value))
+def _compared(measured: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for row in measured:
+        peak, predicted = row["peak_bytes"], row.get("predicted_peak_bytes")
+        seconds, share, slow = row.get("step_seconds"), row.get("recompute_share"), row.get("slowdown")
+        rows.append(
+            (
+                {"none": "no checkpointing", "every-block": "every block"}.get(row["mode"], row["mode"]),
+                "-" if predicted is None else format_bytes(predicted),
+                format_bytes(peak),
+                "-" if not predicted else f"{peak / predicted - 1:+.4%}",
+                "-" if seconds is None else f"{seconds:.3f} s ({slow:.2f} x)",
+                "-" if share is None else f"{share:.1%}",
+                row.get("gradients") or "-",
+            )
+        )
+    heads = ["", "peak, predicted", "peak, measured", "off by", "step", "recompute", "gradients"]
+    used = [i for i in range(len(heads)) if i < 3 or any(row[i] != "-" for row in rows)]
+    return _table(
+        "Predicted against measured", [heads[i] or "step run" for i in used], [[row[i] for i in used] for row in rows],
+        figures=[k for k, i in enumerate(used) if 0 < i < 6],
+    )  # fmt: skip
+
+
+def _table(
+    title: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    figures: Sequence[int] = (),
+    id: str = "",
+    head_id: str = "",
+) -> str:
+    """A titled table; the columns `figures` are set to the right, those with long texts keep a readable width."""
+    long = [i > 0 and len(heads) > 2 and any(len(str(row[i])) > 24 for row in rows) for i in range(len(heads))]
+    number = [' class="n"' if i in figures else ' class="w"' if long[i] else "" for i in range(len(heads))]
+    head = "".join(f'<th scope="col"{number[i]}>{html.escape(name)}</th>' for i, name in enumerate(heads))
+    body = "".join(
+        "<tr>" + "".join(f"<td{number[i]}>{html.escape(str(value))}</td>" for i, value in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    said = html.escape(title)
+    return (
+        f"<h2{f' id={head_id!r}' if head_id else ''}>{said}</h2>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{said}, table">'
+        f"<table{f' id={id!r}' if id else ''}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def _said(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,8 +314,16 @@ def _share(part: int | None, whole: int | None) -> str | None:
     return f"{part / whole:.1%} of the forward's FLOPs" if part is not None and whole else None
 
 
-def _measured(rows: Sequence[tuple[str, int | None]]) -> list[dict[str, Any]]:
-    return [{"mode": mode, "peak_bytes": peak} for mode, peak in rows if peak is not None]
+def _measured(rows: Sequence[tuple[str, int | None, int | None]]) -> list[dict[str, Any]]:
+    return [
+        {"mode": mode, "peak_bytes": peak, "predicted_peak_bytes": predicted}
+        for mode, peak, predicted in rows
+        if peak is not None
+    ]
+
+
+def _slowdown(row: Row, none: Row) -> float:
+    return row.step_seconds / none.step_seconds if none.step_seconds else 1.0
 
 
 def _read(file: Path, advice: str) -> Any:

@@ -45,6 +45,15 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     below.plot([p["peak_bytes"] / 2**20 for p in line], [p["slowdown"] for p in line], "o-", ms=3, label="tightfit")
     blocks = [p for p in points if p["name"] == "every-block"]
     below.plot([p["peak_bytes"] / 2**20 for p in blocks], [p["slowdown"] for p in blocks], "s", label="every block")
+    real = [m for m in document.get("measured", []) if m.get("slowdown") is not None]
+    if real:
+        below.plot([m["peak_bytes"] / 2**20 for m in real], [m["slowdown"] for m in real], "^", label="measured")
+        for m in real:
+            below.annotate(
+                m["mode"].replace("-", " "), (m["peak_bytes"] / 2**20, m["slowdown"]), (4, 4),
+                textcoords="offset points", fontsize=7,
+            )  # fmt: skip
+    below.plot([shown["peak_bytes"] / 2**20], [shown["slowdown"]], "o", ms=9, mfc="none", label="this plan")
     below.set_xlabel("peak of the whole step, MiB")
     below.set_ylabel("slowdown")
     below.legend(fontsize=8)

@@ -113,21 +113,21 @@ def plan_report(plan: Plan) -> dict[str, Any]:
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def sparkline(values: Sequence[float], width: int = 72) -> str:
-    """`values` as one line of bars from zero, each the highest of its interval."""
+def sparkline(values: Sequence[float], width: int = 72, top: float | None = None) -> str:
+    """`values` as one line of bars from zero to `top` (their highest), each the highest of its interval."""
     if not values:
         return ""
     step = max(1, -(-len(values) // width))
     highest = [max(values[i : i + step]) for i in range(0, len(values), step)]
-    top = max(highest) or 1
-    return "".join(_BARS[min(len(_BARS) - 1, int(v / top * len(_BARS)))] for v in highest)
+    top = top or max(highest) or 1
+    return "".join(_BARS[max(0, min(len(_BARS) - 1, int(v / top * len(_BARS))))] for v in highest)
 
 
 def run_table(document: Mapping[str, Any]) -> RenderableType:
-    """The page's answer, figures, checks and timeline for the terminal."""
+    """The page's answer, figures, checks, timeline and plan for the terminal. Names are shown as they are."""
     table = Table(show_header=False)
     for name, value in document["facts"].items():
-        table.add_row(str(name), str(value))
+        table.add_row(Text(str(name)), Text(str(value)))
     lines: list[RenderableType] = [
         Text(document["answer"], style="bold green" if document["good"] else "bold red"), table
     ]  # fmt: skip
@@ -136,11 +136,45 @@ def run_table(document: Mapping[str, Any]) -> RenderableType:
     study = document.get("study")
     if study:
         shown = study["points"][study["chosen"]]
-        lines.append(
-            Text("live bytes through the step: " + sparkline([sum(m["by_category"]) for m in shown["moments"]]))
-        )
+        base = next(point for point in study["points"] if point["name"] == "none")
+        drawn = Table.grid(padding=(0, 1))
+        for name, point in (("no plan", base), ("this plan", shown)):
+            live = [sum(moment["by_category"]) for moment in point["moments"]]
+            drawn.add_row(name, sparkline(live, 48, base["peak_bytes"]), format_bytes(point["peak_bytes"]))
+        lines += [Text("live bytes through the step, on one scale:"), drawn]
         lines.append(Text(f"the peak is at: {shown['peak_owner']}"))
+        lines.append(_plan_table(study, shown))
     return Group(*lines)
+
+
+_ACTIONS = {"k": "kept", "r": "recomputed", "o": "offloaded", "t": "in tiles"}
+_INPUTS = {"k": "kept", "o": "offloaded", "s": "made again"}
+
+
+def _plan_table(study: Mapping[str, Any], point: Mapping[str, Any]) -> Table:
+    """What `point` does with what backward reads of each unit; neighbours that are treated alike are one row."""
+    used = [letter for letter in _ACTIONS if any(letter in row for row in point["kept"])]
+    given = point.get("inputs") or "k" * len(study["units"])
+    table = Table(title="the plan: bytes of each unit that backward reads", title_justify="left")
+    table.add_column("units", overflow="fold")
+    for letter in used:
+        table.add_column(_ACTIONS[letter], justify="right")
+    table.add_column("input")
+    alike: list[tuple[list[str], tuple[Any, ...]]] = []
+    for unit, row, letter in zip(study["units"], point["kept"], given, strict=True):
+        what = (unit["kind"], row, letter, bool(unit["pinned"]))
+        if alike and alike[-1][1] == what:
+            alike[-1][0].append(unit["path"])
+        else:
+            alike.append(([unit["path"]], what))
+    for paths, (kind, row, letter, pinned) in alike:
+        name = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1].rsplit('.', 1)[-1]} ({len(paths)} alike)"
+        cells = []
+        for action in used:
+            sizes = [t["size_bytes"] for t, a in zip(study["kinds"][kind], row, strict=True) if a == action]
+            cells.append(f"{format_bytes(sum(sizes))} ({len(sizes)})" if sizes else "-")
+        table.add_row(Text(name + (", kept whole" if pinned else "")), *cells, _INPUTS[letter])
+    return table
 
 
 # ------------------------------------------------------------------------------------------------ forecast
