@@ -212,7 +212,6 @@ def forecast_bytes(case: str, world: int, made_for: int) -> dict[str, int]:
         recorded = dataclasses.replace(recorded, static_bytes=static)
     return {
         "no checkpointing": simulate(recorded).peak_bytes,
-        "torch.utils.checkpoint": simulate(recorded, every_block(recorded)).peak_bytes,
         "tightfit at accelerate's peak": plan(recorded, made_for).peak_bytes,
     }
 

@@ -280,3 +280,21 @@ def test_a_transform_inside_is_refused_with_the_reason() -> None:
     with pytest.raises(Unsupported, match=r"torch\.func\.grad"):
         tightfit.trace(model, torch.randn(4, 8), loss=lambda m, b: m(b).square().mean())
     assert "forward" not in model[0].__dict__
+
+
+def test_a_first_forward_that_sets_something_up_is_not_the_step() -> None:
+    """transformers wraps what a model returns when it is first asked for it."""
+
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+            self.table: list[torch.Tensor] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.table:
+                self.table.append(torch.arange(8.0).sin())
+            return (torch.tanh(self.inner(x)) + self.table[0]).square().mean()
+
+    recorded = tightfit.trace(Lazy(), torch.randn(4, 8))
+    assert "aten.sin.default" not in {op.name for op in recorded.ops}

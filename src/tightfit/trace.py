@@ -762,7 +762,10 @@ def _trace(
     target = fake.target if fake is not None else None
     tail = None if optimizer is None else record_optimizer(optimizer, target)
     step = _Step(model, batch, loss, modules, restart, fake, tail)
-    recorded = step.recorded(dry, None)
+    try:
+        recorded = step.recorded(dry, None)
+    except _Unlike:  # a model's first forward may do more than its later ones: what it sets up stays
+        recorded = step.recorded(step.dry(), None)
     if not tiles:
         return recorded
     tiled, reasons = _tiled(step, recorded, sought, token_wise)
@@ -1079,6 +1082,10 @@ def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
     return changes
 
 
+class _Unlike(Unsupported):
+    """Two passes ran other ops."""
+
+
 def _same_ops(which: str, found: list[str], expected: list[str]) -> None:
     if found == expected:
         return
@@ -1086,7 +1093,7 @@ def _same_ops(which: str, found: list[str], expected: list[str]) -> None:
         (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
     )
     names = [names[at] if at < len(names) else "the end" for names in (found, expected)]
-    raise Unsupported(
+    raise _Unlike(
         f"the step is not the same twice: op {at} of {which} is {names[0]}, in the recorded pass {names[1]}; "
         "a step that changes from run to run on the same batch and random state cannot be planned"
     )
