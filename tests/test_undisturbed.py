@@ -188,3 +188,25 @@ def test_weights_that_nobody_writes_are_not_copied() -> None:
         model(batch).square().mean().backward()
         model(batch).square().mean().backward()
         assert not restart._written
+
+
+def test_hooks_that_a_first_forward_installs_are_installed_once() -> None:
+    """transformers does so for outputs that it is asked for, and notes it in an attribute."""
+
+    class Installs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.seen = nn.Linear(WIDTH, WIDTH), 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not getattr(self, "installed", False):
+                self.inner.register_forward_hook(lambda module, args, out: out * 2)
+                self.installed = True
+            return torch.tanh(self.inner(x)).square().mean()
+
+    model, x = Installs(), torch.randn(4, WIDTH)
+    recorded = tightfit.trace(model, x)
+    assert not model.inner._forward_hooks and not hasattr(model, "installed")
+    model(x)
+    assert len(model.inner._forward_hooks) == 1
+    assert [op.name for op in tightfit.trace(model, x).ops] == [op.name for op in recorded.ops]

@@ -179,6 +179,11 @@ def undisturbed(model: nn.Module, batch: Any = None) -> Iterator[Restart]:
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.Tensor)
 
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
 #: Ops that write their running statistics without saying so in their schema.
 _HIDDEN_WRITES = "running_"
 
@@ -205,6 +210,9 @@ class Restart:
         self._data = [(p, p.data) for p in model.parameters() if _storage_of(p) is not None]
         modules = list(model.modules())
         tables: list[Any] = [table for module in modules for table in (module._parameters, module._buffers)]
+        # a first forward may install hooks and note that it did (transformers, for outputs it is asked for): they go
+        # with the note, or every pass would install them once more
+        tables += [table for module in modules for name in _HOOKS if (table := vars(module).get(name)) is not None]
         # those of a TorchScript module are no dicts and cannot be assigned to
         self._tables = [(table, dict(table)) for table in tables if isinstance(table, dict)]
         # the patches of a plan or a trace are put into `forward` and taken out by whoever put them there
