@@ -505,9 +505,12 @@ def levers_page() -> str:
             "|---|---|---|---|---|---|---|",
         ]
         for row in floor["rows"]:
+            share = row["recompute_of_forward"]  # null: from before products in place were counted
+            recompute = "not counted" if share is None else f"{share:.0%}"
             parts.append(
                 f"| {row['levers']} | {row['activation_peak_bytes']:,} B | {row['of_every_block']:.2f} "
-                f"| {row['predicted_off']:+.4%} | {row['recompute_of_forward']:.0%} "
+                f"| {row['predicted_off']:+.4%} "
+                f"| {recompute} "
                 f"| {row['seconds_of_every_block']:.2f} | {row['gradients']} |"
             )
     if "forecast" in found:

@@ -42,10 +42,10 @@ from tightfit.core import (
 )
 from tightfit.engine import Applied
 from tightfit.engine.compiled import doors
-from tightfit.parallel import Strategy, gradients_wait, strategy_of
+from tightfit.parallel import Strategy, gradients_wait, steps_together, strategy_of
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
-from tightfit.ranks import Meeting, anywhere, are_several
+from tightfit.ranks import Meeting, anywhere, are_several, highest
 from tightfit.step import LossFunction, UnitsAsked, compiled_entries, device_of, tensors_in
 from tightfit.trace import trace
 from tightfit.verify import measured_peak_bytes
@@ -165,43 +165,62 @@ def planned(
         return recorded, make_plan(recorded, budget)
 
 
+#: How often the rank that plans is asked for less, where its plan takes more on another rank.
+_ROUNDS = 6
+
+
 def _planned_together(
     record: Callable[[bool], Trace], budget: str | int, levers: Collection[Lever] | None
 ) -> tuple[Trace, Plan]:
     meeting = Meeting("fit")
     try:
         recorded = record(False)
-        said: dict[str, Any] = {"peak": simulate(recorded).peak_bytes, "units": [u.path for u in recorded.units]}
-    except TightfitError as error:
-        meeting.gathered({"error": str(error)})
+    except Exception as error:
+        meeting.left({"error": f"{type(error).__name__}: {error}"})
         raise
-    all_said = meeting.gathered(said)
+    own_peak = simulate(recorded).peak_bytes
+    all_said = meeting.gathered(
+        {"peak": own_peak, "budget": str(budget), "units": [unit.path for unit in recorded.units]}
+    )
     for rank, other in enumerate(all_said):
-        if "error" in other:
-            raise Unsupported(f"rank {rank} cannot record its step: {other['error']}")
+        if other is None or "error" in other:
+            raise Unsupported(
+                f"rank {rank} cannot record its step: {(other or {}).get('error', 'another rank failed')}"
+            )
         if other["units"] != all_said[0]["units"]:
             raise PlanMismatch(f"rank {rank} has other units than rank 0: all must build the same model")
+    budgets = [other["budget"] for other in all_said]
     peaks = [other["peak"] for other in all_said]
     leader = peaks.index(max(peaks))
-    text = meeting.published(leader, lambda: dumps(make_plan(recorded, budget, levers=levers)))
-    theirs = loads(Plan, text, f"the plan of rank {leader}")
-    mine = dataclasses.replace(theirs, trace_digest=recorded.digest)
-    try:
-        line = simulate(recorded, mine)
-    except TightfitError as error:
-        meeting.gathered({"error": str(error)})
-        raise
-    mine = dataclasses.replace(mine, peak_bytes=line.peak_bytes, unplanned_peak_bytes=said["peak"])
-    for rank, other in enumerate(meeting.gathered({"peak": line.peak_bytes})):
-        if "error" in other:
-            raise PlanMismatch(f"the plan of rank {leader} is none for the step of rank {rank}: {other['error']}")
-        if other["peak"] > theirs.budget_bytes:
-            raise BudgetInfeasible(
-                theirs.budget_bytes,
-                other["peak"],
-                (f"the plan of rank {leader} takes that on rank {rank}: give all ranks batches of one size",),
-            )
-    return recorded, mine
+    if len(set(budgets)) == 1:
+        budget_bytes = parse_bytes(budget, whole_bytes=peaks[leader])
+    elif any("%" in each for each in budgets):
+        raise InvalidInput(f"the ranks ask for different budgets ({', '.join(budgets)}): give all the same, or bytes")
+    else:  # one plan for all has to hold the least of them
+        budget_bytes = min(map(parse_bytes, budgets))
+    target = budget_bytes
+    for turn in range(_ROUNDS):
+        asked = target
+        text = meeting.published(leader, lambda: dumps(make_plan(recorded, asked, levers=levers)))  # noqa: B023  # at once
+        theirs = loads(Plan, text, f"the plan of rank {leader}")
+        mine = dataclasses.replace(theirs, trace_digest=recorded.digest, budget_bytes=budget_bytes)
+        try:
+            line = simulate(recorded, mine)
+            said: dict[str, Any] = {"peak": line.peak_bytes}
+        except TightfitError as error:
+            said = {"error": str(error)}
+        reached = meeting.gathered(said)
+        for rank, other in enumerate(reached):
+            if "error" in other:
+                raise PlanMismatch(f"the plan of rank {leader} is none for the step of rank {rank}: {other['error']}")
+        most = max(other["peak"] for other in reached)
+        if most <= budget_bytes:
+            return recorded, dataclasses.replace(mine, peak_bytes=line.peak_bytes, unplanned_peak_bytes=own_peak)
+        target -= (most - budget_bytes) << turn  # steps that differ a little (routing), or shards of another size
+    rank = next(r for r, other in enumerate(reached) if other["peak"] == most)
+    raise BudgetInfeasible(
+        budget_bytes, most, (f"that is what rank {rank} takes under the plan of rank {leader}, whose step differs",)
+    )
 
 
 #: Plans of a compiled step that are compiled and measured.
@@ -322,7 +341,7 @@ class _Guard:
     def in_force(self, applied: Applied, recorded: Trace) -> None:
         """The first plan is made."""
         if self.extent is not None:
-            self.plans[False] = _InForce(applied.plan, recorded, self.extent)
+            self.plans[False] = _InForce(applied.plan, recorded, _Extent(*highest(self.model, *self.extent)))
         self.applied = applied
 
     def remove(self) -> None:
@@ -347,9 +366,13 @@ class _Guard:
         waiting = gradients_wait(module)
         known = self.plans.get(accumulating)
         planned = known or self.plans[False]
-        exceeds, lacks = extent.exceeds(planned.extent), known is None
-        if self.policy is not Longer.ALLOW:  # what one rank replans, all have to
-            exceeds, lacks, waiting = anywhere(module, exceeds, lacks, waiting)
+        together = steps_together(module)
+        if self.policy is not Longer.ALLOW and together:  # what one rank plans anew, all have to
+            extent = _Extent(*highest(module, *extent))
+            lacks, waiting = anywhere(module, known is None, waiting)
+        else:
+            lacks = known is None
+        exceeds = extent.exceeds(planned.extent)
         if waiting:  # neither can they be put aside, nor does the planned step know them
             self._warn_once(
                 "whole gradients wait to be reduced (set_requires_gradient_sync(False)), which the planned step does "
@@ -361,7 +384,8 @@ class _Guard:
             if self.policy is Longer.ALLOW:
                 return
             said = (
-                f"a batch of {extent.elements:,} elements and length {extent.length:,} came, but the plan in force is "
+                f"a batch of {extent.elements:,} elements and length {extent.length:,} came"
+                f"{' on some rank' if are_several(module) else ''}, but the plan in force is "
                 f"for at most {planned.extent.elements:,} and {planned.extent.length:,}"
             )
             advice = "fit the model with the longest batch"
@@ -375,7 +399,10 @@ class _Guard:
             assert known is not None
             if self.applied.plan is not known.plan:
                 self.applied.suspend()
-                self.applied.resume(known.plan, known.trace)
+                self.applied.resume(known.plan, known.trace, agreed=True)
+            return
+        if are_several(module) and not together:
+            self._warn_once(f"{said}; under no_sync or join the ranks cannot plan anew together", advice)
             return
         if self.policy is Longer.REFUSE:
             raise InvalidInput(f"{said}: {advice}, or with longer='replan'")
@@ -410,10 +437,10 @@ class _Guard:
             finally:
                 for parameter in lacking:
                     parameter.grad = None
-            applied.resume(made, recorded)
+            applied.resume(made, recorded, agreed=True)
             self.plans[accumulating] = _InForce(applied.plan, recorded, extent)
         except BaseException:
-            applied.resume(applied.plan, applied.trace)
+            applied.resume(applied.plan, applied.trace, agreed=True)
             raise
         finally:
             self.applied = applied

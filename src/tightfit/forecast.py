@@ -130,6 +130,8 @@ class Setup:
             raise InvalidInput(f"expected a world size from 1 to {1 << 16}, not {self.world_size}")
         if self.world_size > 1 and self.strategy == "one":
             raise InvalidInput(f"{self.world_size} processes were asked for: say how they share the step, ddp or fsdp2")
+        if not self.reshard and self.strategy != "fsdp2":
+            raise InvalidInput("only FSDP2 gives weights back: --no-reshard goes with --strategy fsdp2")
         if self.method == "qlora" and self.strategy == "fsdp2":
             raise Unsupported("4-bit weights cannot be sharded by FSDP2: use strategy ddp, or method lora")
         if self.batch < 1:

@@ -34,6 +34,7 @@ __all__ = [
     "require_no_step_under_way",
     "resharded",
     "resizes_told",
+    "steps_together",
     "strategy_of",
     "unsynchronised",
 ]
@@ -169,6 +170,14 @@ def gradients_wait(model: nn.Module) -> bool:
                 if each.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None):
                     return True
     return False
+
+
+def steps_together(model: nn.Module) -> bool:
+    """Do all ranks come to the forward that is about to run? Not under DDP's `no_sync` and `join`."""
+    if not _is_ddp(model):
+        return True
+    ddp: Any = model
+    return bool(ddp.require_backward_grad_sync) and not ddp._join_config.enable
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from torch import nn
 from tightfit.core import BudgetInfeasible, InvalidInput, TightfitError
 from tightfit.parallel import Strategy, strategy_of
 
-__all__ = ["Meeting", "anywhere", "are_several", "timeout_seconds"]
+__all__ = ["Meeting", "anywhere", "are_several", "highest", "timeout_seconds"]
 
 _meetings = itertools.count()
 
@@ -50,12 +50,17 @@ def are_several(model: nn.Module) -> bool:
 
 def anywhere(model: nn.Module, *flags: bool) -> tuple[bool, ...]:
     """Which of `flags` are true on any rank. A collective: every rank calls it at the same place of its step."""
+    return tuple(bool(each) for each in highest(model, *map(int, flags)))
+
+
+def highest(model: nn.Module, *numbers: int) -> tuple[int, ...]:
+    """Each of `numbers` as the rank says that has the highest. A collective, as `anywhere`."""
     if not are_several(model):
-        return flags
+        return numbers
     device = "cpu" if "gloo" in dist.get_backend() or dist.get_backend() == "fake" else torch.cuda.current_device()
-    said = torch.tensor([int(flag) for flag in flags], device=device)
+    said = torch.tensor(numbers, device=device)
     dist.all_reduce(said, op=dist.ReduceOp.MAX)
-    return tuple(bool(each) for each in said.tolist())
+    return tuple(said.tolist())
 
 
 class Meeting:
@@ -81,6 +86,14 @@ class Meeting:
         if "error" in said:
             raise TightfitError(said["error"])
         return list(said["items"])
+
+    def left(self, item: Any) -> None:
+        """Say `item` for the next `gathered` of the others, and do not wait for them: this rank goes no further."""
+        key = f"{self._key}/{next(self._round)}"
+        self._store.set(f"{key}/{self.rank}", json.dumps([self.what, item]))
+        if self.rank == 0:
+            others = [None] * (self.world - 1)
+            self._store.set(f"{key}/all", json.dumps({"items": [item, *others]}))
 
     def _collected(self, key: str) -> dict[str, Any]:
         found = []
@@ -117,7 +130,8 @@ class Meeting:
                 self._store.set(key, zlib.compress(said.encode()))
                 raise
             self._store.set(key, zlib.compress(said.encode()))
-        said_by_leader = json.loads(zlib.decompress(self._waited(key, self._seconds, f"rank {leader}")))
+        # planning takes its time
+        said_by_leader = json.loads(zlib.decompress(self._waited(key, 6 * self._seconds, f"rank {leader}")))
         if "text" not in said_by_leader:
             raise _error_of(said_by_leader, leader)
         return str(said_by_leader["text"])

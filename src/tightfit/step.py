@@ -312,7 +312,7 @@ class Restart:
             return
         if any(p.grad is not None and _storage_of(p.grad) == address for p, _ in self._gradients):
             return  # the zero gradients of a pass; the real ones are out of reach
-        storage = tensor.untyped_storage()
+        storage = local_of(tensor).untyped_storage()
         self._written[address] = storage, storage.clone()
 
     def _note_generators(self, items: Iterable[Any]) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,52 @@ def longer(case: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def other_budgets(_: str) -> dict[str, Any]:
+    """Each rank asks for another size: the one plan holds the least."""
+    model = spread("fsdp")
+    needs = tightfit.simulate(tightfit.trace(model, batch(0))).peak_bytes
+    asked = int(needs * (0.9 if dist.get_rank() else 0.75))
+    applied = tightfit.fit(model, batch(0), asked)
+    return {"asked": asked, "budget": applied.plan.budget_bytes, "peak": applied.plan.peak_bytes}
+
+
+def uneven(_: str) -> dict[str, Any]:
+    """Ranks that have different numbers of micro-batches under `no_sync`, of other lengths in turn."""
+
+    def run(fitted: bool) -> list[Any]:
+        model = spread("ddp")
+        if fitted:
+            tightfit.fit(model, batch(0), "80%")
+        torch.manual_seed(dist.get_rank())
+        seen: list[Any] = []
+        for step in range(3):
+            with model.no_sync():  # type: ignore[operator]
+                for micro in range(1 + dist.get_rank()):
+                    model(**batch(10 * step + micro)).loss.backward()
+            length = TOKENS + 16 * ((step + dist.get_rank()) % 2)
+            model(**batch(step, length)).loss.backward()
+            seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            model.zero_grad()
+        return seen
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {"same": same(run(False), run(True))}
+
+
+def fails(_: str) -> dict[str, Any]:
+    """One rank's own error is what it raises, and what the others are told."""
+
+    def loss(model: nn.Module, given: Any) -> torch.Tensor:
+        if dist.get_rank() == 1:
+            raise ValueError("my own error")
+        value: torch.Tensor = model(**given).loss
+        return value
+
+    model = spread("ddp")
+    return refused(lambda: tightfit.fit(model, batch(0), "80%", loss=loss))
+
+
 def refused(run: Callable[[], Any]) -> dict[str, Any]:
     try:
         run()
@@ -298,7 +345,8 @@ def killed(case: str) -> dict[str, Any]:
 
 CASES: dict[str, Callable[[str], dict[str, Any]]] = {
     "proven": proven, "longer": longer, "another": another_plan, "toolittle": too_little, "late": late,
-    "waiting": waiting, "trainer": trainer, "inside": sharded_inside, "killed": killed,
+    "waiting": waiting, "trainer": trainer, "inside": sharded_inside, "killed": killed, "budgets": other_budgets,
+    "uneven": uneven, "fails": fails,
 }  # fmt: skip
 
 

@@ -20,16 +20,9 @@ from tightfit.plan import lowest
 PROGRAM = Path(__file__).with_name("ranks.py")
 TWENTY_STEPS = ("fsdp", "fsdp-whole", "fsdp-bf16-lora", "fsdp-accumulated", "ddp-lora", "ddp-views", "ddp-accumulated")
 OTHERS = (
-    "proven-fsdp",
-    "longer-fsdp",
-    "longer-ddp",
-    "another",
-    "toolittle",
-    "waiting",
-    "trainer-ddp",
-    "inside",
-    "late",
-)
+    "proven-fsdp", "longer-fsdp", "longer-ddp", "another", "toolittle", "waiting", "trainer-ddp", "inside", "budgets",
+    "uneven", "fails", "late",
+)  # fmt: skip
 FOUR = ("fsdp-lora", "fsdp-mesh", "ddp", "another", "late")
 
 
@@ -104,6 +97,21 @@ def test_a_rank_with_another_plan_stops_all_before_the_first_step(two: dict[str,
         assert rank["untouched"]
 
 
+def test_the_least_of_the_ranks_budgets_holds(two: dict[str, Any]) -> None:
+    least = min(rank["asked"] for rank in two["budgets"])
+    for rank in two["budgets"]:
+        assert rank["peak"] <= rank["budget"] == least
+
+
+def test_ranks_with_other_numbers_of_micro_batches_do_not_wait_for_each_other(two: dict[str, Any]) -> None:
+    assert all(rank["same"] for rank in two["uneven"])
+
+
+def test_the_error_of_one_rank_is_told_to_all(two: dict[str, Any]) -> None:
+    assert "my own error" in two["fails"][1]["says"] and two["fails"][1]["error"] == "InvalidInput"
+    assert two["fails"][0]["says"].startswith("rank 1 cannot record its step: InvalidInput")
+
+
 def test_a_budget_that_no_rank_can_hold_is_refused_on_all(two: dict[str, Any]) -> None:
     assert {rank["error"] for rank in two["toolittle"]} == {"BudgetInfeasible"}
     assert len({rank["says"] for rank in two["toolittle"]}) == 1
@@ -165,7 +173,7 @@ def test_a_forecast_by_fake_collectives_is_what_ranks_measure(two: dict[str, Any
 
 
 def test_more_ranks_hold_less_and_take_no_longer_to_plan() -> None:
-    few, many = pretended(2), pretended(1024)
+    few, many = pretended(2), pretended(32)
     peaks = [tightfit.simulate(each).peak_bytes for each in (few, many)]
     assert peaks[1] < peaks[0]
     assert len(few.ops) == len(many.ops) and len(few.events) == len(many.events)

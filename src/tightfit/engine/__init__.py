@@ -59,11 +59,14 @@ class Applied:
         self._on_remove: list[Callable[[], None]] = []
         self.resume(plan, trace)
 
-    def resume(self, plan: Plan, trace: Trace | None = None) -> None:
-        """Put `plan` in force; on a suspended handle, which goes on counting."""
+    def resume(self, plan: Plan, trace: Trace | None = None, *, agreed: bool = False) -> None:
+        """Put `plan` in force; on a suspended handle, which goes on counting.
+
+        Several ranks compare their plans first, unless they have `agreed` on this one before.
+        """
         self.plan, self.trace = plan, trace
         self._decisions.clear()
-        if are_several(self.model):
+        if are_several(self.model) and not agreed:
             _agree(plan)
         matched = _matched(inside(self.model), plan)
         stores = {(sweep.base, sweep.target): frozenset(sweep.stores) for sweep in plan.advances}

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tightfit.core import Action, Choice, Kind, Plan, Program, TightfitError, Unsupported
 from tightfit.plan.program import Recipe, kept_values, recipe
 from tightfit.step import compiled_entries, tensors_in
-from tightfit.trace import costs_flops, is_random, op_name
+from tightfit.trace import METADATA_ONLY, costs_flops, is_random, op_name
 
 T = TypeVar("T")
 
@@ -324,6 +324,10 @@ def _differs(name: str, how: str) -> Unsupported:
     )
 
 
+#: Ops that read nothing of what they are given but its shape; a plan's steps do not count it as read.
+_SHAPE_ONLY = frozenset(map(op_name, METADATA_ONLY))
+
+
 def _check_wiring(name: str, program: Program, seen: Sequence[_Seen], twins: dict[int, tuple[int, ...]]) -> None:
     """Are the ops that weigh fed by the counterparts of what feeds them in the plan?"""
     feeds: list[frozenset[int]] = []  # per planned op: the ops that weigh behind what it reads
@@ -339,7 +343,8 @@ def _check_wiring(name: str, program: Program, seen: Sequence[_Seen], twins: dic
             behind[value] = frozenset({group}) if group in weighs else behind.get(value, frozenset()) | reads
     found: list[frozenset[int]] = []
     for i, each in enumerate(seen):
-        sources = frozenset().union(*(frozenset({s}) if seen[s].weighs else found[s] for s in each.sources), ())
+        read = () if each.name in _SHAPE_ONLY else each.sources
+        sources = frozenset().union(*(frozenset({s}) if seen[s].weighs else found[s] for s in read), ())
         found.append(sources)
         if each.weighs and i in twins:
             allowed = frozenset().union(*(feeds[op] for op in twins[i]), ())
