@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 MESSAGE = re.compile(r"\*\*`(.+)`\*\*")
-ERROR = re.compile(r"class (\w+)\((?:TightfitError|InvalidInput|Unsupported|OutOfMemory)\b")
+ERROR = re.compile(r"class ([A-Z]\w*)\((?:TightfitError|InvalidInput|Unsupported|OutOfMemory)\b")
 
 
 def said(node: ast.expr) -> str:
