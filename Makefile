@@ -12,8 +12,8 @@ SITE_STAMP := $(VENV)/.installed-docs
 # Quiet twice: errors only. Once would still print a warning per package for every index that lacks it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-# One thread per pytest worker: two workers with torch's default of one thread per core only fight over the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# Tests that share a launch of several processes stay on one worker. One thread per worker: two workers with torch's default of one thread per core only fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: help demo test lint docs site bench versions clean
 .DEFAULT_GOAL := help

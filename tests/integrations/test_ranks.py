@@ -17,6 +17,8 @@ from tightfit.core import Category, Unsupported
 from tightfit.integrations.fsdp import shard_bytes, sharded
 from tightfit.plan import lowest
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one launch serves many tests, so they stay on one worker
+
 PROGRAM = Path(__file__).with_name("ranks.py")
 TWENTY_STEPS = ("fsdp", "fsdp-whole", "fsdp-bf16-lora", "fsdp-accumulated", "ddp-lora", "ddp-views", "ddp-accumulated")
 OTHERS = (
