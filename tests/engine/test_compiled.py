@@ -367,6 +367,7 @@ def test_an_in_place_activation_and_batch_norm() -> None:
         torch.testing.assert_close(one, other, msg=name)
 
 
+@pytest.mark.slow
 def test_other_ways_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A function around the model, one graph by force, sizes left open, a break between units; and where the compiler
     gives up, the engine for uncompiled code."""
