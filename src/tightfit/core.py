@@ -474,6 +474,7 @@ class Plan:
     tile_seconds: float = 0.0  # what the tiles cost
     offloaded_bytes: int = 0  # that wait off the device
     offload_seconds: float = 0.0  # that the step waits for copies, estimated
+    solved_by: tuple[str, ...] = ()  # the solver and the ways that found the points and chose among them
 
     @property
     def exact(self) -> bool:

@@ -14,7 +14,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 from tightfit.core import (
     BudgetInfeasible,
@@ -34,7 +34,7 @@ from tightfit.core import (
     parse_bytes,
 )
 from tightfit.cost import NOMINAL_CPU, copy_lanes, retimed
-from tightfit.plan.choose import THOROUGH, Effort, Model, Solution
+from tightfit.plan.choose import THOROUGH, Effort, Model
 from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.nest import Nesting, nestings
 from tightfit.plan.program import shared
@@ -79,7 +79,9 @@ def plan(
             return best
         lowest_way, line = _lowest(ways, levers)
         if line.peak_bytes <= budget_bytes:
-            return _plan(trace, lowest_way, budget_bytes, lowest_way.lowest[0], line, unplanned, 0.0)
+            return _plan(
+                trace, lowest_way, budget_bytes, lowest_way.lowest.choices, line, unplanned, 0.0, lowest_way.lowest.how
+            )
         least = min(least, line, key=lambda each: each.peak_bytes)
     raise BudgetInfeasible(budget_bytes, least.peak_bytes, _advice(trace, least, budget_bytes))
 
@@ -114,8 +116,8 @@ def _best(
     if way.nesting is None:
         line = simulate_choices(way.trace, ())
         if line.peak_bytes <= budget_bytes:
-            nothing = Solution(points={u.path: 0 for u in trace.units}, seconds=0.0, bound_seconds=0.0)
-            return _plan(trace, way, budget_bytes, model.choices(nothing), line, unplanned, 0.0)
+            nothing = model.choices({u.path: 0 for u in trace.units})
+            return _plan(trace, way, budget_bytes, nothing, line, unplanned, 0.0)
     if not _allows(levers, Lever.RECOMPUTE):
         return None
     target = budget_bytes
@@ -125,17 +127,15 @@ def _best(
             break
         choices, line = way.refereed(solution.points)
         if line.peak_bytes <= budget_bytes:
-            return _plan(trace, way, budget_bytes, choices, line, unplanned, solution.bound_seconds)
+            return _plan(trace, way, budget_bytes, choices, line, unplanned, solution.bound_seconds, solution.how)
         # the model was too hopeful by this much; ask it for that much less
         target -= max(1, line.peak_bytes - budget_bytes)
     solution = model.solve(None)
     assert solution is not None
     choices, line = way.refereed(solution.points)
     if line.peak_bytes > budget_bytes:
-        choices, line = way.lowest
-    if line.peak_bytes <= budget_bytes:
-        return _plan(trace, way, budget_bytes, choices, line, unplanned, 0.0)
-    return None
+        return _lowest_plan(trace, way, budget_bytes, unplanned) if way.lowest.line.peak_bytes <= budget_bytes else None
+    return _plan(trace, way, budget_bytes, choices, line, unplanned, 0.0, solution.how)
 
 
 #: Nested recompute runs units a second time, so it is looked at when a plan without it reruns this part of the forward.
@@ -171,7 +171,14 @@ def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever]
     if not _allows(levers, Lever.RECOMPUTE):
         raise InvalidInput("the lowest peak is looked for by recompute: add Lever.RECOMPUTE to the levers")
     way, line = _lowest(_planner(trace, effort).ways(levers), levers)
-    return _plan(trace, way, line.peak_bytes, way.lowest[0], line, simulate_choices(trace, ()), 0.0)
+    return _plan(
+        trace, way, line.peak_bytes, way.lowest.choices, line, simulate_choices(trace, ()), 0.0, way.lowest.how
+    )
+
+
+def _lowest_plan(trace: Trace, way: _Planner, budget_bytes: int, unplanned: Timeline) -> Plan:
+    choices, line, how = way.lowest
+    return _plan(trace, way, budget_bytes, choices, line, unplanned, 0.0, how)
 
 
 def _lowest(ways: list[_Planner], levers: Collection[Lever] | None) -> tuple[_Planner, Timeline]:
@@ -179,13 +186,13 @@ def _lowest(ways: list[_Planner], levers: Collection[Lever] | None) -> tuple[_Pl
     if not _allows(levers, Lever.RECOMPUTE):
         lines = [(way, simulate_choices(way.trace, ())) for way in ways]
         return min(lines, key=lambda found: found[1].peak_bytes)
-    best = min(ways, key=lambda way: way.lowest[1].peak_bytes)
+    best = min(ways, key=lambda way: way.lowest.line.peak_bytes)
     if _allows(levers, Lever.NEST):
         floors = [nested.floor.peak_bytes for nested in best.nested]
-        if floors and min(floors) < best.lowest[1].peak_bytes * _WORTH:
+        if floors and min(floors) < best.lowest.line.peak_bytes * _WORTH:
             nested = next(way for way in best.nested if way.floor.peak_bytes * _WORTH <= min(floors))
-            best = min(best, nested, key=lambda way: way.lowest[1].peak_bytes)
-    return best, best.lowest[1]
+            best = min(best, nested, key=lambda way: way.lowest.line.peak_bytes)
+    return best, best.lowest.line
 
 
 def every_block(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
@@ -194,6 +201,14 @@ def every_block(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
     planner = _planner(trace, effort)
     line = simulate_choices(trace, planner.fewest)
     return _plan(trace, planner, line.peak_bytes, planner.fewest, line, unplanned, 0.0)
+
+
+class _Lowest(NamedTuple):
+    """The lowest peak that is found: its plan, what the referee says of it, and by which ways it was found."""
+
+    choices: tuple[Choice, ...]
+    line: Timeline
+    how: frozenset[str]
 
 
 class _Planner:
@@ -244,14 +259,14 @@ class _Planner:
 
     def refereed(self, points: Mapping[str, int]) -> tuple[tuple[Choice, ...], Timeline]:
         """The choice of one point for each unit, and what the referee says of it."""
-        choices = self.model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
+        choices = self.model.choices(points)
         return choices, simulate_choices(self.trace, choices, self.advances)
 
     @functools.cached_property
     def fewest(self) -> tuple[Choice, ...]:
         """Every unit keeps as little as it can."""
         points = {path: len(options) - 1 for path, options in self.model.options.items()}
-        return self.model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
+        return self.model.choices(points)
 
     @functools.cached_property
     def floor(self) -> Timeline:
@@ -275,7 +290,7 @@ class _Planner:
         )  # fmt: skip
 
     @functools.cached_property
-    def lowest(self) -> tuple[tuple[Choice, ...], Timeline]:
+    def lowest(self) -> _Lowest:
         """The lowest peak that is found, and how: what is said to be feasible must be so again on the next run.
 
         Measured seconds move the points of the frontiers and so the lowest peak among them; estimated ones do not. The
@@ -290,7 +305,7 @@ class _Planner:
         def line(points: Mapping[str, int]) -> Timeline:
             key = tuple(points[path] for path in model.options)
             if key not in seen:
-                choices = model.choices(Solution(points=points, seconds=0.0, bound_seconds=0.0))
+                choices = model.choices(points)
                 seen[key] = simulate_choices(self.trace, choices, self.advances)
             return seen[key]
 
@@ -307,7 +322,7 @@ class _Planner:
                     break
                 changed = best | {path: index for path in paths if index < len(model.options[path])}
                 best = min((best, changed), key=lambda points: line(points).peak_bytes)
-        return model.choices(Solution(points=best, seconds=0.0, bound_seconds=0.0)), line(best)
+        return _Lowest(choices=model.choices(best), line=line(best), how=solution.how)
 
     @functools.cached_property
     def with_loss_in_place(self) -> _Planner:
@@ -347,6 +362,7 @@ def _plan(
     line: Timeline,
     unplanned: Timeline,
     bound: float,
+    how: Collection[str] = (),
 ) -> Plan:
     """`way` with `choices`, as a plan of `trace`."""
     lever = way.trace
@@ -381,7 +397,7 @@ def _plan(
             for name, version in trace.environment.items()
             if name in ("tightfit", "torch", "transformers")
         }
-        | {"highspy": metadata.version("highspy")},
+        | _solver_version(),
         programs=programs,
         in_place_loss=way.in_place_loss,
         tiling=lever.tiling,
@@ -389,7 +405,15 @@ def _plan(
         advances=way.advances,
         offloaded_bytes=line.offloaded_bytes,
         offload_seconds=offload_seconds,
+        solved_by=tuple(sorted(how)),
     )
+
+
+def _solver_version() -> dict[str, str]:
+    try:
+        return {"highspy": metadata.version("highspy")}
+    except metadata.PackageNotFoundError:  # plans are made without it, too
+        return {}
 
 
 def _advice(trace: Trace, line: Timeline, budget_bytes: int) -> tuple[str, ...]:

@@ -18,18 +18,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import highspy
 import numpy as np
 
-from tightfit.core import Action, Choice, Happening, Program, Saved, TightfitError, Trace, Unsupported
+from tightfit.core import Action, Choice, Happening, Program, Saved, Trace, Unsupported
 from tightfit.cost import copy_lanes
-from tightfit.plan.frontier import MANY, Frontier, Point, frontier, solver
+from tightfit.plan import lagrange, solver
+from tightfit.plan.frontier import MANY, Frontier, Point, frontier
 from tightfit.plan.nest import Nesting
 from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, recipe, shared
+from tightfit.plan.solver import MixedProgram, Verdict
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 SOLVER_SECONDS = 2.0
+
+#: How options were chosen that the solver had no answer for.
+LAGRANGE = "Lagrangian prices"
+
+#: Of equally low peaks the faster: what a second weighs against the peak where that is what is minimised.
+_TIE = 1e-6
+
+#: Of equally fast choices the one of fewer bytes, whatever release of the solver chooses.
+_HAIR = 1e-7
 
 #: Of a unit's points, so many or not many more are also looked at with what they keep off the device.
 _MOVED = 8
@@ -52,6 +62,7 @@ class Solution:
     points: Mapping[str, int]  # unit path -> index of its point; -1: keep everything
     seconds: float
     bound_seconds: float
+    how: frozenset[str] = frozenset()  # by which ways the points were found and chosen
 
 
 class Model:
@@ -480,21 +491,18 @@ class Model:
     def solve(self, budget_bytes: int | None) -> Solution | None:
         """The cheapest options within the budget, or with None those of the lowest peak. None: nothing fits."""
         answer = self._solve(budget_bytes, self.table)
-        if answer is None and budget_bytes is None:  # not found in time: the fewest bytes of each unit are a plan too
-            points = {path: len(options) - 1 for path, options in self.options.items()}
-            return Solution(points=points, seconds=0.0, bound_seconds=0.0)
         if answer is None:
             return None
-        chosen, seconds, dual = answer
+        how = frozenset({answer.how}).union(*(found.how for found in self.frontiers.values()))
         if budget_bytes is None:
-            return Solution(points=chosen, seconds=seconds, bound_seconds=0.0)
-        bound = min(dual, seconds)
+            return Solution(points=answer.chosen, seconds=answer.seconds, bound_seconds=0.0, how=how)
+        bound = min(answer.bound, answer.seconds)
         if not self.effort.proves or self.offload:
             bound = 0.0
-        elif seconds > 0:
+        elif answer.seconds > 0:
             relaxed = self._solve(budget_bytes, self._relaxed())
-            bound = 0.0 if relaxed is None else min(relaxed[2], seconds)
-        return Solution(points=chosen, seconds=seconds, bound_seconds=bound)
+            bound = 0.0 if relaxed is None else min(relaxed.bound, answer.seconds)
+        return Solution(points=answer.chosen, seconds=answer.seconds, bound_seconds=bound, how=how)
 
     def _relaxed(self) -> dict[str, Floats]:
         """A table that is nowhere above what any kept set of at least these seconds would cost.
@@ -510,13 +518,16 @@ class Model:
             lacking = self._least_inside(path)
             inside = np.maximum.reduceat(self.base + lacking, self.starts) - self.base_top[: len(self.starts)]
             absent = self._absent(path)
+            points = self.frontiers[path].points if path in self.frontiers else ()
             for option in options:
-                if option is None:
-                    rows.append(np.zeros(len(self.base_top)))
-                else:
-                    holds = np.maximum(0.0, option.kept_bytes - option.passed_bytes - absent)
-                    row = np.where(own, inside, np.minimum.reduceat(lacking + holds, self.starts))
-                    rows.append(np.concatenate([row, np.full(len(self.base_top) - len(row), lacking.min())]))
+                # keeping everything stands for the fastest point, and so for the sets between that and the next
+                point = option or next(iter(points), None)
+                row = np.zeros(len(self.base_top))
+                if point is not None:
+                    holds = np.maximum(0.0, point.kept_bytes - point.passed_bytes - absent)
+                    row[: len(self.starts)] = np.where(own, inside, np.minimum.reduceat(lacking + holds, self.starts))
+                    row[len(self.starts) :] = lacking.min()
+                rows.append(row if option is not None else np.minimum(row, 0.0))
             tables[path] = np.array(rows)
         return tables
 
@@ -571,90 +582,104 @@ class Model:
                     change[self.mark_at[stop]] += value.size_bytes
         return np.asarray(np.cumsum(change)[: len(self.marks)])
 
-    def _solve(
-        self, budget_bytes: int | None, table: Mapping[str, Floats]
-    ) -> tuple[dict[str, int], float, float] | None:
+    def _solve(self, budget_bytes: int | None, table: Mapping[str, Floats]) -> _Found | None:
+        """The cheapest options by `table`, or without a budget those of the lowest peak. None: nothing fits, or nothing
+        was found in time."""
         paths = list(self.options)
         columns = [(path, i) for path in paths for i in range(len(self.options[path]))]
-        unit_seconds = np.array([self.seconds[path][i] for path, i in columns])
-        away = [self.away_bytes[path][i] for path, i in columns]
-        lanes = copy_lanes(self.trace) if any(away) else ()
-        usage = np.array([table[path][i] for path, i in columns]).T if columns else np.zeros((len(self.base_top), 0))
-        room = (np.inf if budget_bytes is None else budget_bytes) - self.base_top
-        if budget_bytes is not None:
-            worst = self.base_top + sum((table[path].max(axis=0) for path in paths), np.zeros(len(self.base_top)))
-            rows = [s for s in range(len(self.base_top)) if worst[s] > budget_bytes]
-        else:
-            rows = list(range(len(self.base_top)))
-        keep_rows = _undominated(usage, room, rows) if budget_bytes is not None else rows
-        highs = solver()
-        highs.setOptionValue("time_limit", self.effort.solver_seconds)
-        highs.setOptionValue("mip_rel_gap", 1e-4 if budget_bytes is None else 0.0)
-        scale = float(max(1.0, np.abs(usage).max() if usage.size else 1.0))
-        second_scale = float(max(unit_seconds.max(), 1e-12)) if columns else 1.0
-        lowest = budget_bytes is None
-        # behind the options: for each lane the seconds that the step waits for its copies; the peak
-        count = len(columns) + len(lanes) + lowest
-        lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = count, len(keep_rows) + len(paths) + len(lanes)
-        costs = np.ones(count)
-        costs[: len(columns)] = unit_seconds / second_scale
-        costs *= 1e-6 if lowest else 1.0
-        lower, upper = np.zeros(count), np.ones(count)
-        upper[len(columns) :] = highspy.kHighsInf
-        if lowest:
-            costs[-1] = 1.0
-        lp.col_cost_, lp.col_lower_, lp.col_upper_ = costs, lower, upper
-        table_rows: list[tuple[list[int], list[float]]] = []
-        high: list[float] = []
-        for s in keep_rows:
-            nonzero = [int(column) for column in np.nonzero(usage[s])[0]]
-            indices, amounts = list(nonzero), [float(usage[s][column]) / scale for column in nonzero]
-            if lowest:
-                indices.append(count - 1)
-                amounts.append(-1.0)
-                high.append(-self.base_top[s] / scale)
-            else:
-                high.append(room[s] / scale)
-            table_rows.append((indices, amounts))
-        low = [-highspy.kHighsInf] * len(keep_rows) + [1.0] * len(paths)
-        high += [1.0] * len(paths)
-        start = 0
+        groups: list[slice] = []
         for path in paths:
-            table_rows.append((list(range(start, start + len(self.options[path]))), [1.0] * len(self.options[path])))
-            start += len(self.options[path])
-        for place, lane in enumerate(lanes):
-            moving = [i for i, size in enumerate(away) if size]
-            amounts = [away[i] / lane.bytes_per_second / second_scale for i in moving]
-            table_rows.append(([*moving, len(columns) + place], [*amounts, -1.0]))
-            low.append(-highspy.kHighsInf)
-            high.append(lane.beside_seconds / second_scale)
-        lp.row_lower_, lp.row_upper_ = np.array(low), np.array(high)
-        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-        lp.a_matrix_.start_ = np.cumsum([0, *(len(i) for i, _ in table_rows)]).astype(np.int32)
-        lp.a_matrix_.index_ = np.array([i for indices, _ in table_rows for i in indices], dtype=np.int32)
-        lp.a_matrix_.value_ = np.array([a for _, amounts in table_rows for a in amounts], dtype=np.float64)
-        kinds = [highspy.HighsVarType.kInteger] * len(columns)
-        lp.integrality_ = kinds + [highspy.HighsVarType.kContinuous] * (len(lanes) + lowest)
-        highs.passModel(lp)
-        highs.run()
-        status = highs.getModelStatus()
-        if status == highspy.HighsModelStatus.kInfeasible:
-            return None
-        info = highs.getInfo()
-        if info.primal_solution_status != 2:  # no feasible point found in time
-            if status == highspy.HighsModelStatus.kTimeLimit:
+            start = groups[-1].stop if groups else 0
+            groups.append(slice(start, start + len(self.options[path])))
+        unit_seconds = np.array([self.seconds[path][i] for path, i in columns])
+        usage = np.array([table[path][i] for path, i in columns]).T if columns else np.zeros((len(self.base_top), 0))
+        away = np.array([self.away_bytes[path][i] for path, i in columns], dtype=np.float64)
+        lanes = copy_lanes(self.trace) if away.any() else ()
+        rows = list(range(len(self.base_top)))
+        room = np.full(len(rows), np.inf)
+        if budget_bytes is not None:
+            least = self.base_top + sum((table[path].min(axis=0) for path in paths), np.zeros(len(rows)))
+            if (least > budget_bytes).any():
                 return None
-            raise TightfitError(f"HiGHS ended with {status} on the choice across units")
-        values = highs.getSolution().col_value
-        chosen = {path: i for (path, i), x in zip(columns, values, strict=False) if x > 0.5}
-        seconds = float(sum(self.seconds[path][i] for path, i in chosen.items()))
-        return chosen, seconds, max(0.0, float(info.mip_dual_bound)) * second_scale
+            room = budget_bytes - self.base_top
+            worst = self.base_top + sum((table[path].max(axis=0) for path in paths), np.zeros(len(rows)))
+            rows = _undominated(usage, room, [s for s in rows if worst[s] > budget_bytes])
+        usage, room = usage[rows], room[rows]
+
+        second_scale = float(max(unit_seconds.max(), 1e-12)) if columns else 1.0
+        costs = unit_seconds / second_scale
+        if table is self.table and usage.size:  # not for the bound, where a hair would be one too many
+            costs = costs + _HAIR * (usage.mean(axis=0) - usage.mean(axis=0).min()) / max(1.0, np.ptp(usage))
+        program = self._program(budget_bytes, usage, room, rows, costs, groups)
+        waits = [(lane.bytes_per_second * second_scale, lane.beside_seconds / second_scale) for lane in lanes]
+        answer = solver.solve(
+            _with_lanes(program, away, waits, 1.0 if budget_bytes is not None else _TIE),
+            seconds=self.effort.solver_seconds,
+            gap=1e-4 if budget_bytes is None else 0.0,
+            attainable=budget_bytes is None,
+        )
+        chosen, bound, how = None, max(0.0, answer.bound) * second_scale, answer.how
+        if answer.values is not None:
+            chosen = [group.start + int(np.argmax(answer.values[group])) for group in groups]
+        if answer.verdict is not Verdict.OPTIMAL:
+            # as if nothing were copied beside the compute
+            priced = unit_seconds + sum((away / lane.bytes_per_second for lane in lanes), np.zeros(len(columns)))
+            top = self.base_top[rows] if budget_bytes is None else -room
+            ours, proven = _by_prices(priced, usage, top, groups, answer.verdict, lowest=budget_bytes is None)
+            bound = bound if lanes else max(bound, proven)
+
+            def cost(columns: list[int]) -> float:
+                if budget_bytes is None:
+                    return float((top + usage[:, columns].sum(axis=1)).max())
+                return float(priced[columns].sum())
+
+            if ours is not None and (chosen is None or cost(ours) < cost(chosen)):
+                chosen, how = ours, LAGRANGE
+        if chosen is None:
+            return None
+        points = {columns[c][0]: columns[c][1] for c in chosen}
+        return _Found(chosen=points, seconds=float(unit_seconds[chosen].sum()), bound=bound, how=how)
+
+    def _program(
+        self,
+        budget_bytes: int | None,
+        usage: Floats,
+        room: Floats,
+        rows: Sequence[int],
+        costs: Floats,
+        groups: Sequence[slice],
+    ) -> MixedProgram:
+        """A column per option, a row per moment, one option per unit; without a budget a last column for the peak."""
+        scale = solver.scale_of(float(np.abs(usage).max(initial=0.0)))
+        lowest = budget_bytes is None
+        count = len(costs) + lowest
+        peak = [count - 1] if lowest else []
+        table: list[tuple[list[int], list[float]]] = []
+        high: list[float] = []
+        for place, segment in enumerate(rows):
+            nonzero = [int(column) for column in np.nonzero(usage[place])[0]]
+            amounts = [float(usage[place][column]) / scale for column in nonzero]
+            table.append(([*nonzero, *peak], [*amounts, *(-1.0 for _ in peak)]))
+            high.append(-self.base_top[segment] / scale if lowest else room[place] / scale)
+        for group in groups:
+            table.append((list(range(group.start, group.stop)), [1.0] * (group.stop - group.start)))
+        upper = np.ones(count)
+        upper[len(costs) :] = np.inf
+        return MixedProgram.of(
+            table,
+            row_low=[-np.inf] * len(rows) + [1.0] * len(groups),
+            row_high=high + [1.0] * len(groups),
+            costs=np.append(costs * _TIE, 1.0) if lowest else costs,
+            lower=np.zeros(count),
+            upper=upper,
+            integer=np.arange(count) < len(costs),
+        )
 
     # -- the answer as data
 
-    def choices(self, solution: Solution) -> tuple[Choice, ...]:
-        return tuple(self._choice(path, self.options[path][index]) for path, index in solution.points.items())
+    def choices(self, points: Mapping[str, int]) -> tuple[Choice, ...]:
+        """`points`: unit path -> index of its option."""
+        return tuple(self._choice(path, self.options[path][index]) for path, index in points.items())
 
     def _choice(self, path: str, point: Point | None) -> Choice:
         unit = next(u for u in self.trace.units if u.path == path)
@@ -672,6 +697,45 @@ class Model:
             inputs=tuple(Action.OFFLOAD if k in inputs else Action.KEEP for k in range(max(inputs, default=-1) + 1)),
         )
         return self.nesting.on(choice)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    chosen: Mapping[str, int]  # unit path -> index of its option
+    seconds: float
+    bound: float
+    how: str
+
+
+def _by_prices(
+    seconds: Floats, usage: Floats, top: Floats, groups: Sequence[slice], verdict: Verdict, *, lowest: bool
+) -> tuple[list[int] | None, float]:
+    """The choice of `plan.lagrange`, and its bound in seconds.
+
+    With `lowest` that of the lowest peak over `top`; else one that stays below zero over `top`, which may not exist. A
+    solver's claim that there is none is contradicted only by one.
+    """
+    fewest = lagrange.lowest(seconds, usage, top, groups)
+    if lowest:
+        return fewest, 0.0
+    fits = bool((top + usage[:, fewest].sum(axis=1) <= 0).all())
+    if not fits and verdict is Verdict.INFEASIBLE:
+        return None, 0.0
+    found, bound = lagrange.cheapest(seconds, usage, -top, groups)
+    return (fewest if found is None and fits else found), max(0.0, bound)
+
+
+def _with_lanes(program: MixedProgram, away: Floats, lanes: Sequence[tuple[float, float]], cost: float) -> MixedProgram:
+    """`program` with a column behind the others for each lane, at `cost`: what the step waits for its copies.
+
+    `away`: bytes that each option moves. A lane is (bytes that it copies in one unit of time, units of time that it
+    copies beside the compute)."""
+    for per_unit, beside in lanes:
+        moving = [i for i, size in enumerate(away) if size]
+        program = program.extended(
+            ([*moving, len(program.costs)], [*(away[i] / per_unit for i in moving), -1.0]), high=beside, cost=cost
+        )
+    return program
 
 
 @functools.lru_cache(maxsize=256)

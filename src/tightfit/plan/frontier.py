@@ -4,27 +4,37 @@ Idea: keep values, rerun clusters of ops (`plan.program.clusters`). An integer p
 value is kept or its cluster reruns; a rerun cluster's inputs are kept or rerun too. Going down from the most
 bytes, each point is solved twice: the least seconds within the bytes, then the least bytes at those seconds.
 
+Where the solver has no answer (`plan.solver`) the next corner of the convex hull stands in (`plan.mincut`): a kept set
+that no price of memory beats, though one between two corners may have fewer seconds within the same bytes.
+
 Invariant: points are in order of falling bytes and rising seconds, and no kept set beats one of them in both by
-more than `step_bytes`. Solver: HiGHS (Huangfu and Hall, Math. Prog. Comp. 10, 2018).
+more than `step_bytes`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import highspy
 import numpy as np
 
-from tightfit.core import Program, TightfitError
+from tightfit.core import Program
+from tightfit.plan import solver
+from tightfit.plan.mincut import fewest, hull
 from tightfit.plan.program import cluster_of, clusters, demands, live_clusters, rerunnable
+from tightfit.plan.solver import MixedProgram, Verdict
 
 #: Points nearer together than this part of the unit's bytes are not told apart; a LoRA block has hundreds of such.
 FINENESS = 1e-3
 #: Past so many points they are looked for more coarsely, so that the time stays in proportion.
 MANY = 120
+#: One point takes hundredths of a second. One that takes as long as this is looked for on the hull instead.
+POINT_SECONDS = 5.0
+#: How a point was found that the solver had no answer for.
+MINIMUM_CUTS = "minimum cuts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +55,7 @@ class Point:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frontier:
     points: tuple[Point, ...]
+    how: frozenset[str] = frozenset()  # by which ways they were found
 
     @property
     def step_bytes(self) -> int:
@@ -56,11 +67,12 @@ def frontier(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[flo
     """The Pareto frontier of a unit, with `many` points or not many more.
 
     `sizes_bytes[v]` per value ordinal; `seconds[i]` per op ordinal. Values in `program.held` cost nothing to
-    keep. Raises `TightfitError` if the solver fails, which it has no reason to.
+    keep. Solver or none, the first point is the fastest and the last one keeps the fewest bytes.
     """
     model = _Model(program, sizes_bytes, seconds)
     total = sum(sizes_bytes[v] for v in model.candidates)
-    return Frontier(points=tuple(_thinned(model.enumerate(total, many))))
+    points = _thinned(model.enumerate(total, many))
+    return Frontier(points=tuple(points), how=frozenset(model.how))
 
 
 def _thinned(points: list[Point]) -> list[Point]:
@@ -80,7 +92,8 @@ class _Model:
     """The integer program of one unit, built once and solved for many byte limits."""
 
     def __init__(self, program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float]) -> None:
-        self.program, self.sizes = program, sizes_bytes
+        self.program, self.sizes, self.seconds = program, sizes_bytes, seconds
+        self.how: set[str] = set()
         groups = clusters(program)
         self.cluster_seconds = [sum(seconds[op] for op in ops) for ops in groups]
         owner = cluster_of(program)
@@ -115,39 +128,39 @@ class _Model:
                     columns = have(value, is_early)
                     if columns is not None and self.offset + cluster not in columns:
                         rows.append((0.0, {**columns, self.offset + cluster: -1.0}))
-        self.scale = max(1, max((sizes_bytes[v] for v in self.candidates), default=1))
+        self.scale = solver.scale_of(max((sizes_bytes[v] for v in self.candidates), default=1))
         self.bytes_row = len(rows)
         weights = {self.column[v]: sizes_bytes[v] / self.scale for v in self.candidates if sizes_bytes[v]}
         upper = np.ones(count)
         for cluster in range(len(groups)):
             if not rerunnable(program, cluster):
                 upper[self.offset + cluster] = 0.0
-        self.second_scale = max(max(self.cluster_seconds, default=0.0), 1e-12)
+        self.second_scale = (
+            max(max(self.cluster_seconds, default=0.0), 1e-12) / 1000
+        )  # as of bytes: see `solver.scale_of`
         self.costs = np.zeros(count)
         self.costs[self.offset :] = [s / self.second_scale for s in self.cluster_seconds]
         # a hair for every rerun op, so that no op reruns for nothing
-        self.costs[self.offset :] += 1e-9
+        self.costs[self.offset :] += 1e-6
         self.weights = np.zeros(count)
         for index, weight in weights.items():
             self.weights[index] = weight
-        self.highs = solver()
-        lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = count, len(rows) + 2
-        lp.col_cost_ = self.costs
-        lp.col_lower_, lp.col_upper_ = np.zeros(count), upper
-        infinity = highspy.kHighsInf
-        lp.row_lower_ = np.array([low for low, _ in rows] + [-infinity, -infinity])
-        lp.row_upper_ = np.array([infinity] * len(rows) + [infinity, infinity])
+        infinity = np.inf
         second_row = {i: float(c) for i, c in enumerate(self.costs) if c}
-        table: list[dict[int, float]] = [columns for _, columns in rows] + [weights, second_row]
-        starts = np.cumsum([0, *(len(columns) for columns in table)])
-        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-        lp.a_matrix_.start_ = starts.astype(np.int32)
-        lp.a_matrix_.index_ = np.array([i for columns in table for i in columns], dtype=np.int32)
-        lp.a_matrix_.value_ = np.array([c for columns in table for c in columns.values()])
-        lp.integrality_ = [highspy.HighsVarType.kInteger] * count
-        self.count = count
-        self.highs.passModel(lp)
+        self.mixed = MixedProgram.of(
+            [(list(columns), list(columns.values())) for columns in (*(c for _, c in rows), weights, second_row)],
+            row_low=[*(low for low, _ in rows), -infinity, -infinity],
+            row_high=[infinity] * (len(rows) + 2),
+            costs=self.costs,
+            lower=np.zeros(count),
+            upper=upper,
+            integer=np.ones(count, dtype=bool),
+        )
+
+    @functools.cached_property
+    def corners(self) -> list[frozenset[int]]:
+        """The hull's kept sets from the most bytes down. The last keeps the fewest bytes that are possible."""
+        return [self.used(kept | self.free) for kept in hull(self.program, self.sizes, self.seconds, MANY)]
 
     def enumerate(self, total: int, many: int) -> list[Point]:
         """Points from the most bytes down to keeping nothing (or the least that is possible)."""
@@ -158,6 +171,9 @@ class _Model:
             if len(points) > many / 2:
                 step = max(step, math.ceil(2 * total / many))
             kept_bytes = self.bytes_of(kept)
+            if points and MINIMUM_CUTS in self.how:  # what is faster than a corner holds no less than it
+                passed = points[-1].kept_bytes - kept_bytes + 1
+                points[-1] = dataclasses.replace(points[-1], passed_bytes=max(points[-1].passed_bytes, passed))
             # keeping nothing is always looked at, and only once: a few bytes are below the solver's tolerance
             limit = max(0, kept_bytes - step) if limit else -1
             points.append(
@@ -170,30 +186,27 @@ class _Model:
             )
         return points
 
-    def solve(self, limit_bytes: float) -> frozenset[int] | None:
+    def solve(self, limit_bytes: int) -> frozenset[int] | None:
         """The kept set of least seconds within `limit_bytes`, with the fewest bytes of those; None: there is none."""
-        infinity = highspy.kHighsInf
-        every = np.arange(self.count, dtype=np.int32)
-        self.highs.changeRowBounds(self.bytes_row, -infinity, limit_bytes / self.scale)
-        self.highs.changeRowBounds(self.bytes_row + 1, -infinity, infinity)
-        self.highs.changeColsCost(self.count, every, self.costs)
-        fastest = self._run()
-        if fastest is None:
+        program = self._within(self.bytes_row, limit_bytes / self.scale, self.mixed)
+        fastest = solver.solve(program, seconds=POINT_SECONDS)
+        if fastest.verdict is Verdict.OPTIMAL:
+            assert fastest.values is not None
+            self.how.add(fastest.how)
+            least = program.cost(fastest.values) * (1 + 1e-7) + 1e-9
+            fewer = dataclasses.replace(self._within(self.bytes_row + 1, least, program), costs=self.weights)
+            smallest = solver.solve(fewer, seconds=POINT_SECONDS)
+            return self._kept(fastest.values if smallest.values is None else smallest.values)
+        if self.bytes_of(self.used(fewest(self.program, self.sizes, self.seconds) | self.free)) > limit_bytes:
             return None
-        seconds = float(self.costs @ np.round(fastest))
-        self.highs.changeRowBounds(self.bytes_row + 1, -infinity, seconds * (1 + 1e-7) + 1e-9)
-        self.highs.changeColsCost(self.count, every, self.weights)
-        smallest = self._run()
-        return self._kept(fastest if smallest is None else smallest)
+        corner = next((kept for kept in self.corners if self.bytes_of(kept) <= limit_bytes), None)
+        self.how.add(MINIMUM_CUTS)
+        return corner
 
-    def _run(self) -> np.ndarray | None:
-        self.highs.run()
-        status = self.highs.getModelStatus()
-        if status == highspy.HighsModelStatus.kInfeasible:
-            return None
-        if status != highspy.HighsModelStatus.kOptimal:
-            raise TightfitError(f"HiGHS ended with {status} on a unit of {len(self.program.steps)} ops")
-        return np.array(self.highs.getSolution().col_value)
+    def _within(self, row: int, high: float, program: MixedProgram) -> MixedProgram:
+        row_high = program.row_high.copy()
+        row_high[row] = high
+        return dataclasses.replace(program, row_high=row_high)
 
     def _kept(self, solution: np.ndarray) -> frozenset[int]:
         chosen = frozenset(v for v in self.candidates if solution[self.column[v]] > 0.5)
@@ -212,14 +225,3 @@ class _Model:
 
     def seconds_of(self, kept: frozenset[int]) -> float:
         return float(sum(self.cluster_seconds[c] for c in live_clusters(self.program, kept)))
-
-
-def solver() -> highspy.Highs:
-    """HiGHS, silent, on one thread, the same answer every time, and to a gap of zero."""
-    highs = highspy.Highs()
-    highs.setOptionValue("output_flag", False)
-    highs.setOptionValue("threads", 1)
-    highs.setOptionValue("random_seed", 0)
-    highs.setOptionValue("mip_rel_gap", 0.0)
-    highs.setOptionValue("mip_abs_gap", 1e-9)
-    return highs

@@ -532,6 +532,10 @@ def _reason(trace: Trace, plan: Plan, owner: str) -> str:
 
 
 def _proven(plan: Plan) -> str:
+    return "; ".join([_status(plan), *([f"solved by {', '.join(plan.solved_by)}"] if plan.solved_by else [])])
+
+
+def _status(plan: Plan) -> str:
     if plan.status is Status.OPTIMAL:
         return "status: optimal, proven under the planner's model"
     if not plan.recompute_seconds:

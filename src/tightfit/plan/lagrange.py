@@ -1,0 +1,111 @@
+"""One option for each unit without a solver: Lagrangian prices, repair, and descent.
+
+Idea: put a price on the bytes of every moment of the step. Each unit then chooses alone, and what all of them cost
+together is a bound on every choice that fits (Fisher, Management Science 27(1), 1981). The prices follow the moments
+that are too full (a subgradient, with Polyak's step). A choice that does not fit is repaired by the exchange that frees
+most bytes for a second, and one that fits is improved by any exchange that still does.
+
+Invariant: a choice that is returned fits; the bound is below every choice that fits.
+Refused: proof that nothing fits. `plan.choose` asks here where the solver has no answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["cheapest", "lowest"]
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Whole = np.ndarray[Any, np.dtype[np.int64]]
+
+#: Prices are changed so often, and a choice is repaired after every so many changes.
+_ROUNDS, _REPAIRS_EVERY = 300, 25
+
+
+def cheapest(seconds: Floats, usage: Floats, room: Floats, groups: Sequence[slice]) -> tuple[list[int] | None, float]:
+    """A column of each group, few seconds in all, `usage[:, columns].sum() <= room` in every row; and a bound.
+
+    `seconds`: (columns,); `usage`: bytes, (rows, columns); `room`: bytes, (rows,). None: no choice was found.
+    """
+    scale = float(max(1.0, np.abs(usage).max(initial=0.0)))
+    usage, room = usage / scale, room / scale
+    prices = np.zeros(len(room))
+    best: list[int] | None = None
+    best_seconds, bound, eager = np.inf, -np.inf, 1.0
+    since = 0
+    for turn in range(_ROUNDS):
+        priced = seconds + prices @ usage
+        chosen = [group.start + int(np.argmin(priced[group])) for group in groups]
+        over = usage[:, chosen].sum(axis=1) - room
+        rounding = 1e-12 * float(np.abs(priced[chosen]).sum() + prices @ np.abs(room))
+        value = float(priced[chosen].sum() - prices @ room) - rounding
+        since = 0 if value > bound else since + 1
+        bound = max(bound, value)
+        if since >= 15:
+            eager, since = eager / 2, 0
+        if turn % _REPAIRS_EVERY == 0 or (over <= 0).all():
+            fitting = _repaired(seconds, usage, room, groups, chosen)
+            if fitting is not None and float(seconds[fitting].sum()) < best_seconds:
+                best, best_seconds = fitting, float(seconds[fitting].sum())
+        if best_seconds - bound <= 1e-12 + 1e-9 * abs(bound):
+            break
+        # a row with room left and no price would only pull the length of the step
+        steep = np.where((over > 0) | (prices > 0), over, 0.0)
+        length = float(steep @ steep)
+        if length < 1e-18:
+            break
+        target = best_seconds if best is not None else value + 0.1 * (abs(value) + float(seconds.max(initial=0.0)))
+        prices = np.maximum(0.0, prices + eager * max(target - value, 1e-12) / length * steep)
+    return best, min(bound, best_seconds)
+
+
+def lowest(seconds: Floats, usage: Floats, base: Floats, groups: Sequence[slice]) -> list[int]:
+    """A column of each group, so that the largest of `base + usage[:, columns].sum()` is low.
+
+    By descent, unit by unit, from the last column of each. Of equal ones that of the fewest `seconds`.
+    """
+    chosen = [group.stop - 1 for group in groups]
+    level = base + usage[:, chosen].sum(axis=1)
+    for _ in range(20):
+        before = list(chosen)
+        for index, group in enumerate(groups):
+            without = level - usage[:, chosen[index]]
+            tops = (without[:, None] + usage[:, group]).max(axis=0, initial=-np.inf)
+            column = group.start + int(np.lexsort((seconds[group], tops))[0])
+            chosen[index] = column
+            level = without + usage[:, column]
+        if chosen == before:
+            break
+    return chosen
+
+
+def _repaired(
+    seconds: Floats, usage: Floats, room: Floats, groups: Sequence[slice], start: Sequence[int]
+) -> list[int] | None:
+    """A choice near `start` that fits, improved; None: none was found."""
+    chosen = list(start)
+    group_of = np.concatenate([np.full(group.stop - group.start, i) for i, group in enumerate(groups)])
+    over = usage[:, chosen].sum(axis=1) - room
+    while (too_much := float(np.maximum(over, 0.0).sum())) > 0:
+        current = np.array(chosen)[group_of]
+        after = np.maximum(over[:, None] + usage - usage[:, current], 0.0).sum(axis=0)
+        freed = too_much - after
+        dearer = np.maximum(seconds - seconds[current], 0.0) + 1e-15
+        worth = np.where(freed > 1e-12, freed / dearer, -1.0)
+        column = int(np.argmax(worth))
+        if worth[column] < 0:
+            return None
+        over += usage[:, column] - usage[:, chosen[group_of[column]]]
+        chosen[group_of[column]] = column
+    while True:
+        current = np.array(chosen)[group_of]
+        fits = (over[:, None] + usage - usage[:, current] <= 0).all(axis=0)
+        saved = np.where(fits, seconds[current] - seconds, 0.0)
+        column = int(np.argmax(saved))
+        if saved[column] <= 1e-15:
+            return chosen
+        over += usage[:, column] - usage[:, chosen[group_of[column]]]
+        chosen[group_of[column]] = column

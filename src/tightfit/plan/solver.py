@@ -1,0 +1,271 @@
+"""Mixed-integer programs, solved in such a way that no plan is lost to the solver.
+
+Idea: a solver's answer is a claim. A point is believed when it satisfies the rows, which is checked here, in plain
+arithmetic. After an error, or a point that breaks its own rows, the same program is put again: rows rescaled, then
+rescaled and without presolve. What is left unsolved then is for the caller, whose own method knows the problem.
+
+Invariant: `Answer.values` satisfies every row, every bound and the integrality to `TOLERANCE`, whatever the solver
+said. `Answer.bound` is the solver's, and never above the cost of a point that is known.
+Refused: nothing. A solver that cannot be imported, raises, or hangs past its time is an unsolved program.
+
+Solver: HiGHS (Huangfu and Hall, Math. Prog. Comp. 10, 2018).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Answer", "Claim", "MixedProgram", "Verdict", "solve"]
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+#: A row may be broken by this much, in the units of the row, and an integer missed by it: twice what HiGHS promises.
+TOLERANCE = 2e-6
+
+
+def scale_of(largest_bytes: float) -> float:
+    """By what to divide the bytes of a row: the largest becomes a thousand, so that a broken tolerance is a byte or so
+    even among gigabytes, and two releases of a solver do not differ by what they let pass."""
+    return max(1.0, largest_bytes / 1000)
+
+
+class Verdict(enum.Enum):
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"  # a point, not proven to be the best
+    INFEASIBLE = "infeasible"
+    UNSOLVED = "unsolved"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MixedProgram:
+    """Minimise `costs @ x` where `row_low <= rows @ x <= row_high`, `lower <= x <= upper`, some `x` whole numbers.
+
+    The rows are compressed: row r has the columns `indices[starts[r]:starts[r + 1]]` and as many `coefficients`.
+    """
+
+    costs: Floats  # (columns,)
+    lower: Floats  # (columns,)
+    upper: Floats  # (columns,)
+    integer: np.ndarray[Any, np.dtype[np.bool_]]  # (columns,)
+    starts: np.ndarray[Any, np.dtype[np.int32]]  # (rows + 1,)
+    indices: np.ndarray[Any, np.dtype[np.int32]]
+    coefficients: Floats
+    row_low: Floats  # (rows,)
+    row_high: Floats  # (rows,)
+
+    @classmethod
+    def of(
+        cls,
+        rows: Iterable[tuple[Sequence[int], Sequence[float]]],
+        *,
+        row_low: Sequence[float],
+        row_high: Sequence[float],
+        costs: Floats,
+        lower: Floats,
+        upper: Floats,
+        integer: np.ndarray[Any, np.dtype[np.bool_]],
+    ) -> MixedProgram:
+        """From rows as pairs of (columns, coefficients)."""
+        table = list(rows)
+        return cls(
+            costs=costs,
+            lower=lower,
+            upper=upper,
+            integer=integer,
+            starts=np.cumsum([0, *(len(columns) for columns, _ in table)]).astype(np.int32),
+            indices=np.array([i for columns, _ in table for i in columns], dtype=np.int32),
+            coefficients=np.array([c for _, coefficients in table for c in coefficients], dtype=np.float64),
+            row_low=np.array(row_low, dtype=np.float64),
+            row_high=np.array(row_high, dtype=np.float64),
+        )
+
+    def extended(self, row: tuple[Sequence[int], Sequence[float]], *, high: float, cost: float) -> MixedProgram:
+        """With one more column, real and not negative, that costs `cost`, and one more row, at most `high`."""
+        columns, coefficients = row
+        return dataclasses.replace(
+            self,
+            costs=np.append(self.costs, cost),
+            lower=np.append(self.lower, 0.0),
+            upper=np.append(self.upper, np.inf),
+            integer=np.append(self.integer, False),
+            starts=np.append(self.starts, self.starts[-1] + len(columns)).astype(np.int32),
+            indices=np.append(self.indices, columns).astype(np.int32),
+            coefficients=np.append(self.coefficients, coefficients),
+            row_low=np.append(self.row_low, -np.inf),
+            row_high=np.append(self.row_high, high),
+        )
+
+    def rescaled(self) -> MixedProgram:
+        """The same program with every row, and the costs, divided by a power of two near the middle of its sizes."""
+        scale = np.ones(len(self.row_low))
+        for row in range(len(scale)):
+            sizes = np.abs(self.coefficients[self.starts[row] : self.starts[row + 1]])
+            scale[row] = _middle(sizes)
+        factors = np.repeat(scale, np.diff(self.starts))
+        return dataclasses.replace(
+            self,
+            costs=self.costs / _middle(np.abs(self.costs)),
+            coefficients=self.coefficients / factors,
+            row_low=self.row_low / scale,
+            row_high=self.row_high / scale,
+        )
+
+    def holds(self, values: Floats) -> bool:
+        """Does `values` satisfy the program?"""
+        if values.shape != self.costs.shape or not np.isfinite(values).all():
+            return False
+        if ((values < self.lower - TOLERANCE) | (values > self.upper + TOLERANCE)).any():
+            return False
+        sums = np.zeros(len(self.row_low))
+        rows = np.repeat(np.arange(len(sums)), np.diff(self.starts))
+        np.add.at(sums, rows, self.coefficients * values[self.indices])
+        return bool(((sums >= self.row_low - TOLERANCE) & (sums <= self.row_high + TOLERANCE)).all())
+
+    def cost(self, values: Floats) -> float:
+        return float(self.costs @ values)
+
+
+def _middle(sizes: Floats) -> float:
+    """The power of two next to the geometric mean of the least and the largest of `sizes` that are not zero."""
+    positive = sizes[sizes > 0]
+    if not len(positive):
+        return 1.0
+    return float(2.0 ** np.round((np.log2(positive.min()) + np.log2(positive.max())) / 2))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What a solver says. Nothing of it is believed yet."""
+
+    verdict: Verdict
+    said: str  # the solver's own word for how it ended
+    values: Floats | None = None
+    bound: float = float("-inf")
+    out_of_time: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """`values` unless the verdict is INFEASIBLE or UNSOLVED; `how` names the solver and what it took."""
+
+    verdict: Verdict
+    how: str
+    values: Floats | None = None
+    bound: float = float("-inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One way to put a program to the solver."""
+
+    how: str
+    rescaled: bool
+    presolve: bool
+
+
+ATTEMPTS = (
+    Attempt(how="HiGHS", rescaled=False, presolve=True),
+    Attempt(how="HiGHS, rows rescaled", rescaled=True, presolve=True),
+    Attempt(how="HiGHS, rows rescaled, no presolve", rescaled=True, presolve=False),
+)
+
+
+def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> Claim:
+    """HiGHS: silent, on one thread, the same answer every time. `gap` is relative; zero is exact."""
+    import highspy  # a machine without it plans by the callers' own methods
+
+    solver = highspy.Highs()
+    for option, value in (
+        ("output_flag", False), ("threads", 1), ("random_seed", 0), ("mip_rel_gap", gap), ("mip_abs_gap", 1e-9),
+        ("time_limit", seconds), ("presolve", "choose" if presolve else "off"),
+    ):  # fmt: skip
+        solver.setOptionValue(option, value)
+    infinity = highspy.kHighsInf
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = len(program.costs), len(program.row_low)
+    lp.col_cost_, lp.col_lower_ = program.costs, program.lower
+    lp.col_upper_ = np.where(np.isinf(program.upper), infinity, program.upper)
+    lp.row_lower_ = np.where(np.isinf(program.row_low), -infinity, program.row_low)
+    lp.row_upper_ = np.where(np.isinf(program.row_high), infinity, program.row_high)
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.start_, lp.a_matrix_.index_ = program.starts, program.indices
+    lp.a_matrix_.value_ = program.coefficients
+    kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
+    lp.integrality_ = [kinds[int(whole)] for whole in program.integer]
+    solver.passModel(lp)
+    solver.run()
+    status, info = solver.getModelStatus(), solver.getInfo()
+    verdict = {
+        highspy.HighsModelStatus.kOptimal: Verdict.OPTIMAL,
+        highspy.HighsModelStatus.kInfeasible: Verdict.INFEASIBLE,
+    }.get(status, Verdict.FEASIBLE if info.primal_solution_status == 2 else Verdict.UNSOLVED)
+    found = verdict in (Verdict.OPTIMAL, Verdict.FEASIBLE)
+    return Claim(
+        verdict=verdict,
+        said=str(status).rpartition(".")[2],
+        values=np.array(solver.getSolution().col_value, dtype=np.float64) if found else None,
+        bound=float(info.mip_dual_bound),
+        out_of_time=status == highspy.HighsModelStatus.kTimeLimit,
+    )
+
+
+#: What is asked; tests put saboteurs here.
+engine: Callable[[MixedProgram, float, float, bool], Claim] = highs
+
+
+def solve(program: MixedProgram, *, seconds: float, gap: float = 0.0, attainable: bool = False) -> Answer:
+    """Minimise `program` within about `seconds`, to a relative `gap`. `attainable`: a point is known to exist, so that
+    a claim of the contrary is an error like any other.
+    """
+    until = time.monotonic() + seconds
+    best: Answer | None = None
+    said: list[str] = []
+    for attempt in ATTEMPTS:
+        left = until - time.monotonic()
+        if left <= 0:
+            break
+        put = program.rescaled() if attempt.rescaled else program
+        try:
+            claim = engine(put, left, gap, attempt.presolve)
+        except Exception as error:  # whatever ends a solver must not end the plan
+            said.append(f"{type(error).__name__}: {error}")
+            continue
+        said.append(claim.said)
+        if claim.verdict is Verdict.INFEASIBLE and best is None and not attainable:
+            return Answer(verdict=Verdict.INFEASIBLE, how=attempt.how)
+        if claim.values is None:
+            if claim.out_of_time:
+                break
+            continue
+        values = claim.values
+        if values.shape == program.costs.shape:
+            values = np.where(program.integer, np.round(values), values)
+        if not program.holds(values):
+            said[-1] += ", with a point that breaks its rows"
+            continue
+        cost = program.cost(values)
+        bound = claim.bound * _cost_scale(program, put)
+        slack = TOLERANCE * max(1.0, abs(cost))
+        bound = min(bound, cost) if bound <= cost + slack else -np.inf  # the latter also where it is no number
+        proven = claim.verdict is Verdict.OPTIMAL and bound >= cost - slack - gap * abs(cost)
+        if best is None or best.values is None or cost < program.cost(best.values):
+            verdict = Verdict.OPTIMAL if proven else Verdict.FEASIBLE
+            best = Answer(verdict=verdict, how=attempt.how, values=values, bound=bound)
+        if proven or claim.out_of_time:
+            return best
+    return best or Answer(verdict=Verdict.UNSOLVED, how="; ".join(dict.fromkeys(said)) or "no time")
+
+
+def _cost_scale(program: MixedProgram, put: MixedProgram) -> float:
+    """What a cost of `put` is worth in `program`'s."""
+    largest = int(np.argmax(np.abs(program.costs))) if len(program.costs) else 0
+    if not len(program.costs) or not put.costs[largest]:
+        return 1.0
+    return float(program.costs[largest] / put.costs[largest])

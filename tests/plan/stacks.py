@@ -1,0 +1,75 @@
+"""Steps of small real modules whose every plan can be tried: keep sets of every unit, judged by `simulate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import torch
+from torch import nn
+
+import tightfit
+from tightfit.core import Action, Choice, Trace
+from tightfit.plan.simulate import simulate_choices
+
+
+class Gated(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, 2 * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.inner(x).chunk(2, -1)
+        return x + torch.tanh(a) * torch.sigmoid(b)
+
+
+class Stack(nn.Module):
+    def __init__(self, depth: int, width: int, head: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Gated(width) for _ in range(depth))
+        self.head = nn.Linear(width, head)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).exp().mean()
+
+
+@functools.cache
+def traced(depth: int, width: int, head: int, rows: int) -> Trace:
+    torch.manual_seed(0)
+    model = Stack(depth, width, head)
+    trace = tightfit.trace(model, torch.randn(rows, width))
+    # seconds that do not depend on the machine: bytes written, with a floor
+    sizes = {v.id: v.size_bytes for v in trace.values}
+    ops = tuple(
+        dataclasses.replace(op, seconds=1e-3 + 1e-6 * sum(sizes[v] for v in op.outputs if v is not None))
+        for op in trace.ops
+    )
+    return dataclasses.replace(trace, ops=ops)
+
+
+@functools.cache
+def brute_force(depth: int, width: int, head: int, rows: int) -> tuple[tuple[int, float], ...]:
+    """(peak, recompute seconds) of every combination of what the units keep, keeping all among them."""
+    trace = traced(depth, width, head, rows)
+    program = trace.programs[0]
+    candidates = sorted({v for v in program.needed} | {v for step in program.steps for v in step.reads})
+    free = set(program.held)
+    options = []
+    for count in range(len(candidates) + 1):
+        for chosen in itertools.combinations([v for v in candidates if v not in free], count):
+            kept = frozenset(chosen) | free
+            actions = tuple(Action.KEEP if v in kept else Action.RECOMPUTE for v in range(program.values))
+            options.append(actions)
+    options = list(dict.fromkeys([*options, (Action.KEEP,) * program.values]))
+    found = []
+    for combination in itertools.product(options, repeat=depth):
+        choices = tuple(
+            Choice(unit=unit.path, actions=actions, signature=unit.signature, program=unit.digest)
+            for unit, actions in zip(trace.units, combination, strict=True)
+        )
+        line = simulate_choices(trace, choices)
+        found.append((line.peak_bytes, line.recompute_seconds))
+    return tuple(found)
