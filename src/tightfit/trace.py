@@ -34,7 +34,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from tightfit.core import (
     Category,
@@ -176,18 +176,26 @@ def is_uncounted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return False
 
 
-def _cpu_flash_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Scores, and their product with the values. Grouped keys and values serve all heads of the query."""
+    batch, heads, queries, width = query.shape
+    return 2 * int(batch * heads * queries * key.shape[2]) * int(width + value.shape[3])
 
 
-def _cpu_flash_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """The scores again, their gradient, and those of values, queries and keys (Dao et al., arXiv:2205.14135)."""
+    batch, heads, queries, width = query.shape
+    return 2 * int(batch * heads * queries * key.shape[2]) * int(3 * width + 2 * value.shape[3])
 
 
-# torch's own counter misses the CPU attention kernel (4.3 % of a GPT-2 step)
+# torch's own counter misses the CPU kernel (4.3 % of a GPT-2 step), and that of torch 2.11 refuses grouped queries
 _OWN_FLOPS = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash_flops,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_flash_backward_flops,
+    packet: formula
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    for packet, formula in (
+        (getattr(_aten, f"_scaled_dot_product_{kind}"), _attention_flops),
+        (getattr(_aten, f"_scaled_dot_product_{kind}_backward"), _attention_backward_flops),
+    )
 }
 #: Ops of libraries that may not be there, by namespace and name.
 _OTHERS_FLOPS: dict[str, dict[str, Callable[..., int]]] = {

@@ -205,7 +205,8 @@ class _Region(TorchDispatchMode):
         self.seen: list[_Seen] = []
         self.makers: dict[int, tuple[Any, frozenset[int]]] = {}  # by tensor: itself, and the ops that made it
         self.length = 0
-        self.mode, self.replay = create_selective_checkpoint_contexts(self._note)
+        self.mode, self.replay = create_selective_checkpoint_contexts(self._policy)
+        self.asked = False
         super().__init__()
 
     @property
@@ -228,9 +229,18 @@ class _Region(TorchDispatchMode):
             self._settle()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.mode.__torch_dispatch__(func, types, args, kwargs)
+        self.asked = False
+        out = self.mode.__torch_dispatch__(func, types, args, kwargs)
+        if self.asked:
+            self._note(func, args, kwargs or {}, out)
+        return out
 
-    def _note(self, context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    def _policy(self, context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        """Torch asks before the op has run (2.11) or after it (2.13), and not for every op."""
+        self.asked = True
+        return CheckpointPolicy.PREFER_SAVE
+
+    def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         graph = _graph()
         nodes: list[Any] = []
         if graph is not None:
@@ -240,11 +250,10 @@ class _Region(TorchDispatchMode):
             *(self.makers[id(t)][1] for t in tensors_in((args, kwargs)) if id(t) in self.makers), ()
         )
         made = sources if func.is_view else frozenset({len(self.seen)})
-        for tensor in tensors_in(context.op_output):
+        for tensor in tensors_in(out):
             self.makers[id(tensor)] = tensor, made
         weighs = costs_flops(op_name(func)) or is_random(func, args, kwargs)
         self.seen.append(_Seen(op_name(func), nodes, sources, func.is_view, weighs))
-        return CheckpointPolicy.PREFER_SAVE
 
     def _settle(self) -> None:
         self.makers.clear()
