@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+from tightfit import stdout
 from tightfit.core import (
     BudgetInfeasible,
     InvalidInput,
@@ -62,6 +64,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class _Command(TyperCommand):
+    """A command whose libraries print to stderr; its own result goes to `stdout.results()`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with stdout.for_libraries():
+            return super().invoke(ctx)
+
 
 # ----------------------------------------------------------------------------------------------- options
 
@@ -181,7 +192,12 @@ def _stderr() -> Console:
 def _stdout() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(file=stdout.results(), highlight=False)
+
+
+def _emit(text: str) -> None:
+    """A line of the result."""
+    typer.echo(text, file=stdout.results())
 
 
 @contextlib.contextmanager
@@ -198,7 +214,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 # ---------------------------------------------------------------------------------------------- commands
 
 
-@app.command()
+@app.command(cls=_Command)
 def measure(
     model: Model,
     batch: Batch = 4,
@@ -249,14 +265,14 @@ def measure(
             _write_page(html, measurement_document(measured, study(traces[0], measured.plan)))
     _say_if_above_all(budget)
     if as_json:
-        typer.echo(json.dumps(measurement_report(measured)))
+        _emit(json.dumps(measurement_report(measured)))
     else:
         _stdout().print(measurement_table(measured))
     if any(row.gradients == "differs" for row in measured.rows):
         raise typer.Exit(EXIT_NO)
 
 
-@app.command()
+@app.command(cls=_Command)
 def check(
     model: Model,
     gpu: Annotated[str, typer.Option(help="A GPU of the catalog (rtx-4090), a size (24GiB), or all.")] = "rtx-4090",
@@ -308,7 +324,7 @@ def check(
 
         text = forecast.calibrated("here", device_named(device))
         write_text(calibrate, text)
-        typer.echo(f"{calibrate}: use it with TIGHTFIT_CATALOG={calibrate} and --gpu here")
+        _emit(f"{calibrate}: use it with TIGHTFIT_CATALOG={calibrate} and --gpu here")
         return
     told: tuple[str, ...] = ()
     if lengths is not None:
@@ -326,7 +342,7 @@ def check(
             answers = forecast.which_gpus(setup, budget=budget, progress=say)
         answers = [dataclasses.replace(a, notes=(*told, *a.notes)) for a in answers]
         if as_json:
-            typer.echo(json.dumps({**forecast_report(answers[0]), "gpus": [forecast_report(a) for a in answers]}))
+            _emit(json.dumps({**forecast_report(answers[0]), "gpus": [forecast_report(a) for a in answers]}))
         else:
             _stdout().print(gpus_table(answers))
         if not any(answer.fits for answer in answers):
@@ -341,14 +357,14 @@ def check(
             say("planning for other budgets too, for the page")
             _write_page(html, forecast_document(answer, study(traces[0], answer.plan)))
     if as_json:
-        typer.echo(json.dumps(forecast_report(answer)))
+        _emit(json.dumps(forecast_report(answer)))
     else:
         _stdout().print(forecast_table(answer))
     if not answer.fits:
         raise typer.Exit(EXIT_NO)
 
 
-@app.command()
+@app.command(cls=_Command)
 def plan(
     model: Model,
     batch: Batch = 4,
@@ -410,17 +426,17 @@ def plan(
     made.save(out)
     _say_if_above_all(budget)
     if as_json:
-        typer.echo(json.dumps({"path": str(out), **plan_report(made)}))
+        _emit(json.dumps({"path": str(out), **plan_report(made)}))
         return
     if explain:
         _stdout().print(explained(recorded, made))
-    typer.echo(
+    _emit(
         f"{out}: {made.status.value}, peak {format_bytes(made.peak_bytes)} of a budget of "
         f"{format_bytes(made.budget_bytes)}, {made.replays} units replayed"
     )
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(cls=_Command, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
     config: Annotated[
@@ -513,18 +529,16 @@ def train(
     result = training.train(options, _stderr())
     _say_if_above_all(str(result.options.budget))
     if as_json:
-        typer.echo(json.dumps(training.to_report(result)))
+        _emit(json.dumps(training.to_report(result)))
     else:
-        from rich.console import Console
-
-        Console().print(training.summary(result))
+        _stdout().print(training.summary(result))
     if result.status == "interrupted":
         raise typer.Exit(EXIT_INTERRUPTED)
     if not result.passed:
         raise typer.Exit(EXIT_NO)
 
 
-@app.command()
+@app.command(cls=_Command)
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `tightfit train` left.")],
     out: Annotated[Path | None, typer.Option(help="Where to write the page.", show_default="RUN/report.html")] = None,
@@ -546,10 +560,10 @@ def report(
     if png is not None:
         draw(document, png)
     if as_json:
-        typer.echo(json.dumps({"path": str(target), **{k: v for k, v in document.items() if k != "study"}}))
+        _emit(json.dumps({"path": str(target), **{k: v for k, v in document.items() if k != "study"}}))
     else:
         _stdout().print(run_table(document))
-        typer.echo(f"{target}")
+        _emit(f"{target}")
     if not document["good"]:
         raise typer.Exit(EXIT_NO)
 
@@ -582,7 +596,7 @@ def _write_page(path: Path, document: dict[str, Any]) -> None:
     write_text(path, page(document))
 
 
-@app.command()
+@app.command(cls=_Command)
 def doctor(
     asked: Annotated[
         str | None,
@@ -643,11 +657,11 @@ def doctor(
         found = consultation.findings(run=run, peak=peak, setup=setup, deep=deep, progress=say)
     report = consultation.document(case, found, peak, deep=deep)
     if as_json:
-        typer.echo(json.dumps({**record, **report}))
+        _emit(json.dumps({**record, **report}))
     else:
         width = max(len(name) for name in record)
         for name, value in record.items():
-            typer.echo(f"{name:<{width}}  {'not installed' if value is None else value}")
+            _emit(f"{name:<{width}}  {'not installed' if value is None else value}")
         _stdout().print(doctor_table(report))
     if case is not None and report["bites"]:
         raise typer.Exit(EXIT_NO)
@@ -678,6 +692,14 @@ def _environment_record() -> dict[str, str | None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. Errors are one line on stderr."""
     asked = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with stdout.own():
+            return _run(asked)
+    except BrokenPipeError:  # the reader of the result (`| head`) has gone
+        return EXIT_NO
+
+
+def _run(asked: list[str]) -> int:
     debug = "--debug" in asked
     given = [argument for argument in asked if argument != "--debug"]  # so that it may stand after the command too
     try:
@@ -703,9 +725,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # the reader of stdout (`| head`) has gone; keep Python from complaining about it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_NO
+        raise
     except Exception as error:
         _tell_launcher(error)
         if debug:

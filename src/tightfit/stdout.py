@@ -1,0 +1,104 @@
+"""Standard output belongs to the result of a command, by construction.
+
+Idea: while a command runs, file descriptor 1 is standard error, and so is Python's `sys.stdout`. The result goes to a
+descriptor of its own, which was descriptor 1 before. So a banner of a native library, a `print` of a Python package and
+the output of a child process cannot end up inside a JSON document, whenever they come.
+
+Invariant: afterwards descriptors and streams are what they were. A standard stream that is closed is the null device
+while a command runs, so that no file that is opened can take its number and receive what was meant for it.
+Refused: nothing; without a descriptor 1, as on some embedded interpreters, only Python's streams are turned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TextIO
+
+__all__ = ["for_libraries", "own", "results"]
+
+_results: ContextVar[TextIO | None] = ContextVar("results", default=None)
+
+
+def results() -> TextIO:
+    """Where the result of the running command goes; outside a command `sys.stdout`."""
+    return _results.get() or sys.stdout
+
+
+@contextlib.contextmanager
+def own() -> Iterator[None]:
+    """Descriptor 1 is standard error within; `sys.stdout`, where it wrote there, writes to what descriptor 1 was.
+
+    Raises `BrokenPipeError` on leaving when the reader of the result has gone.
+    """
+    with _open_streams():
+        kept = os.dup(1)  # not inherited by children
+        bound = _writes_to(sys.stdout, 1)
+        before = sys.stdout
+        before.flush()
+        _flush_native()
+        os.dup2(2, 1)
+        if bound:
+            sys.stdout = open(  # noqa: SIM115 - closed below, without the descriptor
+                kept, "w", encoding=before.encoding, errors=before.errors, closefd=False,
+                buffering=1 if getattr(before, "line_buffering", False) else -1,
+            )  # fmt: skip
+        try:
+            yield
+            sys.stdout.flush()
+        finally:
+            if bound:
+                with contextlib.suppress(OSError):
+                    sys.stdout.close()
+                sys.stdout = before
+            _flush_native()  # what a library has buffered is not to come out on descriptor 1 later
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+@contextlib.contextmanager
+def for_libraries() -> Iterator[None]:
+    """`sys.stdout` is standard error within, and `results()` what it was."""
+    token = _results.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.reset(token)
+
+
+@contextlib.contextmanager
+def _open_streams() -> Iterator[None]:
+    """The standard streams exist within."""
+    lent: list[int] = []
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free is the one that is opened
+        lent.append(number)
+    streams = sys.stdout, sys.stderr
+    with open(number, "w") as nowhere:
+        if sys.stdout is None:
+            sys.stdout = nowhere
+        if sys.stderr is None:
+            sys.stderr = nowhere
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = streams
+            for number in lent:
+                os.close(number)
+
+
+def _writes_to(stream: TextIO, number: int) -> bool:
+    try:
+        return stream.fileno() == number
+    except (OSError, ValueError, AttributeError):  # a stream in memory, or a closed one
+        return False
+
+
+def _flush_native() -> None:
+    """Write out what C libraries have printed and not flushed yet."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no C library to be asked by that name
+        ctypes.CDLL(None).fflush(None)
