@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -17,10 +18,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from rich.console import Console
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import tightfit
+from tightfit import recipe
 from tightfit import train as training
 from tightfit.core import InvalidInput, Plan, TightfitError
 from tightfit.integrations.recovery import OutOfMemory, Recovery, lower
@@ -557,6 +560,28 @@ def test_wrong_data(place: Path, tmp_path: Path) -> None:
         with pytest.raises(InvalidInput, match=said):
             train(options(place, tmp_path / "run", data=str(tmp_path / name)))
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("names", [(), ("notes.xyz",), ("sub/notes.xyz",), (".hidden",)])
+def test_a_folder_without_data_says_so(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("hello")
+    with pytest.raises(InvalidInput, match=r"holds no data files: expected .csv, .json, .jsonl, .parquet or .txt"):
+        recipe._local(str(tmp_path), "text")
+
+
+def test_the_progress_line_reads_whole_at_80_columns() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    bar = training._progress_bar(console)
+    figures = training._figures(12.345, 123_456, 189 << 20, (190 << 20) + (1 << 19))
+    task = bar.add_task("train", total=99_999, completed=12_345, figures=figures)
+    bar.update(task)
+    with bar:
+        bar.refresh()
+    line = [each for each in screen.getvalue().splitlines() if "12345/99999" in each][-1]
+    assert "…" not in line and "loss 12.345  123,456 tokens/s  189.0 of 190.5 MiB" in line and line.count(":") == 2
 
 
 def test_local_files_train(place: Path, tmp_path: Path) -> None:

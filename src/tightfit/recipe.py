@@ -33,6 +33,7 @@ from datasets import Dataset, load_dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_dataset
 
 from tightfit.core import InvalidInput
+from tightfit.settings import parse_yaml
 
 __all__ = ["EMBEDDED", "FitArguments", "Recipe", "load_data", "read_config", "resolve"]
 
@@ -90,7 +91,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or str(error)
         raise InvalidInput(f"cannot read the config {str(path)!r}: {reason}") from None
     try:
-        found = yaml.safe_load(text)
+        found = parse_yaml(text, str(path))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark is not None else ""
@@ -257,7 +258,12 @@ def _local(name: str, text_column: str) -> tuple[Any, dict[str, Any], bool]:
     path = Path(name).expanduser()
     if path.is_dir():
         with _one_line(f"cannot load the data in the folder {name!r}"):
-            found = load_dataset(str(path))
+            try:
+                found = load_dataset(str(path))
+            except (IndexError, FileNotFoundError):  # both mean that no file is one that `datasets` reads
+                raise InvalidInput(
+                    f"the folder {name!r} holds no data files: expected {', '.join(sorted(_BUILDERS))} or .txt"
+                ) from None
         return found, {"path": str(path.absolute())}, False
     builder = _BUILDERS.get(path.suffix.lower())
     try:

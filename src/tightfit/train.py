@@ -38,7 +38,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    SpinnerColumn,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -1077,6 +1077,22 @@ class _Losses(TrainerCallback):
         self.rows.append(row)
 
 
+def _progress_bar(console: Console) -> Progress:
+    """One line of which nothing is cut at 80 columns: a bar is drawn where there is room for one besides."""
+    columns: list[ProgressColumn] = [TextColumn("step"), MofNCompleteColumn()]
+    if console.width >= 100:
+        columns.append(BarColumn(bar_width=None))
+    columns += [TextColumn("{task.fields[figures]}"), TimeRemainingColumn()]
+    return Progress(*columns, console=console)
+
+
+def _figures(loss: float, tokens_per_second: float, peak_bytes: int, budget_bytes: int) -> str:
+    peak, budget = format_bytes(peak_bytes), format_bytes(budget_bytes)
+    if peak.split()[1:] == budget.split()[1:]:
+        peak = peak.split()[0]
+    return f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {peak} of {budget}"
+
+
 class _Watch(_Losses):
     """Opens the run folder, writes each step's line to `losses.jsonl` and moves the progress bar."""
 
@@ -1107,15 +1123,7 @@ class _Watch(_Losses):
             running_trainer()._run_epoch = lambda **kwargs: None
         self.file = open(run.folder / "losses.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         if run.progress is not None:
-            self.bar = Progress(
-                SpinnerColumn(),
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=run.progress,
-            )
+            self.bar = _progress_bar(run.progress)
             self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
             self.bar.start()
 
@@ -1137,11 +1145,11 @@ class _Watch(_Losses):
         ):
             run.note_plan()
         if self.bar is not None:
-            figures = (
-                f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  "
-                f"peak {format_bytes(row['peak_bytes'])} of {format_bytes(callback.plan.budget_bytes)}"
+            self.bar.update(
+                self.task,
+                completed=state.global_step,
+                figures=_figures(row["loss"], row["tokens_per_second"], row["peak_bytes"], callback.plan.budget_bytes),
             )
-            self.bar.update(self.task, completed=state.global_step, figures=figures)
 
 
 @contextmanager

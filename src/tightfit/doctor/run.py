@@ -113,10 +113,14 @@ def read_run(path: str | Path, trainer: str | None = None) -> Run:
         raise InvalidInput(f"unknown trainer {trainer!r}: use {', '.join(_TRAINERS)}")
     try:
         import yaml
+
+        from tightfit.settings import parse_yaml
     except ImportError as error:
         raise Unsupported(f"reading a run's YAML needs the package pyyaml ({error})") from None
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    except InvalidInput:
+        raise
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise InvalidInput(f"cannot read the run {str(path)!r}: {error}") from None
     except yaml.YAMLError as error:
