@@ -25,6 +25,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -333,6 +334,9 @@ class Frame:
         self.buffers_after: list[tuple[torch.Tensor, int]] = []  # with their versions when the forward was over
         self.complete_at = 0  # ops to run until every saved tensor has its final content
         self.observe: Callable[[torch.Tensor], None] | None = None  # told of every tensor that is saved
+        # entered around the forward and around a whole replay of it
+        self.contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] = (nullcontext(), nullcontext())
+        self.stops_early = True  # a whole replay ends with the last saved tensor, not with the function
         inputs = tensors_in((args, kwargs))
         kinds = dict.fromkeys(["cpu", *(t.device.type for t in inputs if t.device.type != "meta")])
         self.surroundings = _Surroundings(list(kinds))
@@ -349,7 +353,8 @@ class Frame:
         if self.tape is not None:
             self._borrow(self.tape)
         try:
-            with _activated(), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack), _Watch(self):
+            hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+            with _activated(), hooks, _Watch(self), self.contexts[0]:
                 out = self.forward(*self.args, **self.kwargs)
         except BaseException:
             self.tape = None  # it holds tensors whose history holds it
@@ -640,7 +645,7 @@ class Frame:
         hooks = torch.autograd.graph.saved_tensors_hooks(refill, _never_read)
         module_state = _ModuleState(self.module)
         try:
-            with _activated(), torch.enable_grad(), self.surroundings.restored(), hooks, mode:
+            with _activated(), torch.enable_grad(), self.surroundings.restored(), hooks, mode, self.contexts[1]:
                 _restore_foreign_random_states(self.foreign)
                 self.forward(*args, **kwargs)
         except _Stop:
@@ -908,7 +913,7 @@ class _Replay(TorchDispatchMode):
 
     def stop_if_done(self) -> None:
         """End the replay once every slot is filled and nothing more is written to what fills them."""
-        if self.filled and self.count >= self.frame.complete_at:
+        if self.filled and self.count >= self.frame.complete_at and self.frame.stops_early:
             raise _Stop
 
     def _result(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -10,7 +10,9 @@ gradients. Refused: a `keep` that names no op of the region (`InvalidInput`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -32,21 +34,50 @@ _LEARNT_AT_MOST = 256
 region_stats = Stats()
 
 
-def checkpoint(function: Callable[..., T], *args: Any, keep: Keep | None = None, **kwargs: Any) -> T:
+def checkpoint(
+    function: Callable[..., T],
+    *args: Any,
+    keep: Keep | None = None,
+    use_reentrant: bool | None = False,
+    preserve_rng_state: bool = True,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    context_fn: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] | None = None,
+    **kwargs: Any,
+) -> T:
     """`function(*args, **kwargs)`, holding only its inputs and what `keep` names until backward.
 
     `keep`: op names (`"aten.mm.default"`, `"aten.mm"` or `"mm"`), or a predicate on the full name. Raises
     `InvalidInput` when it matches no op; in backward `ReplayDiverged` when the function does not do the same
     twice. In compiled code the compiler does it, by names only, and none of them need match.
+
+    The other keywords are those of `torch.utils.checkpoint.checkpoint`, and are not passed to `function`:
+
+    - `use_reentrant`: `False` or `None`. `True` is `Unsupported`.
+    - `preserve_rng_state`: either. Random numbers are always the forward's; with others the gradients would be wrong.
+    - `determinism_check`: `"default"`. Every replay is compared bit for bit, so `"none"` is `Unsupported`.
+    - `debug`: an error in backward also says where the region was called.
+    - `early_stop`: `False` has a replay run the function to its end, so that what comes last in it happens again.
+    - `context_fn`: gives two context managers, entered around the forward and around the replay. `Unsupported` in
+      compiled code, and where they are torch's selective checkpointing: that is `keep`. Not together with `keep`
+      (`InvalidInput`), which runs single ops again and not the function.
     """
+    _refuse(use_reentrant, determinism_check, keep is not None and context_fn is not None)
     if torch.compiler.is_compiling():
         if callable(keep):
             refuse_compiled("a compiled region has a function for keep, not the names of ops")
+        if context_fn is not None:
+            refuse_compiled("a compiled region has a context_fn")
         names = {keep} if isinstance(keep, str) else keep
         return run_again(function, args, kwargs, names)  # type: ignore[arg-type]
     if not torch.is_grad_enabled() or is_active():
-        return function(*args, **kwargs)
+        with _contexts(context_fn)[0]:
+            return function(*args, **kwargs)
     name = getattr(function, "__qualname__", type(function).__qualname__)
+    if debug:
+        caller = sys._getframe(1)
+        name = f"{name} (called in {caller.f_code.co_filename}, line {caller.f_lineno})"
     plan = None
     module = function if isinstance(function, torch.nn.Module) else getattr(function, "__self__", None)
     owner = module if isinstance(module, torch.nn.Module) else None
@@ -59,8 +90,42 @@ def checkpoint(function: Callable[..., T], *args: Any, keep: Keep | None = None,
             _learnt[key] = _plan_for(program, keep, name)
             return first
         plan = _learnt[key]
-    out: T = Frame(name, function, args, kwargs, plan, region_stats, owner).run()
+    frame = Frame(name, function, args, kwargs, plan, region_stats, owner)
+    frame.contexts, frame.stops_early = _contexts(context_fn), early_stop
+    out: T = frame.run()
     return out
+
+
+def _refuse(use_reentrant: bool | None, determinism_check: str, both: bool) -> None:
+    """Raise for what is no way to checkpoint here."""
+    if use_reentrant:
+        raise Unsupported(
+            "use_reentrant=True runs backward inside of backward and loses hooks and keyword arguments; tightfit's "
+            "regions are the other way: leave it out, or say use_reentrant=False"
+        )
+    if determinism_check == "none":
+        raise Unsupported(
+            'determinism_check="none" would let a replay that differs pass for the gradient; tightfit compares every '
+            'replay: leave it out, or say determinism_check="default"'
+        )
+    if determinism_check != "default":
+        raise InvalidInput(f'determinism_check={determinism_check!r} is neither "default" nor "none"')
+    if both:
+        raise InvalidInput("keep and context_fn are two ways to treat the ops of a region: give one of them")
+
+
+def _contexts(
+    context_fn: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] | None,
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    if context_fn is None:
+        return nullcontext(), nullcontext()
+    forward, replay = context_fn()
+    if type(forward).__module__ == "torch.utils.checkpoint":
+        raise Unsupported(
+            "context_fn is torch's selective checkpointing, which hides ops from the comparison of the replay: name "
+            'the ops whose results are to be held with keep, as in keep=["mm"]'
+        )
+    return forward, replay
 
 
 def _key(function: Callable[..., Any], args: Any, kwargs: Any, keep: Keep) -> Any:

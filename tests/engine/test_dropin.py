@@ -1,0 +1,375 @@
+"""`tightfit.checkpoint` in the place of `torch.utils.checkpoint.checkpoint`: each promise is put to both."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint as torchs
+from torch import nn
+from torch.nn import functional as F
+
+import tightfit
+from tightfit.core import InvalidInput, ReplayDiverged, Unsupported
+
+Checkpoint = Callable[..., Any]
+WIDTH = 8
+
+
+@pytest.fixture(params=["torch", "tightfit"])
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    function = torchs.checkpoint if request.param == "torch" else tightfit.checkpoint
+    return partial(function, use_reentrant=False)
+
+
+@pytest.fixture
+def layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(WIDTH, WIDTH)
+
+
+def x(requires_grad: bool = True) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(4, WIDTH, requires_grad=requires_grad)
+
+
+def plain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def same(checkpoint: Checkpoint, step: Callable[[Checkpoint], list[torch.Tensor]]) -> None:
+    """What `step` returns does not depend on whether its regions are checkpointed."""
+    torch.manual_seed(5)
+    expected = step(plain)
+    torch.manual_seed(5)
+    found = step(checkpoint)
+    assert len(expected) == len(found)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+
+
+class Counted(nn.Module):
+    """A linear layer with a non-linearity that counts its forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = nn.Linear(WIDTH, WIDTH), []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(1)
+        return self.inner(x).sin().exp()
+
+
+def test_nesting_three_deep(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    def step(through: Checkpoint) -> list[torch.Tensor]:
+        def inmost(y: torch.Tensor) -> torch.Tensor:
+            return F.dropout(layer(y).sin(), 0.3).exp()
+
+        def middle(y: torch.Tensor) -> torch.Tensor:
+            return through(inmost, y).cos() * through(inmost, y.tanh())
+
+        def outer(y: torch.Tensor) -> torch.Tensor:
+            return through(middle, y.sin()).exp()
+
+        leaf = x()
+        loss = through(outer, leaf).sum()
+        loss.backward()
+        grads = [leaf.grad, layer.weight.grad.clone()]
+        layer.zero_grad()
+        return [loss.detach(), *grads]
+
+    same(checkpoint, step)
+
+
+def test_early_stop_runs_no_more_than_is_needed(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    ran: list[str] = []
+
+    def body(y: torch.Tensor) -> torch.Tensor:
+        y = layer(y).sin().exp()
+        ran.append("middle")
+        y = y + 1  # saves nothing
+        ran.append("end")
+        return y
+
+    checkpoint(body, x()).sum().backward()
+    assert ran.count("middle") == 2 or ran.count("middle") == 1  # exp's result may be the last that is saved
+    assert ran.count("end") == 1
+    ran.clear()
+    checkpoint(body, x(), early_stop=False).sum().backward()
+    assert ran == ["middle", "end"] * 2
+
+
+def test_module_hooks_fire_in_the_replay_too(checkpoint: Checkpoint) -> None:
+    block, seen = Counted(), []
+    block.register_forward_pre_hook(lambda *_: seen.append("before"))
+    block.register_forward_hook(lambda *_: seen.append("after"))
+    block.inner.register_forward_hook(lambda *_: seen.append("inner"))
+    checkpoint(block, x(), early_stop=False).sum().backward()
+    assert seen == ["before", "inner", "after"] * 2
+
+
+def test_tensor_hooks_fire_once_with_the_right_gradient(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    def step(through: Checkpoint) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+
+        def body(y: torch.Tensor) -> torch.Tensor:
+            hidden = layer(y).sin()
+            hidden.register_hook(lambda grad: seen.append(grad.clone()))
+            return hidden.exp()
+
+        out = through(body, x())
+        out.register_hook(lambda grad: seen.append(grad.clone()))
+        (out * out).sum().backward()
+        assert len(seen) == 2
+        layer.zero_grad()
+        return seen
+
+    same(checkpoint, step)
+
+
+def test_arguments_and_results_of_every_kind(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    def step(through: Checkpoint) -> list[torch.Tensor]:
+        def body(first: dict[str, Any], *rest: Any, scale: float, flag: bool = False, none: None = None) -> Any:
+            (y, (z, word)) = rest
+            assert word == "word" and none is None and flag
+            hidden = layer(first["a"][0]).sin() * scale
+            return {"out": [hidden.exp(), None, 3], "more": (y * z.cos(), "text")}
+
+        a, b, c = x(), x().detach().requires_grad_(), torch.ones(4, WIDTH)
+        found = through(body, {"a": [a]}, b, (c, "word"), scale=2.0, flag=True)
+        assert found["out"][1:] == [None, 3] and found["more"][1] == "text"
+        (found["out"][0].sum() + found["more"][0].sum()).backward()
+        layer.zero_grad()
+        return [found["out"][0].detach(), a.grad, b.grad]
+
+    same(checkpoint, step)
+
+
+def test_backward_twice_over_a_graph_that_is_kept(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    leaf = x()
+    loss = checkpoint(lambda y: layer(y).sin().exp(), leaf).sum()
+    loss.backward(retain_graph=True)
+    first = leaf.grad.clone()
+    leaf.grad = None
+    loss.backward()
+    assert torch.equal(first, leaf.grad)
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+def test_a_saved_tensor_read_twice_in_one_backward() -> None:
+    """Torch's raises there, and asks to be told of it."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(y)
+            return y * y
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            (one,), (other,) = ctx.saved_tensors, ctx.saved_tensors
+            assert torch.equal(one, other)
+            return grad * (one + other)
+
+    def step(through: Checkpoint) -> list[torch.Tensor]:
+        leaf = x()
+        through(lambda y: Twice.apply(y.exp()).sin(), leaf).sum().backward()
+        return [leaf.grad]
+
+    same(tightfit.checkpoint, step)
+
+
+def test_grad_of_a_part_of_the_inputs(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    def step(through: Checkpoint) -> list[torch.Tensor]:
+        a, b = x(), x().detach().requires_grad_()
+        out = through(lambda one, other: layer(one).sin() * other.exp(), a, b)
+        (only,) = torch.autograd.grad(out.sum(), [b], retain_graph=True)
+        (weight,) = torch.autograd.grad(out.sum(), [layer.weight])
+        return [only, weight]
+
+    same(checkpoint, step)
+
+
+def test_double_backward(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    def step(through: Checkpoint) -> list[torch.Tensor]:
+        leaf = x()
+        out = through(lambda y: layer(y).sin().exp(), leaf).sum()
+        (first,) = torch.autograd.grad(out, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        return [first.detach(), second]
+
+    same(checkpoint, step)
+
+
+def test_an_error_in_forward_or_in_the_replay_leaves_all_clean(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    fails: list[bool] = [True]
+
+    def body(y: torch.Tensor) -> torch.Tensor:
+        hidden = layer(y).sin()
+        if fails.pop():
+            raise KeyError("as asked")
+        return hidden.exp()
+
+    with pytest.raises(KeyError, match="as asked"):
+        checkpoint(body, x())
+    fails[:] = [True, False]  # the replay fails
+    with pytest.raises(KeyError, match="as asked"):
+        checkpoint(body, x()).sum().backward()
+    fails[:] = [False, False]
+    leaf, other = x(), x()
+    checkpoint(body, leaf).sum().backward()
+    layer(other).sin().exp().sum().backward()
+    assert torch.equal(leaf.grad, other.grad)
+    assert torch.is_grad_enabled()
+
+
+def test_random_numbers_are_the_forwards_and_nobody_elses_change(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    def step(through: Checkpoint) -> list[torch.Tensor]:
+        leaf = x()
+        out = through(lambda y: F.dropout(layer(y), 0.5).sin() * torch.rand(1), leaf)
+        torch.rand(3)  # moves the generator on between forward and replay
+        out.sum().backward()
+        layer.zero_grad()
+        return [out.detach(), leaf.grad, torch.rand(3)]
+
+    same(checkpoint, step)
+
+
+def test_autocast_is_the_forwards(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    def step(through: Checkpoint) -> list[torch.Tensor]:
+        leaf = x()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = through(lambda y: layer(y).sin().exp(), leaf)
+        out.float().sum().backward()
+        grads = [leaf.grad, layer.weight.grad.clone()]
+        layer.zero_grad()
+        return grads
+
+    same(checkpoint, step)
+
+
+def test_inputs_without_gradient(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    def step(through: Checkpoint) -> list[torch.Tensor]:
+        through(lambda y: layer(y).sin().exp(), x(False)).sum().backward()
+        grads = [layer.weight.grad.clone()]
+        layer.zero_grad()
+        return grads
+
+    same(checkpoint, step)
+
+
+def test_views_in_place_results_detached_and_unused_outputs(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    def step(through: Checkpoint) -> list[torch.Tensor]:
+        def body(y: torch.Tensor) -> Any:
+            hidden = layer(y).sin()
+            changed = hidden.cos().add_(1).mul_(2)
+            return changed.view(2, -1), hidden.detach(), hidden[0], hidden.cos()
+
+        leaf = x()
+        view, cut, row, _unused = through(body, leaf)
+        assert not cut.requires_grad
+        (view.sin().sum() + row.sum()).backward()
+        layer.zero_grad()
+        return [view.detach(), cut, leaf.grad]
+
+    same(checkpoint, step)
+
+
+def test_without_gradients_nothing_is_recorded(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    with torch.no_grad():
+        assert not checkpoint(lambda y: layer(y).sin(), x()).requires_grad
+
+    def step(through: Checkpoint) -> list[torch.Tensor]:
+        def body(y: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                frozen = layer(y).exp()
+            return (y.sin() * frozen).exp()
+
+        leaf = x()
+        through(body, leaf).sum().backward()
+        return [leaf.grad]
+
+    same(checkpoint, step)
+
+
+def test_backward_in_another_thread_and_two_at_once(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    leaves = [x() for _ in range(4)]
+    expected = torch.autograd.grad(layer(leaves[0]).sin().exp().sum(), leaves[0])[0]
+    losses = [checkpoint(lambda y: layer(y).sin().exp(), leaf).sum() for leaf in leaves]
+    threads = [threading.Thread(target=loss.backward) for loss in losses]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(expected, leaf.grad) for leaf in leaves)
+
+
+def test_contexts_are_entered_around_forward_and_replay(checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    told: list[str] = []
+
+    @contextlib.contextmanager
+    def telling(what: str) -> Iterator[None]:
+        told.append(what)
+        try:
+            yield
+        finally:
+            told.append(f"{what} is over")
+
+    checkpoint(
+        lambda y: layer(y).sin().exp(), x(), context_fn=lambda: (telling("forward"), telling("replay"))
+    ).sum().backward()
+    assert told == ["forward", "forward is over", "replay", "replay is over"]
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+def test_torchs_keywords_are_not_the_functions(checkpoint: Checkpoint, layer: nn.Linear, preserve: bool) -> None:
+    def body(y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        assert not kwargs
+        return layer(y).sin().exp()
+
+    leaf = x()
+    checkpoint(body, leaf, preserve_rng_state=preserve, determinism_check="default", debug=False).sum().backward()
+    assert leaf.grad is not None
+
+
+def test_masks_are_right_whatever_preserve_rng_state_says(layer: nn.Linear) -> None:
+    step = partial(tightfit.checkpoint, preserve_rng_state=False, use_reentrant=None)
+
+    def once(through: Checkpoint) -> list[torch.Tensor]:
+        leaf = x()
+        through(lambda y: F.dropout(layer(y), 0.5).sin(), leaf).sum().backward()
+        return [leaf.grad]
+
+    same(step, once)
+
+
+def refused(**keywords: Any) -> str:
+    with pytest.raises((Unsupported, InvalidInput)) as error:
+        tightfit.checkpoint(torch.sin, x(), **keywords)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_is_refused_says_what_to_do() -> None:
+    assert "use_reentrant=False" in refused(use_reentrant=True)
+    assert 'determinism_check="default"' in refused(determinism_check="none")
+    assert "neither" in refused(determinism_check="sometimes")
+    selective = partial(torchs.create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    assert 'keep=["mm"]' in refused(context_fn=selective)
+    assert "one of them" in refused(keep="sin", context_fn=lambda: (contextlib.nullcontext(), contextlib.nullcontext()))
+
+
+def test_debug_says_where_the_region_was_called(layer: nn.Linear) -> None:
+    turns = iter(range(9))
+
+    def body(y: torch.Tensor) -> torch.Tensor:
+        return layer(y).sin().exp() if next(turns) == 0 else layer(y).cos().exp()
+
+    with pytest.raises(ReplayDiverged, match=r"called in .*test_dropin\.py, line \d+"):
+        tightfit.checkpoint(body, x(), debug=True).sum().backward()
