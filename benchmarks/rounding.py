@@ -66,7 +66,7 @@ def observed(seeds: int) -> dict[str, object]:
                         for found in (untiled, tiled)
                     )
                     if one and other:
-                        independent = len(SCALES) * math.sqrt(true.numel()) - 1
+                        independent = len(SCALES) * _INDEPENDENT * math.sqrt(true.numel()) - 1
                         apart[str(dtype)[6:]].append(math.log(other / one) * math.sqrt(independent))
     return {
         "alarms": alarms,

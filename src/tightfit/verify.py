@@ -601,6 +601,8 @@ def _ratio(errors: Errors) -> float:
 
 #: Of the normal distribution, what one in a hundred million lies above.
 _ONE_IN_1E8 = 5.612
+#: Of the square root of a tensor's numbers, as many errors count as independent.
+_INDEPENDENT = 2 / 3
 
 
 def limit(errors: Errors) -> float:
@@ -610,8 +612,9 @@ def limit(errors: Errors) -> float:
     limit is `TILE_FACTOR`, or the distance of two neighbours in the dtype. Where that does not decide, the mean squares
     of the errors over several steps are compared, as two variances are. Half the logarithm of their ratio is near a
     normal distribution with variance 1 / (d - 1), where d is the number of independent errors in each (Fisher's z;
-    Snedecor and Cochran, Statistical Methods). The numbers of one tensor share roundings. Of n numbers the square root
-    of n counts as independent, and `benchmarks/rounding.py` finds on each processor's kernels that this is few enough.
+    Snedecor and Cochran, Statistical Methods). The numbers of one tensor share roundings. Of n numbers two thirds of
+    the square root of n count as independent: `benchmarks/rounding.py` finds on each processor's kernels that this is
+    few enough.
 
     So the limit is passed by chance once in 10^8 tensors whose error is truly `TILE_FACTOR` times as large, and less
     often where it is not (of fewer than 16 numbers, once in 10^5).
@@ -619,7 +622,7 @@ def limit(errors: Errors) -> float:
     if errors.draws == 1:
         one_rounding = 2 * errors.rounding / max(errors.untiled, errors.rounding, 1e-300)
         return max(TILE_FACTOR, one_rounding)
-    return TILE_FACTOR * math.exp(_ONE_IN_1E8 / math.sqrt(errors.draws * math.sqrt(errors.size) - 1))
+    return TILE_FACTOR * math.exp(_ONE_IN_1E8 / math.sqrt(errors.draws * _INDEPENDENT * math.sqrt(errors.size) - 1))
 
 
 _HOW = (
