@@ -45,6 +45,8 @@ def observed(seeds: int) -> dict[str, object]:
         with_bias,
     )  # fmt: skip
 
+    from tightfit.verify import _INDEPENDENT
+
     apart: dict[str, list[float]] = defaultdict(list)
     alarms = 0
     for seed in range(seeds):

@@ -288,6 +288,12 @@ def check(
         str, typer.Option(help="adamw, adamw-fused, adamw8bit, paged-adamw8bit, sgd or none.")
     ] = "adamw",
     rank: Annotated[int, typer.Option(help="Of the LoRA adapters.")] = 16,
+    trainer: Annotated[
+        str,
+        typer.Option(
+            help="Whose step: model (its own loss, as transformers' Trainer takes it), or sft (TRL's, as installed)."
+        ),
+    ] = "model",
     accumulate: Annotated[
         bool, typer.Option("--accumulate", help="Gradients of earlier micro-batches are there when a step begins.")
     ] = False,
@@ -335,7 +341,7 @@ def check(
         seq = forecast.default_length(model)
     setup = forecast.Setup(
         model=model, method=method, batch=batch, seq=seq, dtype=dtype, optimizer=optimizer, rank=rank,
-        accumulate=accumulate, world_size=world_size, strategy=strategy, reshard=reshard,
+        accumulate=accumulate, world_size=world_size, strategy=strategy, reshard=reshard, trainer=trainer,
     ).checked()  # fmt: skip
     if gpu.strip().lower() == "all":
         with _progress() as say:

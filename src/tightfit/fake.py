@@ -20,6 +20,7 @@ import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
@@ -39,7 +41,7 @@ from tightfit.core import Device, Unsupported
 from tightfit.parallel import as_new, forget_step, local_of
 from tightfit.step import parameter_tensors, tensors_in
 
-__all__ = ["FakeStep", "faked", "refusals_named"]
+__all__ = ["FakeStep", "faked", "logging_step", "refusals_named"]
 
 _aten = torch.ops.aten
 
@@ -61,6 +63,23 @@ _PROBE_BYTES, _PROBE_FLOPS = 1 << 28, 4_000_000_000
 #: Matrix products in these dtypes go to a BLAS whose buffers are not the allocator's.
 _BLAS = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default})
 _BLAS_DTYPES = frozenset({torch.float32, torch.float64})
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype is torch.bool
+
+
+_logs: ContextVar[bool] = ContextVar("logs", default=False)
+
+
+@contextlib.contextmanager
+def logging_step() -> Iterator[None]:
+    """Inside, a real number that is asked for goes into a log and steers nothing, so any number will do."""
+    token = _logs.set(True)
+    try:
+        yield
+    finally:
+        _logs.reset(token)
 
 
 class FakeStep:
@@ -133,19 +152,35 @@ class FakeStep:
             with _disable_current_modes():
                 found = self._known[args[0]].nonzero()
             out = args[0].new_empty(found.shape, dtype=torch.int64)
+        elif func is _aten.index.Tensor and any(index in self._known for index in args[1] if _is_mask(index)):
+            out = func(args[0], self._places(args[1]))
         else:
             out = func(*args, **kwargs)
+        if func is _aten.lift_fresh.default and not isinstance(args[0], FakeTensor):  # `torch.tensor(3)` in the model
+            self.know(out, args[0])
         if self.cuda and func is _aten.native_layer_norm.default and args[0].dtype in (torch.bfloat16, torch.float16):
             out = (out[0], *(torch.empty_like(t, dtype=torch.float32) for t in out[1:]))
         self.learn(func, args, kwargs, out)
         return out
+
+    def _places(self, indices: Any) -> list[Any]:
+        """`indices` with each mask as the places that it lets through, of which there is a known number."""
+        found: list[Any] = []
+        for index in indices:
+            if _is_mask(index) and index in self._known:
+                with _disable_current_modes():
+                    count = int(self._known[index].sum())
+                found += [index.new_empty(count, dtype=torch.int64) for _ in range(index.dim())]
+            else:
+                found.append(index)
+        return found
 
     def _scalar(self, tensor: torch.Tensor) -> Any:
         value = self._known.get(tensor)
         if value is not None:
             with _disable_current_modes():
                 return value.item()
-        if self.guesses:
+        if self.guesses or (_logs.get() and tensor.is_floating_point()):
             return 1.0
         raise Unsupported(
             f"the model asks for the value of a {str(tensor.dtype).removeprefix('torch.')} tensor "

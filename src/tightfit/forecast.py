@@ -58,7 +58,7 @@ from tightfit.parallel import Strategy
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.simulate import allocations
 from tightfit.report.text import tiles_said
-from tightfit.step import UnitsAsked, compute_loss, environment, find_units, static_bytes_by_category
+from tightfit.step import LossFunction, UnitsAsked, compute_loss, environment, find_units, static_bytes_by_category
 from tightfit.trace import OptimizerRecord, behind, record_optimizer, signature_of, trace
 from tightfit.unroll import LEAST_BLOCKS, unroll
 
@@ -77,6 +77,7 @@ __all__ = [
 ]
 
 STRATEGIES = tuple(each.value for each in Strategy)
+TRAINERS = ("model", "sft")
 METHODS = ("full", "lora", "qlora")
 OPTIMIZERS = ("adamw", "adamw-fused", "adamw8bit", "paged-adamw8bit", "sgd", "none")
 DTYPES = {
@@ -117,12 +118,14 @@ class Setup:
     world_size: int = 1  # processes, each with a device and a batch of its own
     strategy: str = "one"  # how the step is spread over them
     reshard: bool = True  # FSDP2: are a unit's weights given back between its forward and its backward?
+    trainer: str = "model"  # whose loss: the model's own, as transformers' Trainer takes it, or TRL's for SFT
+    settings: tuple[tuple[str, Any], ...] = ()  # of that trainer, as its config names them
 
     def checked(self) -> Setup:
         """Itself. Raises `InvalidInput` for what cannot be meant."""
         for what, value, known in (
             ("method", self.method, METHODS), ("optimizer", self.optimizer, OPTIMIZERS), ("dtype", self.dtype, DTYPES),
-            ("strategy", self.strategy, STRATEGIES),
+            ("strategy", self.strategy, STRATEGIES), ("trainer", self.trainer, TRAINERS),
         ):  # fmt: skip
             if value not in known:
                 raise InvalidInput(f"unknown {what} {value!r}: use {', '.join(known)}")
@@ -265,23 +268,35 @@ def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = 
     from tightfit.integrations.transformers import require_positions
 
     require_positions(model.config, setup.seq)
-    ids = torch.zeros(setup.batch, setup.seq, dtype=torch.long)
-    batch = {"input_ids": ids, "labels": ids}
     compute = DTYPES[setup.dtype][1]
-
-    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
-        with torch.autocast("cpu", dtype=compute, enabled=compute is not None):
-            return compute_loss(model, batch)
-
     spread = _Spread(setup, compute)
-    if spread.shards or compute is None:  # FSDP2 casts what it gathers, instead of autocast
-        loss = None  # type: ignore[assignment]
-    with _gradients(model, setup.accumulate), _refusals_of(setup.model):
-        recorded = _traced(model, batch, loss, device, units, tiles, spread)
+    cuda = device is not None and device.kind != "cpu"
+    with _gradients(model, setup.accumulate), _refusals_of(setup.model), _trainers_step(model, setup, cuda) as step:
+        own_loss, batch = step
+
+        def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=compute, enabled=compute is not None):
+                return compute_loss(model, batch, own_loss)
+
+        autocast = compute is not None and not spread.shards  # FSDP2 casts what it gathers instead
+        recorded = _traced(model, batch, loss if autocast else own_loss, device, units, tiles, spread)
     recorded = spread.with_buckets(model, recorded, FakeStep(device).granule_bytes)
     if setup.optimizer == "none":
         return recorded
     return behind(recorded, _optimizer_record(*_optimizer_key(setup), _HashableDevice(device)))
+
+
+@contextlib.contextmanager
+def _trainers_step(model: nn.Module, setup: Setup, cuda: bool) -> Iterator[tuple[LossFunction | None, dict[str, Any]]]:
+    """The loss of `setup`'s trainer (`None`: the model's own) and its batch."""
+    if setup.trainer == "sft":
+        from tightfit.integrations.trainer_step import sft_step
+
+        with sft_step(model, dict(setup.settings), batch=setup.batch, seq=setup.seq, cuda=cuda) as step:
+            yield step
+        return
+    ids = torch.zeros(setup.batch, setup.seq, dtype=torch.long)
+    yield None, {"input_ids": ids, "labels": ids}
 
 
 class _Spread:

@@ -217,7 +217,12 @@ def op_flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: A
     if own:
         return int(own(*args, **kwargs))
     formula: Any = flop_registry.get(packet) or flop_registry.get(_out_of_place(packet))
-    return int(formula(*args, **kwargs, out_val=out)) if formula else 0
+    if not formula:
+        return 0
+    # `addmm.dtype` takes the dtype of its result besides, and `out=` says where that goes
+    shapes = [argument for argument in args if not isinstance(argument, torch.dtype)]
+    named = {name: value for name, value in kwargs.items() if name not in ("out", "out_dtype")}
+    return int(formula(*shapes, **named, out_val=out))
 
 
 def costs_flops(name: str) -> bool:
@@ -335,6 +340,7 @@ class _Recorder(TorchDispatchMode):
         self.reading_unit: str | None = None
         self.restart: Restart | None = None  # wants to know what the ops are about to write
         self.in_cross_entropy = False
+        self.custom: dict[str, int] = {}  # calls of custom autograd functions, by name
         self.log_softmaxes: list[
             tuple[int, int]
         ] = []  # calls that a plain cross entropy made, bytes of a chunk of rows
@@ -732,6 +738,31 @@ def trace(
         return _trace(model, batch, loss, optimizer, modules, restart, None, tiles)
 
 
+def custom_functions(result: torch.Tensor) -> dict[str, int]:
+    """The `torch.autograd.Function`s in the history of `result` that are not torch's own: their calls by name."""
+    found: dict[str, int] = {}
+    seen: set[Any] = set()
+    pending: list[Any] = [result.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            function = node._forward_cls  # type: ignore[attr-defined]
+            if not function.__module__.startswith(("torch.", "tightfit.")):
+                found[function.__name__] = found.get(function.__name__, 0) + 1
+        pending += [following for following, _ in node.next_functions]
+    return found
+
+
+def _custom_note(functions: Mapping[str, int]) -> tuple[str, ...]:
+    if not functions:
+        return ()
+    named = ", ".join(f"{name} ({n} {'call' if n == 1 else 'calls'})" for name, n in sorted(functions.items()))
+    return (f"custom autograd functions, whose ops are recorded and rerun one by one: {named}",)
+
+
 def _target(device: Device | torch.device | str | None) -> Device | None:
     if device is None or isinstance(device, Device):
         return device
@@ -826,12 +857,12 @@ class _Step:
         _same_ops("the dry pass", [c.name for c in dry.calls], [c.name for c in full.calls if c.phase is Phase.FORWARD])
         for call, other in zip(full.calls, dry.calls, strict=False):
             call.seconds += other.seconds
-        notes: tuple[str, ...] = ()
+        notes = _custom_note(full.custom)
         if fake is not None:
             for number, size_bytes in fake.scratch_bytes().items():
                 full.calls[number].scratch_bytes = size_bytes
             static[Category.WORKSPACE.value] = fake.workspace_bytes
-            notes = fake.notes
+            notes += fake.notes
         elif not at_once:
             self.restart()
             _measure(model, self.batch, self.loss, full)
@@ -924,6 +955,7 @@ def _record(
             if dry:
                 recorder.recording = False
             else:
+                recorder.custom = custom_functions(result)
                 recorder.phase = Phase.BACKWARD
                 if fake is None:
                     result.backward()

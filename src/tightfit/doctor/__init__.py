@@ -108,6 +108,7 @@ def document(case: Case | None, found: Sequence[Finding], peak: Why | None, *, d
         notes += [f"{trap.name}: probed the quick way; --deep also compiles" for trap in TRAPS if trap.deep is not None]
     why = None
     if peak is not None:
+        notes += peak.notes
         why = {
             **to_json(peak),
             "answer": peak.answer,

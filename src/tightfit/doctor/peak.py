@@ -66,6 +66,8 @@ class Why:
     tried: tuple[Fix, ...]  # each alone, on top of every block, cheapest first
     cheapest: Fix | None
     steps: tuple[Fix, ...]  # one after the other: each on top of those before
+    notes: tuple[str, ...] = ()  # of the trace
+    whole_logits: bool = True  # are the logits ever there at once?
 
     @property
     def answer(self) -> str:
@@ -175,6 +177,8 @@ def _explained(
         tried=tuple(tried),
         cheapest=cheapest,
         steps=tuple(_steps(start, now, traced, of, on_gpu, progress)),
+        notes=recorded.notes,
+        whole_logits=setup is None or setup.trainer == "model" or bool(recorded.losses),
     )
 
 

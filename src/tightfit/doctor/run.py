@@ -200,8 +200,18 @@ def setup_of(run: Run) -> tuple[Setup | None, tuple[str, ...]]:
         optimizer=optimizer,
         rank=_whole(run, "lora_r", 16),
         accumulate=_whole(run, "gradient_accumulation_steps", 1) > 1,
+        trainer="sft" if run.trainer == "sft" else "model",
+        settings=_settings(run) if run.trainer == "sft" else (),
     )
     return setup.checked(), tuple(notes)
+
+
+def _settings(run: Run) -> tuple[tuple[str, Any], ...]:
+    """What the file says of how TRL computes a step."""
+    from tightfit.integrations.trainer_step import SETTINGS
+
+    found = ((name, run.values[name]) for name in sorted(SETTINGS & set(run.values)))
+    return tuple((name, value) for name, value in found if isinstance(value, (bool, int, float, str)))
 
 
 def _whole(run: Run, key: str, default: int) -> int:
@@ -267,8 +277,8 @@ def case_of(asked: str, *, trainer: str | None = None, **changed: Any) -> Case:
             setup = dataclasses.replace(setup, **given).checked()
         elif given:
             raise InvalidInput(f"{asked!r} names no model, so there is no step to change")
-        if setup is not None and (is_true(run.get("use_liger_kernel")) or str(run.get("loss_type")) == "chunked_nll"):
-            setup, notes = None, (*notes, "a fused or chunked loss cannot be traced, so the peak is not looked at")
+        if setup is not None and is_true(run.get("use_liger_kernel")):
+            setup, notes = None, (*notes, "Liger's kernels run on a GPU alone, so the peak is not looked at here")
         return Case(
             asked=asked, run=run, setup=setup, plain_loss=run.trainer != "dpo", notes=(*run.notes, *notes)
         )  # fmt: skip

@@ -832,8 +832,6 @@ def _probe_logits() -> Seen:
 def _logits_run(run: Run) -> Seen | None:
     if is_true(run.get("use_liger_kernel")):
         return _not_here("Liger's fused loss never makes the logits whole (use_liger_kernel)")
-    if str(run.get("loss_type")) == "chunked_nll":
-        return _not_here("TRL's chunked loss never makes the logits whole (loss_type)")
     return None
 
 
@@ -847,6 +845,11 @@ def _logits_peak(why: Why) -> Seen | None:
     loss = moving[Category.LOSS.value]
     figures = {"loss_bytes": loss, "peak_bytes": line.peak_bytes}
     told = f"with every block checkpointed the peak is {format_bytes(line.peak_bytes)}, at: {line.owner}"
+    if not why.whole_logits:
+        chunks = (
+            f"the trainer's loss works in chunks and never makes the logits whole; {format_bytes(loss)} are its own"
+        )
+        return _not_here(f"{told}; {chunks}", **figures)
     if loss == max(moving.values()) and loss > NOTHING * line.peak_bytes and line.phase != "optimizer":
         return _bites(f"{told}; loss and logits hold {format_bytes(loss)} of it", **figures)
     return _not_here(f"{told}; loss and logits hold {format_bytes(loss)} of it", **figures)

@@ -39,6 +39,7 @@ from tightfit.core import (
     format_bytes,
 )
 from tightfit.engine import Applied
+from tightfit.fake import logging_step
 from tightfit.fitting import planned
 from tightfit.integrations import conflicts
 from tightfit.integrations.longest import Extent, longest_batch, plain
@@ -495,7 +496,7 @@ def _trainer_loss(trainer: Any) -> Callable[[nn.Module, Any], torch.Tensor]:
         scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
         if scaled is None:
             scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
-        with trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager(), logging_step():  # TRL's losses fill its log
             value: Any = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
         result: torch.Tensor = value if scaled else value / count
         return result

@@ -1,0 +1,103 @@
+"""The forecast of TRL's step is that of the step that TRL's trainer runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import load_benchmark
+
+from tightfit.core import InvalidInput, Unsupported
+from tightfit.cost import NOMINAL_CUDA
+from tightfit.doctor import case_of, peak_of
+from tightfit.forecast import Setup, _model, trace_setup
+from tightfit.plan import simulate
+
+harness = load_benchmark("trainer_step")
+FAST = ("llama, dft", "llama, packing")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    made = tmp_path_factory.mktemp("model")
+    (made / "config.json").write_text(json.dumps({**harness.LLAMA, "vocab_size": 4096}))
+    return str(made)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in harness.CASES]
+)
+def test_the_forecast_is_what_the_trainer_needs(name: str) -> None:
+    row = harness.compared(name)
+    assert abs(row["off"]) <= 0.005, row
+    assert abs(row["own_loss_off"]) > 0.1  # what a forecast of the model's own loss says is about another step
+
+
+def setup(folder: str, **more: Any) -> Setup:
+    return Setup(model=folder, batch=4, seq=128, dtype="bf16", optimizer="none", **more)
+
+
+def test_on_cuda_the_trainers_kernels_stand_for_themselves(folder: str) -> None:
+    """There is no card here. The path is CUDA's: only tokens that count, no float32 copies of what is multiplied."""
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    before = chunked_logprob._use_triton, chunked_logprob._forward_kernel, utils._use_triton
+    on_card = trace_setup(setup(folder, trainer="sft"), NOMINAL_CUDA)
+    names = {op.name for op in on_card.ops}
+    assert "aten.masked_scatter.default" in names and "aten.addmm.dtype_out" in names
+    assert sum(op.flops for op in on_card.ops if op.name == "aten.addmm.dtype_out") > 0
+    assert not on_card.losses and any("ChunkedLogProbFunction (1 call)" in note for note in on_card.notes)
+    here = trace_setup(setup(folder, trainer="sft"))
+    assert simulate(on_card).peak_bytes < simulate(here).peak_bytes
+    assert before == (chunked_logprob._use_triton, chunked_logprob._forward_kernel, utils._use_triton)
+
+
+def test_the_model_is_given_back(folder: str) -> None:
+    asked = setup(folder, trainer="sft", settings=(("neftune_noise_alpha", 5.0),))
+    model = _model(asked.model, asked.method, asked.dtype, asked.rank)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    hooks = len(model.get_input_embeddings()._forward_hooks)
+    trace_setup(asked)
+    assert "forward" not in vars(model)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == {n: set(v) for n, v in before.items()}
+    assert len(model.get_input_embeddings()._forward_hooks) == hooks
+    own = trace_setup(setup(folder))
+    assert own.losses  # the model's own loss, as if nothing had been
+
+
+def test_what_trl_refuses_is_one_line(folder: str) -> None:
+    with pytest.raises(Unsupported, match="SFTTrainer cannot be made here") as error:
+        trace_setup(setup(folder, trainer="sft", settings=(("loss_type", "no such loss"),)))
+    assert "\n" not in str(error.value)
+    with pytest.raises(InvalidInput, match="unknown trainer 'ppo': use model, sft"):
+        setup(folder, trainer="ppo").checked()
+
+
+def test_doctor_sells_nothing_that_has_nothing_to_act_on(folder: str, tmp_path: Path) -> None:
+    run = tmp_path / "sft.yaml"
+    run.write_text(
+        f"model_name_or_path: {folder}\nper_device_train_batch_size: 4\nmax_length: 128\nuse_cpu: true\nbf16: false\n"
+    )
+    case = case_of(str(run))
+    assert case.setup is not None and case.setup.trainer == "sft"
+    _, why = peak_of(case)
+    assert why is not None and not why.whole_logits
+    assert all(fix.name != "loss-in-place" for fix in (*why.tried, *why.steps))
+    assert why.plain.peak_bytes == simulate(trace_setup(case.setup)).peak_bytes
+    case = case_of(str(run), trainer="transformers")
+    _, why = peak_of(case)
+    assert why is not None and any(fix.name == "loss-in-place" for fix in why.tried)
+
+
+def test_a_mask_that_is_known_lets_a_known_number_through() -> None:
+    from tightfit.fake import FakeStep, faked
+
+    step, model = FakeStep(), torch.nn.Linear(2, 2)
+    batch = {"mask": torch.tensor([[True, False], [True, True]]), "x": torch.randn(2, 2, 3)}
+    with faked(model, batch, step) as fake:
+        out = step.run(torch.ops.aten.index.Tensor, (fake["x"], [fake["mask"]]), {})
+        assert tuple(out.shape) == (3, 3)
