@@ -15,13 +15,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 # Tests that share a launch of several processes stay on one worker. One thread per worker: two workers with torch's default of one thread per core only fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: help demo test lint docs site bench versions clean
+.PHONY: help demo test test-slow fresh wheel lint docs site bench versions clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    fine-tune a small model inside a byte budget; the evidence goes to runs/"
 	@echo "make test    lint, then the tests (ARGS=... goes to pytest)"
+	@echo "make test-slow  the tests that take longer, run before a release (hours)"
+	@echo "make fresh   the wheel in an environment of its own, with the newest solver: one plan, one document in a pipe"
+	@echo "make wheel   build the wheel and the sdist into dist/"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make docs    write the generated pages of docs/ from the program and benchmarks/results"
 	@echo "make site    build the documentation into site/ (open site/index.html)"
@@ -49,6 +52,28 @@ demo: $(STAMP)
 test: lint
 	@$(PYTEST) $(ARGS)
 
+test-slow: $(STAMP)
+	@$(PYTEST) -m "slow and not gpu" $(ARGS)
+
+wheel: $(STAMP)
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation --outdir dist . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
+	@ls dist/*
+
+# What a user's first `pip install` takes and the constraints do not: the wheel, and the newest of everything small that
+# it asks for, the solver above all. torch, transformers and the rest are those of .venv (a .pth file points there), since a
+# second copy of them would take gigabytes; `make versions` tries other releases of those.
+FRESH := .venv-fresh
+fresh: wheel
+	@rm -rf $(FRESH)
+	@$(PYTHON) -m venv $(FRESH)
+	@$(FRESH)/bin/python -m pip --disable-pip-version-check --quiet --quiet install --upgrade \
+	    highspy numpy rich typer safetensors
+	@$(FRESH)/bin/python -m pip --disable-pip-version-check --quiet --quiet install --no-deps dist/*.whl
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    "$$($(FRESH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_shared.pth"
+	@$(BIN)/python tests/fresh.py $(FRESH)
+
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -74,5 +99,5 @@ versions: $(STAMP)
 	@$(BIN)/python benchmarks/versions.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FRESH) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
