@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -82,6 +83,10 @@ def logging_step() -> Iterator[None]:
         _logs.reset(token)
 
 
+#: Make the same everywhere.
+_CONSTANTS = frozenset({_aten.ones.default, _aten.full.default})
+
+
 class FakeStep:
     """What one step on fake tensors knows beyond them. `target`: the device whose kernels are meant; CPU by default."""
 
@@ -91,6 +96,8 @@ class FakeStep:
         self.granule_bytes = MIN_BLOCK_BYTES if self.cuda else 1
         self.guesses = guesses  # an optimizer reads its step count; only its control flow could depend on it
         self._known: Any = WeakIdKeyDictionary()
+        self._constants: dict[int, weakref.ref[torch.Tensor]] = {}  # real ones, by storage; gone when written to
+        self._draws: Any = WeakIdKeyDictionary()  # single numbers from 0 up to 1
         self._probes: dict[Any, tuple[Any, Any, list[int]]] = {}
         self._probed: dict[Any, int] = {}
         self._unprobed: set[str] = set()
@@ -190,6 +197,22 @@ class FakeStep:
     def learn(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Compute `out` for real too, where everything that it depends on is known."""
         results = [out] if isinstance(out, torch.Tensor) else tensors_in(out)
+        if func._schema.is_mutable and self._constants:  # what is written to is no constant any more
+            for tensor in tensors_in((args, dict(kwargs))):
+                constant = self._constants.pop(tensor.untyped_storage()._cdata, lambda: None)()
+                if constant is not None:
+                    self._known.pop(constant, None)
+        if func in _CONSTANTS and out.is_floating_point() and out.dim() <= 2 and out.numel() <= _KNOWN_TOKENS:
+            with _disable_current_modes():  # a mask of ones, before it is made a boolean one
+                self._known[out] = func(*args, **{**kwargs, "device": "cpu"})
+            self._constants[out.untyped_storage()._cdata] = weakref.ref(out)
+            return
+        if func is _aten.rand.default and not out.dim():
+            self._draws[out] = None
+        if func is _aten.lt.Scalar and args[0] in self._draws and args[1] <= 0:  # a layer drop of nothing
+            with _disable_current_modes():
+                self._known[out] = torch.tensor(False)
+            return
         if not results or not all(map(_steers, results)) or torch.Tag.nondeterministic_seeded in func.tags:
             return
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
@@ -256,7 +279,9 @@ class FakeStep:
         from tightfit.trace import MARK, risen_bytes  # the one place that reads the profiler
 
         made: list[int] = []
-        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        )
         with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=()), profiler:
             for func, (spec, outlines), _ in probes:
                 leaves = [_real(outline) if isinstance(outline, _Outline) else outline for outline in outlines]

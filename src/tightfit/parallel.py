@@ -31,6 +31,7 @@ __all__ = [
     "gradients_wait",
     "inside",
     "local_of",
+    "require_fsdp2",
     "require_no_step_under_way",
     "resharded",
     "resizes_told",
@@ -76,7 +77,10 @@ def strategy_of(model: nn.Module) -> Strategy:
             )
         if _is_ddp(module):
             raise Unsupported(f"{path} is a DistributedDataParallel inside the model: wrap the whole model once")
-    return Strategy.FSDP2 if any(True for _ in _sharded(model)) else Strategy.ONE
+    if not any(True for _ in _sharded(model)):
+        return Strategy.ONE
+    require_fsdp2()
+    return Strategy.FSDP2
 
 
 def _is_ddp(model: nn.Module) -> bool:
@@ -93,10 +97,25 @@ def _sharded(model: nn.Module) -> Iterator[Any]:
             yield module
 
 
+def require_fsdp2() -> None:
+    """Raises `Unsupported` where steps of FSDP2 cannot be recorded: they have to be taken back."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise Unsupported(
+            f"torch {torch.__version__} cannot take back a step of FSDP2 (FSDPModule.reset_iter_state): use torch 2.13 "
+            "or later, or DDP"
+        )
+
+
+def _groups(module: Any) -> list[Any]:
+    """What FSDP2 gathers together of a module that `fully_shard` was called on."""
+    return list(module._get_fsdp_state()._fsdp_param_groups)
+
+
 def resharded(model: nn.Module) -> bool:
     """Are the weights of some unit gone between its forward and its backward?"""
-    groups = [group for module in _sharded(model) for group in module._get_fsdp_state()._fsdp_param_groups]
-    return any(group.post_forward_mesh_info is not None for group in groups)
+    return any(group.post_forward_mesh_info is not None for module in _sharded(model) for group in _groups(module))
 
 
 def require_no_step_under_way(model: nn.Module) -> None:
@@ -112,17 +131,12 @@ def forget_step(model: nn.Module) -> None:
     """Have FSDP2 take the last step for lost: a forward whose backward never came, gradients that were not reduced."""
     for module in _sharded(model):
         state = module._get_fsdp_state()
-        for group in state._fsdp_param_groups:
+        for group in _groups(module):
             for each in group.fsdp_params:
                 each.unsharded_accumulated_grad = None
                 if getattr(each, "_unsharded_param", None) is not None:
                     each._unsharded_param.grad = None
         if state._is_root:
-            if not hasattr(module, "reset_iter_state"):
-                raise Unsupported(
-                    f"torch {torch.__version__} cannot take back a step of FSDP2 (FSDPModule.reset_iter_state); "
-                    "use 2.13 or later"
-                )
             module.reset_iter_state()
 
 
@@ -143,7 +157,7 @@ def as_new(model: nn.Module) -> Iterator[None]:
         state._is_root = None
         keep(state._comm_ctx)
         keep(state._state_ctx).all_states = []
-        for group in state._fsdp_param_groups:
+        for group in _groups(module):
             keep(group)._reset_sharded_params = False  # look at the weights again
             group._module_fqn = None
             for each in group.fsdp_params:
@@ -162,7 +176,7 @@ def as_new(model: nn.Module) -> Iterator[None]:
 def gradients_wait(model: nn.Module) -> bool:
     """Does FSDP2 hold whole gradients that no reduction has taken yet?"""
     for module in _sharded(model):
-        for group in module._get_fsdp_state()._fsdp_param_groups:
+        for group in _groups(module):
             if group._partial_reduce_output is not None:
                 return True
             for each in group.fsdp_params:

@@ -81,6 +81,7 @@ from tightfit.step import (
     UnitsAsked,
     check_trainable,
     compute_loss,
+    cpu_profile,
     device_of,
     environment,
     find_units,
@@ -944,7 +945,9 @@ def _record(
     profiler: Any = None
     if measured:
         recorder.marks = True
-        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        )
     try:
         with profiler or contextlib.nullcontext(), resizes_told(recorder.resized), recorder:
             with (
@@ -982,7 +985,7 @@ def _backward_marked(result: torch.Tensor, recorder: _Recorder) -> None:
     """Fake tensors are never summed in place; see from the profile which sums the engine would have made so."""
     first = len(recorder.dispatched)
     recorder.marks = True
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with cpu_profile(memory=False) as profiler:
         result.backward()
     recorder.marks = False
     count = len(recorder.dispatched) - first
@@ -993,7 +996,9 @@ def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: _Rec
     """Seconds once more, and each op's scratch bytes by the allocator's own count."""
     cuda = device_of(model).type == "cuda"
     timer = _Timer(cuda)
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=not cuda)
+    profiler = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=not cuda, acc_events=True
+    )
     with profiler, timer:
         compute_loss(model, batch, loss).backward()
     calls = full.dispatched

@@ -38,6 +38,7 @@ from tightfit.step import (
     LossFunction,
     compiled_entries,
     compute_loss,
+    cpu_profile,
     device_of,
     environment,
     no_key_value_cache,
@@ -87,8 +88,7 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before_bytes = torch.cuda.memory_allocated(self.device)
         else:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            self._profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+            self._profiler = cpu_profile()
             self._profiler.__enter__()
         return self
 

@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example(path: Path, tmp_path: Path) -> None:
+    if path.name == "fsdp.py" and not hasattr(FSDPModule, "reset_iter_state"):
+        pytest.skip("torch before 2.13 cannot take back a step of FSDP2")
     done = subprocess.run(
         [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 ROOT = Path(__file__).parents[2]
 FOUND = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -244,6 +245,8 @@ def test_readme_has_a_python_block() -> None:
 
 @pytest.mark.parametrize(("page", "slow"), list(stories()))
 def test_page(page: str, slow: bool, tmp_path: Path) -> None:
+    if page == "docs/how_to/several_gpus.md" and not hasattr(FSDPModule, "reset_iter_state"):
+        pytest.skip("torch before 2.13 cannot take back a step of FSDP2")
     tell(page, [block for block in blocks_of(page) if block.skip is None and (slow or not block.slow)], tmp_path)
 
 

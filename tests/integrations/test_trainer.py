@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import prepare_model_for_kbit_training
 from tests.integrations.runs import Generates, model, tokens, told, trainer
+from tests.names import NEW, PREFIX, is_on, switch_on
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
@@ -62,7 +63,9 @@ def test_a_whole_run_is_the_one_without_the_callback(kind: str, method: str, bud
     assert told(resumed) == told(again)
     if method != "4bit":  # bitsandbytes' CPU layers compute with other weights once they were evaluated
         losses = [[e["loss"] for e in told(r) if e["step"] > 12 and "loss" in e] for r in (plain, resumed)]
-        assert losses[0] == losses[1] and len(losses[0]) == 8
+        assert len(losses[0]) == len(losses[1]) == 8
+        if kind != "dpo" or NEW:  # under transformers 5.17 DPO with adapters does not resume where it was, plan or none
+            assert losses[0] == losses[1]
     assert untouched(ours) and untouched(resumed)
     saved = sorted(p.relative_to(tmp_path / "plain") for p in (tmp_path / "plain").rglob("*config.json"))
     for file in [*saved, *(p.relative_to(tmp_path / "plain") for p in (tmp_path / "plain").rglob("*.safetensors"))]:
@@ -178,7 +181,7 @@ def test_an_exception_in_the_middle_leaves_nothing(event: str, error: type[BaseE
     ours.model.config.use_cache = True  # which TRL's SFTTrainer had switched off
     with pytest.raises(error, match="in the middle"):
         ours.train()
-    assert untouched(ours) and ours.model.is_activation_checkpointing
+    assert untouched(ours) and is_on(ours.model)
     assert ours.model.config.use_cache is True
     assert callback.applied is None and callback.plan is not None
 
@@ -285,13 +288,13 @@ def test_trls_default_makes_way_and_comes_back(kind: str, tmp_path: Path) -> Non
     seen: list[tuple[bool, int]] = []
     watch = TrainerCallback()
     watch.on_step_end = lambda *_, **__: seen.append(  # type: ignore[method-assign]
-        (run.model.is_activation_checkpointing, len(embeddings._forward_hooks))
+        (is_on(run.model), len(embeddings._forward_hooks))
     )
     run.add_callback(watch)
     run.train()
-    assert [line for line in callback.said if "default activation_checkpointing=True" in line]
+    assert [line for line in callback.said if f"default {PREFIX}_checkpointing=True" in line]
     assert seen == [(False, 0)] * 2
-    assert run.model.is_activation_checkpointing and embeddings._forward_hooks.keys() >= hooks.keys() and hooks
+    assert is_on(run.model) and embeddings._forward_hooks.keys() >= hooks.keys() and hooks
 
 
 def test_a_model_prepared_for_4_bit_training(tmp_path: Path) -> None:
@@ -310,18 +313,18 @@ def test_a_model_prepared_for_4_bit_training(tmp_path: Path) -> None:
     assert [e["loss"] for e in told(ours) if "loss" in e] == [e["loss"] for e in told(plain) if "loss" in e]
     assert [e["grad_norm"] for e in told(ours) if "loss" in e] == [e["grad_norm"] for e in told(plain) if "loss" in e]
     assert any("was on in the model" in line and "hook" in line for line in callback.said)
-    assert ours.model.is_activation_checkpointing
+    assert is_on(ours.model)
 
 
 def test_the_hooks_of_trained_embeddings_stay() -> None:
     whole = model()
-    whole.activation_checkpointing_enable()
+    switch_on(whole)
     whole.enable_input_require_grads()
     count = len(whole.get_input_embeddings()._forward_hooks)
     suspended = conflicts.Suspended(types.SimpleNamespace(args=types.SimpleNamespace()), whole)
     assert len(whole.get_input_embeddings()._forward_hooks) == count > 0
     suspended.restore()
-    assert whole.is_activation_checkpointing
+    assert is_on(whole)
 
 
 # ------------------------------------------------------------------------------------- what is reported
@@ -523,7 +526,7 @@ def test_a_budget_that_nothing_fits(tmp_path: Path) -> None:
     run = trainer("sft", tmp_path, [TightfitCallback("5%")], max_steps=2)
     with pytest.raises(BudgetInfeasible):
         run.train()
-    assert untouched(run) and run.model.is_activation_checkpointing
+    assert untouched(run) and is_on(run.model)
 
 
 def wide() -> Any:

@@ -101,3 +101,41 @@ def test_a_mask_that_is_known_lets_a_known_number_through() -> None:
     with faked(model, batch, step) as fake:
         out = step.run(torch.ops.aten.index.Tensor, (fake["x"], [fake["mask"]]), {})
         assert tuple(out.shape) == (3, 3)
+
+
+def test_a_layer_drop_of_nothing_is_known_and_another_is_not() -> None:
+    from tightfit.fake import FakeStep, faked
+
+    aten, step = torch.ops.aten, FakeStep()
+
+    def dropped(share: float) -> bool:
+        drawn = step.run(aten.rand.default, ([],), {})
+        return bool(step.run(aten._local_scalar_dense.default, (step.run(aten.lt.Scalar, (drawn, share), {}),), {}))
+
+    with faked(torch.nn.Linear(2, 2), {}, step):
+        assert not dropped(0.0)
+        with pytest.raises(Unsupported, match="asks for the value"):
+            dropped(0.1)
+
+
+def test_a_constant_is_known_until_it_is_written_to() -> None:
+    """A mask of ones is asked whether it is all ones; one that was changed, through a view too, is not known."""
+    from tightfit.fake import FakeStep, faked
+
+    aten, step = torch.ops.aten, FakeStep()
+
+    def made() -> torch.Tensor:
+        out: torch.Tensor = step.run(aten.ones.default, ([2, 3],), {})
+        return out
+
+    def truth(mask: torch.Tensor) -> bool:
+        boolean = step.run(aten._to_copy.default, (mask,), {"dtype": torch.bool})
+        return bool(step.run(aten._local_scalar_dense.default, (step.run(aten.all.default, (boolean,), {}),), {}))
+
+    with faked(torch.nn.Linear(2, 2), {}, step):
+        assert truth(made())
+        for write in (lambda mask: mask, lambda mask: mask[:, 1:]):
+            mask = made()
+            step.run(aten.zero_.default, (write(mask),), {})
+            with pytest.raises(Unsupported, match="asks for the value"):
+                truth(mask)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tightfit.core import Unsupported
+from tightfit.parallel import require_fsdp2
 from tightfit.step import find_units
 
 __all__ = ["shard_bytes", "sharded"]
@@ -37,6 +38,7 @@ def sharded(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    require_fsdp2()
     if any(getattr(p, "quant_state", None) is not None for p in model.parameters()):
         raise Unsupported("4-bit weights cannot be sharded by FSDP2: use strategy ddp, or method lora")
     if dist.is_initialized():

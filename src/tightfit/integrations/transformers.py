@@ -79,6 +79,15 @@ def config_named(name: str) -> Any:
 
     Raises `InvalidInput` when there is no such model or its config lacks what it needs.
     """
+    config = _config_named(name)
+    text = config.get_text_config()
+    heads, groups = (getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(groups, int) and groups > 0 and heads % groups:
+        raise InvalidInput(f"the config of {name!r} has {heads} heads, which {groups} key-value heads do not divide")
+    return config
+
+
+def _config_named(name: str) -> Any:
     folder = _folder(name)
     if name.strip().lower() in model_names():
         shape = model_shape(name)
