@@ -29,7 +29,13 @@ def card(size_bytes: int) -> Device:
     return forecast.device_asked(f"{size_bytes + forecast.CONTEXT_BYTES}")
 
 
-@pytest.mark.parametrize("case", BENCHMARK["cases"](24, seed=3), ids=lambda c: f"{c.arch}-{c.method}-{c.mode}")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=f"{case.arch}-{case.method}-{case.mode}", marks=[pytest.mark.slow] if turn >= 12 else [])
+        for turn, case in enumerate(BENCHMARK["cases"](24, seed=3))
+    ],
+)
 def test_live_bytes_are_the_allocators_own(case: Any) -> None:
     row = BENCHMARK["run"](case)
     assert abs(row["error"]) <= 0.0005, row
@@ -101,23 +107,29 @@ def test_largest_batch_and_longest_sequence_are_exact() -> None:
     assert answer.longest_seq + 64 > positions or not runs(seq=answer.longest_seq + 64)
 
 
+def test_a_card_that_cannot_hold_the_weights_is_told_so() -> None:
+    tiny = forecast.check(Setup(model="llama-2-7b", method="lora", seq=512), gpu("rtx-2060"), search=False)
+    assert not tiny.fits and tiny.advice[0].startswith("the weights alone take 12.")
+
+
+@pytest.mark.slow
 def test_a_card_that_is_too_small_gets_advice_with_numbers() -> None:
     answer = forecast.check(Setup(model="tinyllama-1.1b", method="full", seq=512), gpu("rtx-2060"))
     assert not answer.fits and answer.plan is None
     assert answer.largest_batch == 0 and answer.longest_seq == 0
     assert any("--method qlora" in said and "GiB" in said for said in answer.advice)
-    tiny = forecast.check(Setup(model="llama-2-7b", method="lora", seq=512), gpu("rtx-2060"), search=False)
-    assert tiny.advice[0].startswith("the weights alone take 12.")
 
 
-def test_what_fits_is_within_the_card_with_context_and_margin() -> None:
-    for size in (40, 80, 160):
-        device = card(size * 2**20)
-        for mode in forecast.check(TINY, device, search=False).modes:
-            total = mode.reserved_bytes * (1 + forecast.MARGIN) + forecast.CONTEXT_BYTES
-            if mode.fits:
-                assert total <= device.memory_bytes + 2
-            assert sum(mode.by_category.values()) == mode.reserved_bytes
+@pytest.mark.parametrize(
+    "size", [80, pytest.param(40, marks=pytest.mark.slow), pytest.param(160, marks=pytest.mark.slow)]
+)
+def test_what_fits_is_within_the_card_with_context_and_margin(size: int) -> None:
+    device = card(size * 2**20)
+    for mode in forecast.check(TINY, device, search=False).modes:
+        total = mode.reserved_bytes * (1 + forecast.MARGIN) + forecast.CONTEXT_BYTES
+        if mode.fits:
+            assert total <= device.memory_bytes + 2
+        assert sum(mode.by_category.values()) == mode.reserved_bytes
 
 
 def test_eight_bit_and_paged_state_is_smaller() -> None:
@@ -294,6 +306,7 @@ def test_more_than_all_of_a_device_is_refused(gpu_asked: str) -> None:
     assert forecast._room(device, "100%") == forecast._room(device, None)
 
 
+@pytest.mark.slow
 def test_calibration_writes_a_device_that_can_be_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "here.toml"
     file.write_text(forecast.calibrated("here", torch.device("cpu")))
@@ -343,6 +356,7 @@ def test_expert_weights_that_stay_in_sixteen_bits_are_said(tmp_path: Path) -> No
     assert any("expert weights" in note for note in answer.notes)
 
 
+@pytest.mark.slow
 def test_a_length_below_the_searchs_step_is_not_called_none(tmp_path: Path) -> None:
     setup = Setup(model=folder(tmp_path / "short", **LLAMA), seq=32)
     assert forecast.check(setup, gpu("rtx-4090")).longest_seq == 32

@@ -237,7 +237,7 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "qlora"])
 def test_adapters_resume_bit_for_bit(method: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"method": method, "steps": 6, "budget": "85%"}
     reference = train(options(place, tmp_path / "whole", **changes, compare_steps=3))

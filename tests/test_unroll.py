@@ -40,10 +40,18 @@ def trace_of(arch: str, blocks: int, method: str, device: str | None) -> tuple[T
     return recorded, list(find_units(model))
 
 
-@pytest.mark.parametrize("device", [None, "cuda"])
+slow = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("arch", "method"), [("gpt2", "full"), ("llama", "lora"), ("mixtral", "full"), ("gemma2", "full")]
-)
+    ("arch", "method", "device"),
+    [
+        ("gpt2", "full", "cuda"), ("llama", "lora", None), ("gemma2", "full", "cuda"),  # gemma2's layers alternate
+        pytest.param("gpt2", "full", None, marks=slow), pytest.param("llama", "lora", "cuda", marks=slow),
+        pytest.param("mixtral", "full", None, marks=slow), pytest.param("mixtral", "full", "cuda", marks=slow),
+        pytest.param("gemma2", "full", None, marks=slow),
+    ],
+)  # fmt: skip
 def test_unrolled_is_the_deep_models_own_trace(arch: str, method: str, device: str | None) -> None:
     few, _ = trace_of(arch, 5, method, device)
     deep, paths = trace_of(arch, 8, method, device)

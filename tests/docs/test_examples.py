@@ -61,6 +61,7 @@ def is_good(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "losses.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_qlora_chain_in_short(tmp_path: Path) -> None:
     losses = is_good(
         run_config(

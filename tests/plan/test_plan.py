@@ -109,7 +109,9 @@ def with_noise(trace: Trace, seed: int) -> Trace:
     return dataclasses.replace(trace, ops=ops)
 
 
-@pytest.mark.parametrize("make", [transformer, functools.partial(traced, *SHAPES[0])])
+@pytest.mark.parametrize(
+    "make", [pytest.param(transformer, marks=pytest.mark.slow), functools.partial(traced, *SHAPES[0])]
+)
 def test_the_least_does_not_depend_on_noisy_seconds(make: Callable[[], Trace]) -> None:
     leasts = []
     traces = [with_noise(make(), seed) for seed in range(4)]

@@ -30,7 +30,18 @@ ARCHITECTURES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+#: One of each kind; the others are like one of these in what they run.
+FAST = frozenset(
+    {
+        "gpt2", "llama", "qwen3", "gpt_neox", "bloom", "opt", "gemma2", "gpt_neo", "mixtral", "deepseek_v3", "gpt_oss",
+        "mamba2", "lfm2", "seq2seq:t5", "masked:bert",
+    }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
 def test_architecture(zoo: ModuleType, name: str) -> None:
     with zoo.quiet():
         outcome = zoo.check(name)
@@ -39,7 +50,13 @@ def test_architecture(zoo: ModuleType, name: str) -> None:
     assert outcome.units >= 2
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "seq2seq:switch_transformers", "jetmoe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral", "seq2seq:switch_transformers",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_moe", "jetmoe")),
+    ],
+)  # fmt: skip
 def test_routing_that_differs_from_the_traced_one(zoo: ModuleType, name: str) -> None:
     """The plan is made on one batch; others are routed otherwise, and fall back where that changes what runs."""
     with zoo.quiet():
