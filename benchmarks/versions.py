@@ -1,71 +1,114 @@
-"""The integrations' tests under other releases of transformers and torch, each in an environment of its own.
+"""The whole test suite on three stacks: the least that pyproject allows, the pinned one, and the newest of everything.
 
-    make versions          # slow: gigabytes and minutes per row; writes benchmarks/results/versions.json
-    python benchmarks/versions.py --only transformers==5.17.0,torch==2.13.0
+    make versions                                            # hours; writes benchmarks/results/versions.json
+    python benchmarks/versions.py --only newest              # one row, the others as they were
+    python benchmarks/versions.py --only least --environment /path/to/venv    # an environment that is there already
 
-Environments are made in a temporary folder and thrown away. torch is taken as a CPU build; a release that pip cannot
-get as one here is a row that says so, and no row is left out. `newest` is whatever pip finds to be it.
+Each row has an environment of its own, with the wheel of this checkout. `least`: the lower bounds of pyproject.toml,
+and of the rest what pip finds to go with them. `pinned`: constraints.txt. `newest`: no constraints at all. torch is the
+build that pip is offered; a CUDA build runs these tests on the CPU as well. A row is written as soon as it is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
+import tomllib
 import venv
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tightfit.step import environment
-
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "versions.json"
-ROWS = [
-    ("5.17.0", "2.13.0"), ("newest", "2.13.0"), ("5.17.0", "2.11.0"), ("newest", "2.11.0"),
-]  # fmt: skip
-TESTS = ["tests/integrations", "tests/test_switches.py"]
-#: The other packages of the rows are those of the project, so that only what is named differs.
-SAME = ("accelerate", "bitsandbytes", "datasets", "highspy", "numpy", "peft", "tokenizers", "trl")
+ROWS = ("least", "pinned", "newest")
+PACKAGES = (
+    "torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets", "highspy", "numpy", "safetensors",
+)  # fmt: skip
 
 
-def run(command: list[str], seconds: int, **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds, **more)
+def least() -> list[str]:
+    """`torch>=2.11` in pyproject.toml as `torch==2.11.*`, and so on."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    bounds = (re.fullmatch(r"(torch|transformers)>=([\d.]+)", requirement) for requirement in asked)
+    return sorted({f"{bound[1]}=={bound[2]}.*" for bound in bounds if bound})
 
 
-def row(transformers: str, torch: str) -> dict[str, Any]:
-    said: dict[str, Any] = {"transformers": transformers, "torch": torch}
-    with tempfile.TemporaryDirectory(prefix="tightfit-versions-") as folder:
-        python = str(Path(folder) / "bin" / "python")
-        venv.create(folder, with_pip=True)
+def requirements(row: str, wheel: Path) -> list[str]:
+    """What pip is told to install."""
+    own = f"{wheel}[dev]"
+    if row == "pinned":
+        return ["-c", str(ROOT / "constraints.txt"), "torch", own]
+    return [*(least() if row == "least" else []), own]
+
+
+def install(row: str, folder: Path) -> str:
+    """Make the environment of `row`; why that cannot be, or nothing."""
+    venv.create(folder, with_pip=True)
+    python = str(folder / "bin" / "python")
+    with tempfile.TemporaryDirectory() as dist:
+        build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", dist, str(ROOT)]
+        subprocess.run(build, check=True, capture_output=True)
+        (wheel,) = Path(dist).glob("*.whl")
         pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-        cpu = f"torch=={torch}+cpu"
-        done = run([*pip, cpu], 1800)
-        if done.returncode:
-            return said | {"status": "not available here", "why": _last(done.stderr)}
-        wanted = "transformers" if transformers == "newest" else f"transformers=={transformers}"
-        pinned = Path(folder) / "constraints.txt"
-        lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        pinned.write_text("\n".join(x for x in lines if x.split("==")[0] in SAME), encoding="utf-8")
-        done = run([*pip, "-c", str(pinned), cpu, wanted, f"{ROOT}[dev]"], 1800)
-        if done.returncode:
-            # the newest of a peer may refuse the old transformers: let pip choose the peers then
-            done = run([*pip, cpu, wanted, f"{ROOT}[dev]"], 1800)
-        if done.returncode:
-            return said | {"status": "cannot be installed", "why": _last(done.stderr)}
-        listed = json.loads(run([python, "-m", "pip", "list", "--format", "json"], 300).stdout)
-        found = {each["name"]: each["version"] for each in listed}
-        said["installed"] = {name: found[name] for name in ("transformers", "torch", *SAME) if name in found}
-        tests = run(
-            [python, "-m", "pytest", "-q", "-n", "2", *TESTS], 3600, cwd=ROOT,
-            env={"PATH": f"{folder}/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": folder},
-        )  # fmt: skip
-        counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", tests.stdout[-400:])}
-        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", tests.stdout, re.MULTILINE)
-        return said | {"status": "passed" if tests.returncode == 0 else "failed", **counts, "tests_failed": failed}
+        done = subprocess.run([*pip, *requirements(row, wheel)], capture_output=True, text=True, check=False)
+    return "" if not done.returncode else _last(done.stderr)
+
+
+def tested(row: str, python: Path, tests: list[str]) -> dict[str, Any]:
+    """What the suite says in the environment of `python`."""
+    listed = subprocess.run([python, "-m", "pip", "list", "--format", "json"], capture_output=True, check=True)
+    found = {each["name"]: each["version"] for each in json.loads(listed.stdout)}
+    began = time.monotonic()
+    # the checkout's own source, whether the environment has the wheel or not
+    done = subprocess.run(
+        [
+            python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "-n", "2", "--dist", "loadgroup",
+            *tests,
+        ],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"),
+            "PATH": f"{python.parent}:{os.environ['PATH']}",
+        },
+    )  # fmt: skip
+    return {"row": row, "installed": {name: found[name] for name in PACKAGES if name in found}} | summary(
+        done.stdout, done.returncode, time.monotonic() - began
+    )
+
+
+def summary(output: str, status: int, seconds: float) -> dict[str, Any]:
+    """Counts and failures from what pytest printed."""
+    last = output.strip().splitlines()[-1] if output.strip() else ""
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|deselected|error)", last)}
+    return {
+        "status": "passed" if status == 0 else "failed", **counts, "seconds": round(seconds),
+        "tests_failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
+    }  # fmt: skip
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    changed = subprocess.run(["git", "status", "--short", "src", "tests"], cwd=ROOT, capture_output=True, check=False)
+    return done.stdout.strip() + ("+changes" if changed.stdout else "")
+
+
+def record(found: dict[str, Any]) -> None:
+    """Put one row into the results, the others as they were."""
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+    rows = {each.get("row"): each for each in before if each.get("row") in ROWS} | {found["row"]: found}
+    text = json.dumps({"rows": [rows[name] for name in ROWS if name in rows]}, indent=1) + "\n"
+    RESULTS.write_text(text, encoding="utf-8")
 
 
 def _last(text: str) -> str:
@@ -75,25 +118,27 @@ def _last(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="transformers==X,torch==Y: this row alone, the others as they were")
-    only = parser.parse_args().only
-    wanted = ROWS
-    if only:
-        match = re.fullmatch(r"transformers==(\S+),torch==(\S+)", only)
-        if match is None:
-            raise SystemExit(f"expected transformers==X,torch==Y, not {only!r}")
-        wanted = [(match[1], match[2])]
-    before = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
-    rows = {(each["transformers"], each["torch"]): each for each in before}
-    for transformers, torch in wanted:
-        rows[transformers, torch] = found = row(transformers, torch)
+    parser.add_argument("--only", choices=ROWS, help="this row alone")
+    parser.add_argument("--environment", type=Path, help="with --only: one that has the packages already")
+    parser.add_argument("--tests", nargs="*", default=[], help="instead of the whole suite")
+    asked = parser.parse_args()
+    if asked.environment and not asked.only:
+        parser.error("--environment is that of one row: say which with --only")
+    failed = False
+    for row in (asked.only,) if asked.only else ROWS:
+        with tempfile.TemporaryDirectory(prefix="tightfit-versions-") as folder:
+            environment = asked.environment or Path(folder)
+            why = "" if asked.environment else install(row, environment)
+            found = (
+                {"row": row, "status": "cannot be installed", "why": why}
+                if why
+                else tested(row, (environment / "bin" / "python").absolute(), asked.tests)
+            )
         print(json.dumps(found), flush=True)
-        record = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "tests": TESTS,
-            "rows": list(rows.values()),
-        }  # fmt: skip
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return int(any(each["status"] == "failed" for each in rows.values()))
+        if not asked.tests:
+            record(found)
+        failed |= found["status"] != "passed"
+    return int(failed)
 
 
 if __name__ == "__main__":
