@@ -11,6 +11,7 @@ Refused here: unknown schema versions, unknown keys and values of the wrong type
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
 import hashlib
 import inspect
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -195,6 +196,30 @@ class Lever(enum.Enum):
     OFFLOAD = "offload"  # kept values moved to host memory
 
 
+def levers_named(asked: Collection[Lever | str] | str | None) -> frozenset[Lever] | None:
+    """Levers and names of levers as levers; text as `parse_levers` reads it; `None`, the default, stays.
+
+    Raises `InvalidInput` for what is none.
+    """
+    if asked is None or isinstance(asked, str):
+        return None if asked is None else parse_levers(asked)
+    found: set[Lever] = set()
+    for each in asked:
+        if isinstance(each, Lever):
+            found.add(each)
+        elif isinstance(each, str) and each.replace("-", "_") in {lever.value for lever in Lever}:
+            found.add(Lever(each.replace("-", "_")))
+        else:
+            raise InvalidInput(_no_lever(each))
+    return frozenset(found)
+
+
+def _no_lever(name: object) -> str:
+    known = [lever.value for lever in Lever]
+    close = difflib.get_close_matches(str(name).replace("-", "_"), known, n=1)
+    return f"unknown lever {name!r}{f'; did you mean {close[0]!r}?' if close else ''}: use {', '.join(known)}"
+
+
 def parse_levers(text: str) -> frozenset[Lever] | None:
     """Levers named in `text`: `"recompute,nest"`, `"all"`, and `"all,-tile"` for all but one. Empty: the default.
 
@@ -208,9 +233,7 @@ def parse_levers(text: str) -> frozenset[Lever] | None:
     for name in names:
         key = name.removeprefix("-").replace("-", "_")
         if key not in known and name != "all":
-            raise InvalidInput(
-                f"unknown lever {name!r}: use {', '.join(known)}, all, or a minus before one, as in all,-tile"
-            )
+            raise InvalidInput(f"{_no_lever(name)}, all, or a minus before one, as in all,-tile")
         if name == "all":
             chosen |= set(Lever)
         elif name.startswith("-"):

@@ -37,6 +37,7 @@ from tightfit.core import (
     Trace,
     Unsupported,
     dumps,
+    levers_named,
     loads,
     parse_bytes,
 )
@@ -46,7 +47,7 @@ from tightfit.parallel import Strategy, gradients_wait, steps_together, strategy
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
 from tightfit.ranks import Meeting, anywhere, are_several, highest
-from tightfit.step import LossFunction, UnitsAsked, compiled_entries, device_of, tensors_in
+from tightfit.step import LossFunction, UnitsAsked, compiled_entries, device_of, own_checkpointing, tensors_in
 from tightfit.trace import trace
 from tightfit.verify import measured_peak_bytes
 
@@ -86,7 +87,8 @@ def fit(
     optimizer: torch.optim.Optimizer | None = None,
     units: UnitsAsked = None,
     longer: str = "replan",
-    levers: Collection[Lever] | None = None,
+    levers: Collection[Lever | str] | str | None = None,
+    exact: bool = False,
 ) -> Applied:
     """Trace one step, plan it for `budget` bytes, apply the plan. `applied.remove()` undoes it.
 
@@ -99,7 +101,10 @@ def fit(
     the model alone does not show the whole batch, so replanning is not possible there: a warning is given instead.
 
     `levers`: what the plan may use, as in `plan`; by default what gives the same bits, and tiles where nothing else
-    fits.
+    fits. A plan in tiles is not exact, which a warning says; `exact=True` forbids it.
+
+    The model's own checkpointing (`gradient_checkpointing_enable`) makes way while the plan is in force, which a
+    warning says, and is on again after `remove()`.
 
     Accumulated gradients take their bytes through the whole step. A model that is fitted without them and comes with
     some is treated as `longer` says, too: planned anew once, and from then on each kind of step has its own plan;
@@ -115,7 +120,12 @@ def fit(
         policy = Longer(longer)
     except ValueError:
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
-    guard = _Guard(model, batch, policy, loss, optimizer, units, levers)
+    guard = _Guard(model, batch, policy, loss, optimizer, units, levers_named(levers), exact)
+    if own_checkpointing(model):
+        warnings.warn(
+            "the model's own checkpointing is off while tightfit's plan is in force; remove() switches it on again",
+            stacklevel=2,
+        )
     try:
         recorded, made, applied = guard.planned(batch, budget)
         if applied is None:
@@ -146,7 +156,11 @@ def _record(
 
 
 def planned(
-    record: Callable[[bool], Trace], budget: str | int, levers: Collection[Lever] | None, model: nn.Module
+    record: Callable[[bool], Trace],
+    budget: str | int,
+    levers: Collection[Lever] | None,
+    model: nn.Module,
+    exact: bool = False,
 ) -> tuple[Trace, Plan]:
     """The step of `model` and its plan; in tiles, which take longer to record, only where nothing exact fits.
 
@@ -154,23 +168,27 @@ def planned(
     step, the one with the highest peak makes the plan, and all have looked at what it means for theirs.
     """
     if are_several(model):
-        return _planned_together(record, budget, levers)
+        return _planned_together(record, budget, levers, exact)
     recorded = record(levers is not None and Lever.TILE in levers)
     try:
-        return recorded, make_plan(recorded, budget, levers=levers)
+        return recorded, make_plan(recorded, budget, levers=levers, exact=exact)
     except BudgetInfeasible as error:
         if levers is not None or error.budget_bytes <= sum(recorded.static_bytes.values()):
             raise  # what is there before the step is too much already
         recorded = record(True)
-        return recorded, make_plan(recorded, budget)
+        return recorded, make_plan(recorded, budget, exact=exact)
 
 
 #: How often the rank that plans is asked for less, where its plan takes more on another rank.
 _ROUNDS = 6
 
 
+def _planned_text(recorded: Trace, budget: int, levers: Collection[Lever] | None, exact: bool) -> str:
+    return dumps(make_plan(recorded, budget, levers=levers, exact=exact))
+
+
 def _planned_together(
-    record: Callable[[bool], Trace], budget: str | int, levers: Collection[Lever] | None
+    record: Callable[[bool], Trace], budget: str | int, levers: Collection[Lever] | None, exact: bool
 ) -> tuple[Trace, Plan]:
     meeting = Meeting("fit")
     try:
@@ -201,7 +219,7 @@ def _planned_together(
     target = budget_bytes
     for turn in range(_ROUNDS):
         asked = target
-        text = meeting.published(leader, lambda: dumps(make_plan(recorded, asked, levers=levers)))  # noqa: B023  # at once
+        text = meeting.published(leader, lambda: _planned_text(recorded, asked, levers, exact))  # noqa: B023  # at once
         theirs = loads(Plan, text, f"the plan of rank {leader}")
         mine = dataclasses.replace(theirs, trace_digest=recorded.digest, budget_bytes=budget_bytes)
         try:
@@ -309,8 +327,10 @@ class _Guard:
         optimizer: torch.optim.Optimizer | None,
         units: UnitsAsked,
         levers: Collection[Lever] | None,
+        exact: bool,
     ) -> None:
-        self.levers = levers
+        self.levers, self.exact = levers, exact
+        self.told = levers is not None and Lever.TILE in levers  # that the plan is not exact
         self.model, self.policy, self.loss, self.optimizer, self.units = model, policy, loss, optimizer, units
         self.applied: Applied | None = None
         self.extent: _Extent | None = None  # of the planned batch
@@ -336,7 +356,16 @@ class _Guard:
             if are_several(model):
                 raise Unsupported("a compiled model on several ranks is not planned: leave out torch.compile")
             return _planned_compiled(model, batch, loss, optimizer, record, budget, self.levers, applied)
-        return (*planned(record, budget, self.levers, model), applied)
+        recorded, made = planned(record, budget, self.levers, model, self.exact)
+        if not made.exact and not self.told:
+            self.told = True
+            warnings.warn(
+                "nothing exact fits this budget, so the plan computes a part of the step in tiles: sums are added in "
+                "another order, and the gradients are not bit for bit those without it (verify holds them against "
+                "float64); exact=True forbids it",
+                stacklevel=4,
+            )
+        return recorded, made, applied
 
     def in_force(self, applied: Applied, recorded: Trace) -> None:
         """The first plan is made."""

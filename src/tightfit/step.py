@@ -427,6 +427,24 @@ def cpu_profile(*, memory: bool = True) -> torch.profiler.profile:
     )
 
 
+def own_checkpointing(model: nn.Module) -> list[Any]:
+    """The modules of `model` whose own checkpointing is switched on, as transformers' models have it."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+
+
+@contextlib.contextmanager
+def own_checkpointing_off(model: nn.Module) -> Iterator[None]:
+    """The model's own checkpointing makes way inside, and is on again afterwards where it was."""
+    modules = own_checkpointing(model)
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run what is compiled in `model` op by op inside."""

@@ -37,6 +37,7 @@ from tightfit.step import (
     device_of,
     find_units,
     no_key_value_cache,
+    own_checkpointing_off,
     undisturbed,
 )
 from tightfit.trace import trace
@@ -224,19 +225,15 @@ def _measured(model: nn.Module, batch: Any, loss: LossFunction | None) -> int:
 def _paused(model: nn.Module) -> Iterator[None]:
     """Whatever is on is off inside."""
     applied, switched = _states(model)
-    flags = [] if switched else [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
     plan, recorded = (applied.plan, applied.trace) if applied is not None else (None, None)
     if applied is not None:
         applied.suspend()
     if switched is not None:
         switched.off()
-    for module in flags:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
     try:
-        yield
+        with own_checkpointing_off(model) if switched is None else contextlib.nullcontext():
+            yield
     finally:
-        for module in flags:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
         if switched is not None:
             switched.on()
         if applied is not None and plan is not None:

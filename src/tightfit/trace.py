@@ -86,6 +86,7 @@ from tightfit.step import (
     environment,
     find_units,
     no_key_value_cache,
+    own_checkpointing_off,
     static_bytes_by_category,
     tensors_in,
     uncompiled,
@@ -700,6 +701,8 @@ def trace(
     `tiles`: where the loss, or the largest unit, is a large part of what cannot be recomputed, record the step again
     with tiles in force, for plans that need them; a recording takes as long as a step, so up to twice the time.
 
+    Checkpointing of the model's own (`gradient_checkpointing_enable`) is off meanwhile, as it is under a plan.
+
     Raises `InvalidInput` (batch, loss, units), `Unsupported` (a step that cannot be recorded).
     """
     check_trainable(model)
@@ -723,6 +726,7 @@ def trace(
     if fake:
         step = FakeStep(target)
         with (
+            own_checkpointing_off(model),
             refusals_named(f"the {type(model).__name__}"),
             unsynchronised(model),
             uncompiled(model),
@@ -731,6 +735,7 @@ def trace(
         ):
             return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles)
     with (
+        own_checkpointing_off(model),
         unsynchronised(model),
         uncompiled(model),
         undisturbed(model, batch) as restart,

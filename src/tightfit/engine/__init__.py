@@ -28,7 +28,7 @@ from tightfit.loss import in_place
 from tightfit.parallel import inside
 from tightfit.plan.program import kept_values, offloaded_values, recipe
 from tightfit.ranks import Meeting, are_several
-from tightfit.step import ForwardPatch, compiled_entries, modules_of, no_key_value_cache
+from tightfit.step import ForwardPatch, compiled_entries, modules_of, no_key_value_cache, own_checkpointing_off
 from tightfit.tiles import in_force
 from tightfit.trace import signature_of
 
@@ -73,6 +73,7 @@ class Applied:
         self._chain = Chain(stores, self._stats)
         _check_compiled(self.model, plan)
         try:
+            self._switches.enter_context(own_checkpointing_off(self.model))
             self._switches.enter_context(no_key_value_cache(self.model))
             self._switches.enter_context(doors(self.model))
             if plan.in_place_loss:

@@ -37,6 +37,7 @@ from tightfit.core import (
     Trace,
     Unsupported,
     format_bytes,
+    levers_named,
 )
 from tightfit.engine import Applied
 from tightfit.fake import logging_step
@@ -165,7 +166,8 @@ class TightfitCallback(PeakCallback):
     for anew, for the same bytes, before it runs. `verify=True` measures the planned peak, and compares the gradients of
     the first real batch with and without the plan. `batch` overrides the batch that is planned for; give it when the
     data cannot be looked at before training. `levers`: what the plan may use, as in `tightfit.plan`; by default what
-    gives the same bits, and tiles, whose gradients are proven against float64, only where nothing else fits.
+    gives the same bits, and tiles, whose gradients are proven against float64, only where nothing else fits;
+    `exact=True` forbids those.
 
     Checkpointing that TRL's configs or PEFT's `prepare_model_for_kbit_training` switched on by default is off while the
     plan is in force, and back afterwards.
@@ -183,11 +185,12 @@ class TightfitCallback(PeakCallback):
         *,
         verify: bool = True,
         batch: Any = None,
-        levers: Collection[Lever] | None = None,
+        levers: Collection[Lever | str] | str | None = None,
+        exact: bool = False,
     ) -> None:
         super().__init__()
         self.budget = budget
-        self.levers = levers
+        self.levers, self.exact = levers_named(levers), exact
         self.verify = verify
         self.batch: Any = None if batch is None else plain(batch)
         self._given = batch is not None
@@ -263,13 +266,14 @@ class TightfitCallback(PeakCallback):
             # in the middle of a training nothing is proven anew, so only what gives the same bits by design
             levers = frozenset(levers or (Lever.RECOMPUTE, Lever.LOSS_IN_PLACE, Lever.NEST)) - {Lever.TILE}
         try:
-            _, chosen = planned(record, self.budget if self.plan is None else self.plan.budget_bytes, levers, model)
+            budget = self.budget if self.plan is None else self.plan.budget_bytes
+            _, chosen = planned(record, budget, levers, model, self.exact)
         except BudgetInfeasible as error:
             if self.plan is None or recorded is None:
                 raise
             # in the middle of a training: the leanest plan there is, and a word about it, rather than an end
             seen: Trace = recorded
-            _, chosen = planned(lambda _: seen, error.least_bytes, levers, model)
+            _, chosen = planned(lambda _: seen, error.least_bytes, levers, model, self.exact)
             self._warn(f"{error}; this batch runs under the leanest plan")
         self.trace, self.plan = recorded, chosen
         self.plans += 1

@@ -30,6 +30,7 @@ from tightfit.core import (
     Timeline,
     Trace,
     format_bytes,
+    levers_named,
     make_verb,
     parse_bytes,
 )
@@ -50,23 +51,31 @@ _EVENTS_TO_TRY = 200_000
 
 
 def plan(
-    trace: Trace, budget: str | int, *, effort: Effort = THOROUGH, levers: Collection[Lever] | None = None
+    trace: Trace,
+    budget: str | int,
+    *,
+    effort: Effort = THOROUGH,
+    levers: Collection[Lever | str] | str | None = None,
+    exact: bool = False,
 ) -> Plan:
     """The plan of least recompute whose simulated peak is within `budget`.
 
     `budget`: bytes, a size, or a percentage of the unplanned step's peak. `levers`: those that the plan may use. By
     default all but `Lever.OFFLOAD`, which needs room elsewhere and has not been measured on a GPU; and tiles, which do
     not give the same bits, only where nothing exact fits (`Plan.exact` says so). A collection that names `Lever.TILE`
-    has them compete on seconds. Raises `InvalidInput` for a budget that is no size, `BudgetInfeasible` when nothing
-    fits.
+    has them compete on seconds. `exact=True` forbids them. Levers are given as `Lever`s or by their names.
+
+    Raises `InvalidInput` for a budget that is no size, `BudgetInfeasible` when nothing fits.
     """
-    levers = _checked(levers)
+    levers = levers_named(levers)
+    if exact and _allows(levers, Lever.TILE) and levers is not None:
+        raise InvalidInput("exact=True forbids tiles, and levers names them: leave one of the two out")
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
     every_way = _planner(trace, effort).ways(levers)
     least = unplanned
-    for exact in (True, False) if levers is None else (None,):
-        ways = [way for way in every_way if exact in (None, way.exact)]
+    for bits in (None,) if levers is not None else (True,) if exact else (True, False):
+        ways = [way for way in every_way if bits in (None, way.exact)]
         if not ways:
             continue
         best: Plan | None = None
@@ -83,7 +92,13 @@ def plan(
                 trace, lowest_way, budget_bytes, lowest_way.lowest.choices, line, unplanned, 0.0, lowest_way.lowest.how
             )
         least = min(least, line, key=lambda each: each.peak_bytes)
-    raise BudgetInfeasible(budget_bytes, least.peak_bytes, _advice(trace, least, budget_bytes))
+    advice = _advice(trace, least, budget_bytes)
+    if exact and (tiled := [way for way in every_way if not way.exact]):
+        peak_bytes = _lowest(tiled, None)[1].peak_bytes
+        if peak_bytes <= budget_bytes:
+            said = f"without exact=True tiles would take {format_bytes(peak_bytes)}, to rounding but not bit for bit"
+            advice = (said, *advice)
+    raise BudgetInfeasible(budget_bytes, least.peak_bytes, advice)
 
 
 def _cost(made: Plan) -> float:
@@ -93,15 +108,6 @@ def _cost(made: Plan) -> float:
 
 def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:
     return min((made for made in (one, other) if made is not None), key=_cost, default=None)
-
-
-def _checked(levers: Collection[Any] | None) -> frozenset[Lever] | None:
-    """Raises `InvalidInput` for what are no levers."""
-    if levers is None:
-        return None
-    if not all(isinstance(lever, Lever) for lever in levers):
-        raise InvalidInput(f"expected a collection of tightfit.core.Lever, not {levers!r}; parse_levers reads names")
-    return frozenset(levers)
 
 
 def _allows(levers: Collection[Lever] | None, lever: Lever) -> bool:
@@ -165,9 +171,9 @@ def _nested(
     return list(itertools.islice(possible, _NESTINGS if frugal.effort.proves else 1))
 
 
-def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever] | None = None) -> Plan:
+def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever | str] | str | None = None) -> Plan:
     """The plan of the lowest peak by any of `levers` (by default all but offload). Its budget is its own peak."""
-    levers = _checked(levers)
+    levers = levers_named(levers)
     if not _allows(levers, Lever.RECOMPUTE):
         raise InvalidInput("the lowest peak is looked for by recompute: add Lever.RECOMPUTE to the levers")
     way, line = _lowest(_planner(trace, effort).ways(levers), levers)

@@ -1,0 +1,111 @@
+"""What `fit` promises of bits, of names, and of a model's own checkpointing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from tests.names import is_on, switch_on
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tightfit
+from tightfit.core import BudgetInfeasible, InvalidInput, Lever, levers_named
+from tightfit.integrations.trainer import TightfitCallback
+from tightfit.plan import lowest
+from tightfit.verify import Outcome, differences
+
+
+def made(vocabulary: int = 256) -> tuple[Any, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, vocab_size=vocabulary,
+        attention_dropout=0.1, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).train()
+    ids = torch.randint(0, vocabulary, (4, 64))
+    return model, {"input_ids": ids, "labels": ids}
+
+
+def outcome(model: nn.Module, batch: Any) -> Outcome:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    model(**batch).loss.backward()
+    return Outcome(model)
+
+
+def test_a_models_own_checkpointing_makes_way_and_comes_back() -> None:
+    model, batch = made()
+    expected = outcome(copy.deepcopy(model), batch)
+    unplanned = tightfit.simulate(tightfit.trace(model, batch), None).peak_bytes
+    switch_on(model, {"use_reentrant": False})
+    flags = [getattr(module, "gradient_checkpointing", None) for module in model.modules()]
+    assert tightfit.simulate(tightfit.trace(model, batch), None).peak_bytes == unplanned
+    assert [getattr(module, "gradient_checkpointing", None) for module in model.modules()] == flags
+    with pytest.warns(UserWarning, match="own checkpointing is off while tightfit's plan is in force"):
+        applied = tightfit.fit(model, batch, "95%")
+    assert not is_on(model)
+    assert applied.plan.exact and applied.plan.budget_bytes == int(unplanned * 0.95)
+    assert not differences(expected, outcome(model, batch))
+    assert not applied.stats().fallbacks
+    applied.remove()
+    assert [getattr(module, "gradient_checkpointing", None) for module in model.modules()] == flags and is_on(model)
+    with tightfit.apply(model, applied.plan):
+        assert not is_on(model)
+        assert not differences(expected, outcome(model, batch))
+    assert is_on(model)
+
+
+def budget_for_tiles(model: nn.Module, batch: Any) -> int:
+    """One that nothing exact can hold, and tiles can."""
+    trace = tightfit.trace(model, batch)
+    exact, any_bits = lowest(trace, levers=("recompute", "loss_in_place", "nest")), lowest(trace)
+    assert not any_bits.exact and any_bits.peak_bytes < exact.peak_bytes
+    return (exact.peak_bytes + any_bits.peak_bytes) // 2
+
+
+def test_a_plan_that_is_not_exact_is_said_once_and_can_be_forbidden() -> None:
+    model, batch = made(4096)
+    budget = budget_for_tiles(model, batch)
+    with pytest.warns(UserWarning, match="exact=True forbids it") as told:
+        applied = tightfit.fit(model, batch, budget)
+    assert len([w for w in told if "exact=True" in str(w.message)]) == 1
+    assert not applied.plan.exact
+    applied.remove()
+    for run in (
+        lambda: tightfit.fit(model, batch, budget, exact=True),
+        lambda: tightfit.plan(tightfit.trace(model, batch), budget, exact=True),
+    ):
+        with pytest.raises(BudgetInfeasible) as error:
+            run()
+        assert error.value.least_bytes > budget
+    assert "without exact=True tiles would take" in str(error.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # who names tiles knows
+        with tightfit.fit(model, batch, budget, levers=("recompute", "loss_in_place", "nest", "tile")) as applied:
+            assert not applied.plan.exact
+    with pytest.raises(InvalidInput, match="exact=True forbids tiles"):
+        tightfit.fit(model, batch, budget, levers="all", exact=True)
+
+
+def test_levers_are_given_by_name() -> None:
+    model, batch = made()
+    trace = tightfit.trace(model, batch)
+    by_name = tightfit.plan(trace, "90%", levers=("recompute", Lever.LOSS_IN_PLACE))
+    assert by_name == tightfit.plan(trace, "90%", levers={Lever.RECOMPUTE, Lever.LOSS_IN_PLACE})
+    assert by_name == tightfit.plan(trace, "90%", levers="recompute,loss-in-place")
+    with tightfit.fit(model, batch, "90%", levers=("recompute", "offload")) as applied:
+        assert applied.plan.peak_bytes <= applied.plan.budget_bytes
+    assert TightfitCallback("90%", levers=["recompute"], exact=True).levers == {Lever.RECOMPUTE}
+    assert levers_named(None) is None and levers_named([]) == frozenset()
+
+
+@pytest.mark.parametrize("asked", [("recompute", "ofload"), "ofload", [3]])
+def test_a_name_that_is_nearly_right_is_suggested(asked: Any) -> None:
+    with pytest.raises(InvalidInput) as error:
+        levers_named(asked)
+    assert "use recompute, " in str(error.value)
+    assert asked == [3] or "did you mean 'offload'?" in str(error.value)
