@@ -139,3 +139,12 @@ def test_a_constant_is_known_until_it_is_written_to() -> None:
             step.run(aten.zero_.default, (write(mask),), {})
             with pytest.raises(Unsupported, match="asks for the value"):
                 truth(mask)
+
+
+@pytest.mark.parametrize(
+    "line", ["use_kernels: true", "model_init_kwargs: {use_kernels: true}", "use_liger_kernel: true"]
+)
+def test_kernels_that_run_on_a_gpu_alone_are_named(line: str, folder: str, tmp_path: Path) -> None:
+    run = tmp_path / "sft.yaml"
+    run.write_text(f"model_name_or_path: {folder}\n{line}\n")
+    assert any("run on a GPU alone" in note for note in case_of(str(run)).notes)

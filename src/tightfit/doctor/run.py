@@ -206,6 +206,12 @@ def setup_of(run: Run) -> tuple[Setup | None, tuple[str, ...]]:
     return setup.checked(), tuple(notes)
 
 
+def _hub_kernels(run: Run) -> bool:
+    """Does the run replace layers by kernels of the hub?"""
+    made_with = run.get("model_init_kwargs")
+    return is_true(run.get("use_kernels")) or (isinstance(made_with, Mapping) and is_true(made_with.get("use_kernels")))
+
+
 def _settings(run: Run) -> tuple[tuple[str, Any], ...]:
     """What the file says of how TRL computes a step."""
     from tightfit.integrations.trainer_step import SETTINGS
@@ -279,6 +285,12 @@ def case_of(asked: str, *, trainer: str | None = None, **changed: Any) -> Case:
             raise InvalidInput(f"{asked!r} names no model, so there is no step to change")
         if setup is not None and is_true(run.get("use_liger_kernel")):
             setup, notes = None, (*notes, "Liger's kernels run on a GPU alone, so the peak is not looked at here")
+        if _hub_kernels(run):
+            notes = (
+                *notes,
+                "use_kernels: kernels of the hub run on a GPU alone; a plan reruns them as ops or keeps their blocks "
+                "whole, and this forecast is of the layers that they stand in for",
+            )
         return Case(
             asked=asked, run=run, setup=setup, plain_loss=run.trainer != "dpo", notes=(*run.notes, *notes)
         )  # fmt: skip
