@@ -334,7 +334,7 @@ def test_contexts_are_entered_around_forward_and_replay(checkpoint: Checkpoint, 
 
 
 def test_a_context_that_swallows_the_error_is_told_of() -> None:
-    """Torch's says so too since 2.13; before, it left its hooks behind."""
+    """Torch's says so too in 2.13; in 2.11 it leaves its hooks behind, so it is not asked here."""
 
     def broken(y: torch.Tensor) -> torch.Tensor:
         raise KeyError("lost otherwise")
