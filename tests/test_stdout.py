@@ -140,6 +140,24 @@ def test_a_reader_that_goes_away_is_no_traceback(tiny: Path, tmp_path: Path) -> 
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(stdout.__file__).parents[1])}
+    done = shell("tightfit --version > /dev/full", environment, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "tightfit: cannot write the result: No space left on device\n"
+    done = shell("tightfit plan no-such-model 2> /dev/full", environment, tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    (tmp_path / "long.py").write_text(  # longer than a buffer, so that it is written where it is made
+        "from tightfit import cli, stdout\n"
+        "cli._run = lambda asked: stdout.results().write('x' * 100_000)\n"
+        "raise SystemExit(cli.main())\n"
+    )
+    done = shell(f"{sys.executable} long.py > /dev/full", environment, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "tightfit: cannot write the result: No space left on device\n"
+
+
 def test_help_and_version_are_results(noisy: dict[str, str], tmp_path: Path) -> None:
     for line, word in (("--version", "tightfit "), ("--help", "Usage"), ("plan --help", "--explain")):
         done = shell(f"tightfit {line}", noisy, tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -52,6 +53,13 @@ __all__ = ["app", "main"]
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 EXIT_NO, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+#: The extra that brings a package which the base install leaves out, by the name that is imported.
+EXTRAS = {
+    "transformers": "transformers", "tokenizers": "transformers", "accelerate": "transformers", "tqdm": "transformers",
+    "peft": "peft", "trl": "trl", "datasets": "trl", "pyarrow": "trl", "yaml": "trl",
+    "bitsandbytes": "bitsandbytes", "matplotlib": "png",
+}  # fmt: skip
 
 # advice that they log on import and load is not about what was asked here
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -177,7 +185,9 @@ def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer | None:
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise Unsupported(f"adamw8bit needs the package bitsandbytes ({error})") from None
+            raise Unsupported(
+                f"adamw8bit needs the package bitsandbytes ({error}): pip install 'tightfit[bitsandbytes]'"
+            ) from None
         made: torch.optim.Optimizer = AdamW8bit(trainable, lr=1e-5)
         return made
     return None
@@ -703,6 +713,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(asked)
     except BrokenPipeError:  # the reader of the result (`| head`) has gone
         return EXIT_NO
+    except stdout.NotWritten as error:
+        _say(f"cannot write the result: {error}")
+        return EXIT_NO
 
 
 def _run(asked: list[str]) -> int:
@@ -730,12 +743,15 @@ def _run(asked: list[str]) -> int:
             raise
         _say("interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, stdout.NotWritten):
         raise
     except Exception as error:
         _tell_launcher(error)
         if debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and (lacking := _lacking(error, given)):
+            _say(lacking)
+            return EXIT_WRONG_INPUT
         if (asked_bytes := refused_bytes(error)) is not None:
             from tightfit.step import host_memory_bytes
 
@@ -748,6 +764,16 @@ def _run(asked: list[str]) -> int:
             return EXIT_NO
         _say(f"{type(error).__name__}: {error} (run again with --debug to see where)")
         return EXIT_NO
+
+
+def _lacking(error: ModuleNotFoundError, given: list[str]) -> str:
+    """What to install where a package of an extra is not there; empty where it is none of those."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS or importlib.util.find_spec(package) is not None:  # it is there, and a part of it is not
+        return ""
+    command = next((word for word in given if not word.startswith("-")), "")
+    extra = "trl" if command == "train" else EXTRAS[package]  # train needs all of them, so that one install will do
+    return f"tightfit {command} needs the package {package}, which is not installed: pip install 'tightfit[{extra}]'"
 
 
 def _tell_launcher(error: Exception) -> None:
@@ -776,7 +802,8 @@ def exit_code(error: TightfitError) -> int:
 
 def _say(message: str) -> None:
     line = " ".join(message.split())
-    typer.echo(f"tightfit: {line}", err=True)
+    with contextlib.suppress(OSError):  # nobody reads standard error, or its disk is full: the exit status still tells
+        typer.echo(f"tightfit: {line}", err=True)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TextIO
+from typing import Any, TextIO
 
-__all__ = ["for_libraries", "own", "results"]
+__all__ = ["NotWritten", "for_libraries", "own", "results"]
+
+
+class NotWritten(OSError):
+    """The result cannot be written where it is sent; says why."""
+
 
 _results: ContextVar[TextIO | None] = ContextVar("results", default=None)
 
@@ -33,7 +39,8 @@ def results() -> TextIO:
 def own() -> Iterator[None]:
     """Descriptor 1 is standard error within; `sys.stdout`, where it wrote there, writes to what descriptor 1 was.
 
-    Raises `BrokenPipeError` on leaving when the reader of the result has gone.
+    Within and on leaving, writing a result raises `BrokenPipeError` when its reader has gone, `NotWritten` when it
+    cannot be written for another reason (a disk that is full).
     """
     with _open_streams():
         kept = os.dup(1)  # not inherited by children
@@ -43,9 +50,9 @@ def own() -> Iterator[None]:
         _flush_native()
         os.dup2(2, 1)
         if bound:
-            sys.stdout = open(  # noqa: SIM115 - closed below, without the descriptor
-                kept, "w", encoding=before.encoding, errors=before.errors, closefd=False,
-                buffering=1 if getattr(before, "line_buffering", False) else -1,
+            sys.stdout = io.TextIOWrapper(  # closed below, without the descriptor
+                io.BufferedWriter(_Descriptor(kept, "w", closefd=False)), encoding=before.encoding,
+                errors=before.errors, line_buffering=getattr(before, "line_buffering", False),
             )  # fmt: skip
         try:
             yield
@@ -89,6 +96,18 @@ def _open_streams() -> Iterator[None]:
             sys.stdout, sys.stderr = streams
             for number in lent:
                 os.close(number)
+
+
+class _Descriptor(io.FileIO):
+    """A descriptor that tells a result that cannot be written from every other error of the operating system."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise NotWritten(error.strerror or str(error)) from error
 
 
 def _writes_to(stream: TextIO, number: int) -> bool:

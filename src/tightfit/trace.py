@@ -168,7 +168,7 @@ def is_uncounted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     autocast context, so the second use of a weight does not cast it again. What autocast caches is what counts, since
     inside its own cast it is switched off and cannot be asked.
     """
-    if func.is_view or func.namespace == "profiler":  # the latter mark a span for a profile
+    if func.is_view or func.namespace in ("profiler", "prim"):  # marks of a span; a fake tensor asked for its device
         return True
     if func is _aten._to_copy.default:
         source, dtype = args[0], kwargs.get("dtype")

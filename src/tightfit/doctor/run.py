@@ -116,7 +116,9 @@ def read_run(path: str | Path, trainer: str | None = None) -> Run:
 
         from tightfit.settings import parse_yaml
     except ImportError as error:
-        raise Unsupported(f"reading a run's YAML needs the package pyyaml ({error})") from None
+        raise Unsupported(
+            f"reading a run's YAML needs the package pyyaml ({error}): pip install 'tightfit[trl]'"
+        ) from None
     try:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except InvalidInput:

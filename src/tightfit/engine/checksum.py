@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -22,7 +23,12 @@ _SHIFT = 31  # brings a word's sign, which a product keeps in the highest bit, d
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A mark of every bit of `tensor` and of its place; None for a kind of tensor whose bits cannot be read."""
+    """A mark of every bit of `tensor` and of its place; None for a kind of tensor whose bits cannot be read.
+
+    On `meta` and in fake tensors there are none.
+    """
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return None
     with _disable_current_modes(), torch.no_grad():
         try:
             return _mark(_sums(_bits(tensor)))

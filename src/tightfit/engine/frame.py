@@ -31,7 +31,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit.core import Action, Kind, Program, ReplayDiverged, Unsupported
@@ -168,13 +170,31 @@ def _activated() -> Iterator[None]:
         _active.depth -= 1
 
 
+_NOTHING = object()
+
+
+def called_in(
+    context: AbstractContextManager[Any], name: str, function: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """`function(*args, **kwargs)` within `context`, which may not swallow the function's error: there is no result."""
+    out: Any = _NOTHING
+    with context:
+        out = function(*args, **kwargs)
+    if out is _NOTHING:
+        raise Unsupported(
+            f"the first context of context_fn swallowed an error of {name}, so that there is no result to go on with: "
+            "let the error through"
+        )
+    return out
+
+
 # --------------------------------------------------------------------------------------------- surroundings
 
 
 class _Surroundings:
     """The thread-wide settings that decide which ops a forward calls; restored for its replay."""
 
-    __slots__ = ("attention", "autocast", "default_dtype")
+    __slots__ = ("attention", "autocast", "default_dtype", "device")
 
     _ATTENTION = (
         (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
@@ -190,6 +210,9 @@ class _Surroundings:
         ]
         self.attention = [enabled() for enabled, _ in self._ATTENTION]
         self.default_dtype = torch.get_default_dtype()
+        modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
+        # `with torch.device(...)`, which says where new tensors are made
+        self.device = next((mode.device for mode in reversed(modes) if isinstance(mode, DeviceContext)), None)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -199,6 +222,8 @@ class _Surroundings:
             for kind, enabled, cast_dtype, cache in self.autocast:
                 if enabled or torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=cast_dtype, cache_enabled=cache))
+            if self.device is not None:
+                stack.enter_context(self.device)
             try:
                 self._attention(self.attention, now)
                 if dtype != self.default_dtype:
@@ -354,8 +379,8 @@ class Frame:
             self._borrow(self.tape)
         try:
             hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
-            with _activated(), hooks, _Watch(self), self.contexts[0]:
-                out = self.forward(*self.args, **self.kwargs)
+            with _activated(), hooks, _Watch(self):
+                out = called_in(self.contexts[0], self.name, self.forward, self.args, self.kwargs)
         except BaseException:
             self.tape = None  # it holds tensors whose history holds it
             raise

@@ -16,10 +16,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+import torch.utils.checkpoint
 
 from tightfit.core import InvalidInput, Program, Unsupported
 from tightfit.engine.compiled import run_again
-from tightfit.engine.frame import Frame, FramePlan, Stats, is_active
+from tightfit.engine.frame import Frame, FramePlan, Stats, called_in, is_active
 from tightfit.plan.program import recipe
 from tightfit.step import refuse_compiled, tensors_in
 from tightfit.trace import ProgramRecorder
@@ -58,10 +59,14 @@ def checkpoint(
     - `preserve_rng_state`: either. Random numbers are always the forward's; with others the gradients would be wrong.
     - `determinism_check`: `"default"`. Every replay is compared bit for bit, so `"none"` is `Unsupported`.
     - `debug`: an error in backward also says where the region was called.
-    - `early_stop`: `False` has a replay run the function to its end, so that what comes last in it happens again.
-    - `context_fn`: gives two context managers, entered around the forward and around the replay. `Unsupported` in
-      compiled code, and where they are torch's selective checkpointing: that is `keep`. Not together with `keep`
-      (`InvalidInput`), which runs single ops again and not the function.
+    - `early_stop`: `False` has a replay run the function to its end, so that what comes last in it happens again; with
+      `keep`, which runs single ops again and not the function, there is no end to run to.
+    - `context_fn`: gives two context managers, entered around the forward and around the replay; a region inside of
+      another is part of that one's forward and replay, and enters its first. `Unsupported` in compiled code, and where
+      they are torch's selective checkpointing: that is `keep`. Not together with `keep` (`InvalidInput`).
+
+    `torch.utils.checkpoint.set_checkpoint_early_stop` and `set_checkpoint_debug_enabled` go over the keywords, as they
+    do there.
     """
     _refuse(use_reentrant, determinism_check, keep is not None and context_fn is not None)
     if torch.compiler.is_compiling():
@@ -71,11 +76,13 @@ def checkpoint(
             refuse_compiled("a compiled region has a context_fn")
         names = {keep} if isinstance(keep, str) else keep
         return run_again(function, args, kwargs, names)  # type: ignore[arg-type]
-    if not torch.is_grad_enabled() or is_active():
-        with _contexts(context_fn)[0]:
-            return function(*args, **kwargs)
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    if debug:
+    if is_active():
+        inner: T = called_in(_contexts(context_fn)[0], name, function, args, kwargs)
+        return inner
+    if _switched("_checkpoint_debug_enabled", debug):
         caller = sys._getframe(1)
         name = f"{name} (called in {caller.f_code.co_filename}, line {caller.f_lineno})"
     plan = None
@@ -91,7 +98,8 @@ def checkpoint(
             return first
         plan = _learnt[key]
     frame = Frame(name, function, args, kwargs, plan, region_stats, owner)
-    frame.contexts, frame.stops_early = _contexts(context_fn), early_stop
+    frame.contexts = _contexts(context_fn)
+    frame.stops_early = _switched("_enable_checkpoint_early_stop", early_stop)
     out: T = frame.run()
     return out
 
@@ -114,13 +122,19 @@ def _refuse(use_reentrant: bool | None, determinism_check: str, both: bool) -> N
         raise InvalidInput("keep and context_fn are two ways to treat the ops of a region: give one of them")
 
 
+def _switched(name: str, said: bool) -> bool:
+    """What a keyword is where torch's switch for all regions is not set (or this release has none)."""
+    switch = getattr(torch.utils.checkpoint, name, None)
+    return said if switch is None else bool(switch)
+
+
 def _contexts(
     context_fn: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] | None,
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     if context_fn is None:
         return nullcontext(), nullcontext()
     forward, replay = context_fn()
-    if type(forward).__module__ == "torch.utils.checkpoint":
+    if any(kind.__module__ == "torch.utils.checkpoint" for kind in (*type(forward).__mro__, *type(replay).__mro__)):
         raise Unsupported(
             "context_fn is torch's selective checkpointing, which hides ops from the comparison of the replay: name "
             'the ops whose results are to be held with keep, as in keep=["mm"]'
