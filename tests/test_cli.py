@@ -55,7 +55,9 @@ SMALL = ("--batch", "2", "--seq", "64")
         (("plan", "MODEL", *SMALL, "--budget=-1GiB"), 2, "-1GiB"),
         (("plan", "MODEL", *SMALL, "--budget", "0"), 2, "more than zero"),
         (("plan", "MODEL", *SMALL, "--budget", "5%"), 1, "the least that is feasible"),
-        (("measure", "MODEL", *SMALL, "--budget", "1kB"), 1, "the least that is feasible"),
+        pytest.param(
+            ("measure", "MODEL", *SMALL, "--budget", "1kB"), 1, "the least that is feasible", marks=pytest.mark.slow
+        ),
         (("plan", "MODEL", "--batch", "0"), 2, "--batch"),
         (("plan", "MODEL", "--seq", "1"), 2, "--seq"),
         (("plan", "MODEL", "--seq", "4096"), 2, "positions"),

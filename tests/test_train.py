@@ -336,7 +336,12 @@ def patch(monkeypatch: pytest.MonkeyPatch, where: str, now: list[int], steps: li
 
 @pytest.mark.parametrize(
     ("where", "steps"),
-    [("forward", [2, 5, 5]), ("backward", [5]), ("optimizer", [1]), ("torn", [5])],
+    [
+        ("forward", [2, 5, 5]),
+        ("torn", [5]),
+        pytest.param("backward", [5], marks=pytest.mark.slow),
+        pytest.param("optimizer", [1], marks=pytest.mark.slow),
+    ],
 )
 def test_running_out_of_memory_changes_nothing(
     where: str, steps: list[int], place: Path, whole: RunResult, tmp_path: Path,
