@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tightfit"
 # From the ground up. A module may import its own line and the lines before it.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
-    frozenset({"catalog", "cost", "allocator", "unroll"}),
+    frozenset({"catalog", "cost", "allocator", "unroll", "settings", "stdout"}),
     frozenset({"plan"}),
     frozenset({"report"}),
     frozenset({"parallel", "ranks", "step", "loss", "tiles", "fake", "trace", "engine"}),

@@ -105,12 +105,12 @@ def test_offloaded_values_are_in_the_plan(recorded: Trace) -> None:
 
 
 def test_what_is_no_lever_is_refused(recorded: Trace) -> None:
-    for wrong in ("nest", {"nest"}):
+    for wrong in ("nset", {"nset"}, [3]):
         for verb in (
             lambda levers: plan(recorded, "80%", levers=levers),
             lambda levers: lowest(recorded, levers=levers),
         ):
-            with pytest.raises(InvalidInput, match="expected a collection of"):
+            with pytest.raises(InvalidInput, match="unknown lever"):
                 verb(wrong)
 
 
