@@ -12,8 +12,9 @@ SITE_STAMP := $(VENV)/.installed-docs
 # Quiet twice: errors only. Once would still print a warning per package for every index that lacks it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-# Tests that share a launch of several processes stay on one worker. One thread per worker: two workers with torch's default of one thread per core only fight over the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15
+# A file's tests stay on one worker, since they share launches of several processes, models and traces. One thread per
+# worker: two workers with torch's default of one thread per core only fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 .PHONY: help demo test test-slow fresh wheel lint docs site bench versions clean
 .DEFAULT_GOAL := help

@@ -70,7 +70,7 @@ def tested(row: str, python: Path, tests: list[str]) -> dict[str, Any]:
     # the checkout's own source, whether the environment has the wheel or not
     done = subprocess.run(
         [
-            python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "-n", "2", "--dist", "loadgroup",
+            python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "-n", "2", "--dist", "loadfile",
             *tests,
         ],
         cwd=ROOT, capture_output=True, text=True, check=False,

@@ -18,8 +18,6 @@ from tightfit.core import Category, Unsupported
 from tightfit.integrations.fsdp import shard_bytes, sharded
 from tightfit.plan import lowest
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one launch serves many tests, so they stay on one worker
-
 PROGRAM = Path(__file__).with_name("ranks.py")
 #: Steps of FSDP2 can be taken back since torch 2.13, and a plan needs that.
 FSDP2 = hasattr(FSDPModule, "reset_iter_state")

@@ -69,7 +69,8 @@ def sft_step(
     chosen = {name: value for name, value in settings.items() if name in SETTINGS - _OF_THE_DATA}
     restored = contextlib.ExitStack()
     with tempfile.TemporaryDirectory(prefix="tightfit-") as folder, restored:
-        restored.callback(_forward_put_back, _causal_model(model), vars(_causal_model(model)).get("forward"))
+        for module in {id(m): m for m in (model, _causal_model(model))}.values():
+            restored.callback(_attributes_put_back, module, dict(vars(module)))
         restored.callback(_config_put_back, model, getattr(getattr(model, "config", None), "use_cache", None))
         requires = [(p, p.requires_grad) for p in model.parameters()]
         restored.callback(lambda: [p.requires_grad_(needs) for p, needs in requires])
@@ -110,11 +111,10 @@ def _causal_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _forward_put_back(model: nn.Module, own: Any) -> None:
-    if own is None:
-        vars(model).pop("forward", None)
-    else:
-        vars(model)["forward"] = own
+def _attributes_put_back(module: nn.Module, before: dict[str, Any]) -> None:
+    """TRL replaces `forward`, and notes on the model that it trains it."""
+    vars(module).clear()
+    vars(module).update(before)
 
 
 def _config_put_back(model: Any, use_cache: Any) -> None:
