@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"catalog", "cost", "allocator", "unroll", "settings", "stdout"}),
     frozenset({"plan"}),
     frozenset({"report"}),
-    frozenset({"parallel", "ranks", "step", "loss", "tiles", "fake", "trace", "engine"}),
+    frozenset({"parallel", "ranks", "step", "loss", "tiles", "fake", "trace", "units", "engine"}),
     frozenset({"verify", "measure", "fitting", "switches"}),
     frozenset({"integrations", "recipe", "train", "forecast", "doctor"}),
     frozenset({"cli", "__main__"}),

@@ -470,7 +470,7 @@ def find_units(model: nn.Module, asked: UnitsAsked = None) -> dict[str, nn.Modul
     model = unwrapped(model)
     modules = modules_of(model)
     if asked is None:
-        found = _repeated_blocks(model, "") or _composite_children(model)
+        found = repeated_blocks(model) or _composite_children(model)
     else:
         wanted = [asked] if isinstance(asked, (str, nn.Module)) else list(asked)
         found = {}
@@ -501,6 +501,11 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _is_block(module: nn.Module) -> bool:
     """A module worth planning as a whole: one with parts, or a custom one; not a bare `nn.Linear`."""
     return any(True for _ in module.children()) or not type(module).__module__.startswith("torch.nn.")
+
+
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Path to module of the outermost blocks of `ModuleList`s and `Sequential`s; none where there is but one."""
+    return _repeated_blocks(unwrapped(model), "")
 
 
 def _repeated_blocks(module: nn.Module, path: str) -> dict[str, nn.Module]:

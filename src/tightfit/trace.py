@@ -94,6 +94,7 @@ from tightfit.step import (
     unique_bytes,
 )
 from tightfit.tiles import Sought, TileStats, head_sought, in_force, modules_sought, rows_of_tile
+from tightfit.units import Census
 from tightfit.unroll import trace_digest
 
 __all__ = [
@@ -342,6 +343,7 @@ class _Recorder(TorchDispatchMode):
         self.reading_unit: str | None = None
         self.restart: Restart | None = None  # wants to know what the ops are about to write
         self.in_cross_entropy = False
+        self.census: Census | None = None
         self.custom: dict[str, int] = {}  # calls of custom autograd functions, by name
         self.log_softmaxes: list[
             tuple[int, int]
@@ -374,6 +376,8 @@ class _Recorder(TorchDispatchMode):
         )
         if frame is not None:
             frame.values.append(record.id)
+        if self.census is not None and producer is not None:
+            self.census.made(record.id)
         self._watch(record, storage)
         return record.id, True
 
@@ -567,6 +571,8 @@ class _Recorder(TorchDispatchMode):
                 value = self.live.get(tensor._values().untyped_storage()._cdata)
         if value is None:
             raise Unsupported(f"autograd saves a {tensor.layout} tensor, which has no storage to plan for")
+        if self.census is not None:
+            self.census.saved(value)
         saved = len(self.saved)
         frame = self.open
         self.saved.append((value, None if frame is None else frame.id, None if frame is None else len(frame.slots)))
@@ -733,7 +739,7 @@ def trace(
             faked(model, batch, step) as fake_batch,
             no_key_value_cache(model),
         ):
-            return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles)
+            return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles, units is None)
     with (
         own_checkpointing_off(model),
         unsynchronised(model),
@@ -741,7 +747,7 @@ def trace(
         undisturbed(model, batch) as restart,
         no_key_value_cache(model),
     ):
-        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles)
+        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles, units is None)
 
 
 def custom_functions(result: torch.Tensor) -> dict[str, int]:
@@ -789,12 +795,16 @@ def _trace(
     restart: Callable[[], None],
     fake: FakeStep | None,
     tiles: bool,
+    by_bytes: bool,
 ) -> Trace:
+    """`by_bytes`: the first pass may show better units than `modules`."""
     if strategy_of(model) is Strategy.FSDP2:
         # its first forward makes what the later ones fill again; and tiles would compute where no weights are
         restart()
         _record(model, batch, loss, modules, restart, dry=True, fake=fake)
-        tiles = False
+        tiles = by_bytes = False
+    if by_bytes:
+        modules = _by_bytes(model, batch, loss, modules, restart, fake)
     restart()
     paths = list(modules)
     with head_sought(model, paths) as sought, modules_sought(model, paths, fake is not None) as token_wise:
@@ -815,6 +825,22 @@ def _trace(
         return recorded
     tiled, reasons = _tiled(step, recorded, sought, token_wise)
     return dataclasses.replace(recorded, tiled=tiled, notes=(*recorded.notes, *reasons))
+
+
+def _by_bytes(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    modules: Mapping[str, nn.Module],
+    restart: Callable[[], None],
+    fake: FakeStep | None,
+) -> Mapping[str, nn.Module]:
+    """`modules`, or those that hold more of what autograd saves."""
+    restart()
+    census = Census(inside(model))
+    with census:
+        seen = _record(model, batch, loss, {}, restart, dry=True, fake=fake, census=census)
+    return census.divided(modules, {storage.id: storage.size_bytes for storage in seen.storages})
 
 
 @dataclass(frozen=True)
@@ -931,9 +957,11 @@ def _record(
     dry: bool,
     fake: FakeStep | None,
     measured: bool = False,
+    census: Census | None = None,
 ) -> _Recorder:
-    """`measured`: have the pass also tell each op's scratch bytes (on the CPU)."""
+    """`measured`: have the pass also tell each op's scratch bytes (on the CPU). `census`: have it told of values."""
     recorder = _Recorder(dry=dry, fake=fake)
+    recorder.census = census
     recorder.restart = restart if isinstance(restart, Restart) else None
     for tensor in [*model.parameters(), *model.buffers(), *tensors_in(batch)]:
         recorder.value_of(tensor._values() if tensor.layout is torch.sparse_coo else tensor)

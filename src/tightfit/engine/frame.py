@@ -85,6 +85,7 @@ class FramePlan:
     slots: tuple[int, ...]
     wanted: tuple[bool, ...]
     again: frozenset[int]  # values that are made again and not kept
+    settled: Mapping[int, int]  # kept values that are also made again -> ops after which they are as they stay
     inputs: tuple[Action, ...]  # by place among the distinct tensors that the unit is given
     lends: frozenset[int]  # values that later units have made again
     for_others: frozenset[int]  # ops that only run for them
@@ -116,6 +117,10 @@ class FramePlan:
             slots=program.slots,
             wanted=program.wanted,
             again=recipe.again,
+            settled={
+                v: sum(v in step.writes for step in steps)
+                for v in {v for op in recipe.runs for v in steps[op].writes} - recipe.again - offload
+            },
             inputs=inputs,
             lends=frozenset(lends),
             for_others=run_for_others(program, recipe) if lends else frozenset(),
@@ -338,7 +343,7 @@ class Frame:
         self.module = module
         self.scrutiny = scrutiny  # None: nothing that the tape makes is compared
         self.args, self.kwargs = args, kwargs
-        self.tape: Tape | None = None if plan is None else Tape()  # None: the unit's Python will run again
+        self.tape: Tape | None = None if plan is None else Tape(plan.settled)  # None: the unit's Python will run again
         self.kept_reads: set[int] = set()  # slots read so far by a backward that keeps its graph
         self.counted = 0  # slots that backward is expected to read
         self.replayed = False

@@ -184,9 +184,14 @@ def _version(tensor: torch.Tensor) -> int:
 class Tape:
     """Taken down in a frame's forward, run in pieces in its backward."""
 
-    __slots__ = ("__weakref__", "by_value", "entries", "known", "made", "ran", "sources", "together", "uses", "written")
+    __slots__ = (
+        "__weakref__", "by_value", "entries", "known", "made", "ran", "settled", "sources", "together", "uses",
+        "written",
+    )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, settled: Mapping[int, int] | None = None) -> None:
+        # kept values that are made again as well -> writes after which they are as they stay, and are held like others
+        self.settled = settled or {}
         self.entries: dict[int, _Entry] = {}  # by op ordinal, in order
         # by storage address: the storage, what it holds, the tensor as its op made it
         self.known: dict[int, tuple[Callable[[], Any], int | _Cast, Callable[[], Any] | None]] = {}
@@ -210,6 +215,8 @@ class Tape:
         if found is None or found[0]() is not storage:
             return None
         _, value, as_made = found
+        if type(value) is int and self.written[value] == self.settled.get(value):
+            return None  # it is kept, and nothing will change it any more
         if as_made is not None and as_made() is tensor:
             return Reference(value, None, self.written[value])  # type: ignore[index,arg-type]  # a value: casts have none
         geometry = Geometry.of(tensor)

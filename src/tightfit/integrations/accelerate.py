@@ -51,8 +51,8 @@ def fit(
             f"{len(asleep)} trainable parameters rest on disk (first: {asleep[0]}), where they never get a gradient: "
             "freeze them, or give their module a device in the device_map"
         )
-    recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
     devices = execution_devices(model, units)
+    recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=list(devices))
     traces = device_traces(recorded, devices, _static_bytes(model, batch, optimizer, devices))
     return Applied(model, plan(recorded, traces, _budgets(budget, list(traces)), devices), recorded)
 

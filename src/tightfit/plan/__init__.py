@@ -9,6 +9,7 @@ No torch here: a trace read from JSON is enough.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections import defaultdict
@@ -35,10 +36,11 @@ from tightfit.core import (
     parse_bytes,
 )
 from tightfit.cost import NOMINAL_CPU, copy_lanes, retimed
-from tightfit.plan.choose import THOROUGH, Effort, Model
+from tightfit.plan.choose import THOROUGH, Effort, Model, Solution
 from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.nest import Nesting, nestings
 from tightfit.plan.program import shared
+from tightfit.plan.segments import LENGTHS, Segmented, segmented
 from tightfit.plan.simulate import simulate, simulate_choices
 
 __all__ = ["Effort", "every_block", "lowest", "plan", "simulate"]
@@ -122,7 +124,7 @@ def _best(
     if way.nesting is None:
         line = simulate_choices(way.trace, ())
         if line.peak_bytes <= budget_bytes:
-            nothing = model.choices({u.path: 0 for u in trace.units})
+            nothing = way.choices(dict.fromkeys(model.options, 0))
             return _plan(trace, way, budget_bytes, nothing, line, unplanned, 0.0)
     if not _allows(levers, Lever.RECOMPUTE):
         return None
@@ -133,7 +135,7 @@ def _best(
             break
         choices, line = way.refereed(solution.points)
         if line.peak_bytes <= budget_bytes:
-            return _plan(trace, way, budget_bytes, choices, line, unplanned, solution.bound_seconds, solution.how)
+            return _plan(trace, way, budget_bytes, choices, line, unplanned, way.proven(solution), solution.how)
         # the model was too hopeful by this much; ask it for that much less
         target -= max(1, line.peak_bytes - budget_bytes)
     solution = model.solve(None)
@@ -230,8 +232,10 @@ class _Planner:
         nesting: Nesting | None = None,
         plain: _Planner | None = None,
         offload: bool = False,
+        segments: Segmented | None = None,
     ) -> None:
         self.offload = offload
+        self.segments = segments  # of `trace`, planned in its place
         self.trace, self.effort = trace, effort
         self.in_place_loss = in_place_loss
         self.extra_seconds = extra_seconds  # what its tiles cost
@@ -249,9 +253,8 @@ class _Planner:
             found.append(self.with_loss_in_place)
         if _allows(levers, Lever.TILE):
             found += self.tiled
-        if levers is not None and Lever.OFFLOAD in levers:
-            found += [way.with_offload for way in found]
-        return found
+        moving = [way.with_offload for way in found] if levers is not None and Lever.OFFLOAD in levers else []
+        return [each for way in found for each in way.in_segments or (way,)] + moving
 
     @functools.cached_property
     def with_offload(self) -> _Planner:
@@ -260,19 +263,50 @@ class _Planner:
         )
 
     @functools.cached_property
+    def in_segments(self) -> tuple[_Planner, ...]:
+        """The same with long units cut, more and less finely; none where no unit is long."""
+        return tuple(
+            _Planner(
+                self.trace, self.effort, in_place_loss=self.in_place_loss, extra_seconds=self.extra_seconds,
+                segments=segments,
+            )
+            for length in LENGTHS
+            if (segments := segmented(self.trace, length)) is not None
+        )  # fmt: skip
+
+    @property
+    def planned(self) -> Trace:
+        """The trace as the model sees it."""
+        return self.trace if self.segments is None else self.segments.trace
+
+    @functools.cached_property
     def model(self) -> Model:
-        return Model(self.trace, self.effort, self.nesting, offload=self.offload)
+        return self._model(self.planned)
+
+    def _model(self, trace: Trace) -> Model:
+        # of segments no bound is looked for: see `proven`
+        effort = self.effort if self.segments is None else dataclasses.replace(self.effort, proves=False)
+        return Model(trace, effort, self.nesting, offload=self.offload)
+
+    def choices(self, points: Mapping[str, int], model: Model | None = None) -> tuple[Choice, ...]:
+        """`points` of the model's units as choices for the units of the trace."""
+        chosen = (model or self.model).choices(points)
+        return chosen if self.segments is None else self.segments.joined(chosen)
 
     def refereed(self, points: Mapping[str, int]) -> tuple[tuple[Choice, ...], Timeline]:
         """The choice of one point for each unit, and what the referee says of it."""
-        choices = self.model.choices(points)
+        choices = self.choices(points)
         return choices, simulate_choices(self.trace, choices, self.advances)
+
+    def proven(self, solution: Solution) -> float:
+        """The bound of `solution`. What holds for segments says nothing of kept sets that are no choice of theirs."""
+        return solution.bound_seconds if self.segments is None else 0.0
 
     @functools.cached_property
     def fewest(self) -> tuple[Choice, ...]:
         """Every unit keeps as little as it can."""
         points = {path: len(options) - 1 for path, options in self.model.options.items()}
-        return self.model.choices(points)
+        return self.choices(points)
 
     @functools.cached_property
     def floor(self) -> Timeline:
@@ -286,6 +320,8 @@ class _Planner:
         """The same with fewer and fewer inputs kept; without much effort only some of them."""
         step = 1 if self.effort.proves else _COARSE
         if self.trace.resharded:  # a sweep through earlier units would need weights that are gone
+            return ()
+        if self.segments is not None:
             return ()
         return tuple(
             _Planner(
@@ -302,7 +338,7 @@ class _Planner:
         Measured seconds move the points of the frontiers and so the lowest peak among them; estimated ones do not. The
         model's lowest is not always the referee's, so the referee is asked about the units one step this way or that.
         """
-        model = Model(retimed(self.trace, NOMINAL_CPU), self.effort, self.nesting, offload=self.offload)
+        model = self._model(retimed(self.planned, NOMINAL_CPU))
         solution = model.solve(None)
         assert solution is not None
         tries = max(_FEWEST_TRIES, _EVENTS_TO_TRY // max(1, len(self.trace.events))) if self.effort.proves else 2
@@ -311,14 +347,14 @@ class _Planner:
         def line(points: Mapping[str, int]) -> Timeline:
             key = tuple(points[path] for path in model.options)
             if key not in seen:
-                choices = model.choices(points)
+                choices = self.choices(points, model)
                 seen[key] = simulate_choices(self.trace, choices, self.advances)
             return seen[key]
 
         fewest = {path: len(options) - 1 for path, options in model.options.items()}
         best = min((dict(solution.points), fewest), key=lambda points: line(points).peak_bytes)
         alike: dict[str, list[str]] = defaultdict(list)
-        for unit in self.trace.units:
+        for unit in self.planned.units:
             alike[unit.digest].append(unit.path)
         groups = [paths for paths in alike.values() if len(model.options[paths[0]]) > 1]
         alone = [[path] for paths in groups if len(paths) > 1 for path in paths]
@@ -328,7 +364,7 @@ class _Planner:
                     break
                 changed = best | {path: index for path in paths if index < len(model.options[path])}
                 best = min((best, changed), key=lambda points: line(points).peak_bytes)
-        return _Lowest(choices=model.choices(best), line=line(best), how=solution.how)
+        return _Lowest(choices=self.choices(best, model), line=line(best), how=solution.how)
 
     @functools.cached_property
     def with_loss_in_place(self) -> _Planner:

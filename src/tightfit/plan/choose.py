@@ -25,7 +25,7 @@ from tightfit.cost import copy_lanes
 from tightfit.plan import lagrange, solver
 from tightfit.plan.frontier import MANY, Frontier, Point, frontier
 from tightfit.plan.nest import Nesting
-from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, recipe, shared
+from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, reads_copy, recipe, shared
 from tightfit.plan.solver import MixedProgram, Verdict
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -303,7 +303,8 @@ class Model:
             for ordinal in chosen.runs:
                 op_id = self.ops[frame][ordinal]
                 for value_id in trace.ops[op_id].inputs:
-                    if value_id in made:
+                    own = trace.values[value_id].ordinal if value_id in made else None
+                    if own is not None and reads_copy(program.steps[ordinal], chosen, own):
                         if op_id != trace.values[value_id].producer:
                             last_read[value_id] = max(last_read.get(value_id, -1), runs_at.get(op_id, -1))
                     elif trace.values[value_id].producer is not None and value_id not in brought:

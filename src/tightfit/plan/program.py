@@ -14,7 +14,7 @@ import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from tightfit.core import Action, Kind, Program, Unsupported
+from tightfit.core import Action, Kind, Program, Step, Unsupported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # one object per (program, kept): see `recipe`
@@ -29,7 +29,7 @@ class Recipe:
     drop: tuple[bool, ...]
     again: frozenset[int]  # values that are made again and not kept: a saved tensor that is one of them is dropped
     states: frozenset[int]
-    captured: frozenset[int]  # kept values that live ops read
+    captured: frozenset[int]  # kept values that live ops read as they were left
     dropped: frozenset[int]  # values that backward reads and that are made again
     lends: frozenset[int]  # values that it makes again for other units
     replays: bool
@@ -127,8 +127,8 @@ def recipe(program: Program, kept: frozenset[int], lends: frozenset[int] = froze
     groups = clusters(program)
     live_ops = {op for cluster in live for op in groups[cluster]}
     made = {v for cluster in live for op in groups[cluster] for v in program.steps[op].writes}
-    read = {v for op in live_ops for v in program.steps[op].reads}
-    captured = frozenset(v for v in read & kept if v not in made)
+    # a kept value that an op reads as it was left is read where it lies, even if it is made again for an earlier state
+    captured = frozenset(v for op in live_ops for v in program.steps[op].reads if v in kept)
     needed = set(program.needed)
     return Recipe(
         runs=frozenset(live_ops),
@@ -179,6 +179,12 @@ def run_for_others(program: Program, chosen: Recipe) -> frozenset[int]:
     return chosen.runs - own
 
 
+def reads_copy(step: Step, chosen: Recipe, value: int) -> bool:
+    """Does a live op read `value`, which live ops make, as it was made again? A kept one it reads where it lies, but
+    for a state that a later op has changed."""
+    return value in chosen.again or value not in step.reads
+
+
 def _joined(program: Program, chosen: Recipe) -> tuple[list[int], dict[int, list[int]]]:
     """Per live cluster the first of those that run with it, and all of them: ops that change the same value, and live
     ops that read it in between, run together."""
@@ -224,7 +230,7 @@ def _closure(
         wanted.add(group)
         for cluster in members[group]:
             final, early = demands(program, cluster)
-            pending += [*final, *early]
+            pending += [*(v for v in final if v in chosen.again), *early]
     done |= wanted
     return tuple(sorted(op for group in wanted for cluster in members[group] for op in groups[cluster]))
 

@@ -41,6 +41,7 @@ from tightfit.plan.program import (
     kept_values,
     leading_to,
     offloaded_values,
+    reads_copy,
     recipe,
     shared,
 )
@@ -222,9 +223,10 @@ class _Walk:
         self.packed_at: dict[int, int] = {}
         kept_until: dict[int, int] = {}  # by the saved tensors that the plan still holds
         dropped: set[int] = set()
+        slots_dropped = {frame: {saved.id for saved, _ in each.slots} for frame, each in self.replays.items()}
         for saved in trace.saved:
             replayed = self.replays.get(saved.frame) if saved.frame is not None else None
-            if replayed is not None and any(each is saved for each, _ in replayed.slots):
+            if replayed is not None and saved.id in slots_dropped[replayed.frame]:
                 dropped.add(saved.value)
             else:
                 kept_until[saved.value] = max(kept_until.get(saved.value, -1), released.get(saved.id, end_of_step))
@@ -256,11 +258,14 @@ class _Walk:
             for ordinal in replayed.recipe.runs:
                 op = self.ops_of[replayed.frame][ordinal]
                 for value_id in op.inputs:
-                    if value_id not in made and value_id not in replayed.fetched:
-                        if ordinal in running:
-                            self.tape_readers[value_id].add(op.id)
-                        else:  # nobody asks for it in this call; the tape goes with the graph
-                            ends[value_id] = max(ends[value_id], last_release)
+                    if value_id in replayed.fetched or (
+                        value_id in made and self._reads_copy(replayed, ordinal, value_id)
+                    ):
+                        continue
+                    if ordinal in running:
+                        self.tape_readers[value_id].add(op.id)
+                    else:  # nobody asks for it in this call; the tape goes with the graph
+                        ends[value_id] = max(ends[value_id], last_release)
             for value_id in made:
                 value = trace.values[value_id]
                 holders = [
@@ -275,7 +280,11 @@ class _Walk:
             for ordinal in running:
                 op = self.ops_of[replayed.frame][ordinal]
                 for value_id in op.inputs:
-                    if value_id in made and op.id != trace.values[value_id].producer:
+                    if (
+                        value_id in made
+                        and op.id != trace.values[value_id].producer
+                        and self._reads_copy(replayed, ordinal, value_id)
+                    ):
                         self.copies[value_id].readers.add(op.id)
             for value_id in replayed.fetched:
                 holders = [
@@ -370,6 +379,12 @@ class _Walk:
         op = self.ops_of[frame][ordinal]
         return [v for v in op.outputs if v is not None and self.trace.values[v].producer == op.id]
 
+    def _reads_copy(self, replayed: _Replayed, ordinal: int, value_id: int) -> bool:
+        """Does the op read a value of its own frame as it was made again?"""
+        value = self.trace.values[value_id].ordinal
+        assert value is not None
+        return reads_copy(self.trace.programs[replayed.frame].steps[ordinal], replayed.recipe, value)
+
     def _drop_copy(self, copy: _Copy, index: int) -> None:
         """Free `copy` if after event `index` neither autograd nor the tape has any use for it."""
         if copy.is_live and not copy.readers and (copy.until is None or copy.until <= index):
@@ -400,7 +415,7 @@ class _Walk:
                     copy = self.brought[replayed.frame, value_id]
                     copy.readers.discard(op.id)
                     self._drop_copy(copy, index - 1)
-                elif value_id in self.copies:
+                elif value_id in self.copies and op.id in self.copies[value_id].readers:
                     copy = self.copies[value_id]
                     copy.readers.discard(op.id)
                     self._drop_copy(copy, index - 1)
