@@ -49,16 +49,18 @@ def requirements(row: str, wheel: Path) -> list[str]:
     return [*(least() if row == "least" else []), own]
 
 
-def install(row: str, folder: Path) -> str:
-    """Make the environment of `row`; why that cannot be, or nothing."""
-    venv.create(folder, with_pip=True)
+def install(row: str, folder: Path, *, made: bool) -> str:
+    """Make the environment of `row`, or put the wheel into one that is there; why that cannot be, or nothing."""
+    if made:
+        venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
     with tempfile.TemporaryDirectory() as dist:
         build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", dist, str(ROOT)]
         subprocess.run(build, check=True, capture_output=True)
         (wheel,) = Path(dist).glob("*.whl")
         pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-        done = subprocess.run([*pip, *requirements(row, wheel)], capture_output=True, text=True, check=False)
+        asked = requirements(row, wheel) if made else ["--no-deps", "--force-reinstall", str(wheel)]
+        done = subprocess.run([*pip, *asked], capture_output=True, text=True, check=False)
     return "" if not done.returncode else _last(done.stderr)
 
 
@@ -128,7 +130,7 @@ def main() -> int:
     for row in (asked.only,) if asked.only else ROWS:
         with tempfile.TemporaryDirectory(prefix="tightfit-versions-") as folder:
             environment = asked.environment or Path(folder)
-            why = "" if asked.environment else install(row, environment)
+            why = install(row, environment, made=asked.environment is None)
             found = (
                 {"row": row, "status": "cannot be installed", "why": why}
                 if why

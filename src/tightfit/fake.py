@@ -155,6 +155,8 @@ class FakeStep:
             return _pretended(func, args, kwargs)
         if func is _aten._grouped_mm.default:
             out: Any = _grouped_mm(*args, **kwargs)
+        elif func is _aten.addmm.dtype_out:  # torch 2.11 decomposes it, and takes the dtype for a factor
+            out = kwargs["out"]
         elif func is _aten.nonzero.default and args[0] in self._known:
             with _disable_current_modes():
                 found = self._known[args[0]].nonzero()

@@ -88,9 +88,10 @@ def measure(
     progress("planning")
     chosen = make_plan(recorded, budget, levers=levers)
     blocks = every_block(recorded)
+    paths = [unit.path for unit in recorded.units]
     modes: dict[str, tuple[Callable[[], AbstractContextManager[Any]], int]] = {
         NONE: (nullcontext, simulate(recorded).peak_bytes),
-        EVERY_BLOCK: (lambda: every_block_checkpointed(model, units), blocks.peak_bytes),
+        EVERY_BLOCK: (lambda: every_block_checkpointed(model, units or paths), blocks.peak_bytes),
         TIGHTFIT: (lambda: apply(model, chosen), chosen.peak_bytes),
     }
     forward_flops = sum(op.flops for op in recorded.ops if op.phase.value == "forward")

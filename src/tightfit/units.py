@@ -27,7 +27,8 @@ _GRAIN = 1 / 12
 _WHOLE, _WHOLE_MODEL = 0.85, 0.5
 #: A module that holds less is not worth an engine of its own.
 _LEAST = 1 / 500
-#: Other units must hold so much more of the saved bytes than those of the containers.
+#: Other units must hold so much more of the saved bytes than the containers' blocks, and may hold so much less than
+#: other modules that the tree suggests.
 _BETTER = 0.05
 
 _Call = tuple[str, int]
@@ -89,7 +90,9 @@ class Census:
         blocks = repeated_blocks(self.model)
         found = set(self._parts(self.model, "", held, total, blocks))
         now = sum(held[path] for path in units)
-        if not total or sum(held[path] for path in found) < now + _BETTER * total:
+        # what is no block of a container is a guess by the tree alone
+        ahead = _BETTER if units.keys() == blocks.keys() else -_BETTER
+        if not total or sum(held[path] for path in found) < now + ahead * total:
             return dict(units)
         return {path: module for path, module in modules_of(self.model).items() if path in found}
 
@@ -100,7 +103,8 @@ class Census:
         inside = sum(held[child] for child in children)
         often = any(self.calls[c] > self.calls[path] and held[c] > _BETTER * held[path] for c in children)
         is_whole = inside >= (_WHOLE if path else _WHOLE_MODEL) * held[path]
-        if not children or often or not is_whole or held[path] < _GRAIN * total:
+        is_around = any(not path or block.startswith(path + ".") for block in blocks if block != path)
+        if not is_around and (not children or often or not is_whole or held[path] < _GRAIN * total):
             yield path
             return
         for child, part in children.items():

@@ -368,8 +368,9 @@ class TightfitCallback(PeakCallback):
             except torch.OutOfMemoryError:
                 # the usual reason to want a budget; torch's own checkpointing has the plain step's gradients too
                 model.zero_grad(set_to_none=True)
+                paths = [choice.unit for choice in self.plan.choices]
                 found = gradient_checks(
-                    model, step, self.plan, loss=loss, reference=lambda: every_block_checkpointed(model)
+                    model, step, self.plan, loss=loss, reference=lambda: every_block_checkpointed(model, paths)
                 )
                 beside = "those of torch's checkpointing"
         self.proof = Proof(checks=(*found, *self._peak_checks), environment=environment())

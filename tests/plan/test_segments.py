@@ -1,0 +1,151 @@
+"""Long units in segments: a loop in Python and a flat forward fit as well as what is checkpointed by hand."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import tightfit
+from tightfit.core import Action, Choice, Trace
+from tightfit.plan import lowest
+from tightfit.plan.program import kept_values, recipe
+from tightfit.plan.segments import Segmented, segmented
+from tightfit.plan.simulate import simulate_choices
+from tightfit.verify import measured_peak_bytes
+
+
+class Loop(nn.Module):
+    """A recurrent cell, called turn after turn. What it saves is changed in place, as PyTorch's own cell does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(16, 32)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, inputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        state = inputs.new_zeros(inputs.shape[0], 32)
+        for turn in range(inputs.shape[1]):
+            state = self.cell(inputs[:, turn], state)
+        return functional.cross_entropy(self.head(state), target)
+
+
+class Flat(nn.Module):
+    """Forty layers written as one forward, with dropout: no module holds any of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(32, 32) / 6 for _ in range(40))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        for weight in self.weights:
+            hidden = functional.dropout(functional.silu(inputs @ weight), 0.1, self.training)
+            inputs = functional.layer_norm(inputs + hidden.sigmoid() * hidden, (32,))
+        return inputs.square().mean()
+
+
+@pytest.fixture(scope="module")
+def loop() -> tuple[nn.Module, Any, Trace]:
+    torch.manual_seed(0)
+    model, batch = Loop(), (torch.randn(48, 40, 16), torch.randint(4, (48,)))
+    return model, batch, tightfit.trace(model, batch)
+
+
+@pytest.fixture(scope="module")
+def flat() -> tuple[nn.Module, Any, Trace]:
+    torch.manual_seed(0)
+    model, batch = Flat().train(), torch.randn(256, 32)
+    return model, batch, tightfit.trace(model, batch)
+
+
+def cut(trace: Trace, length: int = 32) -> Segmented:
+    found = segmented(trace, length)
+    assert found is not None
+    return found
+
+
+def activations(trace: Trace, peak_bytes: int) -> int:
+    return peak_bytes - sum(trace.static_bytes.values())
+
+
+@pytest.mark.parametrize("name", ["loop", "flat"])
+def test_a_cut_trace_is_the_same_step(name: str, request: pytest.FixtureRequest) -> None:
+    _, _, trace = request.getfixturevalue(name)
+    parts = cut(trace).trace
+    whole, line = simulate_choices(trace, ()), simulate_choices(parts, ())
+    assert line.live_bytes == whole.live_bytes
+    assert [op.id for op in parts.ops] == [op.id for op in trace.ops]
+    assert len(parts.units) >= 4
+    assert {len(parts.programs[frame.id].steps) for frame in parts.frames} <= set(range(10, 65 + 16))
+
+
+def test_what_a_segment_reads_of_another_is_kept(flat: tuple[nn.Module, Any, Trace]) -> None:
+    """Every segment keeps as little as it can; as one unit, nothing leads beyond its segment."""
+    _, _, trace = flat
+    parts = cut(trace)
+    choices = []
+    for frame in parts.trace.frames:
+        program = parts.trace.programs[frame.id]
+        unit = next(unit for unit in parts.trace.units if unit.path == frame.unit)
+        keep = set(program.held)
+        actions = tuple(Action.KEEP if v in keep else Action.RECOMPUTE for v in range(program.values))
+        choices.append(Choice(unit=unit.path, actions=actions))
+    (joined,) = parts.joined(choices)
+    program = trace.programs[0]
+    runs = recipe(program, kept_values(joined.actions)).runs
+    apart = [
+        {segment.start + op for op in recipe(segment.program, kept_values(choice.actions)).runs}
+        for segment, choice in zip(parts.segments[""], choices, strict=True)
+    ]
+    assert runs <= set().union(*apart)
+    line = simulate_choices(trace, (joined,))
+    assert activations(trace, line.peak_bytes) < 0.5 * activations(trace, simulate_choices(trace, ()).peak_bytes)
+
+
+@pytest.mark.parametrize(("name", "part"), [("loop", 0.2), ("flat", 0.4)])
+def test_a_long_unit_fits_into_a_small_part(name: str, part: float, request: pytest.FixtureRequest) -> None:
+    model, batch, trace = request.getfixturevalue(name)
+    unplanned = activations(trace, tightfit.simulate(trace).peak_bytes)
+    least = lowest(trace)
+    assert activations(trace, least.peak_bytes) < part * unplanned
+    assert least.recompute_flops <= least.forward_flops
+    proof = tightfit.verify(model, batch, least)
+    assert proof.passed, [check for check in proof.checks if not check.passed]
+    middle = tightfit.plan(trace, trace_bytes(trace) + int(0.6 * unplanned))
+    assert 0 < middle.recompute_seconds < least.recompute_seconds
+    assert tightfit.verify(model, batch, middle).passed
+
+
+def trace_bytes(trace: Trace) -> int:
+    return sum(trace.static_bytes.values())
+
+
+def test_chunks_of_turns_by_hand_are_beaten(loop: tuple[nn.Module, Any, Trace]) -> None:
+    """`torch.utils.checkpoint` around eight turns at a time, which is near the best number for forty."""
+    model, batch, trace = loop
+    assert isinstance(model, Loop)
+    cell, head = model.cell, model.head
+
+    class Chunked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = cell, head
+
+        def turns(self, state: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+            for turn in range(inputs.shape[1]):
+                state = self.cell(inputs[:, turn], state)
+            return state
+
+        def forward(self, inputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            state = inputs.new_zeros(inputs.shape[0], 32)
+            for begin in range(0, inputs.shape[1], 8):
+                state = checkpoint(self.turns, state, inputs[:, begin : begin + 8], use_reentrant=False)
+            return functional.cross_entropy(self.head(state), target)
+
+    by_hand = measured_peak_bytes(Chunked(), batch, contextlib.nullcontext())
+    assert lowest(trace).peak_bytes < by_hand
