@@ -3,10 +3,10 @@
     python benchmarks/random_modules.py            # 50,000 cases; writes benchmarks/results/random_modules.json
     python benchmarks/random_modules.py 2000 7     # cases, first seed; printed only
 
-A module is a random graph of linear layers (some frozen), norms, dropout, views, in-place ops, branches and several
-outputs; a case is one such module with one random choice of what its units keep. Gradients, buffers and the random
-state afterwards are compared bit by bit with the plain step; once per module the allocator's count is compared with
-`simulate`.
+A module is a random graph of linear layers (some frozen), norms, dropout, views, in-place ops, loops over a shared
+recurrent cell, branches and several outputs; a case is one such module with one random choice of what its units keep.
+Gradients, buffers and the random state afterwards are compared bit by bit with the plain step; once per module the
+allocator's count is compared with `simulate`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class RandomUnit(nn.Module):
         self.layers = nn.ModuleList()
         self.norm = nn.LayerNorm(WIDTH)
         self.batch_norm = nn.BatchNorm1d(WIDTH)
+        self.cell = nn.GRUCell(WIDTH, WIDTH)
         for _ in range(ops):
             kind = draw.choice(list(KINDS))
             layer: Any = None
@@ -106,6 +107,13 @@ def _copied_halves(unit: RandomUnit, a: torch.Tensor, b: torch.Tensor) -> torch.
     return whole
 
 
+def _loop(unit: RandomUnit, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Turns of a shared cell, which changes one storage several times and saves what it was in between."""
+    for _ in range(3):
+        b = unit.cell(a, b)
+    return b
+
+
 KINDS: dict[str, Any] = {
     "linear": None,
     "add": _pure(lambda u, a, b: a + b),
@@ -120,6 +128,8 @@ KINDS: dict[str, Any] = {
     "mask": _pure(_mask_in_place),
     "rows": _pure(lambda u, a, b: a.chunk(2)[1].repeat(2, 1)),
     "transposed": _pure(lambda u, a, b: (a.t() @ b).sum(0, keepdim=True).expand(ROWS, WIDTH) * a),
+    "cell": _pure(lambda u, a, b: u.cell(a, b)),
+    "loop": _pure(_loop),
     "heads": _pure(lambda u, a, b: a.view(ROWS, 2, -1).transpose(0, 1).transpose(0, 1).reshape(ROWS, WIDTH)),
     "cat": _pure(lambda u, a, b: torch.cat([a[:, ::2], b[:, 1::2]], 1)),
     "gather": _pure(lambda u, a, b: a.index_select(0, torch.arange(ROWS).flip(0))),

@@ -80,6 +80,7 @@ from tightfit.step import (
     Restart,
     UnitsAsked,
     check_trainable,
+    compiled_entries,
     compute_loss,
     cpu_profile,
     device_of,
@@ -804,7 +805,7 @@ def _trace(
         restart()
         _record(model, batch, loss, modules, restart, dry=True, fake=fake)
         tiles = by_bytes = False
-    if by_bytes:
+    if by_bytes and not compiled_entries(model):  # a wrapper of the compiler warns of hooks on every module
         modules = _by_bytes(model, batch, loss, modules, restart, fake)
     restart()
     paths = list(modules)
