@@ -182,7 +182,35 @@ def peers_page() -> str:
         "`benchmarks/results/peers.json`.\n\n"
         + _peer_table(_compared(found))
         + ("\nNot compared:\n\n" + notes if notes else "")
+        + "\n"
+        + _by_hand(_read("by_hand"))
     )
+
+
+def _by_hand(found: dict[str, Any]) -> str:
+    """Models that are checkpointed by hand, and what tightfit makes of the same steps."""
+    names = {
+        "densenet121": "DenseNet-121 (timm), `memory_efficient`",
+        "gru": "GRU cell over 120 turns, ten at a time",
+        "stack": "forty layers, `checkpoint_sequential` in six",
+    }
+    rows = [
+        "## Checkpointed by hand",
+        "",
+        "Peak of the step's activations, and FLOPs that run again as a part of the forward's. Written from "
+        "`benchmarks/results/by_hand.json`; every plan's gradients were identical.",
+        "",
+        "| model, by hand | no plan | by hand | tightfit at that peak | tightfit's lowest |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        if row["status"] != "measured":
+            continue
+        plans = [row[name] for name in ("by_hand", "tightfit_at_equal_peak", "tightfit_lowest")]
+        cells = [f"{each['peak_bytes'] / 2**20:.2f} MiB, {each['rerun']:.0%}" for each in plans]
+        none = f"{row['none']['peak_bytes'] / 2**20:.2f} MiB"
+        rows.append(f"| {names[row['model']]} | {none} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
 
 
 def zoo_page() -> str:

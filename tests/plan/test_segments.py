@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
@@ -149,3 +150,47 @@ def test_chunks_of_turns_by_hand_are_beaten(loop: tuple[nn.Module, Any, Trace]) 
 
     by_hand = measured_peak_bytes(Chunked(), batch, contextlib.nullcontext())
     assert lowest(trace).peak_bytes < by_hand
+
+
+class Reading(nn.Module):
+    """Every layer reads all that was made before it, as in a dense network, so several units would hold one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(Layer(16 * (i + 2)) for i in range(10))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        made = [inputs, inputs * 2]
+        for layer in self.inner:
+            made.append(layer(made))
+        return torch.cat(made, -1).square().mean()
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 64), nn.Linear(64, 16)
+
+    def forward(self, before: list[torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor = self.down(functional.silu(self.up(self.norm(torch.cat(before, -1)))))
+        return out
+
+
+@pytest.mark.parametrize("part", [0.8, 0.6, 0.45])
+def test_what_several_units_read_is_not_counted_for_each(part: float) -> None:
+    torch.manual_seed(0)
+    model, batch = Reading(), torch.randn(512, 16)
+    trace = tightfit.trace(model, batch)
+    sizes = {value.id: value.size_bytes for value in trace.values}
+    ops = tuple(  # seconds that no machine bends
+        dataclasses.replace(op, seconds=1e-6 + 1e-9 * sum(sizes[v] for v in op.outputs if v is not None))
+        for op in trace.ops
+    )
+    trace = dataclasses.replace(trace, ops=ops)
+    static = trace_bytes(trace)
+    room = int(part * (tightfit.simulate(trace).peak_bytes - static))
+    plan = tightfit.plan(trace, static + room)
+    assert plan.recompute_seconds > 0
+    assert plan.bound_seconds <= plan.recompute_seconds
+    assert 0.95 * room < plan.peak_bytes - static <= room
+    assert tightfit.verify(model, batch, plan).passed

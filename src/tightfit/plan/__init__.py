@@ -9,7 +9,6 @@ No torch here: a trace read from JSON is enough.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections import defaultdict
@@ -129,21 +128,56 @@ def _best(
     if not _allows(levers, Lever.RECOMPUTE):
         return None
     target = budget_bytes
-    for _ in range(_REFEREE_ROUNDS):
-        solution = model.solve(target)
+    bound = 0.0
+    for attempt in range(_REFEREE_ROUNDS):
+        solution = model.solve(target, proves=attempt == 0)
         if solution is None:
             break
+        bound = way.proven(solution) if attempt == 0 else bound  # of a lower target it would be too high
         choices, line = way.refereed(solution.points)
         if line.peak_bytes <= budget_bytes:
-            return _plan(trace, way, budget_bytes, choices, line, unplanned, way.proven(solution), solution.how)
+            found = _Found(choices, line, solution.how)
+            choices, line, how = _unhurried(way, budget_bytes, target, found)
+            return _plan(trace, way, budget_bytes, choices, line, unplanned, bound, how)
         # the model was too hopeful by this much; ask it for that much less
         target -= max(1, line.peak_bytes - budget_bytes)
     solution = model.solve(None)
     assert solution is not None
     choices, line = way.refereed(solution.points)
+    found = _Found(choices, line, solution.how)
+    target = model.peak_bytes(solution.points)
     if line.peak_bytes > budget_bytes:
-        return _lowest_plan(trace, way, budget_bytes, unplanned) if way.lowest.line.peak_bytes <= budget_bytes else None
-    return _plan(trace, way, budget_bytes, choices, line, unplanned, 0.0, solution.how)
+        if way.lowest.line.peak_bytes > budget_bytes:
+            return None
+        found, target = way.lowest, budget_bytes
+    choices, line, how = _unhurried(way, budget_bytes, target, found)
+    return _plan(trace, way, budget_bytes, choices, line, unplanned, 0.0, how)
+
+
+def _unhurried(way: _Planner, budget_bytes: int, target_bytes: int, found: _Found) -> _Found:
+    """`found`, which the model gave for `target_bytes`, or what has fewer seconds where the model was too careful.
+
+    Units that read one value in backward each count it as held for them. So the referee's peak may lie well below the
+    model's, and then the model is asked for as much more.
+    """
+    too_high = None
+    for _ in range(_CAREFUL_ROUNDS if way.effort.proves else 1):
+        slack_bytes = budget_bytes - found.line.peak_bytes
+        if slack_bytes <= _SLACK * budget_bytes or not found.line.recompute_seconds:
+            break
+        raised = target_bytes + slack_bytes if too_high is None else (target_bytes + too_high) // 2
+        solution = way.model.solve(raised, proves=False)
+        if solution is None:
+            break
+        choices, line = way.refereed(solution.points)
+        if line.peak_bytes > budget_bytes:
+            too_high = raised
+            continue
+        target_bytes = raised
+        if line.recompute_seconds >= found.line.recompute_seconds:
+            break
+        found = _Found(choices, line, solution.how)
+    return found
 
 
 #: Nested recompute runs units a second time, so it is looked at when a plan without it reruns this part of the forward.
@@ -151,6 +185,14 @@ _DEAR = 0.75
 
 #: Of the nestings that can fit, in the order of what they sweep, so many are planned with.
 _NESTINGS = 3
+
+#: Where a plan stays this part below its budget, others are looked for that come nearer, so many times.
+_SLACK = 0.01
+_CAREFUL_ROUNDS = 4
+
+#: Segments are small and many: points of each, and seconds for each choice across them.
+_SEGMENT_POINTS = 40
+_SEGMENTS_SECONDS = 0.5
 
 #: In a quick search every third number of slots is looked at.
 _COARSE = 3
@@ -184,11 +226,6 @@ def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever 
     )
 
 
-def _lowest_plan(trace: Trace, way: _Planner, budget_bytes: int, unplanned: Timeline) -> Plan:
-    choices, line, how = way.lowest
-    return _plan(trace, way, budget_bytes, choices, line, unplanned, 0.0, how)
-
-
 def _lowest(ways: list[_Planner], levers: Collection[Lever] | None) -> tuple[_Planner, Timeline]:
     """By which of `ways`, or a nesting of it, the lowest peak is found."""
     if not _allows(levers, Lever.RECOMPUTE):
@@ -211,8 +248,8 @@ def every_block(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
     return _plan(trace, planner, line.peak_bytes, planner.fewest, line, unplanned, 0.0)
 
 
-class _Lowest(NamedTuple):
-    """The lowest peak that is found: its plan, what the referee says of it, and by which ways it was found."""
+class _Found(NamedTuple):
+    """Choices, what the referee says of them, and by which ways they were found."""
 
     choices: tuple[Choice, ...]
     line: Timeline
@@ -285,7 +322,13 @@ class _Planner:
 
     def _model(self, trace: Trace) -> Model:
         # of segments no bound is looked for: see `proven`
-        effort = self.effort if self.segments is None else dataclasses.replace(self.effort, proves=False)
+        effort = self.effort
+        if self.segments is not None:
+            effort = Effort(
+                points=min(_SEGMENT_POINTS, effort.points),
+                solver_seconds=min(_SEGMENTS_SECONDS, effort.solver_seconds),
+                proves=False,
+            )
         return Model(trace, effort, self.nesting, offload=self.offload)
 
     def choices(self, points: Mapping[str, int], model: Model | None = None) -> tuple[Choice, ...]:
@@ -332,7 +375,7 @@ class _Planner:
         )  # fmt: skip
 
     @functools.cached_property
-    def lowest(self) -> _Lowest:
+    def lowest(self) -> _Found:
         """The lowest peak that is found, and how: what is said to be feasible must be so again on the next run.
 
         Measured seconds move the points of the frontiers and so the lowest peak among them; estimated ones do not. The
@@ -364,7 +407,7 @@ class _Planner:
                     break
                 changed = best | {path: index for path in paths if index < len(model.options[path])}
                 best = min((best, changed), key=lambda points: line(points).peak_bytes)
-        return _Lowest(choices=self.choices(best, model), line=line(best), how=solution.how)
+        return _Found(choices=self.choices(best, model), line=line(best), how=solution.how)
 
     @functools.cached_property
     def with_loss_in_place(self) -> _Planner:

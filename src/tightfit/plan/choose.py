@@ -489,8 +489,15 @@ class Model:
 
     # -- the integer program
 
-    def solve(self, budget_bytes: int | None) -> Solution | None:
-        """The cheapest options within the budget, or with None those of the lowest peak. None: nothing fits."""
+    def peak_bytes(self, points: Mapping[str, int]) -> int:
+        """The peak of the options `points`, as the model sees it."""
+        return int((self.base_top + sum(self.table[path][index] for path, index in points.items())).max())
+
+    def solve(self, budget_bytes: int | None, *, proves: bool = True) -> Solution | None:
+        """The cheapest options within the budget, or with None those of the lowest peak. None: nothing fits.
+
+        Without `proves` no bound is looked for.
+        """
         answer = self._solve(budget_bytes, self.table)
         if answer is None:
             return None
@@ -498,7 +505,7 @@ class Model:
         if budget_bytes is None:
             return Solution(points=answer.chosen, seconds=answer.seconds, bound_seconds=0.0, how=how)
         bound = min(answer.bound, answer.seconds)
-        if not self.effort.proves or self.offload:
+        if not (proves and self.effort.proves) or self.offload:
             bound = 0.0
         elif answer.seconds > 0:
             relaxed = self._solve(budget_bytes, self._relaxed())
