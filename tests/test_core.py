@@ -26,6 +26,7 @@ from tightfit.core import (
     TightfitError,
     Trace,
     dumps,
+    format_apart,
     format_bytes,
     loads,
     parse_bytes,
@@ -64,6 +65,21 @@ def test_a_percentage_needs_a_whole() -> None:
 def test_bytes_survive_being_written_out(size: int) -> None:
     assert parse_bytes(str(size)) == size
     assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        (11_620_000, 11_650_000, ("11.08 MiB", "11.11 MiB")),
+        (2**30, 2**30, ("1.00 GiB", "1.00 GiB")),
+        (2**20, 2**30, ("1.00 MiB", "1.00 GiB")),
+        (12 * 2**30, 12 * 2**30 + 1, ("12.000000000 GiB", "12.000000001 GiB")),
+        (511, 512, ("511 B", "512 B")),
+    ],
+)
+def test_two_sizes_are_told_apart(one: int, other: int, expected: tuple[str, str]) -> None:
+    assert format_apart(one, other) == expected
+    assert all(text in str(BudgetInfeasible(one, other)) for text in expected)
 
 
 def a_plan() -> Plan:
