@@ -26,7 +26,7 @@ from tightfit.step import static_bytes_by_category
 
 slow = pytest.mark.slow
 KINDS = [
-    ("trainer", "full", "85%"), ("sft", "4bit", "95%"), ("dpo", "lora", "95%"),
+    ("trainer", "full", "85%"), ("dpo", "lora", "95%"), pytest.param("sft", "4bit", "95%", marks=slow),
     pytest.param("trainer", "4bit", "85%", marks=slow), pytest.param("packing", "lora", "95%", marks=slow),
     pytest.param("trainer", "lora", "85%", marks=slow),
     pytest.param("sft", "full", "95%", marks=slow), pytest.param("dpo", "full", "95%", marks=slow),

@@ -37,11 +37,11 @@ class Loop(nn.Module):
 
 
 class Flat(nn.Module):
-    """Forty layers written as one forward, with dropout: no module holds any of them."""
+    """Layers written as one forward, with dropout: no module holds any of them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(torch.randn(32, 32) / 6 for _ in range(40))
+        self.weights = nn.ParameterList(torch.randn(32, 32) / 6 for _ in range(24))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         for weight in self.weights:
@@ -53,7 +53,7 @@ class Flat(nn.Module):
 @pytest.fixture(scope="module")
 def loop() -> tuple[nn.Module, Any, Trace]:
     torch.manual_seed(0)
-    model, batch = Loop(), (torch.randn(48, 40, 16), torch.randint(4, (48,)))
+    model, batch = Loop(), (torch.randn(48, 24, 16), torch.randint(4, (48,)))
     return model, batch, tightfit.trace(model, batch)
 
 
@@ -81,7 +81,7 @@ def test_a_cut_trace_is_the_same_step(name: str, request: pytest.FixtureRequest)
     whole, line = simulate_choices(trace, ()), simulate_choices(parts, ())
     assert line.live_bytes == whole.live_bytes
     assert [op.id for op in parts.ops] == [op.id for op in trace.ops]
-    assert len(parts.units) >= 4
+    assert len(parts.units) >= 3
     assert {len(parts.programs[frame.id].steps) for frame in parts.frames} <= set(range(10, 65 + 16))
 
 
@@ -108,7 +108,7 @@ def test_what_a_segment_reads_of_another_is_kept(flat: tuple[nn.Module, Any, Tra
     assert activations(trace, line.peak_bytes) < 0.5 * activations(trace, simulate_choices(trace, ()).peak_bytes)
 
 
-@pytest.mark.parametrize(("name", "part"), [("loop", 0.2), ("flat", 0.4)])
+@pytest.mark.parametrize(("name", "part"), [("loop", 0.25), ("flat", 0.4)])
 def test_a_long_unit_fits_into_a_small_part(name: str, part: float, request: pytest.FixtureRequest) -> None:
     model, batch, trace = request.getfixturevalue(name)
     unplanned = activations(trace, tightfit.simulate(trace).peak_bytes)
@@ -127,7 +127,7 @@ def trace_bytes(trace: Trace) -> int:
 
 
 def test_chunks_of_turns_by_hand_are_beaten(loop: tuple[nn.Module, Any, Trace]) -> None:
-    """`torch.utils.checkpoint` around eight turns at a time, which is near the best number for forty."""
+    """`torch.utils.checkpoint` around six turns at a time, which is not far from the best number for twenty-four."""
     model, batch, trace = loop
     assert isinstance(model, Loop)
     cell, head = model.cell, model.head
@@ -144,8 +144,8 @@ def test_chunks_of_turns_by_hand_are_beaten(loop: tuple[nn.Module, Any, Trace]) 
 
         def forward(self, inputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             state = inputs.new_zeros(inputs.shape[0], 32)
-            for begin in range(0, inputs.shape[1], 8):
-                state = checkpoint(self.turns, state, inputs[:, begin : begin + 8], use_reentrant=False)
+            for begin in range(0, inputs.shape[1], 6):
+                state = checkpoint(self.turns, state, inputs[:, begin : begin + 6], use_reentrant=False)
             return functional.cross_entropy(self.head(state), target)
 
     by_hand = measured_peak_bytes(Chunked(), batch, contextlib.nullcontext())
