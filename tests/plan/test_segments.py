@@ -41,7 +41,7 @@ class Flat(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(torch.randn(32, 32) / 6 for _ in range(24))
+        self.weights = nn.ParameterList(torch.randn(32, 32) / 6 for _ in range(32))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         for weight in self.weights:
@@ -193,3 +193,33 @@ def test_what_several_units_read_is_not_counted_for_each() -> None:
     assert plan.bound_seconds <= plan.recompute_seconds
     assert 0.9 * room < plan.peak_bytes - static <= room
     assert tightfit.verify(model, batch, plan).passed
+
+
+def test_blocks_are_planned_whole() -> None:
+    """Where there are many blocks, however long: their frontiers stay exact."""
+    torch.manual_seed(0)
+    assert segmented(tightfit.trace(Flat().train(), torch.randn(16, 32), tiles=False), 32) is not None
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(13))
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                inputs = block(inputs)
+            return inputs.square().mean()
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(8))
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            for _ in range(90):
+                inputs = (inputs @ self.weight).tanh() + 0.01
+            return inputs
+
+    trace = tightfit.trace(Deep(), torch.randn(4, 8), tiles=False)
+    assert min(len(program.steps) for program in trace.programs.values()) >= 256
+    assert segmented(trace, 32) is None

@@ -37,8 +37,10 @@ from tightfit.core import (
 )
 from tightfit.plan.program import kept_values, recipe
 
-#: A unit of fewer ops than this is planned as it is.
-LONG = 128
+#: A unit of fewer ops than this is planned as it is, exactly: a transformer block with adapters has half as many.
+LONG = 256
+#: And one that has a smaller part of the units' ops: what its own backward holds is then a small part of the step's.
+_PART = 1 / 12
 #: How many ops a segment has, about: at least a third of this, at most twice as many.
 LENGTHS = (32, 128)
 
@@ -93,13 +95,14 @@ def segmented(trace: Trace, length: int) -> Segmented | None:
     calls: dict[str, list[int]] = defaultdict(list)
     for frame in trace.frames:
         calls[frame.unit].append(frame.id)
+    whole = sum(len(program.steps) for program in trace.programs.values())
     cuts: dict[int, list[int]] = {}
     for unit in trace.units:
         if len(calls[unit.path]) != 1 or unit.pinned:
             continue
         (call,) = calls[unit.path]
         steps = trace.programs[call].steps
-        if len(steps) >= max(LONG, 2 * length):
+        if len(steps) >= max(LONG, 2 * length, _PART * whole):
             cuts[call] = _cuts(trace.programs[call], _sizes(trace, call), length)
     if not cuts:
         return None
