@@ -79,30 +79,34 @@ class Stack(nn.Module):
         return self.head(self.layers(inputs))
 
 
-def gru() -> tuple[nn.Module, torch.Tensor, Callable[[], None]]:
+#: A model without checkpointing, its batch, and what switches its hand-made checkpointing on and off.
+Made = tuple[nn.Module, torch.Tensor, Callable[[bool], None]]
+
+
+def gru() -> Made:
     model = Turns()
-    return model, torch.randn(64, 120, 32), lambda: setattr(model, "chunk", 10)
+    return model, torch.randn(64, 120, 32), lambda on: setattr(model, "chunk", 10 if on else 0)
 
 
-def stack() -> tuple[nn.Module, torch.Tensor, Callable[[], None]]:
+def stack() -> Made:
     model = Stack()
-    return model, torch.randn(512, 256), lambda: setattr(model, "segments", 6)
+    return model, torch.randn(512, 256), lambda on: setattr(model, "segments", 6 if on else 0)
 
 
-def densenet() -> tuple[nn.Module, torch.Tensor, Callable[[], None]]:
+def densenet() -> Made:
     import timm
 
     model = timm.create_model("densenet121", num_classes=10)
 
-    def by_hand() -> None:
+    def by_hand(on: bool) -> None:
         for module in model.modules():
             if type(module).__name__ == "DenseLayer":
-                module.grad_checkpointing = module.memory_efficient = True
+                module.grad_checkpointing = module.memory_efficient = on
 
     return model, torch.randn(8, 3, 64, 64), by_hand
 
 
-ROWS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor, Callable[[], None]]]] = {
+ROWS: dict[str, Callable[[], Made]] = {
     "densenet121": densenet, "gru": gru, "stack": stack,
 }  # fmt: skip
 
@@ -148,13 +152,10 @@ def row(name: str) -> dict[str, Any]:
         "model": name, "status": "measured", "units": len(trace.units), "trace_seconds": round(traced, 1),
         "none": {"peak_bytes": plain}, "tightfit_lowest": as_row(least, time.perf_counter() - began),
     }  # fmt: skip
-    by_hand()
+    by_hand(True)
     hand, hand_flops = measured(model, batch, static)
     found["by_hand"] = {"peak_bytes": hand, "rerun": round((hand_flops - flops) / forward, 4)}
-    for module in model.modules():
-        for switch in ("chunk", "segments", "grad_checkpointing", "memory_efficient"):
-            if getattr(module, switch, False):
-                setattr(module, switch, False)
+    by_hand(False)
     began = time.perf_counter()
     try:
         equal = tightfit.plan(trace, static + hand)

@@ -494,7 +494,8 @@ def find_units(model: nn.Module, asked: UnitsAsked = None) -> dict[str, nn.Modul
     return {path: module for path, module in modules.items() if path in found}
 
 
-def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_children`, without the wrappers of `torch.compile`."""
     return ((name, unwrapped(child)) for name, child in module.named_children())
 
 
@@ -510,7 +511,7 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def _repeated_blocks(module: nn.Module, path: str) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
-    for name, child in _children(module):
+    for name, child in children_of(module):
         child_path = f"{path}.{name}" if path else name
         inside_list = isinstance(module, (nn.ModuleList, nn.Sequential))
         if inside_list and _is_block(child) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
@@ -525,7 +526,7 @@ def _repeated_blocks(module: nn.Module, path: str) -> dict[str, nn.Module]:
 def _composite_children(model: nn.Module) -> dict[str, nn.Module]:
     path, module = "", model
     while True:
-        parts = {name: child for name, child in _children(module) if _is_block(child)}
+        parts = {name: child for name, child in children_of(module) if _is_block(child)}
         if len(parts) > 1:
             return {f"{path}.{name}" if path else name: child for name, child in parts.items()}
         if not parts:

@@ -805,12 +805,15 @@ def _trace(
         restart()
         _record(model, batch, loss, modules, restart, dry=True, fake=fake)
         tiles = by_bytes = False
-    if by_bytes and not compiled_entries(model):  # a wrapper of the compiler warns of hooks on every module
-        modules = _by_bytes(model, batch, loss, modules, restart, fake)
-    restart()
-    paths = list(modules)
-    with head_sought(model, paths) as sought, modules_sought(model, paths, fake is not None) as token_wise:
-        dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake)
+    # a wrapper of the compiler warns of hooks on every module
+    census = Census(inside(model)) if by_bytes and not compiled_entries(model) else None
+    with census or contextlib.nullcontext():
+        dry, sought, token_wise = _first_pass(model, batch, loss, modules, restart, fake, census)
+    if census is not None:
+        better = census.divided(modules, {storage.id: storage.size_bytes for storage in dry.storages})
+        if better.keys() != modules.keys():
+            modules = better
+            dry, sought, token_wise = _first_pass(model, batch, loss, modules, restart, fake)
     if not dry.frames:
         modules = {"": model}
         sought, token_wise = Sought(), []
@@ -829,20 +832,21 @@ def _trace(
     return dataclasses.replace(recorded, tiled=tiled, notes=(*recorded.notes, *reasons))
 
 
-def _by_bytes(
+def _first_pass(
     model: nn.Module,
     batch: Any,
     loss: LossFunction | None,
     modules: Mapping[str, nn.Module],
     restart: Callable[[], None],
     fake: FakeStep | None,
-) -> Mapping[str, nn.Module]:
-    """`modules`, or those that hold more of what autograd saves."""
+    census: Census | None = None,
+) -> tuple[_Recorder, Sought, list[TiledModule]]:
+    """The dry pass with `modules` for units, and what of it could be tiled."""
     restart()
-    census = Census(inside(model))
-    with census:
-        seen = _record(model, batch, loss, {}, restart, dry=True, fake=fake, census=census)
-    return census.divided(modules, {storage.id: storage.size_bytes for storage in seen.storages})
+    paths = list(modules)
+    with head_sought(model, paths) as sought, modules_sought(model, paths, fake is not None) as token_wise:
+        dry = _record(model, batch, loss, modules, restart, dry=True, fake=fake, census=census)
+    return dry, sought, token_wise
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from tightfit.step import modules_of, repeated_blocks, unwrapped
+from tightfit.step import children_of, modules_of, repeated_blocks
 
 #: A module that holds less than this part of the saved bytes is not divided: a block of a model of a dozen.
 _GRAIN = 1 / 12
@@ -113,10 +113,9 @@ class Census:
 
     def _called(self, module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         """The outermost modules in `module` that were called; containers are looked into."""
-        for name, child in module.named_children():
-            inner = unwrapped(child)
+        for name, child in children_of(module):
             child_path = f"{path}.{name}" if path else name
             if self.calls.get(child_path):
-                yield child_path, inner
+                yield child_path, child
             else:
-                yield from self._called(inner, child_path)
+                yield from self._called(child, child_path)

@@ -41,7 +41,11 @@ def traced(depth: int, width: int, head: int, rows: int) -> Trace:
     torch.manual_seed(0)
     model = Stack(depth, width, head)
     trace = tightfit.trace(model, torch.randn(rows, width))
-    # seconds that do not depend on the machine: bytes written, with a floor
+    return steady(trace)
+
+
+def steady(trace: Trace) -> Trace:
+    """`trace` with seconds that do not depend on the machine: bytes written, with a floor."""
     sizes = {v.id: v.size_bytes for v in trace.values}
     ops = tuple(
         dataclasses.replace(op, seconds=1e-3 + 1e-6 * sum(sizes[v] for v in op.outputs if v is not None))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from tests.plan.stacks import steady
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -70,8 +70,12 @@ def cut(trace: Trace, length: int = 32) -> Segmented:
     return found
 
 
+def trace_bytes(trace: Trace) -> int:
+    return sum(trace.static_bytes.values())
+
+
 def activations(trace: Trace, peak_bytes: int) -> int:
-    return peak_bytes - sum(trace.static_bytes.values())
+    return peak_bytes - trace_bytes(trace)
 
 
 @pytest.mark.parametrize("name", ["loop", "flat"])
@@ -120,10 +124,6 @@ def test_a_long_unit_fits_into_a_small_part(name: str, part: float, request: pyt
     middle = tightfit.plan(trace, trace_bytes(trace) + int(0.6 * unplanned))
     assert 0 < middle.recompute_seconds < least.recompute_seconds
     assert tightfit.verify(model, batch, middle).passed
-
-
-def trace_bytes(trace: Trace) -> int:
-    return sum(trace.static_bytes.values())
 
 
 def test_chunks_of_turns_by_hand_are_beaten(loop: tuple[nn.Module, Any, Trace]) -> None:
@@ -179,13 +179,7 @@ class Layer(nn.Module):
 def test_what_several_units_read_is_not_counted_for_each() -> None:
     torch.manual_seed(0)
     model, batch = Reading(), torch.randn(512, 64)
-    trace = tightfit.trace(model, batch)
-    sizes = {value.id: value.size_bytes for value in trace.values}
-    ops = tuple(  # seconds that no machine bends
-        dataclasses.replace(op, seconds=1e-6 + 1e-9 * sum(sizes[v] for v in op.outputs if v is not None))
-        for op in trace.ops
-    )
-    trace = dataclasses.replace(trace, ops=ops)
+    trace = steady(tightfit.trace(model, batch))
     static = trace_bytes(trace)
     room = int(0.6 * (tightfit.simulate(trace).peak_bytes - static))
     plan = tightfit.plan(trace, static + room, levers="recompute")

@@ -47,11 +47,10 @@ LENGTHS = (32, 128)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Segment:
-    """Ops `start` to `end` (excluded) of a unit. `values`: ordinals, in the unit, of what they make."""
+    """Ops of a unit from `start` on. `values`: ordinals, in the unit, of what they make."""
 
     path: str
     start: int
-    end: int
     values: tuple[int, ...]
     program: Program
 
@@ -184,6 +183,9 @@ class _Cutter:
         self.programs: dict[int, Program] = {}
         self.units: dict[str, list[Unit]] = {}
         self.saved: dict[int, Saved] = {saved.id: saved for saved in trace.saved}
+        self.saved_in: dict[int | None, list[Saved]] = defaultdict(list)
+        for saved in trace.saved:
+            self.saved_in[saved.frame].append(saved)
 
     def segmented(self) -> Segmented:
         trace = self.trace
@@ -195,9 +197,8 @@ class _Cutter:
             number = self.first[frame.id]
             self.frames.append(dataclasses.replace(frame, id=number))
             self.programs[number] = trace.programs[frame.id]
-            for saved in trace.saved:
-                if saved.frame == frame.id:
-                    self.saved[saved.id] = dataclasses.replace(saved, frame=number)
+            for saved in self.saved_in[frame.id]:
+                self.saved[saved.id] = dataclasses.replace(saved, frame=number)
             for op in self.ops_of[frame.id]:
                 assert op.ordinal is not None
                 self.segment_of_op[op.id] = number, op.ordinal
@@ -232,7 +233,7 @@ class _Cutter:
                 place[value] = 0, len(made[0])
                 made[0].append(value)
         slots: list[list[tuple[int, bool]]] = [[] for _ in begins]
-        for saved in (s for s in trace.saved if s.frame == frame.id):
+        for saved in self.saved_in[frame.id]:
             assert saved.ordinal is not None
             value = program.slots[saved.ordinal]
             k, local = place[value] if value >= 0 else (0, -1)
@@ -241,7 +242,7 @@ class _Cutter:
         ops = self.ops_of[frame.id]
         found, units = [], []
         for k, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-            own = {value: local for value, (segment, local) in place.items() if segment == k}
+            own = {value: local for local, value in enumerate(made[k])}
             part = Program(
                 steps=tuple(_within(step, own) for step in program.steps[begin:end]),
                 slots=tuple(local for local, _ in slots[k]),
@@ -270,7 +271,7 @@ class _Cutter:
             for local, value in enumerate(made[k]):
                 if value in ids:
                     self.segment_of_value[ids[value]] = number, local
-            found.append(_Segment(path=path, start=begin, end=end, values=tuple(made[k]), program=part))
+            found.append(_Segment(path=path, start=begin, values=tuple(made[k]), program=part))
         self.units[unit.path] = units
         self.segments[unit.path] = tuple(found)
 
