@@ -34,10 +34,11 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import tightfit
 from tightfit.core import BudgetInfeasible, Plan
-from tightfit.measure import FlopCount
 from tightfit.plan import lowest
-from tightfit.step import environment, undisturbed
-from tightfit.verify import measured_peak_bytes
+from tightfit.step.environment.environment import environment
+from tightfit.step.snapshot import undisturbed
+from tightfit.verify.measure import FlopCount
+from tightfit.verify.peak import measured_peak_bytes
 
 RESULTS = Path(__file__).parent / "results" / "by_hand.json"
 

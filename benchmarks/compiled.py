@@ -38,9 +38,9 @@ import tightfit
 from tightfit.core import BudgetInfeasible
 from tightfit.integrations.peft import add_lora
 from tightfit.integrations.transformers import random_batch
-from tightfit.step import environment
-from tightfit.trace import op_flops
-from tightfit.verify import PeakMeter, static_bytes
+from tightfit.step.environment.environment import environment
+from tightfit.step.ops import op_flops
+from tightfit.verify.peak import PeakMeter, static_bytes
 
 RESULTS = Path(__file__).parent / "results" / "compiled.json"
 BUDGETS = {"aot_eager_decomp_partition": (0.9, 0.7, 0.5, 0.3, 0.1), "inductor": (0.5,)}

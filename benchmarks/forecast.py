@@ -36,10 +36,11 @@ import tightfit
 from tightfit.core import Timeline
 from tightfit.integrations.bitsandbytes import quantise
 from tightfit.integrations.peft import add_lora
-from tightfit.measure import every_block_checkpointed
-from tightfit.step import environment, no_key_value_cache
-from tightfit.trace import memory_events
-from tightfit.verify import static_bytes
+from tightfit.step.environment.environment import environment
+from tightfit.step.patches import no_key_value_cache
+from tightfit.trace.profiler import memory_events
+from tightfit.verify.measure import every_block_checkpointed
+from tightfit.verify.peak import static_bytes
 
 RESULTS = Path(__file__).parent / "results" / "forecast.json"
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}

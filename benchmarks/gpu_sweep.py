@@ -23,13 +23,13 @@ import torch
 import transformers
 
 import tightfit
-from tightfit.allocator import peaks
 from tightfit.catalog import gpu
+from tightfit.device.allocator import peaks
 from tightfit.forecast import Setup, trace_setup
-from tightfit.measure import every_block_checkpointed
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.simulate import allocations
-from tightfit.step import environment
+from tightfit.step.environment.environment import environment
+from tightfit.verify.measure import every_block_checkpointed
 
 RESULTS = Path(__file__).parent / "results"
 EFFORT = Effort(points=60, solver_seconds=1.0, proves=False)
@@ -65,7 +65,8 @@ def predicted(setup: Setup, mode: str, device: Any) -> tuple[dict[str, int], Any
 
 
 def measured(setup: Setup, mode: str, made: Any) -> dict[str, int]:
-    from tightfit.forecast import DTYPES, _optimizer
+    from tightfit.forecast import DTYPES
+    from tightfit.forecast.recording import _optimizer
     from tightfit.integrations.bitsandbytes import quantise
     from tightfit.integrations.peft import add_lora
     from tightfit.integrations.transformers import load_model, random_batch

@@ -32,10 +32,10 @@ from tightfit.catalog import gpu
 from tightfit.core import BudgetInfeasible, Lever, Plan, Trace
 from tightfit.forecast import Setup, trace_for
 from tightfit.integrations.transformers import load_model, random_batch
-from tightfit.measure import measure
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.shares import shares
-from tightfit.step import environment
+from tightfit.step.environment.environment import environment
+from tightfit.verify.measure import measure
 
 RESULTS = Path(__file__).parent / "results" / "levers.json"
 EFFORT = Effort(points=40, solver_seconds=1.0, proves=False)

@@ -45,9 +45,13 @@ from torch.utils.checkpoint import (
 import tightfit
 from tightfit.integrations.peft import add_lora
 from tightfit.integrations.transformers import random_batch
-from tightfit.measure import FlopCount
-from tightfit.step import ForwardPatch, environment, find_units, no_key_value_cache, undisturbed
-from tightfit.verify import Outcome, PeakMeter, differences, static_bytes
+from tightfit.step.environment.environment import environment
+from tightfit.step.modules import find_units
+from tightfit.step.patches import ForwardPatch, no_key_value_cache
+from tightfit.step.snapshot import undisturbed
+from tightfit.verify.gradients import Outcome, differences
+from tightfit.verify.measure import FlopCount
+from tightfit.verify.peak import PeakMeter, static_bytes
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
 MODELS = ("gpt2", "gpt2-dropout", "gpt2-lora", "llama", "llama-lora")

@@ -1,4 +1,4 @@
-"""How far apart the errors of a tiled and an untiled step are by chance: the basis of `tightfit.verify.limit`.
+"""How far apart the errors of a tiled and an untiled step are by chance: the basis of `tightfit.verify.rounding.limit`.
 
     python benchmarks/rounding.py            # minutes; writes benchmarks/results/rounding.json
 
@@ -45,7 +45,7 @@ def observed(seeds: int) -> dict[str, object]:
         with_bias,
     )  # fmt: skip
 
-    from tightfit.verify import _INDEPENDENT
+    from tightfit.verify.rounding import _INDEPENDENT
 
     apart: dict[str, list[float]] = defaultdict(list)
     alarms = 0
@@ -103,7 +103,7 @@ def main() -> int:
             row |= json.loads(done.stdout.splitlines()[-1]) if not done.returncode else {"ended": done.returncode}
             rows.append(row)
             print(json.dumps(row), flush=True)
-    from tightfit.step import environment
+    from tightfit.step.environment.environment import environment
 
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "seeds": asked.seeds,

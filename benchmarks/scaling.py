@@ -23,10 +23,10 @@ import transformers
 
 from tightfit.catalog import gpu
 from tightfit.core import BudgetInfeasible, Plan
-from tightfit.cost import retimed
+from tightfit.device.cost import retimed
 from tightfit.forecast import Setup, reached, trace_setup
 from tightfit.plan import Effort, every_block, plan, simulate
-from tightfit.step import environment
+from tightfit.step.environment.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 SHAPES = (

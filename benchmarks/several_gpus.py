@@ -40,11 +40,11 @@ from tightfit.core import Category
 from tightfit.forecast import Setup, sent_bytes, trace_for, usable_bytes
 from tightfit.integrations.fsdp import sharded
 from tightfit.integrations.peft import add_lora
-from tightfit.measure import every_block_checkpointed
-from tightfit.parallel import local_of
 from tightfit.plan import Effort, every_block, plan, simulate
-from tightfit.step import environment
-from tightfit.verify import PeakMeter, static_bytes
+from tightfit.step.environment.environment import environment
+from tightfit.step.parallel import local_of
+from tightfit.verify.measure import every_block_checkpointed
+from tightfit.verify.peak import PeakMeter, static_bytes
 
 RESULTS = Path(__file__).parent / "results" / "several_gpus.json"
 REPEATS = 7

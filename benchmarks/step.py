@@ -34,8 +34,9 @@ from tightfit.integrations.peft import add_lora
 from tightfit.integrations.transformers import load_model, random_batch
 from tightfit.plan import every_block
 from tightfit.plan.choose import Model
-from tightfit.step import environment, undisturbed
-from tightfit.verify import run_step, untrained
+from tightfit.step.environment.environment import environment
+from tightfit.step.snapshot import undisturbed
+from tightfit.verify.peak import run_step, untrained
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
 Made = tuple[nn.Module, dict[str, torch.Tensor], torch.optim.Optimizer]

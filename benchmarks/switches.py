@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tightfit
 from tightfit.integrations.peft import add_lora
-from tightfit.measure import measure
-from tightfit.step import environment
+from tightfit.step.environment.environment import environment
+from tightfit.verify.measure import measure
 
 RESULTS = Path(__file__).parent / "results" / "switches.json"
 SHAPES: dict[str, dict[str, Any]] = {

@@ -40,12 +40,12 @@ def record() -> dict[str, Any]:
     import torch
 
     import tightfit
-    from tightfit.cost import NOMINAL_CPU, retimed
+    from tightfit.device.cost import NOMINAL_CPU, retimed
     from tightfit.integrations.transformers import load_model, random_batch
-    from tightfit.measure import FlopCount, every_block_checkpointed
     from tightfit.report.study import study
-    from tightfit.step import environment
-    from tightfit.verify import PeakMeter, run_step, static_bytes
+    from tightfit.step.environment.environment import environment
+    from tightfit.verify.measure import FlopCount, every_block_checkpointed
+    from tightfit.verify.peak import PeakMeter, run_step, static_bytes
 
     model, _ = load_model("gpt2", dtype=torch.float32, device=torch.device("cpu"), seed=0)
     model.train()

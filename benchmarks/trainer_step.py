@@ -51,7 +51,7 @@ def measured_bytes(folder: str, method: str, batch: int, seq: int, settings: dic
 
     from tightfit.integrations.peft import add_lora
     from tightfit.integrations.trainer_step import _tokenizer
-    from tightfit.verify import PeakMeter, static_bytes
+    from tightfit.verify.peak import PeakMeter, static_bytes
 
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).train()
@@ -114,7 +114,7 @@ def main() -> int:
     for name in [asked.only] if asked.only else CASES:
         rows.append(compared(name))
         print(json.dumps(rows[-1]), flush=True)
-    from tightfit.step import environment
+    from tightfit.step.environment.environment import environment
 
     if not asked.only:
         record = {

@@ -37,8 +37,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tightfit
-from tightfit.step import undisturbed
-from tightfit.verify import Outcome, PeakMeter, differences, static_bytes
+from tightfit.step.snapshot import undisturbed
+from tightfit.verify.gradients import Outcome, differences
+from tightfit.verify.peak import PeakMeter, static_bytes
 
 RESULTS = Path(__file__).parent / "results" / "zoo.json"
 SHARES = (0.75, 0.5)  # of the unplanned activation peak
@@ -281,7 +282,7 @@ def main(asked: list[str]) -> int:
         counts[outcome.status] = counts.get(outcome.status, 0) + 1
     print(counts, file=sys.stderr)
     if not asked:
-        from tightfit.step import environment
+        from tightfit.step.environment.environment import environment
 
         record = {"environment": environment(), "counts": counts, "rows": [dataclasses.asdict(o) for o in found]}
         RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -58,7 +58,7 @@ def help_texts() -> Iterator[tuple[str, str]]:
     import typer.main
     from typer.testing import CliRunner
 
-    from tightfit.cli import app
+    from tightfit.cli.program import app
 
     runner = CliRunner()
     commands = getattr(typer.main.get_command(app), "commands", {})

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tightfit.allocator import CachingAllocator, OutOfMemory, reserved_peak_bytes
+from tightfit.device.allocator import CachingAllocator, OutOfMemory, reserved_peak_bytes
 
 KIB, MIB = 1 << 10, 1 << 20
 

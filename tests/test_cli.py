@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tightfit.cli import main
+from tightfit.cli.program import main
 from tightfit.core import InvalidInput, Plan, format_bytes
 
 TINY = {
@@ -383,8 +383,8 @@ def test_more_than_the_unplanned_peak_is_harmless_and_said(
 def test_more_than_all_of_a_device_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", model, "--seq", "32", "--budget", "200%"]) == 2
     assert "'200%'" in capsys.readouterr().err
-    from tightfit.train import TrainOptions, _Run
+    from tightfit.train import Run, TrainOptions
 
     on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"), options=TrainOptions(budget="100.1%"))
     with pytest.raises(InvalidInput, match=r"'100.1%' is more than all of the GPU"):
-        _Run._budget(on_a_gpu)
+        Run._budget(on_a_gpu)

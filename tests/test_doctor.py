@@ -19,14 +19,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tightfit.doctor.traps as traps
-from tightfit.cli import main
+from tightfit.cli.program import main
 from tightfit.core import InvalidInput
 from tightfit.doctor import TRAPS, Verdict, case_of, examine, explain_peak, findings, probed, read_run, setup_of
 from tightfit.forecast import Setup
-from tightfit.loss import in_place
-from tightfit.measure import every_block_checkpointed
-from tightfit.step import static_bytes_by_category
-from tightfit.verify import PeakMeter
+from tightfit.levers.loss_in_place.loss import in_place
+from tightfit.step.run import static_bytes_by_category
+from tightfit.verify.measure import every_block_checkpointed
+from tightfit.verify.peak import PeakMeter
 
 BY_NAME = {trap.name: trap for trap in TRAPS}
 BITES, NOT_HERE, CANNOT_TELL = Verdict.BITES, Verdict.NOT_HERE, Verdict.CANNOT_TELL

@@ -14,7 +14,8 @@ from torch import nn
 import tightfit
 from tightfit import fitting
 from tightfit.core import BudgetInfeasible, InvalidInput
-from tightfit.verify import Outcome, PeakMeter, differences, static_bytes
+from tightfit.verify.gradients import Outcome, differences
+from tightfit.verify.peak import PeakMeter, static_bytes
 
 
 def gpt2() -> Any:

@@ -386,7 +386,7 @@ def test_positions_by_other_names() -> None:
 def test_odd_questions_are_wrong_input(
     asked: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tightfit.cli import main
+    from tightfit.cli.program import main
 
     assert main(["check", folder(tmp_path / "short", **LLAMA), *asked]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]

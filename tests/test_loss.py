@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 import tightfit
 import tightfit.loss
-from tightfit.core import Happening, Trace
-from tightfit.loss import in_place
+from tightfit.core import EventKind, Trace
+from tightfit.levers.loss_in_place.loss import in_place
 from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.simulate import simulate_choices
-from tightfit.step import static_bytes_by_category
-from tightfit.verify import Outcome, PeakMeter, differences
+from tightfit.step.run import static_bytes_by_category
+from tightfit.verify.gradients import Outcome, differences
+from tightfit.verify.peak import PeakMeter
 
 ROWS, CLASSES = 96, 512
 
@@ -164,7 +165,7 @@ def test_the_lever_hands_the_saved_bytes_on_to_the_gradient() -> None:
     )
 
     def freed(which: Trace) -> dict[int, int]:
-        return {e.subject: i for i, e in enumerate(which.events) if e.what is Happening.FREE}
+        return {e.subject: i for i, e in enumerate(which.events) if e.what is EventKind.FREE}
 
     before, after = freed(trace), freed(levered)
     # the log-probabilities' bytes are the gradient's: they go when the gradient went, and the gradient has none
@@ -178,12 +179,12 @@ def test_the_lever_hands_the_saved_bytes_on_to_the_gradient() -> None:
     assert all(a == b for i, (a, b) in enumerate(zip(trace.events, levered.events, strict=True)) if i not in moved)
     # so from the loss's backward to the end of the gradient there is one tensor of that size at every event
     logits_bytes = trace.values[saved].size_bytes
-    made = next(i for i, e in enumerate(levered.events) if e.what is Happening.ALLOC and e.subject == saved)
+    made = next(i for i, e in enumerate(levered.events) if e.what is EventKind.ALLOC and e.subject == saved)
     live = 0
     for index, event in enumerate(levered.events):
-        if event.subject in (saved, first, second) and event.what in (Happening.ALLOC, Happening.FREE):
+        if event.subject in (saved, first, second) and event.what in (EventKind.ALLOC, EventKind.FREE):
             size_bytes = levered.values[event.subject].size_bytes
-            live += size_bytes if event.what is Happening.ALLOC else -size_bytes
+            live += size_bytes if event.what is EventKind.ALLOC else -size_bytes
         assert live == (logits_bytes if made <= index < before[second] else 0)
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import tightfit
 from tightfit.core import InvalidInput, Unsupported
-from tightfit.parallel import Strategy, bucket_bytes, inside, local_of, resizes_told, strategy_of
-from tightfit.ranks import anywhere, are_several, timeout_seconds
+from tightfit.step.parallel import Strategy, bucket_bytes, inside, local_of, resizes_told, strategy_of
+from tightfit.step.ranks import anywhere, are_several, timeout_seconds
 
 
 def test_a_plain_model_is_one_process() -> None:

@@ -16,7 +16,7 @@ import tightfit
 from tightfit.core import BudgetInfeasible, InvalidInput, Lever, levers_named
 from tightfit.integrations.trainer import TightfitCallback
 from tightfit.plan import lowest
-from tightfit.verify import Outcome, differences
+from tightfit.verify.gradients import Outcome, differences
 
 
 def made(vocabulary: int = 256) -> tuple[Any, dict[str, torch.Tensor]]:

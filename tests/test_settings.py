@@ -9,8 +9,8 @@ import yaml
 
 from tightfit.core import InvalidInput
 from tightfit.doctor.run import read_run
-from tightfit.recipe import read_config
-from tightfit.settings import parse_yaml
+from tightfit.train.recipe import read_config
+from tightfit.train.settings import parse_yaml
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tightfit import stdout
-from tightfit.cli import app, main
+from tightfit.cli.program import app, main
 
 #: Imported at the start of the process: it prints to descriptor 1 by every way there is, at once and whenever torch,
 #: transformers or HiGHS are imported, and HiGHS prints a banner whenever it is made.

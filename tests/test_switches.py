@@ -18,8 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import tightfit
 from tightfit.core import InvalidInput
-from tightfit.switches import layer_of
-from tightfit.verify import Outcome, differences
+from tightfit.fitting.switches import layer_of
+from tightfit.verify.gradients import Outcome, differences
 
 
 class Block(nn.Module):

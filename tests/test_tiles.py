@@ -28,10 +28,13 @@ from transformers import (
 import tightfit
 from tightfit import tiles
 from tightfit.core import Lever, TiledModule, Tiling, dumps, loads
+from tightfit.levers.tile.deferred import Deferred
+from tightfit.levers.tile.force import in_force
+from tightfit.levers.tile.head import TileStats
 from tightfit.plan import lowest
-from tightfit.step import compute_loss
-from tightfit.tiles import Deferred, TileStats, in_force
-from tightfit.verify import _INDEPENDENT, TILE_FACTOR, Errors, _double, _float64, limit
+from tightfit.step.run import compute_loss
+from tightfit.verify.float64 import _double, _float64
+from tightfit.verify.rounding import _INDEPENDENT, TILE_FACTOR, Errors, limit
 
 VOCABULARY, WIDTH = 311, 32
 SMALL: dict[str, Any] = {
@@ -592,7 +595,7 @@ def mlp(**more: Any) -> nn.Module:
 
 def proven(module: nn.Module) -> tuple[bool, bool]:
     """By a perturbed token, and by the ops on fake tensors."""
-    from tightfit.fake import FakeStep, faked
+    from tightfit.trace.fake import FakeStep, faked
 
     real = tiles.is_token_wise(module, WIDTH, torch.float32, torch.device("cpu"))
     with faked(module, (), FakeStep(None)):
@@ -786,7 +789,7 @@ def test_the_gradient_of_logits_that_never_exist_is_refused(what: str) -> None:
 
 def test_flops_of_a_plan_with_tiles_are_those_that_run() -> None:
     """The head's tiles add their products in place, which torch has no formula for."""
-    from tightfit.measure import FlopCount
+    from tightfit.verify.measure import FlopCount
 
     torch.manual_seed(0)
     made = LlamaForCausalLM(

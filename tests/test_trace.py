@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import tightfit
 from tightfit.core import InvalidInput, Kind, Phase, Trace, Unsupported, dumps, loads
-from tightfit.step import find_units, undisturbed
-from tightfit.verify import PeakMeter, static_bytes
+from tightfit.step.modules import find_units
+from tightfit.step.snapshot import undisturbed
+from tightfit.verify.peak import PeakMeter, static_bytes
 
 WIDTH = 64
 

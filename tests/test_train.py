@@ -374,7 +374,7 @@ def test_out_of_memory_without_end(
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["status"] == "failed" and "after 2 retries" in record["error"]
     assert len(record["observed"]["retries"]) == 2 and record["observed"]["steps"] == 4
-    from tightfit.cli import exit_code
+    from tightfit.cli.program import exit_code
 
     assert exit_code(caught.value) == 1
 
@@ -383,7 +383,7 @@ def test_a_plan_in_tiles_is_no_failure(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_training: list[int], capsys: Any
 ) -> None:
     """Its bits are others, its proof is a tolerance, and what follows when the memory runs out is such a plan too."""
-    from tightfit.cli import main
+    from tightfit.cli.program import main
 
     (tmp_path / "wide").mkdir()
     wide = {**TINY, "vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2, "attention_dropout": 0.0}
@@ -665,7 +665,7 @@ def test_a_full_disk(place: Path, tmp_path: Path) -> None:
 
 def test_the_parser_is_transformers_own() -> None:
     """So that a new option of TRL is one of ours without a change here."""
-    from tightfit.recipe import resolve
+    from tightfit.train.recipe import resolve
 
     recipe = resolve({"model_name_or_path": "gpt2", "neftune_noise_alpha": 5}, ["--weight_decay", "0.1"])
     assert recipe.args.neftune_noise_alpha == 5 and recipe.args.weight_decay == 0.1

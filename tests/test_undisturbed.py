@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import tightfit
 from tightfit.core import BudgetInfeasible, TightfitError
-from tightfit.measure import measure
-from tightfit.step import undisturbed
+from tightfit.step.snapshot import undisturbed
+from tightfit.verify.measure import measure
 
 WIDTH = 16
 

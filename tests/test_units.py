@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tightfit
-from tightfit.step import find_units
+from tightfit.step.modules import find_units
 
 
 class Layer(nn.Module):

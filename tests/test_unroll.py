@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import tightfit
 from tightfit.core import Trace
 from tightfit.integrations.peft import add_lora
-from tightfit.step import find_units
-from tightfit.unroll import unroll
+from tightfit.step.modules import find_units
+from tightfit.trace.unroll import unroll
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPES: dict[str, tuple[int, str, dict[str, Any]]] = {

@@ -15,7 +15,7 @@ import tightfit.engine
 from tightfit.core import BudgetInfeasible, Plan, ReplayDiverged
 from tightfit.engine import frame as engine
 from tightfit.engine import tape
-from tightfit.verify import PeakMeter, static_bytes
+from tightfit.verify.peak import PeakMeter, static_bytes
 
 WIDTH = 32
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import tightfit
-from tightfit.cli import EXTRAS
+from tightfit.cli.program import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

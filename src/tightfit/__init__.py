@@ -29,10 +29,10 @@ from tightfit.plan.simulate import simulate
 
 if TYPE_CHECKING:
     from tightfit.engine import Applied, apply, checkpoint
-    from tightfit.fitting import fit
-    from tightfit.switches import Activity, active, disable, enable
-    from tightfit.trace import trace
-    from tightfit.verify import verify
+    from tightfit.fitting.fit.fit import fit
+    from tightfit.fitting.switches import Activity, active, disable, enable
+    from tightfit.trace.recording import trace
+    from tightfit.verify.proving import verify
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from tightfit.cli import main
+from tightfit.cli.program import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -273,7 +273,7 @@ def unknown_word(command: str) -> str | None:
     """The first word of `tightfit COMMAND ... --option` that the program does not know."""
     import typer.main
 
-    from tightfit.cli import app
+    from tightfit.cli.program import app
 
     root: Any = typer.main.get_command(app)
     words, chosen = command.split()[1:], root

@@ -23,8 +23,9 @@ from tightfit.engine import Applied
 from tightfit.plan import every_block
 from tightfit.plan.program import kept_values, recipe
 from tightfit.plan.simulate import simulate_choices
-from tightfit.step import compute_loss, undisturbed
-from tightfit.verify import Outcome, differences
+from tightfit.step.run import compute_loss
+from tightfit.step.snapshot import undisturbed
+from tightfit.verify.gradients import Outcome, differences
 
 WIDTH = 8
 

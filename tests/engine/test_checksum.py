@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tightfit.engine.checksum import checksum
-from tightfit.verify import PeakMeter
+from tightfit.verify.peak import PeakMeter
 
 CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sort": lambda t: t.sort(0)[0],

@@ -26,8 +26,9 @@ from tightfit.core import Action, Choice, InvalidInput, Lever, Plan, Unsupported
 from tightfit.engine import compiled
 from tightfit.integrations.peft import add_lora
 from tightfit.plan import every_block
-from tightfit.step import compiled_entries, find_units, modules_of
-from tightfit.verify import PeakMeter
+from tightfit.step.modules import find_units, modules_of
+from tightfit.step.patches import compiled_entries
+from tightfit.verify.peak import PeakMeter
 
 BACKEND = "aot_eager_decomp_partition"
 RECOMPUTE = {Lever.RECOMPUTE}
@@ -592,7 +593,7 @@ def test_what_tags_cannot_say_is_refused(change: Any, said: str) -> None:
 
 
 def test_measure_refuses_a_compiled_model() -> None:
-    from tightfit.measure import measure
+    from tightfit.verify.measure import measure
 
     with pytest.raises(Unsupported, match="the model is compiled"):
         measure(compile_whole(Stack()), data())

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 import tightfit
-from tightfit.verify import Outcome, differences
+from tightfit.verify.gradients import Outcome, differences
 
 WIDTH = 16
 

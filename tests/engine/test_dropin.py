@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import tightfit
 from tightfit.core import InvalidInput, ReplayDiverged, Unsupported
-from tightfit.engine.frame import is_active
+from tightfit.engine.ambient import is_active
 
 Checkpoint = Callable[..., Any]
 WIDTH = 8

@@ -14,7 +14,7 @@ import tightfit
 from tightfit.core import ReplayDiverged
 from tightfit.engine import Applied
 from tightfit.plan import every_block
-from tightfit.verify import Outcome, differences
+from tightfit.verify.gradients import Outcome, differences
 
 WIDTH = 16
 

@@ -16,8 +16,9 @@ import tightfit
 from tightfit.core import Action, Plan, ReplayDiverged
 from tightfit.plan import every_block
 from tightfit.plan.program import demanded, recipe
-from tightfit.step import undisturbed
-from tightfit.verify import Outcome, PeakMeter, differences, static_bytes
+from tightfit.step.snapshot import undisturbed
+from tightfit.verify.gradients import Outcome, differences
+from tightfit.verify.peak import PeakMeter, static_bytes
 
 WIDTH = 16
 

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 import tightfit
 from tightfit.core import TightfitError
 from tightfit.integrations.peft import add_lora
-from tightfit.parallel import local_of
-from tightfit.verify import PeakMeter, static_bytes
+from tightfit.step.parallel import local_of
+from tightfit.verify.peak import PeakMeter, static_bytes
 
 STEPS = 20
 TOKENS = 64

@@ -19,8 +19,8 @@ from tightfit.core import BudgetInfeasible, InvalidInput, Unsupported
 from tightfit.integrations import accelerate
 from tightfit.integrations.peft import add_lora
 from tightfit.plan import simulate
-from tightfit.step import static_bytes_by_category
-from tightfit.verify import Outcome, differences
+from tightfit.step.run import static_bytes_by_category
+from tightfit.verify.gradients import Outcome, differences
 
 IDS = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(1))
 BATCH = {"input_ids": IDS, "labels": IDS}

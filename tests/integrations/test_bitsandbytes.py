@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tightfit
 from tightfit.integrations.bitsandbytes import quantise
 from tightfit.integrations.peft import add_lora
-from tightfit.step import static_bytes_by_category
+from tightfit.step.run import static_bytes_by_category
 
 
 def four_bit(device: str, dtype: torch.dtype) -> Any:

@@ -22,7 +22,7 @@ from tightfit.integrations import conflicts
 from tightfit.integrations import trainer as subject
 from tightfit.integrations.longest import Extent, longest_batch
 from tightfit.integrations.transformers import PeakCallback, TightfitCallback
-from tightfit.step import static_bytes_by_category
+from tightfit.step.run import static_bytes_by_category
 
 slow = pytest.mark.slow
 KINDS = [

@@ -11,9 +11,9 @@ import torch
 from tests.conftest import load_benchmark
 
 from tightfit.core import InvalidInput, Unsupported
-from tightfit.cost import NOMINAL_CUDA
+from tightfit.device.cost import NOMINAL_CUDA
 from tightfit.doctor import case_of, peak_of
-from tightfit.forecast import Setup, _model, trace_setup
+from tightfit.forecast import Setup, build_model, trace_setup
 from tightfit.plan import simulate
 
 harness = load_benchmark("trainer_step")
@@ -58,7 +58,7 @@ def test_on_cuda_the_trainers_kernels_stand_for_themselves(folder: str) -> None:
 
 def test_the_model_is_given_back(folder: str) -> None:
     asked = setup(folder, trainer="sft", settings=(("neftune_noise_alpha", 5.0),))
-    model = _model(asked.model, asked.method, asked.dtype, asked.rank)
+    model = build_model(asked.model, asked.method, asked.dtype, asked.rank)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     hooks = len(model.get_input_embeddings()._forward_hooks)
     trace_setup(asked)
@@ -94,7 +94,7 @@ def test_doctor_sells_nothing_that_has_nothing_to_act_on(folder: str, tmp_path: 
 
 
 def test_a_mask_that_is_known_lets_a_known_number_through() -> None:
-    from tightfit.fake import FakeStep, faked
+    from tightfit.trace.fake import FakeStep, faked
 
     step, model = FakeStep(), torch.nn.Linear(2, 2)
     batch = {"mask": torch.tensor([[True, False], [True, True]]), "x": torch.randn(2, 2, 3)}
@@ -104,7 +104,7 @@ def test_a_mask_that_is_known_lets_a_known_number_through() -> None:
 
 
 def test_a_layer_drop_of_nothing_is_known_and_another_is_not() -> None:
-    from tightfit.fake import FakeStep, faked
+    from tightfit.trace.fake import FakeStep, faked
 
     aten, step = torch.ops.aten, FakeStep()
 
@@ -120,7 +120,7 @@ def test_a_layer_drop_of_nothing_is_known_and_another_is_not() -> None:
 
 def test_a_constant_is_known_until_it_is_written_to() -> None:
     """A mask of ones is asked whether it is all ones; one that was changed, through a view too, is not known."""
-    from tightfit.fake import FakeStep, faked
+    from tightfit.trace.fake import FakeStep, faked
 
     aten, step = torch.ops.aten, FakeStep()
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tightfit
-from tightfit.core import BudgetInfeasible, Happening, Plan, Trace, dumps, loads
+from tightfit.core import BudgetInfeasible, EventKind, Plan, Trace, dumps, loads
 
 LAW = settings(
     derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -121,11 +121,11 @@ def test_without_a_plan_the_simulation_is_the_record(seed: int) -> None:
     trace = recorded(seed)
     live = top = sum(trace.static_bytes.values())
     for event in trace.events:
-        if event.what is Happening.ALLOC:
+        if event.what is EventKind.ALLOC:
             live += trace.values[event.subject].size_bytes
-        elif event.what is Happening.FREE:
+        elif event.what is EventKind.FREE:
             live -= trace.values[event.subject].size_bytes
-        elif event.what is Happening.OP:
+        elif event.what is EventKind.OP:
             top = max(top, live + trace.ops[event.subject].scratch_bytes)
     assert tightfit.simulate(trace).peak_bytes == top
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tightfit
 from tightfit.core import Action, BudgetInfeasible, Choice, InvalidInput, Lever, Trace, parse_levers
-from tightfit.cost import copy_lanes
+from tightfit.device.cost import copy_lanes
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.shares import shares
 from tightfit.plan.simulate import simulate_choices

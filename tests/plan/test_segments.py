@@ -18,7 +18,7 @@ from tightfit.plan import lowest
 from tightfit.plan.program import kept_values, recipe
 from tightfit.plan.segments import Segmented, segmented
 from tightfit.plan.simulate import simulate_choices
-from tightfit.verify import measured_peak_bytes
+from tightfit.verify.peak import measured_peak_bytes
 
 
 class Loop(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import tightfit
-from tightfit.cli import main
+from tightfit.cli.program import main
 from tightfit.core import Action, InvalidInput, Lever, Measurement, Row, format_bytes
 from tightfit.plan import lowest
 from tightfit.plan.shares import shares

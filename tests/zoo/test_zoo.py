@@ -12,7 +12,7 @@ import torch
 
 import tightfit
 from tightfit.plan import every_block
-from tightfit.verify import differences
+from tightfit.verify.gradients import differences
 
 ARCHITECTURES = [
     # dense, and grouped-query with gated MLPs

@@ -15,13 +15,15 @@ import torch
 from torch import nn
 
 from tightfit.core import Unsupported, to_json
-from tightfit.cost import NOMINAL_CUDA
+from tightfit.device.cost import NOMINAL_CUDA
 from tightfit.doctor.peak import Fix, Rung, Why, explain_peak, why_of_trace
 from tightfit.doctor.run import Case, Run, case_of, is_true, read_run, setup_of
-from tightfit.doctor.traps import TRAPS, Seen, Trap, Verdict, cannot_tell, probed
+from tightfit.doctor.traps.known import TRAPS, probed
+from tightfit.doctor.traps.trap import Seen, Trap, Verdict, cannot_tell
 from tightfit.forecast import Progress, Setup
-from tightfit.step import LossFunction, versions
-from tightfit.trace import trace
+from tightfit.step.environment.environment import versions
+from tightfit.step.run import LossFunction
+from tightfit.trace.recording import trace
 
 __all__ = [
     "TRAPS", "Case", "Finding", "Fix", "Run", "Rung", "Seen", "Trap", "Verdict", "Why", "case_of", "document",

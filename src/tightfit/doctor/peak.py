@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightfit.core import Category, Device, InvalidInput, Phase, Timeline, Trace, Unsupported, format_bytes
-from tightfit.cost import NOMINAL_CPU, NOMINAL_CUDA, retimed
+from tightfit.device.cost import NOMINAL_CPU, NOMINAL_CUDA, retimed
 from tightfit.forecast import Progress, Setup, trace_setup
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.lever import with_loss_in_place

@@ -114,7 +114,7 @@ def read_run(path: str | Path, trainer: str | None = None) -> Run:
     try:
         import yaml
 
-        from tightfit.settings import parse_yaml
+        from tightfit.train.settings import parse_yaml
     except ImportError as error:
         raise Unsupported(
             f"reading a run's YAML needs the package pyyaml ({error}): pip install 'tightfit[trl]'"

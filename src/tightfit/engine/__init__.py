@@ -19,24 +19,27 @@ import torch
 from torch import nn
 
 from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, Trace, Unsupported, parse_bytes
+from tightfit.engine.ambient import is_active
+from tightfit.engine.chain import Chain
 from tightfit.engine.compiled import Decision, Tagged, doors, require_expressible
-from tightfit.engine.frame import Frame, FramePlan, Scrutiny, Stats, is_active
+from tightfit.engine.frame import Frame
+from tightfit.engine.frame_plan import Comparison, FramePlan, Stats
 from tightfit.engine.offload import Pool
 from tightfit.engine.region import checkpoint
-from tightfit.engine.stash import Chain
-from tightfit.loss import in_place
-from tightfit.parallel import inside
+from tightfit.levers.loss_in_place.loss import in_place
+from tightfit.levers.tile.force import in_force
 from tightfit.plan.program import kept_values, offloaded_values, recipe
-from tightfit.ranks import Meeting, are_several
-from tightfit.step import ForwardPatch, compiled_entries, modules_of, no_key_value_cache, own_checkpointing_off
-from tightfit.tiles import in_force
-from tightfit.trace import signature_of
+from tightfit.step.modules import modules_of
+from tightfit.step.parallel import inside
+from tightfit.step.patches import ForwardPatch, compiled_entries, no_key_value_cache, own_checkpointing_off
+from tightfit.step.ranks import Meeting, are_several
+from tightfit.step.signature import signature_of
 
 __all__ = ["Applied", "Stats", "applied_to", "apply", "checkpoint"]
 
 
 #: What has been compared with its forward already: by module, and hash of op sequence and of what of it runs again.
-_checked: weakref.WeakKeyDictionary[nn.Module, dict[int, Scrutiny]] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakKeyDictionary[nn.Module, dict[int, Comparison]] = weakref.WeakKeyDictionary()
 
 
 def applied_to(model: nn.Module) -> Applied | None:
@@ -113,7 +116,7 @@ class Applied:
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             key = hash((plan.names, plan.live, plan.drop, plan.inputs, plan.offload))
-            scrutiny = _checked.setdefault(module, {}).setdefault(key, Scrutiny())
+            scrutiny = _checked.setdefault(module, {}).setdefault(key, Comparison())
             shown = choice.unit or "the model"
             tagged = decision.region(original)
 

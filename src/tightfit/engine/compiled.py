@@ -34,8 +34,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tightfit.core import Action, Choice, Kind, Plan, Program, TightfitError, Unsupported
 from tightfit.plan.program import Recipe, kept_values, recipe
-from tightfit.step import compiled_entries, tensors_in
-from tightfit.trace import METADATA_ONLY, costs_flops, is_random, op_name
+from tightfit.step.ops import METADATA_ONLY, costs_flops, is_random, op_name
+from tightfit.step.patches import compiled_entries
+from tightfit.step.run import tensors_in
 
 T = TypeVar("T")
 

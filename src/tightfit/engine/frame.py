@@ -19,131 +19,37 @@ Refused: a whole replay of a unit that changes what it is given (`Unsupported`),
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import random
 import sys
-import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
-from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tightfit.core import Action, Kind, Program, ReplayDiverged, Unsupported
+from tightfit.core import Action, ReplayDiverged, Unsupported
+from tightfit.engine.ambient import (
+    AmbientState,
+    ModuleState,
+    activated,
+    called_in,
+    foreign_random_states,
+    restore_foreign_random_states,
+)
+from tightfit.engine.chain import Chain
 from tightfit.engine.checksum import checksum, differs
+from tightfit.engine.frame_plan import Comparison, FramePlan, Stats
 from tightfit.engine.offload import Parked, Pool, Shipment
-from tightfit.engine.stash import Chain, Source
+from tightfit.engine.source import Source
 from tightfit.engine.tape import NotOnTape, Reference, Tape, Todo, generator_of, spare_running_statistics
-from tightfit.plan.program import Recipe, expected, first_random, run_for_others
-from tightfit.step import tensors_in
-from tightfit.tiles import TileStats
-from tightfit.trace import BATCH_NORMS, is_random, is_uncounted, op_name
+from tightfit.plan.program import expected
+from tightfit.step.ops import BATCH_NORMS, is_random, is_uncounted, op_name
+from tightfit.step.run import tensors_in
 
 _CAST = torch.ops.aten._to_copy.default
-
-
-@dataclass(slots=True)
-class Stats:
-    """What the engine did since `apply`. Counts, never estimates."""
-
-    frames: int = 0  # forwards of planned units
-    replays: int = 0  # frames that backward ran again
-    fallbacks: int = 0  # frames that had to be replayed whole although the plan kept something
-    rerun_ops: int = 0  # ops that replays really ran
-    held: int = 0  # tensors that the plan would not hold, but the unit got another or the pool had no room
-    tiled: TileStats = dataclasses.field(default_factory=TileStats)
-
-    def __sub__(self, other: Stats) -> Stats:
-        return Stats(
-            frames=self.frames - other.frames,
-            replays=self.replays - other.replays,
-            fallbacks=self.fallbacks - other.fallbacks,
-            rerun_ops=self.rerun_ops - other.rerun_ops,
-            held=self.held - other.held,
-            tiled=self.tiled - other.tiled,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FramePlan:
-    """A unit's program with its recipe, in the form that the forward reads."""
-
-    names: tuple[str, ...]
-    outputs: tuple[tuple[int | None, ...], ...]
-    live: tuple[bool, ...]
-    writes: tuple[bool, ...]  # does the op change something in place? Then it must not be something on the tape
-    states: frozenset[int]
-    first_random: int | None
-    drop: tuple[bool, ...]
-    slots: tuple[int, ...]
-    wanted: tuple[bool, ...]
-    again: frozenset[int]  # values that are made again and not kept
-    settled: Mapping[int, int]  # kept values that are also made again -> ops after which they are as they stay
-    inputs: tuple[Action, ...]  # by place among the distinct tensors that the unit is given
-    lends: frozenset[int]  # values that later units have made again
-    for_others: frozenset[int]  # ops that only run for them
-    offload: frozenset[int]  # values that leave the device when the forward is over
-    parks: frozenset[int]  # ops that write one of them for the last time
-    values: int  # input k is value `values + k` to the tape
-    offloads: bool
-    todo: list[Todo | None]  # once a forward has called the op; None before, and for casts, which need a closer look
-    funcs: list[Any]  # the ops themselves, as forwards have called them
-
-    @classmethod
-    def of(
-        cls,
-        program: Program,
-        recipe: Recipe,
-        inputs: tuple[Action, ...] = (),
-        lends: Collection[int] = (),
-        offload: frozenset[int] = frozenset(),
-    ) -> FramePlan:
-        steps = program.steps
-        return cls(
-            names=tuple(step.name for step in steps),
-            outputs=tuple(step.outputs for step in steps),
-            live=tuple(i in recipe.runs for i in range(len(steps))),
-            writes=tuple(step.kind in (Kind.INPLACE, Kind.RANDOM, Kind.OPAQUE) for step in steps),
-            states=recipe.states,
-            first_random=first_random(program),
-            drop=recipe.drop,
-            slots=program.slots,
-            wanted=program.wanted,
-            again=recipe.again,
-            settled={
-                v: sum(v in step.writes for step in steps)
-                for v in {v for op in recipe.runs for v in steps[op].writes} - recipe.again - offload
-            },
-            inputs=inputs,
-            lends=frozenset(lends),
-            for_others=run_for_others(program, recipe) if lends else frozenset(),
-            offload=offload,
-            parks=frozenset(max(i for i, step in enumerate(steps) if v in step.writes) for v in offload),
-            offloads=bool(offload) or Action.OFFLOAD in inputs,
-            values=program.values,
-            todo=[None] * len(steps),
-            funcs=[None] * len(steps),
-        )
-
-
-class Scrutiny:
-    """What of a planned unit's replays has been compared with its forwards. One object for all frames of a plan."""
-
-    __slots__ = ("compared", "leaves")
-
-    def __init__(self) -> None:
-        self.compared: set[int] = set()  # saved tensors that came out right once, or cannot be compared
-        self.leaves = False  # has a forward left the plan? The next may too, and then everything is compared
-
-    def wants(self, index: int) -> bool:
-        return self.leaves or index not in self.compared
 
 
 class _Stop(BaseException):
@@ -152,100 +58,6 @@ class _Stop(BaseException):
 
 class _Differs(Exception):
     """The replay called another op than the forward did."""
-
-
-class _Active(threading.local):
-    depth = 0
-
-
-_active = _Active()
-
-
-def is_active() -> bool:
-    """Is this thread inside a frame's forward or replay? Then inner units run as they are."""
-    return _active.depth > 0
-
-
-@contextlib.contextmanager
-def _activated() -> Iterator[None]:
-    _active.depth += 1
-    try:
-        yield
-    finally:
-        _active.depth -= 1
-
-
-_NOTHING = object()
-
-
-def called_in(
-    context: AbstractContextManager[Any], name: str, function: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
-    """`function(*args, **kwargs)` within `context`, which may not swallow the function's error: there is no result."""
-    out: Any = _NOTHING
-    with context:
-        out = function(*args, **kwargs)
-    if out is _NOTHING:
-        raise Unsupported(
-            f"the first context of context_fn swallowed an error of {name}, so that there is no result to go on with: "
-            "let the error through"
-        )
-    return out
-
-
-# --------------------------------------------------------------------------------------------- surroundings
-
-
-class _Surroundings:
-    """The thread-wide settings that decide which ops a forward calls; restored for its replay."""
-
-    __slots__ = ("attention", "autocast", "default_dtype", "device")
-
-    _ATTENTION = (
-        (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-        (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
-        (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-        (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
-    )
-
-    def __init__(self, device_types: Sequence[str]) -> None:
-        cache = torch.is_autocast_cache_enabled()
-        self.autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), cache) for kind in device_types
-        ]
-        self.attention = [enabled() for enabled, _ in self._ATTENTION]
-        self.default_dtype = torch.get_default_dtype()
-        modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
-        # `with torch.device(...)`, which says where new tensors are made
-        self.device = next((mode.device for mode in reversed(modes) if isinstance(mode, DeviceContext)), None)
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        now = [enabled() for enabled, _ in self._ATTENTION]
-        dtype = torch.get_default_dtype()
-        with contextlib.ExitStack() as stack:
-            for kind, enabled, cast_dtype, cache in self.autocast:
-                if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=cast_dtype, cache_enabled=cache))
-            if self.device is not None:
-                stack.enter_context(self.device)
-            try:
-                self._attention(self.attention, now)
-                if dtype != self.default_dtype:
-                    torch.set_default_dtype(self.default_dtype)
-                yield
-            finally:
-                self._attention(now, self.attention)
-                if dtype != self.default_dtype:
-                    torch.set_default_dtype(dtype)
-
-    def _attention(self, wanted: list[bool], present: list[bool]) -> None:
-        for want, have, (_, switch) in zip(wanted, present, self._ATTENTION, strict=True):
-            if want != have:
-                switch(want)
-
-
-# ----------------------------------------------------------------------------------------- saved tensors
 
 
 class _Held:
@@ -318,9 +130,6 @@ def _never_read(_: Any) -> torch.Tensor:
     raise RuntimeError("a replay's own graph is never run backward")
 
 
-# ------------------------------------------------------------------------------------------------- frame
-
-
 class Frame:
     """One call of a unit. `plan=None` means: hold nothing but the inputs, replay everything."""
 
@@ -333,7 +142,7 @@ class Frame:
         plan: FramePlan | None,
         stats: Stats,
         module: nn.Module | None = None,
-        scrutiny: Scrutiny | None = None,
+        scrutiny: Comparison | None = None,
         chain: Chain | None = None,
         pool: Pool | None = None,
     ) -> None:
@@ -369,7 +178,7 @@ class Frame:
         self.stops_early = True  # a whole replay ends with the last saved tensor, not with the function
         inputs = tensors_in((args, kwargs))
         kinds = dict.fromkeys(["cpu", *(t.device.type for t in inputs if t.device.type != "meta")])
-        self.surroundings = _Surroundings(list(kinds))
+        self.surroundings = AmbientState(list(kinds))
         own = [] if module is None else list(module.parameters())
         self.versions = [(t, _version(t)) for t in (*inputs, *own)]
 
@@ -379,12 +188,12 @@ class Frame:
         """The unit's output, with autograd holding slots instead of what the plan drops."""
         self.stats.frames += 1
         if self.plan is None:  # planned units that draw from Python or NumPy are pinned, so only regions need this
-            self.foreign = _foreign_random_states()
+            self.foreign = foreign_random_states()
         if self.tape is not None:
             self._borrow(self.tape)
         try:
             hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
-            with _activated(), hooks, _Watch(self):
+            with activated(), hooks, _Watch(self):
                 out = called_in(self.contexts[0], self.name, self.forward, self.args, self.kwargs)
         except BaseException:
             self.tape = None  # it holds tensors whose history holds it
@@ -671,12 +480,12 @@ class Frame:
         args, kwargs = pytree.tree_map_only(torch.Tensor, _cut_off, (self.args, self.kwargs))
         generators = list(dict.fromkeys(generator for generator, _ in self.first_states))
         saved_states = [generator.get_state() for generator in generators]
-        foreign = _foreign_random_states() if self.foreign else {}
+        foreign = foreign_random_states() if self.foreign else {}
         hooks = torch.autograd.graph.saved_tensors_hooks(refill, _never_read)
-        module_state = _ModuleState(self.module)
+        module_state = ModuleState(self.module)
         try:
-            with _activated(), torch.enable_grad(), self.surroundings.restored(), hooks, mode, self.contexts[1]:
-                _restore_foreign_random_states(self.foreign)
+            with activated(), torch.enable_grad(), self.surroundings.restored(), hooks, mode, self.contexts[1]:
+                restore_foreign_random_states(self.foreign)
                 self.forward(*args, **kwargs)
         except _Stop:
             pass
@@ -687,7 +496,7 @@ class Frame:
         finally:
             for generator, state in zip(generators, saved_states, strict=True):
                 generator.set_state(state)
-            _restore_foreign_random_states(foreign)
+            restore_foreign_random_states(foreign)
             module_state.put_back()
             self.buffers_after = [(b, _version(b)) for b, _ in self.buffers_after if _address(b) in mode.as_left]
             self.stats.rerun_ops += mode.ran
@@ -721,60 +530,6 @@ def _is_steady(reference: Reference | None, tape: Tape, results: set[int]) -> bo
     return reference is not None and reference.value in results and reference.state == tape.written[reference.value]
 
 
-class _ModuleState:
-    """The buffers and attributes of a unit and of all modules in it: a whole replay must not move them on.
-
-    What is reassigned is put back, and so is what a list, dict or set held. Tensors that ops change in place are
-    left alone by the replay itself.
-    """
-
-    def __init__(self, module: nn.Module | None) -> None:
-        self.tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self.contents: list[tuple[Any, Any]] = []
-        for each in () if module is None else module.modules():
-            self.tables.append((each.__dict__, dict(each.__dict__)))
-            for value in each.__dict__.values():
-                if type(value) in (list, dict, set):  # `_buffers` is one of them
-                    self.contents.append((value, value.copy()))
-
-    def put_back(self) -> None:
-        for table, before in self.tables:
-            if len(table) != len(before) or any(table.get(name) is not value for name, value in before.items()):
-                table.clear()
-                table.update(before)
-        for container, before in self.contents:
-            if _is_same(container, before):
-                continue
-            if type(container) is list:
-                container[:] = before
-            else:
-                container.clear()
-                container.update(before)
-
-
-def _is_same(container: Any, before: Any) -> bool:
-    """By identity: what lies in a container may refuse to be compared."""
-    if len(container) != len(before):
-        return False
-    if type(container) is dict:
-        return all(container.get(key, before) is value for key, value in before.items())
-    return all(a is b for a, b in zip(container, before))
-
-
-def _foreign_random_states() -> dict[str, Any]:
-    states: dict[str, Any] = {"python": random.getstate()}
-    if "numpy" in sys.modules:
-        states["numpy"] = sys.modules["numpy"].random.get_state()
-    return states
-
-
-def _restore_foreign_random_states(states: Mapping[str, Any]) -> None:
-    if "python" in states:
-        random.setstate(states["python"])
-    if "numpy" in states:
-        sys.modules["numpy"].random.set_state(states["numpy"])
-
-
 class _Cut(torch.autograd.Function):
     """The same data with a history that leads nowhere."""
 
@@ -797,9 +552,6 @@ def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
     with torch.enable_grad():
         cut: torch.Tensor = _Cut.apply(tensor.detach(), torch.empty(0, requires_grad=True))
     return cut
-
-
-# ------------------------------------------------------------------------------------------------- modes
 
 
 class _Watch(TorchDispatchMode):

@@ -19,11 +19,14 @@ import torch
 import torch.utils.checkpoint
 
 from tightfit.core import InvalidInput, Program, Unsupported
+from tightfit.engine.ambient import called_in, is_active
 from tightfit.engine.compiled import run_again
-from tightfit.engine.frame import Frame, FramePlan, Stats, called_in, is_active
+from tightfit.engine.frame import Frame
+from tightfit.engine.frame_plan import FramePlan, Stats
 from tightfit.plan.program import recipe
-from tightfit.step import refuse_compiled, tensors_in
-from tightfit.trace import ProgramRecorder
+from tightfit.step.patches import refuse_compiled
+from tightfit.step.run import tensors_in
+from tightfit.trace.programs import ProgramRecorder
 
 T = TypeVar("T")
 Keep = Collection[str] | Callable[[str], bool]

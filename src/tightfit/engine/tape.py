@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 import torch
 
 from tightfit.core import ReplayDiverged, Unsupported
-from tightfit.engine.stash import Source
-from tightfit.step import tensors_in
-from tightfit.trace import BATCH_NORMS, METADATA_ONLY, op_name
+from tightfit.engine.source import Source
+from tightfit.step.ops import BATCH_NORMS, METADATA_ONLY, op_name
+from tightfit.step.run import tensors_in
 
 
 class NotOnTape(Exception):

@@ -24,8 +24,9 @@ from tightfit.core import BudgetInfeasible, Category, InvalidInput, Op, Plan, St
 from tightfit.engine import Applied
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
-from tightfit.step import LossFunction, UnitsAsked, find_units, tensors_in, unique_bytes
-from tightfit.trace import trace
+from tightfit.step.modules import UnitsAsked, find_units
+from tightfit.step.run import LossFunction, tensors_in, unique_bytes
+from tightfit.trace.recording import trace
 
 __all__ = ["device_traces", "execution_devices", "fit", "plan"]
 

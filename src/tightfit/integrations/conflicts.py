@@ -17,7 +17,7 @@ from torch import nn
 
 from tightfit.core import Unsupported
 from tightfit.integrations import trl
-from tightfit.parallel import Strategy, strategy_of
+from tightfit.step.parallel import Strategy, strategy_of
 
 __all__ = ["Suspended", "refuse"]
 

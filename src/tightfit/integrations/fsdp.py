@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 from tightfit.core import Unsupported
-from tightfit.parallel import require_fsdp2
-from tightfit.step import find_units
+from tightfit.step.modules import find_units
+from tightfit.step.parallel import require_fsdp2
 
 __all__ = ["shard_bytes", "sharded"]
 

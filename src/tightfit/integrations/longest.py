@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from tightfit.core import InvalidInput, Unsupported
-from tightfit.step import random_states, restore_random_states, tensors_in
+from tightfit.step.run import tensors_in
+from tightfit.step.snapshot import random_states, restore_random_states
 
 __all__ = ["Extent", "longest_batch", "plain"]
 

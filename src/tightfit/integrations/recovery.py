@@ -28,7 +28,7 @@ from transformers.utils import logging
 from tightfit.core import BudgetInfeasible, Lever, Plan, TightfitError, Trace, format_bytes
 from tightfit.integrations.trainer import TightfitCallback, running_trainer
 from tightfit.plan import plan
-from tightfit.step import random_states, restore_random_states
+from tightfit.step.snapshot import random_states, restore_random_states
 
 __all__ = ["OutOfMemory", "Recovery", "Retry", "TornStep", "is_out_of_memory"]
 

@@ -40,23 +40,19 @@ from tightfit.core import (
     levers_named,
 )
 from tightfit.engine import Applied
-from tightfit.fake import logging_step
-from tightfit.fitting import planned
+from tightfit.fitting.fit.fit import planned
 from tightfit.integrations import conflicts
 from tightfit.integrations.longest import Extent, longest_batch, plain
-from tightfit.measure import every_block_checkpointed
-from tightfit.ranks import anywhere
-from tightfit.step import (
-    environment,
-    no_key_value_cache,
-    parameter_tensors,
-    random_states,
-    restore_random_states,
-    tensors_in,
-    unique_bytes,
-)
-from tightfit.trace import trace
-from tightfit.verify import PEAK_TOLERANCE, PeakMeter, gradient_checks, peak_checks, static_bytes
+from tightfit.step.environment.environment import environment
+from tightfit.step.patches import no_key_value_cache
+from tightfit.step.ranks import anywhere
+from tightfit.step.run import parameter_tensors, tensors_in, unique_bytes
+from tightfit.step.snapshot import random_states, restore_random_states
+from tightfit.trace.fake import logging_step
+from tightfit.trace.recording import trace
+from tightfit.verify.measure import every_block_checkpointed
+from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, peak_checks, static_bytes
+from tightfit.verify.proving import gradient_checks
 
 __all__ = ["PeakCallback", "TightfitCallback"]
 

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from tightfit.core import Unsupported
-from tightfit.fake import logging_step
-from tightfit.step import LossFunction
+from tightfit.step.run import LossFunction
+from tightfit.trace.fake import logging_step
 
 __all__ = ["SETTINGS", "sft_step"]
 

@@ -34,7 +34,7 @@ from tightfit.core import (
     make_verb,
     parse_bytes,
 )
-from tightfit.cost import NOMINAL_CPU, copy_lanes, retimed
+from tightfit.device.cost import NOMINAL_CPU, copy_lanes, retimed
 from tightfit.plan.choose import THOROUGH, Effort, Model, Solution
 from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.nest import Nesting, nestings

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from tightfit.core import Action, Choice, Happening, Program, Saved, Trace, Unsupported
-from tightfit.cost import copy_lanes
+from tightfit.core import Action, Choice, EventKind, Program, Saved, Trace, Unsupported
+from tightfit.device.cost import copy_lanes
 from tightfit.plan import lagrange, solver
 from tightfit.plan.frontier import MANY, Frontier, Point, frontier
 from tightfit.plan.nest import Nesting
@@ -105,20 +105,20 @@ class Model:
 
     def _index(self) -> None:
         trace = self.trace
-        self.marks = [i for i, e in enumerate(trace.events) if e.what is Happening.OP]
+        self.marks = [i for i, e in enumerate(trace.events) if e.what is EventKind.OP]
         self.op_event = {trace.events[i].subject: i for i in self.marks}
         self.mark_at = np.searchsorted(np.array(self.marks), np.arange(len(trace.events) + 1))  # first mark at or after
-        self.freed = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.FREE}
-        self.released = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.RELEASE}
+        self.freed = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.FREE}
+        self.released = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.RELEASE}
         self.load: dict[int, int] = {}
         self.enter: dict[int, int] = {}
         self.exit: dict[int, int] = {}
         for i, event in enumerate(trace.events):
-            if event.what is Happening.LOAD:
+            if event.what is EventKind.LOAD:
                 self.load.setdefault(event.subject, i)
-            elif event.what is Happening.ENTER:
+            elif event.what is EventKind.ENTER:
                 self.enter[event.subject] = i
-            elif event.what is Happening.EXIT:
+            elif event.what is EventKind.EXIT:
                 self.exit[event.subject] = i
         self.frames_of: dict[str, list[int]] = defaultdict(list)
         for frame in trace.frames:
@@ -154,9 +154,9 @@ class Model:
         trace = self.trace
         change = np.zeros(len(trace.events) + 1)
         for i, event in enumerate(trace.events):
-            if event.what is Happening.ALLOC:
+            if event.what is EventKind.ALLOC:
                 change[i] += trace.values[event.subject].size_bytes
-            elif event.what is Happening.FREE:
+            elif event.what is EventKind.FREE:
                 change[i] -= trace.values[event.subject].size_bytes
         live = np.cumsum(change) + sum(trace.static_bytes.values())
         scratch = np.array([trace.ops[trace.events[i].subject].scratch_bytes for i in self.marks])

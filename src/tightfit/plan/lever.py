@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tightfit.core import Event, Happening, Plan, PlanMismatch, Trace
+from tightfit.core import Event, EventKind, Plan, PlanMismatch, Trace
 
 
 def under(trace: Trace, plan: Plan | None) -> Trace:
@@ -24,9 +24,9 @@ def under(trace: Trace, plan: Plan | None) -> Trace:
 
 
 def with_loss_in_place(trace: Trace) -> Trace:
-    """`trace` as it would be with `tightfit.loss.in_place`: one tensor of the logits' size instead of three."""
+    """`trace` as it would be with `tightfit.levers.loss_in_place.loss.in_place`: one tensor of the logits' size instead of three."""
     values, ops, events = list(trace.values), list(trace.ops), list(trace.events)
-    freed = {e.subject: i for i, e in enumerate(events) if e.what is Happening.FREE}
+    freed = {e.subject: i for i, e in enumerate(events) if e.what is EventKind.FREE}
     for loss in trace.losses:
         (of_likelihood,) = (v for v in ops[loss.nll_backward].outputs if v is not None)
         (of_softmax,) = (v for v in ops[loss.softmax_backward].outputs if v is not None)
@@ -34,8 +34,8 @@ def with_loss_in_place(trace: Trace) -> Trace:
         for value in (of_likelihood, of_softmax):
             values[value] = dataclasses.replace(values[value], size_bytes=0)
         # the saved bytes live on as the gradient
-        events[freed[saved]] = Event(what=Happening.FREE, subject=of_softmax)
-        events[freed[of_softmax]] = Event(what=Happening.FREE, subject=saved)
+        events[freed[saved]] = Event(what=EventKind.FREE, subject=of_softmax)
+        events[freed[of_softmax]] = Event(what=EventKind.FREE, subject=saved)
         ops[loss.nll_backward] = dataclasses.replace(ops[loss.nll_backward], scratch_bytes=0)
         ops[loss.softmax_backward] = dataclasses.replace(ops[loss.softmax_backward], scratch_bytes=loss.rows_bytes * 2)
     return dataclasses.replace(trace, values=tuple(values), ops=tuple(ops), events=tuple(events))

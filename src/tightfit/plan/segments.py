@@ -23,8 +23,8 @@ from tightfit.core import (
     Action,
     Choice,
     Event,
+    EventKind,
     Frame,
-    Happening,
     Op,
     Phase,
     Program,
@@ -301,18 +301,18 @@ class _Cutter:
         for event in trace.events:
             moved.append(len(events))
             events.extend(self._renamed(event))
-            if event.what is Happening.OP and event.subject in border:
+            if event.what is EventKind.OP and event.subject in border:
                 number = border[event.subject]
-                events.append(Event(what=Happening.EXIT, subject=number - 1))
-                events.append(Event(what=Happening.ENTER, subject=number))
+                events.append(Event(what=EventKind.EXIT, subject=number - 1))
+                events.append(Event(what=EventKind.ENTER, subject=number))
         return events, moved
 
     def _renamed(self, event: Event) -> Iterator[Event]:
-        if event.what not in (Happening.ENTER, Happening.EXIT):
+        if event.what not in (EventKind.ENTER, EventKind.EXIT):
             yield event
             return
         number = self.first[event.subject]
-        if event.what is Happening.EXIT:
+        if event.what is EventKind.EXIT:
             number += len(self.cuts.get(event.subject, (0,))) - 1
         yield Event(what=event.what, subject=number)
 

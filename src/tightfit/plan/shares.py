@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tightfit.core import Action, Lever, Plan, Timeline, Trace
-from tightfit.cost import copy_lanes
+from tightfit.device.cost import copy_lanes
 from tightfit.plan.lever import under
 from tightfit.plan.simulate import simulate, simulate_choices
 

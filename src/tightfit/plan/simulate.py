@@ -21,7 +21,7 @@ from tightfit.core import (
     Advance,
     Category,
     Choice,
-    Happening,
+    EventKind,
     InvalidInput,
     Op,
     Phase,
@@ -146,7 +146,7 @@ class _Walk:
                 frame_id = trace.ops[value.producer].frame
                 assert frame_id is not None
                 self.values_of[frame_id][value.ordinal] = value.id
-        self.op_event = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.OP}
+        self.op_event = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.OP}
         self.replays = self._replays({choice.unit: choice for choice in choices})
         self.categories: dict[int, Category] = {}
         self.blocks: list[tuple[Hashable, int]] = []  # what an allocator sees, in order
@@ -157,7 +157,7 @@ class _Walk:
         trace = self.trace
         load_event: dict[int, int] = {}
         for index, event in enumerate(trace.events):
-            if event.what is Happening.LOAD:
+            if event.what is EventKind.LOAD:
                 load_event.setdefault(event.subject, index)
         found = {}
         slots: dict[int, list[Saved]] = defaultdict(list)
@@ -217,8 +217,8 @@ class _Walk:
     def _lives(self) -> dict[int, list[int]]:
         """Values to free after each event; a value in none of them lives to the end of the step."""
         trace = self.trace
-        freed = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.FREE}
-        released = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.RELEASE}
+        freed = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.FREE}
+        released = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.RELEASE}
         end_of_step = len(trace.events)
         self.packed_at: dict[int, int] = {}
         kept_until: dict[int, int] = {}  # by the saved tensors that the plan still holds
@@ -230,7 +230,7 @@ class _Walk:
                 dropped.add(saved.value)
             else:
                 kept_until[saved.value] = max(kept_until.get(saved.value, -1), released.get(saved.id, end_of_step))
-        exits = {e.subject: i for i, e in enumerate(trace.events) if e.what is Happening.EXIT}
+        exits = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.EXIT}
         for replayed in self.replays.values():
             for value_id in replayed.parked:  # it is copied when the frame's forward is over
                 self.packed_at[value_id] = max(self.packed_at.get(value_id, -1), exits[replayed.frame])
@@ -337,16 +337,16 @@ class _Walk:
                 self._bring(frame, value_id)
             for replayed, ops in by_event.get(index, ()):
                 self._run_again(replayed, ops, index)
-            if event.what is Happening.ALLOC:
+            if event.what is EventKind.ALLOC:
                 self._add(
                     self._category(event.subject), trace.values[event.subject].size_bytes, ("value", event.subject)
                 )
-            elif event.what is Happening.OP:
+            elif event.what is EventKind.OP:
                 op = trace.ops[event.subject]
                 self._mark(self._label(op), op.scratch_bytes)
-            elif event.what is Happening.ENTER and event.subject in self.replays:
+            elif event.what is EventKind.ENTER and event.subject in self.replays:
                 self._add(Category.SAVED, self.replays[event.subject].states_in_forward * state_bytes)
-            elif event.what is Happening.EXIT and event.subject in self.replays:
+            elif event.what is EventKind.EXIT and event.subject in self.replays:
                 replayed = self.replays[event.subject]
                 states = len(replayed.recipe.states)
                 self._add(Category.SAVED, (states - replayed.states_in_forward) * state_bytes)

@@ -12,8 +12,8 @@ import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tightfit.allocator import MIN_BLOCK_BYTES
 from tightfit.core import Plan, Timeline, Trace, format_bytes
+from tightfit.device.allocator import MIN_BLOCK_BYTES
 from tightfit.plan.simulate import allocations
 
 __all__ = ["chrome_trace", "markdown", "memory_snapshot"]

@@ -1,0 +1,113 @@
+"""`tightfit check`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tightfit.core import Trace
+from tightfit.cli.options import Html, Json, Model
+from tightfit.cli.output import EXIT_NO, can_write, console_on_stdout, emit, progress_shown, write_page
+
+
+def check(
+    model: Model,
+    gpu: Annotated[str, typer.Option(help="A GPU of the catalog (rtx-4090), a size (24GiB), or all.")] = "rtx-4090",
+    method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "full",
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
+    seq: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence.", show_default="2048, or the model's positions")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="bf16, fp16, fp32; bf16-mixed, fp16-mixed: fp32 weights, autocast.")
+    ] = "bf16",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, adamw-fused, adamw8bit, paged-adamw8bit, sgd or none.")
+    ] = "adamw",
+    rank: Annotated[int, typer.Option(help="Of the LoRA adapters.")] = 16,
+    trainer: Annotated[
+        str,
+        typer.Option(
+            help="Whose step: model (its own loss, as transformers' Trainer takes it), or sft (TRL's, as installed)."
+        ),
+    ] = "model",
+    accumulate: Annotated[
+        bool, typer.Option("--accumulate", help="Gradients of earlier micro-batches are there when a step begins.")
+    ] = False,
+    world_size: Annotated[
+        int, typer.Option("--world-size", help="GPUs that train together; the answer is of each.")
+    ] = 1,
+    strategy: Annotated[str, typer.Option(help="How they share the step: ddp, fsdp2, or one.")] = "one",
+    reshard: Annotated[
+        bool, typer.Option(help="FSDP2: give a unit's weights back after its forward, and gather them again.")
+    ] = True,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="A size, or a percentage of the GPU's memory.", show_default="all that is usable"),
+    ] = None,
+    lengths: Annotated[
+        Path | None, typer.Option(help="Lengths of the examples: a histogram, a list, or JSON lines; sets --seq.")
+    ] = None,
+    search: Annotated[bool, typer.Option(help="Look for the largest batch and the longest sequence.")] = True,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Measure this machine's device, write it as a catalog file, and stop.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="What --calibrate measures: cpu or cuda.")] = "cpu",
+    html: Html = None,
+    as_json: Json = False,
+) -> None:
+    """Will it run on --gpu? Needs neither the GPU nor the weights."""
+    can_write({"--calibrate": calibrate, "--html": html})
+    from tightfit import forecast
+    from tightfit.report import forecast_document, forecast_report, forecast_table, gpus_table, study
+
+    if calibrate is not None:
+        from tightfit.core import write_text
+        from tightfit.integrations.transformers import device_named
+
+        text = forecast.calibrated("here", device_named(device))
+        write_text(calibrate, text)
+        emit(f"{calibrate}: use it with TIGHTFIT_CATALOG={calibrate} and --gpu here")
+        return
+    told: tuple[str, ...] = ()
+    if lengths is not None:
+        seq, line = forecast.longest_length(lengths)
+        told = (line,)
+    warnings.simplefilter("ignore")  # what libraries say about themselves is not about what was asked
+    if seq is None:
+        seq = forecast.default_length(model)
+    setup = forecast.Setup(
+        model=model, method=method, batch=batch, seq=seq, dtype=dtype, optimizer=optimizer, rank=rank,
+        accumulate=accumulate, world_size=world_size, strategy=strategy, reshard=reshard, trainer=trainer,
+    ).checked()  # fmt: skip
+    if gpu.strip().lower() == "all":
+        with progress_shown() as say:
+            answers = forecast.which_gpus(setup, budget=budget, progress=say)
+        answers = [dataclasses.replace(a, notes=(*told, *a.notes)) for a in answers]
+        if as_json:
+            emit(json.dumps({**forecast_report(answers[0]), "gpus": [forecast_report(a) for a in answers]}))
+        else:
+            console_on_stdout().print(gpus_table(answers))
+        if not any(answer.fits for answer in answers):
+            raise typer.Exit(EXIT_NO)
+        return
+    target = forecast.device_asked(gpu)
+    traces: list[Trace] = []
+    with progress_shown() as say:
+        answer = forecast.check(setup, target, budget=budget, search=search, progress=say, traced=traces.append)
+        answer = dataclasses.replace(answer, notes=(*told, *answer.notes))
+        if html is not None:
+            say("planning for other budgets too, for the page")
+            write_page(html, forecast_document(answer, study(traces[0], answer.plan)))
+    if as_json:
+        emit(json.dumps(forecast_report(answer)))
+    else:
+        console_on_stdout().print(forecast_table(answer))
+    if not answer.fits:
+        raise typer.Exit(EXIT_NO)

@@ -1,0 +1,96 @@
+"""`tightfit measure`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tightfit.core import (
+    parse_levers,
+)
+
+if TYPE_CHECKING:
+    from tightfit.core import Trace
+from tightfit.cli.options import (
+    Batch,
+    Budget,
+    Device,
+    Dtype,
+    Html,
+    Json,
+    Levers,
+    Method,
+    Model,
+    OptimizerName,
+    Seed,
+    Seq,
+)
+from tightfit.cli.output import (
+    EXIT_NO,
+    can_write,
+    console_on_stdout,
+    emit,
+    progress_shown,
+    say_if_above_all,
+    write_page,
+)
+from tightfit.cli.prepared import prepare
+
+
+def measure(
+    model: Model,
+    batch: Batch = 4,
+    seq: Seq = 512,
+    dtype: Dtype = "fp32",
+    device: Device = "cpu",
+    method: Method = "full",
+    optimizer: OptimizerName = "adamw",
+    budget: Budget = "60%",
+    levers: Levers = "",
+    repeats: Annotated[int, typer.Option(help="Timed steps of each, interleaved.", min=1)] = 3,
+    seed: Seed = 0,
+    html: Html = None,
+    as_json: Json = False,
+) -> None:
+    """Real steps side by side: no checkpointing, every block, tightfit at --budget."""
+    can_write({"--html": html})
+    allowed = parse_levers(levers)
+    prepared = prepare(
+        model,
+        batch=batch,
+        seq=seq,
+        dtype=dtype,
+        device=device,
+        method=method,
+        optimizer=optimizer,
+        budget=budget,
+        seed=seed,
+    )
+    from tightfit.report import measurement_document, measurement_report, measurement_table, study
+    from tightfit.verify.measure import measure as run_measure
+
+    traces: list[Trace] = []
+    with progress_shown() as say:
+        measured = run_measure(
+            prepared.model,
+            prepared.batch,
+            budget=budget,
+            levers=allowed,
+            optimizer=prepared.optimizer,
+            repeats=repeats,
+            progress=say,
+            described={"model": model, "method": method, "batch": batch, "seq": seq, "dtype": dtype},
+            traced=traces.append,
+        )
+        if html is not None:
+            say("planning for other budgets too, for the page")
+            write_page(html, measurement_document(measured, study(traces[0], measured.plan)))
+    say_if_above_all(budget)
+    if as_json:
+        emit(json.dumps(measurement_report(measured)))
+    else:
+        console_on_stdout().print(measurement_table(measured))
+    if any(row.gradients == "differs" for row in measured.rows):
+        raise typer.Exit(EXIT_NO)

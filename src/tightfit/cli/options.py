@@ -1,0 +1,57 @@
+"""Options that several commands share, with their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    pass
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A name in the catalog, a folder with config.json, or a hub id owner/name."),
+]
+
+
+Batch = Annotated[int, typer.Option(help="Sequences in a batch.")]
+
+
+Seq = Annotated[int, typer.Option(help="Tokens in a sequence.")]
+
+
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+
+
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+Method = Annotated[str, typer.Option(help="full or lora.")]
+
+
+OptimizerName = Annotated[str, typer.Option("--optimizer", help="adamw, adamw8bit, sgd or none.")]
+
+
+Budget = Annotated[str, typer.Option(help="A size (22GiB), or a percentage of the unplanned step's peak.")]
+
+
+Levers = Annotated[
+    str,
+    typer.Option(
+        help="What the plan may use: recompute, loss_in_place, tile, nest, offload; all; all,-tile for all but one.",
+        show_default="all that give the same bits, tiles where nothing else fits; no offload",
+    ),
+]
+
+
+Seed = Annotated[int, typer.Option(help="For weights, data and dropout.")]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+Html = Annotated[
+    Path | None, typer.Option("--html", help="Also write one self-contained page there.", show_default="no page")
+]

@@ -1,0 +1,103 @@
+"""Where a command writes: its result, its progress, its files; and what its exit status says.
+
+Invariant: stdout is the result's alone (`cli.stdout`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand
+
+from tightfit import stdout
+from tightfit.core import (
+    InvalidInput,
+    output_file,
+    percentage,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+EXIT_NO, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class Command(TyperCommand):
+    """A command whose libraries print to stderr; its own result goes to `stdout.results()`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with stdout.for_libraries():
+            return super().invoke(ctx)
+
+
+def console_on_stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def console_on_stdout() -> Console:
+    from rich.console import Console
+
+    return Console(file=stdout.results(), highlight=False)
+
+
+def emit(text: str) -> None:
+    """A line of the result."""
+    typer.echo(text, file=stdout.results())
+
+
+@contextlib.contextmanager
+def progress_shown() -> Iterator[Callable[[str], None]]:
+    """A function that says on stderr what is being done: a live line on a terminal, plain lines elsewhere."""
+    console = console_on_stderr()
+    if not console.is_terminal:
+        yield lambda what: console.print(f"{what} ...", highlight=False)
+        return
+    with console.status("starting") as status:
+        yield lambda what: status.update(f"{what} ...")
+
+
+def can_write(outputs: dict[str, Path | None]) -> None:
+    """Raise `InvalidInput` unless each path, by the option that names it, can be written and no two are one file."""
+    taken: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        try:
+            target = output_file(path)
+        except InvalidInput as error:
+            raise InvalidInput(f"{error}; give a file in a folder that exists as {option}") from None
+        if target in taken:
+            raise InvalidInput(f"{taken[target]} and {option} are one file, {str(target)!r}: give each its own")
+        taken[target] = option
+
+
+def say_if_above_all(budget: str) -> None:
+    percent = percentage(budget)
+    if percent is not None and percent > 100:
+        say_on_stderr(
+            f"a budget of {budget} is above the peak of the step without a plan, so nothing has to be recomputed"
+        )
+
+
+def write_page(path: Path, document: dict[str, Any]) -> None:
+    from tightfit.core import write_text
+    from tightfit.report import page
+
+    write_text(path, page(document))
+
+
+def progress_unsaid(_: str) -> None:
+    """Progress that is not shown."""
+
+
+def say_on_stderr(message: str) -> None:
+    line = " ".join(message.split())
+    with contextlib.suppress(OSError):  # nobody reads standard error, or its disk is full: the exit status still tells
+        typer.echo(f"tightfit: {line}", err=True)

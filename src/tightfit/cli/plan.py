@@ -1,0 +1,104 @@
+"""`tightfit plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tightfit.core import (
+    format_bytes,
+    parse_levers,
+)
+
+if TYPE_CHECKING:
+    pass
+from tightfit.cli.options import (
+    Batch,
+    Budget,
+    Device,
+    Dtype,
+    Html,
+    Json,
+    Levers,
+    Method,
+    Model,
+    OptimizerName,
+    Seed,
+    Seq,
+)
+from tightfit.cli.output import can_write, console_on_stdout, emit, progress_shown, say_if_above_all, write_page
+from tightfit.cli.prepared import prepare
+
+
+def plan(
+    model: Model,
+    batch: Batch = 4,
+    seq: Seq = 512,
+    dtype: Dtype = "fp32",
+    device: Device = "cpu",
+    method: Method = "full",
+    optimizer: OptimizerName = "adamw",
+    budget: Budget = "60%",
+    levers: Levers = "",
+    seed: Seed = 0,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the plan unit by unit, and why.")] = False,
+    out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    html: Html = None,
+    chrome: Annotated[
+        Path | None, typer.Option(help="Also write the timeline as a Chrome trace (ui.perfetto.dev).")
+    ] = None,
+    snapshot: Annotated[
+        Path | None, typer.Option(help="Also write the step as a memory snapshot (pytorch.org/memory_viz).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Trace one step, plan it for --budget, write plan.json."""
+    can_write({"--out": out, "--html": html, "--chrome": chrome, "--snapshot": snapshot})
+    allowed = parse_levers(levers)
+    prepared = prepare(
+        model,
+        batch=batch,
+        seq=seq,
+        dtype=dtype,
+        device=device,
+        method=method,
+        optimizer=optimizer,
+        budget=budget,
+        seed=seed,
+    )
+    from tightfit.plan import plan as make_plan
+    from tightfit.report import chrome_trace, memory_snapshot, plan_document, plan_report, study
+    from tightfit.report import explain as explained
+    from tightfit.trace.recording import trace
+
+    with progress_shown() as say:
+        say("tracing one step")
+        recorded = trace(prepared.model, prepared.batch, optimizer=prepared.optimizer)
+        say("planning")
+        made = make_plan(recorded, budget, levers=allowed)
+        if html is not None:
+            say("planning for other budgets too, for the page")
+            write_page(html, plan_document(made, model, study(recorded, made)))
+    if chrome is not None:
+        from tightfit.core import write_text
+        from tightfit.plan import simulate
+
+        write_text(chrome, json.dumps(chrome_trace(simulate(recorded, made))))
+    if snapshot is not None:
+        from tightfit.core import write_bytes
+
+        write_bytes(snapshot, memory_snapshot(recorded, made))
+    made.save(out)
+    say_if_above_all(budget)
+    if as_json:
+        emit(json.dumps({"path": str(out), **plan_report(made)}))
+        return
+    if explain:
+        console_on_stdout().print(explained(recorded, made))
+    emit(
+        f"{out}: {made.status.value}, peak {format_bytes(made.peak_bytes)} of a budget of "
+        f"{format_bytes(made.budget_bytes)}, {made.replays} units replayed"
+    )

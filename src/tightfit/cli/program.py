@@ -1,0 +1,161 @@
+"""The command line: arguments in, text or one JSON document out. What the commands do is elsewhere.
+
+Results go to stdout, progress and the one line of an error to stderr. Invariant: exit 0 means yes, 1 means that the
+answer is no (does not fit, a proof failed), 2 means wrong input, 130 means interrupted; a traceback only ever comes
+with `--debug`. Nothing heavy is imported before a command needs it, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tightfit import stdout
+from tightfit.core import (
+    BudgetInfeasible,
+    InvalidInput,
+    PlanMismatch,
+    ReplayDiverged,
+    TightfitError,
+    Unsupported,
+    format_bytes,
+    refused_bytes,
+)
+
+if TYPE_CHECKING:
+    pass
+from tightfit.cli.output import EXIT_INTERRUPTED, EXIT_NO, EXIT_WRONG_INPUT, say_on_stderr
+
+#: The extra that brings a package which the base install leaves out, by the name that is imported.
+EXTRAS = {
+    "transformers": "transformers", "tokenizers": "transformers", "accelerate": "transformers", "tqdm": "transformers",
+    "peft": "peft", "trl": "trl", "datasets": "trl", "pyarrow": "trl", "yaml": "trl",
+    "bitsandbytes": "bitsandbytes", "matplotlib": "png",
+}  # fmt: skip
+
+
+app = typer.Typer(
+    name="tightfit",
+    help="Fit a PyTorch training step into a byte budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from tightfit import __version__
+
+        typer.echo(f"tightfit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Fit a PyTorch training step into a byte budget."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code. Errors are one line on stderr."""
+    asked = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with stdout.own():
+            return _run(asked)
+    except BrokenPipeError:  # the reader of the result (`| head`) has gone
+        return EXIT_NO
+    except stdout.NotWritten as error:
+        say_on_stderr(f"cannot write the result: {error}")
+        return EXIT_NO
+
+
+def _run(asked: list[str]) -> int:
+    debug = "--debug" in asked
+    given = [argument for argument in asked if argument != "--debug"]  # so that it may stand after the command too
+    try:
+        code = typer.main.get_command(app).main(args=given, prog_name="tightfit", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except _USAGE_ERROR as error:
+        if debug:
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(error.format_message())
+        else:
+            say_on_stderr(error.format_message())
+        return EXIT_WRONG_INPUT
+    except TightfitError as error:
+        _tell_launcher(error)
+        if debug:
+            raise
+        say_on_stderr(str(error))
+        return exit_code(error)
+    except (KeyboardInterrupt, typer.Abort):
+        if debug:
+            raise
+        say_on_stderr("interrupted")
+        return EXIT_INTERRUPTED
+    except (BrokenPipeError, stdout.NotWritten):
+        raise
+    except Exception as error:
+        _tell_launcher(error)
+        if debug:
+            raise
+        if isinstance(error, ModuleNotFoundError) and (lacking := _lacking(error, given)):
+            say_on_stderr(lacking)
+            return EXIT_WRONG_INPUT
+        if (asked_bytes := refused_bytes(error)) is not None:
+            from tightfit.step.environment.environment import host_memory_bytes
+
+            has = host_memory_bytes()
+            say_on_stderr(
+                f"{format_bytes(asked_bytes)} at once were asked for, and this machine did not give them"
+                + (f" (it has {format_bytes(has)} in all)" if has is not None else "")
+                + ": use a smaller --batch, --seq or model"
+            )
+            return EXIT_NO
+        say_on_stderr(f"{type(error).__name__}: {error} (run again with --debug to see where)")
+        return EXIT_NO
+
+
+def _lacking(error: ModuleNotFoundError, given: list[str]) -> str:
+    """What to install where a package of an extra is not there; empty where it is none of those."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS or importlib.util.find_spec(package) is not None:  # it is there, and a part of it is not
+        return ""
+    command = next((word for word in given if not word.startswith("-")), "")
+    extra = "trl" if command == "train" else EXTRAS[package]  # train needs all of them, so that one install will do
+    return f"tightfit {command} needs the package {package}, which is not installed: pip install 'tightfit[{extra}]'"
+
+
+def _tell_launcher(error: Exception) -> None:
+    """Where torchrun started this process: the first cause, which it shows beside the rank's number."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    handler = get_error_handler()
+    handler.initialize()
+    handler.record_exception(error)
+
+
+# typer brings its own copy of click since 0.20 or so: whichever it is, the base of its usage errors
+_USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+def exit_code(error: TightfitError) -> int:
+    """1 when the answer is no, 2 when the question was wrong."""
+    if isinstance(error, (BudgetInfeasible, ReplayDiverged)):
+        return EXIT_NO
+    if isinstance(error, (InvalidInput, Unsupported, PlanMismatch)):
+        return EXIT_WRONG_INPUT
+    return EXIT_NO

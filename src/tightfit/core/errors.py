@@ -1,0 +1,62 @@
+"""The errors that a user may catch. Each message says what was asked, what was found and what to do.
+
+Invariant: every error of tightfit's own is a `TightfitError`; the command line turns each into one line and an exit code.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tightfit.core.formats import format_apart
+
+
+class TightfitError(Exception):
+    """Base of every error that tightfit raises on purpose. The message is one line for the user."""
+
+
+class InvalidInput(TightfitError, ValueError):
+    """What was asked cannot be understood; nothing was done."""
+
+
+class Unsupported(TightfitError):
+    """tightfit cannot do this without risking a wrong gradient, so it does not do it at all."""
+
+
+class PlanMismatch(TightfitError):
+    """The plan was made for another model; the message names the first unit that differs."""
+
+
+class ReplayDiverged(TightfitError, RuntimeError):
+    """A unit did something else when it was run again, so its gradient cannot be trusted."""
+
+
+class BudgetInfeasible(TightfitError):
+    """No plan fits the budget.
+
+    Attributes: `budget_bytes` asked, `least_bytes` the smallest peak of any plan found, `advice` what
+    would help, one sentence each with its number.
+    """
+
+    def __init__(self, budget_bytes: int, least_bytes: int, advice: tuple[str, ...] = ()) -> None:
+        self.budget_bytes = budget_bytes
+        self.least_bytes = least_bytes
+        self.advice = advice
+        budget, least = format_apart(budget_bytes, least_bytes)
+        message = f"a budget of {budget} cannot hold this step: the least that is feasible is {least}"
+        super().__init__("; ".join((message, *advice)))
+
+
+def reason_of(error: BaseException) -> str:
+    """What `error` says, for one line: its first line, and what follows while that is only a heading ("... :")."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = next((count for count, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:said])
+
+
+_REFUSED = re.compile(r"DefaultCPUAllocator: .*you tried to allocate ([0-9]+) bytes")
+
+
+def refused_bytes(error: BaseException) -> int | None:
+    """The bytes that torch asked the host for in vain, where that is what `error` says."""
+    found = _REFUSED.search(str(error)) if isinstance(error, RuntimeError) else None
+    return int(found[1]) if found else None

@@ -1,0 +1,69 @@
+"""The names of the levers. What a lever is and does stands in its own module, `tightfit.levers.<name>`.
+
+Invariant: one line of `Lever` for each lever. Refused: names that are none (`InvalidInput`, with the nearest).
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+from collections.abc import Collection
+
+from tightfit.core.errors import InvalidInput
+
+
+class Lever(enum.Enum):
+    """What a plan may do to take bytes down; `plan(..., levers=)` names those that it may use."""
+
+    RECOMPUTE = "recompute"  # units drop values and make them again
+    LOSS_IN_PLACE = "loss_in_place"  # the loss makes its gradient in place of what it saved
+    TILE = "tile"  # head and loss, and token-wise modules, a tile of rows at a time; not bit for bit
+    NEST = "nest"  # units grouped, so that only some unit inputs are kept
+    OFFLOAD = "offload"  # kept values moved to host memory
+
+
+def levers_named(asked: Collection[Lever | str] | str | None) -> frozenset[Lever] | None:
+    """Levers and names of levers as levers; text as `parse_levers` reads it; `None`, the default, stays.
+
+    Raises `InvalidInput` for what is none.
+    """
+    if asked is None or isinstance(asked, str):
+        return None if asked is None else parse_levers(asked)
+    found: set[Lever] = set()
+    for each in asked:
+        if isinstance(each, Lever):
+            found.add(each)
+        elif isinstance(each, str) and each.replace("-", "_") in {lever.value for lever in Lever}:
+            found.add(Lever(each.replace("-", "_")))
+        else:
+            raise InvalidInput(_no_lever(each))
+    return frozenset(found)
+
+
+def _no_lever(name: object) -> str:
+    known = [lever.value for lever in Lever]
+    close = difflib.get_close_matches(str(name).replace("-", "_"), known, n=1)
+    return f"unknown lever {name!r}{f'; did you mean {close[0]!r}?' if close else ''}: use {', '.join(known)}"
+
+
+def parse_levers(text: str) -> frozenset[Lever] | None:
+    """Levers named in `text`: `"recompute,nest"`, `"all"`, and `"all,-tile"` for all but one. Empty: the default.
+
+    Raises `InvalidInput` for a name that is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        return None
+    known = {lever.value: lever for lever in Lever}
+    chosen: set[Lever] = set()
+    for name in names:
+        key = name.removeprefix("-").replace("-", "_")
+        if key not in known and name != "all":
+            raise InvalidInput(f"{_no_lever(name)}, all, or a minus before one, as in all,-tile")
+        if name == "all":
+            chosen |= set(Lever)
+        elif name.startswith("-"):
+            chosen -= {known[key]}
+        else:
+            chosen.add(known[key])
+    return frozenset(chosen)

@@ -1,0 +1,226 @@
+"""The nouns of a recorded step: ops, values, events, units and their programs.
+
+Invariant: everything here is frozen data that survives a round trip through JSON; no torch.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class Kind(enum.Enum):
+    """How an op treats memory and randomness; decides how the planner may use it."""
+
+    PURE = "pure"  # same inputs, same fresh outputs
+    VIEW = "view"  # outputs share an input's storage; no bytes of their own
+    INPLACE = "inplace"  # writes a value that an earlier op of the same unit made
+    RANDOM = "random"  # draws from a torch generator
+    OPAQUE = "opaque"  # anything else: must not be run twice
+
+
+class Phase(enum.Enum):
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    OPTIMIZER = "optimizer"
+
+
+class EventKind(enum.Enum):
+    """What an `Event` records."""
+
+    OP = "op"  # op `subject` ran
+    ALLOC = "alloc"  # value `subject` came to life
+    FREE = "free"  # value `subject` was given back
+    LOAD = "load"  # backward read saved tensor `subject`
+    RELEASE = "release"  # autograd let go of saved tensor `subject`
+    ENTER = "enter"  # frame `subject` began its forward
+    EXIT = "exit"  # frame `subject` ended its forward
+
+
+class Category(enum.Enum):
+    """Whose bytes are live; the rows of a timeline."""
+
+    PARAMETERS = "parameters"
+    QUANTISED = "quantised_parameters"  # packed weights and their scales
+    GRADIENTS = "gradients"
+    OPTIMIZER_STATE = "optimizer_state"
+    BUFFERS = "buffers"
+    INPUTS = "inputs"
+    WORKSPACE = "workspace"  # what a library keeps for its kernels, once asked for
+    COLLECTIVES = "collectives"  # weights gathered from other processes, and the buffers of gathering and reducing
+    SAVED = "saved"
+    LOSS = "loss"  # made between the last unit's forward and its backward: logits, loss, their gradients
+    TEMPORARIES = "temporaries"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """One storage. Views of it and in-place versions of it are the same value."""
+
+    id: int
+    size_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    producer: int | None  # op id; None: alive before the step, or made outside any op
+    unit: str | None  # path of the unit whose frame made it
+    needed: bool  # backward reads it
+    ordinal: int | None = None  # position among the values of its frame
+    natural_end: int | None = None  # event after which nothing but autograd holds it; None: until its FREE
+    category: Category = Category.TEMPORARIES  # what its bytes count as while nothing in forward saved it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One call below autograd, as the dispatcher saw it."""
+
+    id: int
+    unit: str | None
+    ordinal: int | None  # position among the counted ops of its frame
+    name: str
+    inputs: tuple[int, ...]  # value ids read
+    outputs: tuple[int | None, ...]  # value id of each tensor output; None: a result that is no tensor
+    seconds: float
+    flops: int
+    kind: Kind
+    phase: Phase
+    frame: int | None = None
+    scratch_bytes: int = 0  # most bytes the kernel held beyond its outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """One tensor that autograd saved in forward."""
+
+    id: int
+    value: int
+    frame: int | None  # frame that was open when it was saved
+    ordinal: int | None  # position among the tensors saved in that frame
+    read: bool  # backward asked for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    what: EventKind
+    subject: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """One call of a unit."""
+
+    id: int
+    unit: str
+    inputs: tuple[int, ...]  # value ids of its tensor arguments, each once, in the order of the call
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One op of a unit's program; numbers are value ordinals of the unit."""
+
+    name: str
+    kind: Kind
+    reads: tuple[int, ...] = ()  # values it needs in their final state
+    reads_early: tuple[int, ...] = ()  # values it reads before a later in-place op changes them
+    outputs: tuple[int | None, ...] = ()  # per tensor output; -1: storage from outside the unit; None: no tensor
+    writes: tuple[int, ...] = ()  # values that it makes or changes
+    rerunnable: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What a unit does, free of sizes: the ops in order and the tensors that autograd saves.
+
+    `slots[i]` is the value ordinal of the i-th saved tensor, or -1 when its storage comes from outside the
+    unit. `wanted[i]` says that backward really reads it.
+    """
+
+    steps: tuple[Step, ...]
+    slots: tuple[int, ...]
+    wanted: tuple[bool, ...]
+    values: int  # how many values the unit makes
+    held: tuple[int, ...] = ()  # values that stay alive whatever the plan says (Python or a ctx holds them)
+
+    def __hash__(self) -> int:  # programs are looked up often, and hashing every step costs more than the answer
+        return hash((len(self.steps), self.values, self.slots))
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """Ordinals of the unit's own values that backward reads, ascending."""
+        return tuple(sorted({v for v, want in zip(self.slots, self.wanted, strict=True) if want and v >= 0}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    path: str
+    digest: str  # equal blocks share one frontier: structure and sizes
+    op_ids: tuple[int, ...]
+    signature: str = ""  # class and parameter shapes; a plan for another model is told by it
+    pinned: str = ""  # why this unit must keep everything; empty: it need not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """A cross entropy outside the units whose gradient can be made in place (`tightfit.loss`); op ids."""
+
+    log_softmax: int
+    nll_backward: int
+    softmax_backward: int
+    rows_bytes: int  # of the rows that are made at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TiledModule:
+    """A token-wise module of a unit, computed over chunks of the tokens."""
+
+    name: str  # its path within the unit
+    tiles: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """What of a step is computed a tile of rows at a time (`tightfit.tiles`)."""
+
+    head: str | None = None  # path of the head module; none: the head is not tiled
+    rows: int = 0  # of a tile of logits
+    modules: tuple[TiledModule, ...] = ()  # in every unit that has a module of the name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """One recorded step: what ran, what lived, what autograd held, in order."""
+
+    units: tuple[Unit, ...]
+    frames: tuple[Frame, ...]
+    ops: tuple[Op, ...]
+    values: tuple[Value, ...]
+    saved: tuple[Saved, ...]
+    events: tuple[Event, ...]
+    programs: Mapping[int, Program]  # by frame id
+    static_bytes: Mapping[str, int]  # by category
+    device: str
+    environment: Mapping[str, str]
+    digest: str
+    batch_sizes: tuple[int, ...] = ()  # leading sizes of the batch's tensors, for advice
+    random_state_bytes: int = 0  # one saved generator state
+    notes: tuple[str, ...] = ()
+    losses: tuple[Loss, ...] = ()
+    out_bytes_per_second: float = 0.0  # of copies from the device to the host
+    back_bytes_per_second: float = 0.0
+    copies_beside: bool = False  # do copies run beside the compute?
+    resharded: bool = False  # a unit's weights are only there while it runs, so no other unit can have it made again
+    tiling: Tiling | None = None  # what was in force when the step was recorded
+    tiled: tuple[Trace, ...] = ()  # the same step, recorded with tiles in force
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    name: str
+    memory_bytes: int
+    flops_per_second: Mapping[str, float]
+    memory_bytes_per_second: float
+    h2d_bytes_per_second: float
+    d2h_bytes_per_second: float
+    source: str
+    kind: str = "cpu"  # cpu, cuda, rocm, mps
+    compute_capability: float | None = None  # 8.9; NVIDIA only

@@ -1,0 +1,106 @@
+"""The nouns of proofs, measurements and forecasts.
+
+Invariant: the field names are the keys of the JSON documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tightfit.core.decided import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    name: str
+    expected: str
+    measured: str
+    tolerance: str
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    checks: tuple[Check, ...]
+    environment: Mapping[str, str]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One way to run a step, measured."""
+
+    mode: str  # none, every-block, tightfit
+    peak_bytes: int  # of the whole step, by the allocator's own count
+    predicted_peak_bytes: int
+    activation_peak_bytes: int  # peak minus what was live before the step
+    step_seconds: float  # median
+    recompute_flops: int
+    forward_flops: int
+    gradients: str  # reference, identical, differs; within tolerance: a plan with tiles, held against float64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """The same step with and without checkpointing, side by side."""
+
+    model: str
+    method: str
+    batch: int
+    seq: int
+    dtype: str
+    device: str
+    environment: Mapping[str, str]
+    rows: tuple[Row, ...]
+    budget_bytes: int
+    plan: Plan
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """One way to run a step on a device that is not there. Bytes are forecast, seconds estimated."""
+
+    mode: str  # none, every-block, tightfit
+    fits: bool
+    peak_bytes: int  # allocated
+    reserved_bytes: int  # what the caching allocator takes from the driver for it
+    by_category: Mapping[str, int]  # at the peak; allocator_slack is reserved minus allocated
+    peak_owner: str
+    peak_phase: str  # forward, backward, optimizer
+    step_seconds: float  # estimated
+    slowdown: float  # step seconds against mode none's
+    recompute_flops: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """The answer to "will it run?" for one model, method, batch and device."""
+
+    model: str
+    method: str
+    batch: int
+    seq: int
+    dtype: str
+    optimizer: str
+    gpu: str
+    gpu_bytes: int
+    usable_bytes: int  # for the allocator: without the driver's context and the margin
+    fits: bool
+    modes: tuple[Mode, ...]
+    plan: Plan | None  # none when nothing fits
+    essence: tuple[str, ...]  # the plan in a few lines
+    # with tiles only if the asked size needs them; none: not looked for
+    largest_batch: int | None  # with tightfit, at this sequence
+    longest_seq: int | None  # with tightfit, at this batch, in steps of 64 tokens
+    advice: tuple[str, ...]  # what would make it fit, each with its number
+    error_bar: str
+    notes: tuple[str, ...]
+    environment: Mapping[str, str]

@@ -1,0 +1,65 @@
+"""Sizes and percentages as users write them, parsed once, at the edge.
+
+Invariant: inside the library a size is an integer of bytes. Refused: text that is no size (`InvalidInput`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+from tightfit.core.errors import InvalidInput
+
+_UNITS = {
+    "": 1, "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)")
+
+
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%")
+
+
+def parse_bytes(text: str | int, whole_bytes: int | None = None) -> int:
+    """Bytes meant by `text`: `"22GiB"`, `"22GB"`, `"1500000"`, an int, or `"80%"` of `whole_bytes`.
+
+    Raises `InvalidInput` for anything else, for zero and negative sizes, and for a percentage when there
+    is no whole to take it of.
+    """
+    asked = f"a size such as 22GiB, 800MB or 60%, not {text!r}"
+    if isinstance(text, bool) or not isinstance(text, (str, int)):
+        raise InvalidInput(f"expected {asked}")
+    if isinstance(text, int):
+        size_bytes = text
+    elif (percent := percentage(text)) is not None:
+        if whole_bytes is None:
+            raise InvalidInput(f"{text!r} is a percentage, but there is nothing known to take it of; give bytes")
+        size_bytes = math.floor(percent / 100 * whole_bytes)
+    elif size := _SIZE.fullmatch(text.strip()):
+        unit = size[2].upper()
+        if unit not in _UNITS:
+            raise InvalidInput(f"unknown unit {size[2]!r} in {text!r}: use B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+        size_bytes = math.floor(Fraction(Decimal(size[1])) * _UNITS[unit])
+    else:
+        raise InvalidInput(f"expected {asked}")
+    if size_bytes <= 0:
+        raise InvalidInput(f"expected more than zero bytes, not {text!r}")
+    return size_bytes
+
+
+def percentage(text: str | int) -> Fraction | None:
+    """The percentage that `text` asks for (`"60%"`); `None` when it asks for something else."""
+    found = _PERCENT.fullmatch(text.strip()) if isinstance(text, str) else None
+    return Fraction(Decimal(found[1])) if found else None
+
+
+def require_part(budget: str | int, whole: str) -> None:
+    """Raise `InvalidInput` when `budget` is a percentage above 100 of `whole`, which has no more than all of it."""
+    percent = percentage(budget)
+    if percent is not None and percent > 100:
+        raise InvalidInput(f"a budget of {budget!r} is more than all of {whole}: give 100% or less, or a size")

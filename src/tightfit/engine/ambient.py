@@ -1,0 +1,164 @@
+"""The state around a call that a replay must find again: autocast, grad mode, default device and dtype, random states,
+buffers and attributes of the module.
+
+Invariant: what is entered for a replay is left again, also when the replay raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from tightfit.core import Unsupported
+
+
+class _Active(threading.local):
+    depth = 0
+
+
+_active = _Active()
+
+
+def is_active() -> bool:
+    """Is this thread inside a frame's forward or replay? Then inner units run as they are."""
+    return _active.depth > 0
+
+
+@contextlib.contextmanager
+def activated() -> Iterator[None]:
+    _active.depth += 1
+    try:
+        yield
+    finally:
+        _active.depth -= 1
+
+
+_NOTHING = object()
+
+
+def called_in(
+    context: AbstractContextManager[Any], name: str, function: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """`function(*args, **kwargs)` within `context`, which may not swallow the function's error: there is no result."""
+    out: Any = _NOTHING
+    with context:
+        out = function(*args, **kwargs)
+    if out is _NOTHING:
+        raise Unsupported(
+            f"the first context of context_fn swallowed an error of {name}, so that there is no result to go on with: "
+            "let the error through"
+        )
+    return out
+
+
+class AmbientState:
+    """The thread-wide settings that decide which ops a forward calls; restored for its replay."""
+
+    __slots__ = ("attention", "autocast", "default_dtype", "device")
+
+    _ATTENTION = (
+        (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+        (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+        (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+        (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    )
+
+    def __init__(self, device_types: Sequence[str]) -> None:
+        cache = torch.is_autocast_cache_enabled()
+        self.autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), cache) for kind in device_types
+        ]
+        self.attention = [enabled() for enabled, _ in self._ATTENTION]
+        self.default_dtype = torch.get_default_dtype()
+        modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
+        # `with torch.device(...)`, which says where new tensors are made
+        self.device = next((mode.device for mode in reversed(modes) if isinstance(mode, DeviceContext)), None)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        now = [enabled() for enabled, _ in self._ATTENTION]
+        dtype = torch.get_default_dtype()
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, cast_dtype, cache in self.autocast:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=cast_dtype, cache_enabled=cache))
+            if self.device is not None:
+                stack.enter_context(self.device)
+            try:
+                self._attention(self.attention, now)
+                if dtype != self.default_dtype:
+                    torch.set_default_dtype(self.default_dtype)
+                yield
+            finally:
+                self._attention(now, self.attention)
+                if dtype != self.default_dtype:
+                    torch.set_default_dtype(dtype)
+
+    def _attention(self, wanted: list[bool], present: list[bool]) -> None:
+        for want, have, (_, switch) in zip(wanted, present, self._ATTENTION, strict=True):
+            if want != have:
+                switch(want)
+
+
+class ModuleState:
+    """The buffers and attributes of a unit and of all modules in it: a whole replay must not move them on.
+
+    What is reassigned is put back, and so is what a list, dict or set held. Tensors that ops change in place are
+    left alone by the replay itself.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.contents: list[tuple[Any, Any]] = []
+        for each in () if module is None else module.modules():
+            self.tables.append((each.__dict__, dict(each.__dict__)))
+            for value in each.__dict__.values():
+                if type(value) in (list, dict, set):  # `_buffers` is one of them
+                    self.contents.append((value, value.copy()))
+
+    def put_back(self) -> None:
+        for table, before in self.tables:
+            if len(table) != len(before) or any(table.get(name) is not value for name, value in before.items()):
+                table.clear()
+                table.update(before)
+        for container, before in self.contents:
+            if _is_same(container, before):
+                continue
+            if type(container) is list:
+                container[:] = before
+            else:
+                container.clear()
+                container.update(before)
+
+
+def _is_same(container: Any, before: Any) -> bool:
+    """By identity: what lies in a container may refuse to be compared."""
+    if len(container) != len(before):
+        return False
+    if type(container) is dict:
+        return all(container.get(key, before) is value for key, value in before.items())
+    return all(a is b for a, b in zip(container, before))
+
+
+def foreign_random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"python": random.getstate()}
+    if "numpy" in sys.modules:
+        states["numpy"] = sys.modules["numpy"].random.get_state()
+    return states
+
+
+def restore_foreign_random_states(states: Mapping[str, Any]) -> None:
+    if "python" in states:
+        random.setstate(states["python"])
+    if "numpy" in states:
+        sys.modules["numpy"].random.set_state(states["numpy"])

@@ -1,0 +1,110 @@
+"""What a plan says of one frame, prepared for its forward and its tape; and the counts of what the engine did."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tightfit.core import Action, Kind, Program
+from tightfit.engine.tape import Todo
+from tightfit.levers.tile.head import TileStats
+from tightfit.plan.program import Recipe, first_random, run_for_others
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the engine did since `apply`. Counts, never estimates."""
+
+    frames: int = 0  # forwards of planned units
+    replays: int = 0  # frames that backward ran again
+    fallbacks: int = 0  # frames that had to be replayed whole although the plan kept something
+    rerun_ops: int = 0  # ops that replays really ran
+    held: int = 0  # tensors that the plan would not hold, but the unit got another or the pool had no room
+    tiled: TileStats = dataclasses.field(default_factory=TileStats)
+
+    def __sub__(self, other: Stats) -> Stats:
+        return Stats(
+            frames=self.frames - other.frames,
+            replays=self.replays - other.replays,
+            fallbacks=self.fallbacks - other.fallbacks,
+            rerun_ops=self.rerun_ops - other.rerun_ops,
+            held=self.held - other.held,
+            tiled=self.tiled - other.tiled,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FramePlan:
+    """A unit's program with its recipe, in the form that the forward reads."""
+
+    names: tuple[str, ...]
+    outputs: tuple[tuple[int | None, ...], ...]
+    live: tuple[bool, ...]
+    writes: tuple[bool, ...]  # does the op change something in place? Then it must not be something on the tape
+    states: frozenset[int]
+    first_random: int | None
+    drop: tuple[bool, ...]
+    slots: tuple[int, ...]
+    wanted: tuple[bool, ...]
+    again: frozenset[int]  # values that are made again and not kept
+    settled: Mapping[int, int]  # kept values that are also made again -> ops after which they are as they stay
+    inputs: tuple[Action, ...]  # by place among the distinct tensors that the unit is given
+    lends: frozenset[int]  # values that later units have made again
+    for_others: frozenset[int]  # ops that only run for them
+    offload: frozenset[int]  # values that leave the device when the forward is over
+    parks: frozenset[int]  # ops that write one of them for the last time
+    values: int  # input k is value `values + k` to the tape
+    offloads: bool
+    todo: list[Todo | None]  # once a forward has called the op; None before, and for casts, which need a closer look
+    funcs: list[Any]  # the ops themselves, as forwards have called them
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        recipe: Recipe,
+        inputs: tuple[Action, ...] = (),
+        lends: Collection[int] = (),
+        offload: frozenset[int] = frozenset(),
+    ) -> FramePlan:
+        steps = program.steps
+        return cls(
+            names=tuple(step.name for step in steps),
+            outputs=tuple(step.outputs for step in steps),
+            live=tuple(i in recipe.runs for i in range(len(steps))),
+            writes=tuple(step.kind in (Kind.INPLACE, Kind.RANDOM, Kind.OPAQUE) for step in steps),
+            states=recipe.states,
+            first_random=first_random(program),
+            drop=recipe.drop,
+            slots=program.slots,
+            wanted=program.wanted,
+            again=recipe.again,
+            settled={
+                v: sum(v in step.writes for step in steps)
+                for v in {v for op in recipe.runs for v in steps[op].writes} - recipe.again - offload
+            },
+            inputs=inputs,
+            lends=frozenset(lends),
+            for_others=run_for_others(program, recipe) if lends else frozenset(),
+            offload=offload,
+            parks=frozenset(max(i for i, step in enumerate(steps) if v in step.writes) for v in offload),
+            offloads=bool(offload) or Action.OFFLOAD in inputs,
+            values=program.values,
+            todo=[None] * len(steps),
+            funcs=[None] * len(steps),
+        )
+
+
+class Comparison:
+    """What of a planned unit's replays has been compared with its forwards. One object for all frames of a plan."""
+
+    __slots__ = ("compared", "leaves")
+
+    def __init__(self) -> None:
+        self.compared: set[int] = set()  # saved tensors that came out right once, or cannot be compared
+        self.leaves = False  # has a forward left the plan? The next may too, and then everything is compared
+
+    def wants(self, index: int) -> bool:
+        return self.leaves or index not in self.compared

@@ -1,0 +1,23 @@
+"""How a tape gets back a value that it does not hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    pass
+
+
+class Source(Protocol):
+    """Brings back one value of a tape."""
+
+    def seal(self) -> None:
+        """The forward of the tape's unit is over."""
+
+    def take(self, keep: bool) -> torch.Tensor:
+        """The value, as a tensor on its whole storage. `keep`: it will be asked for again."""
+
+    def forget(self) -> None:
+        """Let go of what can be brought once more."""

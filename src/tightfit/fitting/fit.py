@@ -1,0 +1,486 @@
+"""One call that fits a model's step into a budget and keeps it there: `fit`.
+
+Idea: a plan says which values are kept, not how large they are, so it serves every batch whose ops are the same. A
+batch no longer than the planned one needs no more bytes; a longer one is noticed before its forward runs, and so are
+gradients that the planned step did not start with.
+
+A compiled step has other temporaries than the step that is traced (fused kernels need fewer, or hold several results at
+once), so there a plan is measured: planned, compiled, run, and planned again for as many bytes more or fewer, a few
+times; the plan that recomputes least among those that kept the budget is the one.
+
+Invariant: the budget in bytes is that of the first plan, whatever comes later. Refused: a longer batch, if the user
+wants that (`InvalidInput`), or if no plan fits it (`BudgetInfeasible`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from tightfit.core import (
+    BudgetInfeasible,
+    InvalidInput,
+    Lever,
+    Plan,
+    PlanMismatch,
+    TightfitError,
+    Trace,
+    Unsupported,
+    dumps,
+    levers_named,
+    loads,
+    parse_bytes,
+)
+from tightfit.engine import Applied
+from tightfit.engine.compiled import doors
+from tightfit.plan import plan as make_plan
+from tightfit.plan import simulate
+from tightfit.step.modules import UnitsAsked
+from tightfit.step.parallel import Strategy, gradients_wait, steps_together, strategy_of
+from tightfit.step.patches import compiled_entries, own_checkpointing
+from tightfit.step.ranks import Meeting, anywhere, are_several, highest
+from tightfit.step.run import LossFunction, device_of, tensors_in
+from tightfit.trace.recording import trace
+from tightfit.verify.peak import measured_peak_bytes
+
+__all__ = ["Longer", "fit", "planned"]
+
+
+class Longer(enum.Enum):
+    """What to do about a batch that is longer than the one that was planned for."""
+
+    REPLAN = "replan"  # trace and plan that batch, for the same budget
+    REFUSE = "refuse"  # InvalidInput, before anything of it has run
+    ALLOW = "allow"  # run it under the plan there is: right gradients, and whatever peak it has
+
+
+class _Extent(NamedTuple):
+    """What makes a batch long: its elements, and its longest dimension but the first."""
+
+    elements: int
+    length: int
+
+    @classmethod
+    def of(cls, tree: Any) -> _Extent:
+        tensors = [t for t in tensors_in(tree) if t.dim()]
+        return cls(
+            max((t.numel() for t in tensors), default=0), max((max(t.shape[1:], default=0) for t in tensors), default=0)
+        )
+
+    def exceeds(self, other: _Extent) -> bool:
+        return self.elements > other.elements or self.length > other.length
+
+
+def fit(
+    model: nn.Module,
+    batch: Any,
+    budget: str | int,
+    loss: LossFunction | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    units: UnitsAsked = None,
+    longer: str = "replan",
+    levers: Collection[Lever | str] | str | None = None,
+    exact: bool = False,
+) -> Applied:
+    """Trace one step, plan it for `budget` bytes, apply the plan. `applied.remove()` undoes it.
+
+    `budget` is the peak of the whole step: bytes, a size (`"22GiB"`), or a percentage of the unplanned step's
+    peak. Pass the `optimizer` so that its state and its step count too.
+
+    Give the longest batch there will be: shorter ones run under the same plan and stay under the budget. `longer`
+    says what happens to a longer one: `"replan"` (traced and planned anew for the same bytes, before it runs),
+    `"refuse"` (`InvalidInput`) or `"allow"` (run as it is, the budget no longer promised). With a `loss` function
+    the model alone does not show the whole batch, so replanning is not possible there: a warning is given instead.
+
+    `levers`: what the plan may use, as in `plan`; by default what gives the same bits, and tiles where nothing else
+    fits. A plan in tiles is not exact, which a warning says; `exact=True` forbids it.
+
+    The model's own checkpointing (`gradient_checkpointing_enable`) makes way while the plan is in force, which a
+    warning says, and is on again after `remove()`.
+
+    Accumulated gradients take their bytes through the whole step. A model that is fitted without them and comes with
+    some is treated as `longer` says, too: planned anew once, and from then on each kind of step has its own plan;
+    refused; or run with a warning.
+
+    A model that is compiled, or whose units are (`torch.compile`, `module.compile()`), is planned as it runs uncompiled
+    and measured compiled: up to four plans are compiled and run, and `applied.plan.peak_bytes` is what was measured.
+    `levers` is then recompute alone, with the loss in place where only units are compiled.
+
+    Raises what `trace`, `plan` and `apply` do, and `InvalidInput` for another `longer`.
+    """
+    try:
+        policy = Longer(longer)
+    except ValueError:
+        raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
+    guard = _Guard(model, batch, policy, loss, optimizer, units, levers_named(levers), exact)
+    if own_checkpointing(model):
+        warnings.warn(
+            "the model's own checkpointing is off while tightfit's plan is in force; remove() switches it on again",
+            stacklevel=2,
+        )
+    try:
+        recorded, made, applied = guard.planned(batch, budget)
+        if applied is None:
+            applied = Applied(model, made, trace=recorded)
+        else:
+            applied.resume(made, recorded)
+        guard.in_force(applied, recorded)
+    except BaseException:
+        guard.remove()
+        raise
+    applied.on_remove(guard.remove)
+    return applied
+
+
+def _record(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    optimizer: torch.optim.Optimizer | None,
+    units: UnitsAsked,
+    tiles: bool,
+) -> Trace:
+    device = device_of(model)
+    if are_several(model) and device.type != "cpu":
+        # a rank whose unplanned step does not fit would leave the others waiting in the middle of theirs
+        return trace(model, batch, loss, optimizer, units, fake=True, device=device, tiles=tiles)
+    return trace(model, batch, loss=loss, optimizer=optimizer, units=units, tiles=tiles)
+
+
+def planned(
+    record: Callable[[bool], Trace],
+    budget: str | int,
+    levers: Collection[Lever] | None,
+    model: nn.Module,
+    exact: bool = False,
+) -> tuple[Trace, Plan]:
+    """The step of `model` and its plan; in tiles, which take longer to record, only where nothing exact fits.
+
+    `record`: traces the step, with tiles or without. Where several processes train the model, each records its own
+    step, the one with the highest peak makes the plan, and all have looked at what it means for theirs.
+    """
+    if are_several(model):
+        return _planned_together(record, budget, levers, exact)
+    recorded = record(levers is not None and Lever.TILE in levers)
+    try:
+        return recorded, make_plan(recorded, budget, levers=levers, exact=exact)
+    except BudgetInfeasible as error:
+        if levers is not None or error.budget_bytes <= sum(recorded.static_bytes.values()):
+            raise  # what is there before the step is too much already
+        recorded = record(True)
+        return recorded, make_plan(recorded, budget, exact=exact)
+
+
+#: How often the rank that plans is asked for less, where its plan takes more on another rank.
+_ROUNDS = 6
+
+
+def _planned_text(recorded: Trace, budget: int, levers: Collection[Lever] | None, exact: bool) -> str:
+    return dumps(make_plan(recorded, budget, levers=levers, exact=exact))
+
+
+def _planned_together(
+    record: Callable[[bool], Trace], budget: str | int, levers: Collection[Lever] | None, exact: bool
+) -> tuple[Trace, Plan]:
+    meeting = Meeting("fit")
+    try:
+        recorded = record(False)
+    except Exception as error:
+        meeting.left({"error": f"{type(error).__name__}: {error}"})
+        raise
+    own_peak = simulate(recorded).peak_bytes
+    all_said = meeting.gathered(
+        {"peak": own_peak, "budget": str(budget), "units": [unit.path for unit in recorded.units]}
+    )
+    for rank, other in enumerate(all_said):
+        if other is None or "error" in other:
+            raise Unsupported(
+                f"rank {rank} cannot record its step: {(other or {}).get('error', 'another rank failed')}"
+            )
+        if other["units"] != all_said[0]["units"]:
+            raise PlanMismatch(f"rank {rank} has other units than rank 0: all must build the same model")
+    budgets = [other["budget"] for other in all_said]
+    peaks = [other["peak"] for other in all_said]
+    leader = peaks.index(max(peaks))
+    if len(set(budgets)) == 1:
+        budget_bytes = parse_bytes(budget, whole_bytes=peaks[leader])
+    elif any("%" in each for each in budgets):
+        raise InvalidInput(f"the ranks ask for different budgets ({', '.join(budgets)}): give all the same, or bytes")
+    else:  # one plan for all has to hold the least of them
+        budget_bytes = min(map(parse_bytes, budgets))
+    target = budget_bytes
+    for turn in range(_ROUNDS):
+        asked = target
+        text = meeting.published(leader, lambda: _planned_text(recorded, asked, levers, exact))  # noqa: B023  # at once
+        theirs = loads(Plan, text, f"the plan of rank {leader}")
+        mine = dataclasses.replace(theirs, trace_digest=recorded.digest, budget_bytes=budget_bytes)
+        try:
+            line = simulate(recorded, mine)
+            said: dict[str, Any] = {"peak": line.peak_bytes}
+        except TightfitError as error:
+            said = {"error": str(error)}
+        reached = meeting.gathered(said)
+        for rank, other in enumerate(reached):
+            if "error" in other:
+                raise PlanMismatch(f"the plan of rank {leader} is none for the step of rank {rank}: {other['error']}")
+        most = max(other["peak"] for other in reached)
+        if most <= budget_bytes:
+            return recorded, dataclasses.replace(mine, peak_bytes=line.peak_bytes, unplanned_peak_bytes=own_peak)
+        target -= (most - budget_bytes) << turn  # steps that differ a little (routing), or shards of another size
+    rank = next(r for r, other in enumerate(reached) if other["peak"] == most)
+    raise BudgetInfeasible(
+        budget_bytes, most, (f"that is what rank {rank} takes under the plan of rank {leader}, whose step differs",)
+    )
+
+
+#: Plans of a compiled step that are compiled and measured.
+_PROBES = 4
+#: A measured peak this near the budget is near enough.
+_NEAR = 0.97
+
+
+def _planned_compiled(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    optimizer: torch.optim.Optimizer | None,
+    record: Callable[[bool], Trace],
+    budget: str | int,
+    levers: Collection[Lever] | None,
+    applied: Applied | None,
+) -> tuple[Trace, Plan, Applied]:
+    """The step and its plan, the plan's peak measured in compiled steps; `applied`, or a handle, to put it in force."""
+    if levers is None:
+        levers = {Lever.RECOMPUTE} if "" in compiled_entries(model) else {Lever.RECOMPUTE, Lever.LOSS_IN_PLACE}
+    recorded = record(False)
+    unplanned_bytes = simulate(recorded).peak_bytes
+    budget_bytes = parse_bytes(budget, unplanned_bytes)
+    measured: dict[int, tuple[int, Plan]] = {}  # by the bytes that the uncompiled step is planned for
+    asked_bytes: int = budget_bytes
+    for _ in range(_PROBES):
+        try:
+            made = make_plan(recorded, asked_bytes, levers=levers)
+        except BudgetInfeasible as error:
+            if error.least_bytes in measured:
+                break
+            asked_bytes = error.least_bytes
+            made = make_plan(recorded, asked_bytes, levers=levers)
+        if applied is None:
+            applied = Applied(model, made, recorded)
+            applied.suspend()
+        peak_bytes = measured_peak_bytes(model, batch, _in_force(applied, made, recorded), loss, optimizer)
+        measured[asked_bytes] = peak_bytes, made
+        fits = peak_bytes <= budget_bytes
+        if fits and (not made.replays or peak_bytes >= _NEAR * budget_bytes):
+            break
+        low = max((a for a, (peak, _) in measured.items() if peak <= budget_bytes), default=0)
+        high = min((a for a, (peak, _) in measured.items() if peak > budget_bytes), default=unplanned_bytes)
+        asked_bytes = made.peak_bytes + budget_bytes - peak_bytes
+        if not low < asked_bytes < high:
+            asked_bytes = high if low and high == unplanned_bytes else (low + high) // 2
+        if asked_bytes in measured or asked_bytes <= 0:
+            break
+    fitting = [(plan, peak) for peak, plan in measured.values() if peak <= budget_bytes]
+    if not fitting:
+        least_bytes = min(peak for peak, _ in measured.values())
+        raise BudgetInfeasible(budget_bytes, least_bytes, ("this is the compiled step's peak as it was measured",))
+    made, peak_bytes = min(fitting, key=lambda each: (each[0].recompute_seconds, each[1]))
+    assert applied is not None
+    return recorded, dataclasses.replace(made, budget_bytes=budget_bytes, peak_bytes=peak_bytes), applied
+
+
+@contextlib.contextmanager
+def _in_force(applied: Applied, plan: Plan, recorded: Trace) -> Iterator[None]:
+    applied.resume(plan, recorded)
+    try:
+        yield
+    finally:
+        applied.suspend()
+
+
+class _InForce(NamedTuple):
+    """A plan, and what it was made for."""
+
+    plan: Plan
+    trace: Trace
+    extent: _Extent
+
+
+class _Guard:
+    """A forward pre-hook of the whole model: learns the planned batch's extent, then looks at every other batch, and at
+    the gradients that are there already: the later micro-batches of accumulated ones need more bytes than the first."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        policy: Longer,
+        loss: LossFunction | None,
+        optimizer: torch.optim.Optimizer | None,
+        units: UnitsAsked,
+        levers: Collection[Lever] | None,
+        exact: bool,
+    ) -> None:
+        self.levers, self.exact = levers, exact
+        self.told = levers is not None and Lever.TILE in levers  # that the plan is not exact
+        self.model, self.policy, self.loss, self.optimizer, self.units = model, policy, loss, optimizer, units
+        self.applied: Applied | None = None
+        self.extent: _Extent | None = None  # of the planned batch
+        self.started = {id(p) for p in model.parameters() if p.grad is not None}  # gradients that are planned for
+        self.plans: dict[bool, _InForce] = {}  # by: are there gradients beyond `started`?
+        # the model is not shown the whole of a loss function's batch; it is planned anew while the user has it still
+        leaves, self.structure = pytree.tree_flatten(batch)
+        self.leaves = [weakref.ref(x) if isinstance(x, torch.Tensor) else functools.partial(_same, x) for x in leaves]
+        self.warned: set[str] = set()
+        # before FSDP2's own, which gathers the weights that a trace would gather again
+        sharded = strategy_of(model) is Strategy.FSDP2
+        self.handle = model.register_forward_pre_hook(self, with_kwargs=True, prepend=sharded)
+        # a hook of a compiled model is compiled with it, and sees nothing
+        self.switches = contextlib.ExitStack()
+        self.switches.enter_context(doors(model, before=self))
+
+    def planned(
+        self, batch: Any, budget: str | int, applied: Applied | None = None
+    ) -> tuple[Trace, Plan, Applied | None]:
+        model, loss, optimizer = self.model, self.loss, self.optimizer
+        record = functools.partial(_record, model, batch, loss, optimizer, self.units)
+        if compiled_entries(model):
+            if are_several(model):
+                raise Unsupported("a compiled model on several ranks is not planned: leave out torch.compile")
+            return _planned_compiled(model, batch, loss, optimizer, record, budget, self.levers, applied)
+        recorded, made = planned(record, budget, self.levers, model, self.exact)
+        if not made.exact and not self.told:
+            self.told = True
+            warnings.warn(
+                "nothing exact fits this budget, so the plan computes a part of the step in tiles: sums are added in "
+                "another order, and the gradients are not bit for bit those without it (verify holds them against "
+                "float64); exact=True forbids it",
+                stacklevel=4,
+            )
+        return recorded, made, applied
+
+    def in_force(self, applied: Applied, recorded: Trace) -> None:
+        """The first plan is made."""
+        if self.extent is not None:
+            self.plans[False] = _InForce(applied.plan, recorded, _Extent(*highest(self.model, *self.extent)))
+        self.applied = applied
+
+    def remove(self) -> None:
+        self.handle.remove()
+        self.switches.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In a copy of the model, a pickled one too: a hook that does nothing, and needs no tightfit to be loaded."""
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self.applied is None:  # the trace is running
+            if self.extent is None:
+                self.extent = _Extent.of((args, kwargs))
+            return
+        if not self.plans or not (torch.is_grad_enabled() and module.training):
+            return
+        extent = _Extent.of((args, kwargs))
+        accumulating = any(p.grad is not None and id(p) not in self.started for p in module.parameters())
+        waiting = gradients_wait(module)
+        known = self.plans.get(accumulating)
+        planned = known or self.plans[False]
+        together = steps_together(module)
+        if self.policy is not Longer.ALLOW and together:  # what one rank plans anew, all have to
+            extent = _Extent(*highest(module, *extent))
+            lacks, waiting = anywhere(module, known is None, waiting)
+        else:
+            lacks = known is None
+        exceeds = extent.exceeds(planned.extent)
+        if waiting:  # neither can they be put aside, nor does the planned step know them
+            self._warn_once(
+                "whole gradients wait to be reduced (set_requires_gradient_sync(False)), which the planned step does "
+                "not have",
+                "reduce in every micro-batch",
+            )
+            return
+        if exceeds:
+            if self.policy is Longer.ALLOW:
+                return
+            said = (
+                f"a batch of {extent.elements:,} elements and length {extent.length:,} came"
+                f"{' on some rank' if are_several(module) else ''}, but the plan in force is "
+                f"for at most {planned.extent.elements:,} and {planned.extent.length:,}"
+            )
+            advice = "fit the model with the longest batch"
+            batch = None if self.loss is not None else _seen(args, kwargs)
+        elif lacks:
+            said = "the parameters have gradients already, but the plan in force is for a step that starts without"
+            advice = "fit the model while it has gradients, as the second micro-batch finds it"
+            batch = _seen(args, kwargs) if self.loss is None else self._planned_batch()
+            extent = planned.extent if self.loss is not None else extent
+        else:
+            assert known is not None
+            if self.applied.plan is not known.plan:
+                self.applied.suspend()
+                self.applied.resume(known.plan, known.trace, agreed=True)
+            return
+        if are_several(module) and not together:
+            self._warn_once(f"{said}; under no_sync or join the ranks cannot plan anew together", advice)
+            return
+        if self.policy is Longer.REFUSE:
+            raise InvalidInput(f"{said}: {advice}, or with longer='replan'")
+        if batch is None or self.policy is Longer.ALLOW:
+            self._warn_once(said, advice)
+            return
+        self._replan(batch, extent, accumulating)
+
+    def _warn_once(self, said: str, advice: str) -> None:
+        if advice not in self.warned:
+            warnings.warn(f"tightfit: {said}, so the budget is not promised; {advice}", stacklevel=5)
+            self.warned.add(advice)
+
+    def _planned_batch(self) -> Any:
+        leaves = [leaf() for leaf in self.leaves]
+        gone = any(x is None and isinstance(leaf, weakref.ref) for x, leaf in zip(leaves, self.leaves, strict=True))
+        return None if gone else pytree.tree_unflatten(leaves, self.structure)
+
+    def _replan(self, batch: Any, extent: _Extent, accumulating: bool) -> None:
+        applied = self.applied
+        assert applied is not None
+        budget_bytes = applied.plan.budget_bytes
+        self.applied = None
+        applied.suspend()
+        # for the most gradients that there can be: routing gives other ones in each micro-batch
+        lacking = [p for p in self.model.parameters() if accumulating and p.requires_grad and p.grad is None]
+        try:
+            for parameter in lacking:
+                parameter.grad = torch.zeros_like(parameter)
+            try:
+                recorded, made, _ = self.planned(batch, budget_bytes, applied)
+            finally:
+                for parameter in lacking:
+                    parameter.grad = None
+            applied.resume(made, recorded, agreed=True)
+            self.plans[accumulating] = _InForce(applied.plan, recorded, extent)
+        except BaseException:
+            applied.resume(applied.plan, applied.trace, agreed=True)
+            raise
+        finally:
+            self.applied = applied
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The batch that the model is called with; None if it cannot be told as one."""
+    return None if args and kwargs else dict(kwargs) if kwargs else args

@@ -1,0 +1,223 @@
+"""What would make a step fit, and what its forecast rests on."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.catalog import gpu, gpu_names
+from tightfit.core import (
+    Category,
+    Device,
+    InvalidInput,
+    Plan,
+    Trace,
+    Unsupported,
+    format_bytes,
+)
+from tightfit.forecast.recording import HashableDevice, optimizer_key, optimizer_record, sent_bytes, trace_setup
+from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, usable_bytes
+from tightfit.forecast.search import QUICK, bytes_reserved, least, least_peak_bytes
+from tightfit.forecast.setup import Progress, Setup, build_model
+from tightfit.plan import lowest
+from tightfit.report.text import tiles_said
+from tightfit.step.environment.environment import environment
+from tightfit.step.parallel import Strategy
+from tightfit.step.run import static_bytes_by_category
+from tightfit.trace.optimizer import OptimizerRecord
+
+
+def floor(setup: Setup, device: Device) -> int:
+    """Bytes that any step has at once, whatever its batch: weights, optimizer state, and gradients when it steps."""
+    model = build_model(setup.model, setup.method, setup.dtype, setup.rank)
+    static = sum(static_bytes_by_category(model).values())
+    if setup.optimizer == "none":
+        return static // (setup.world_size if setup.strategy == Strategy.FSDP2.value else 1)
+    gradients: int = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    record: OptimizerRecord = optimizer_record(*optimizer_key(setup), HashableDevice(device))
+    if setup.strategy == Strategy.FSDP2.value:
+        return (static + gradients) // setup.world_size + record.state_bytes
+    return static + gradients * (2 if setup.strategy == Strategy.DDP.value else 1) + record.state_bytes
+
+
+def advice_for(
+    setup: Setup,
+    device: Device,
+    room: int,
+    recorded: Trace,
+    largest: int | None,
+    longest: int | None,
+    progress: Progress,
+) -> Iterable[str]:
+    """What would make it fit, cheapest first, each with its number."""
+    static = recorded.static_bytes
+    weights = static.get(Category.PARAMETERS.value, 0) + static.get(Category.QUANTISED.value, 0)
+    if weights > room:
+        yield (
+            f"the weights alone take {format_bytes(weights)}, more than the {format_bytes(room)} that {device.name} "
+            "leaves for tensors"
+        )
+
+    def tell(said: str, **changed: Any) -> Iterator[str]:
+        progress(f"trying {said}")
+        try:
+            if floor(dataclasses.replace(setup, **changed), device) > room:
+                return
+            other = trace_setup(dataclasses.replace(setup, **changed), device)
+        except (InvalidInput, Unsupported):
+            return
+        runs, _ = least(other, room)
+        if runs:
+            yield f"{said} fits: from {format_bytes(least_peak_bytes(other))} on"
+
+    if setup.optimizer == "adamw":
+        yield from tell("the fused optimizer (--optimizer adamw-fused)", optimizer="adamw-fused")
+    if largest and largest < setup.batch:
+        yield f"a batch of {largest} instead of {setup.batch} fits at {setup.seq} tokens"
+    if longest and longest < setup.seq:
+        yield f"sequences of {longest} instead of {setup.seq} tokens fit at a batch of {setup.batch}"
+    if setup.optimizer in ("adamw", "adamw-fused") and setup.method == "full":
+        yield from tell("an 8-bit optimizer (--optimizer adamw8bit)", optimizer="adamw8bit")
+        yield from tell("a paged 8-bit optimizer (--optimizer paged-adamw8bit)", optimizer="paged-adamw8bit")
+    if setup.method == "full":
+        yield from tell("LoRA (--method lora)", method="lora")
+    if setup.method != "qlora":
+        yield from tell("QLoRA in 4 bits (--method qlora)", method="qlora")
+    low = lowest(recorded, effort=QUICK)
+    cards = sorted((g for g in map(gpu, gpu_names()) if g.kind == device.kind), key=lambda g: g.memory_bytes)
+    first = bisect.bisect_left(cards, True, key=lambda g: bytes_reserved(recorded, low, usable_bytes(g)) is not None)
+    larger = cards[first:]
+    if larger:
+        yield (
+            f"a card with {format_bytes(larger[0].memory_bytes)} is the smallest in the catalog that holds it "
+            f"({', '.join(g.name for g in larger if g.memory_bytes == larger[0].memory_bytes)})"
+        )
+
+
+def essence(recorded: Trace, made: Plan) -> Iterable[str]:
+    """The plan in at most four lines."""
+    planned = [choice for choice in made.choices if not choice.keeps_all]
+    if not made.replays:
+        how = "in tiles" if not made.exact else "with the loss in place" if made.in_place_loss else "as it is"
+        yield f"nothing is recomputed: the step fits {how}"
+        if made.exact:
+            return
+    if made.tiling is not None:
+        yield f"tiles: {tiles_said(made)}"
+    yield f"{len(planned)} of {len(recorded.units)} units recompute part of what they make, {made.replays} replays"
+    share = made.recompute_flops / made.forward_flops if made.forward_flops else 0.0
+    yield f"recompute: {share:.1%} of the forward's FLOPs, plan {made.status.value}"
+    yield f"peak {format_bytes(made.peak_bytes)} of {format_bytes(made.unplanned_peak_bytes)} without a plan" + (
+        ", the loss makes its gradient in place" if made.in_place_loss else ""
+    )
+
+
+def error_bar(device: Device) -> str:
+    return (
+        f"live bytes: within {WORST_ERROR:.3%} of the CPU allocator's count on {ERROR_CASES} measured steps "
+        "(benchmarks/forecast.py); the "
+        + (
+            "kernels of this device were not measured on a GPU"
+            if device.kind != "cpu"
+            else "kernels are this machine's"
+        )
+        + f", so {MARGIN:.0%} and {format_bytes(CONTEXT_BYTES)} for the driver are kept free; seconds are estimated "
+        "from the maker's rates"
+    )
+
+
+#: From benchmarks/results/forecast.json; a test compares.
+WORST_ERROR, ERROR_CASES = 0.00005, 72
+
+
+def kept_whole(recorded: Trace) -> Iterable[str]:
+    reasons = sorted({unit.pinned for unit in recorded.units if unit.pinned})
+    if reasons:
+        count = sum(bool(unit.pinned) for unit in recorded.units)
+        yield f"tightfit keeps {count} of {len(recorded.units)} units whole: {'; '.join(reasons)}"
+
+
+def notes(setup: Setup, device: Device) -> Iterable[str]:
+    if device.kind in ("rocm", "mps"):
+        yield f"{device.name}: kernels are taken to be CUDA's, which {device.kind}'s resemble but are not"
+    if device.compute_capability is not None and device.compute_capability < 8.0 and setup.dtype.startswith("bf16"):
+        yield f"{device.name} has no bfloat16 units, so bf16 runs at float32 speed there: use fp16"
+    config = build_model(setup.model, setup.method, setup.dtype, setup.rank).config
+    if getattr(config, "quantization_config", None) is not None:
+        yield "the config names a quantisation of its own, which is not forecast: weights count in their plain dtype"
+    if setup.method == "qlora":
+        left = sum(p.numel() * p.element_size() for p in _packed_not(setup))
+        if left:
+            yield f"{format_bytes(left)} of expert weights are no torch.nn.Linear: bitsandbytes leaves them as they are"
+    if device.name[:1].isdigit():
+        yield "for a size alone, seconds are those of an A100's rates"
+
+
+def spread_notes(setup: Setup, recorded: Trace) -> Iterable[str]:
+    if setup.strategy == Strategy.ONE.value:
+        return
+    gathered, reduced = sent_bytes(recorded, setup)
+    yield (
+        f"each of {setup.world_size} ranks by {setup.strategy}, with a batch of its own; the figures are rank 0's, "
+        "which never holds less than another"
+    )
+    yield (
+        f"a rank receives {format_bytes(gathered)} of weights and sends {format_bytes(reduced)} of gradients in a "
+        "step; the time of that is not in the seconds, nor are buffers that a library keeps outside torch's allocator"
+    )
+    if setup.strategy == Strategy.DDP.value:
+        yield "DDP without gradient_as_bucket_view; with it, the gradients' bytes are saved"
+
+
+def calibrated(name: str, device: torch.device) -> str:
+    """TOML of this machine's own `device` under `name`, every rate measured here: the median of five runs."""
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 1536
+
+    def seconds(run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(6):
+            if cuda:
+                torch.cuda.synchronize(device)
+            started = time.perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
+
+    rates = {}
+    for label, dtype in (("fp32", torch.float32), ("half", torch.bfloat16)):
+        a = torch.randn(size, size, device=device).to(dtype)
+        rates[label] = 2 * size**3 / seconds(functools.partial(torch.mm, a, a)) / 1e12
+    block = torch.empty((1 << 30 if cuda else 1 << 27), dtype=torch.uint8, device=device)
+    target = torch.empty_like(block)
+    moved = 2 * block.numel() / seconds(lambda: target.copy_(block)) / 1e9
+    link = moved
+    if cuda:
+        host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+        link = host.numel() / seconds(lambda: target[: host.numel()].copy_(host, non_blocking=True)) / 1e9
+    memory = torch.cuda.get_device_properties(device).total_memory if cuda else int(environment()["memory_bytes"])
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else ""
+    lines = [
+        f"[gpus.{name}]", f"memory_gib = {memory / 2**30:.3f}", f"memory_gb_per_second = {moved:.1f}",
+        f"fp32_tflops = {rates['fp32']:.4f}", f"half_tflops = {rates['half']:.4f}", "bf16 = true",
+        f"pcie_gb_per_second = {link:.1f}", f'kind = "{device.type}"',
+        *([f"compute_capability = {capability}"] if capability else []),
+        f'source = "measured here: {environment()["platform"]}, torch {torch.__version__}"',
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _packed_not(setup: Setup) -> list[nn.Parameter]:
+    """Stacked expert weights (three dimensions), which bitsandbytes' layers do not take."""
+    model = build_model(setup.model, setup.method, setup.dtype, setup.rank)
+    return [p for p in model.parameters() if p.dim() == 3 and not p.requires_grad]

@@ -1,0 +1,185 @@
+"""Will it run? `check` answers for one card, `which_gpus` for all of the catalog."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from tightfit.catalog import gpu, gpu_names
+from tightfit.core import (
+    Device,
+    Forecast,
+    Lever,
+    Mode,
+    Plan,
+    Timeline,
+    Trace,
+    require_part,
+)
+from tightfit.device.cost import retimed
+from tightfit.forecast.advice import advice_for, error_bar, essence, floor, kept_whole, notes, spread_notes
+from tightfit.forecast.recording import reached, trace_for, trace_setup
+from tightfit.forecast.room import leave_room, room_bytes
+from tightfit.forecast.search import QUICK, SHOWN, bytes_reserved, fitted, largest_fitting, least
+from tightfit.forecast.setup import Progress, Setup, build_model
+from tightfit.plan import every_block, lowest, plan, simulate
+from tightfit.step.environment.environment import environment
+from tightfit.trace.fake import FakeStep
+from tightfit.verify.measure import every_block_checkpointed
+
+
+def check(
+    setup: Setup,
+    device: Device,
+    *,
+    budget: str | int | None = None,
+    search: bool = True,
+    progress: Progress = lambda _: None,
+    traced: Callable[[Trace], None] = lambda _: None,
+) -> Forecast:
+    """Whether the step of `setup` runs on `device`, and how.
+
+    `budget`: what the allocator may take of the device, bytes or a percentage of its memory; all that is usable by
+    default. `search` also looks for the largest batch and the longest sequence. `traced` is given the trace that the
+    plan is of, for a report. Raises as `trace_setup` does, and `InvalidInput` for a budget that is no size.
+    """
+    setup.checked()
+    room = room_bytes(device, budget)
+    leave_room(device, room)
+    progress("tracing the step on fake tensors")
+    recorded = trace_for(setup, device)
+    progress("planning")
+    modes = [
+        _mode("none", recorded, simulate(recorded), None, room),
+        _blocks_mode(setup, device, recorded, room),
+    ]
+    # near the limit the layout decides, and a coarser search may find what a finer one does not
+    hopeless = floor(setup, device) > room  # what does not depend on the batch is too much already
+    made = None if hopeless else fitted(recorded, room, SHOWN) or fitted(recorded, room, QUICK)
+    if made is None and not hopeless:
+        progress("nothing exact fits: tracing the step in tiles")
+        recorded = trace_for(setup, device, tiles=True)
+        made = fitted(recorded, room, QUICK) if recorded.tiled else None
+    traced(recorded)
+    shown = made or lowest(recorded, effort=QUICK)
+    modes.append(_mode("tightfit", recorded, simulate(recorded, shown), shown, room))
+    base_seconds = modes[0].step_seconds
+    modes = [dataclasses.replace(mode, slowdown=mode.step_seconds / base_seconds) for mode in modes]
+    fits = made is not None
+    largest = longest = None
+    if search and hopeless:
+        largest = longest = 0
+    elif search:
+        levers = _levers_of(made)
+        here = (fits, least(recorded, room, levers)[1])
+        largest = largest_fitting(setup, device, room, progress, "batch", here, levers)
+        longest = largest_fitting(setup, device, room, progress, "seq", here, levers)
+    advice: tuple[str, ...] = ()
+    if not fits:
+        advice = tuple(advice_for(setup, device, room, recorded, largest, longest, progress))
+    return Forecast(
+        model=setup.model,
+        method=setup.method,
+        batch=setup.batch,
+        seq=setup.seq,
+        dtype=setup.dtype,
+        optimizer=setup.optimizer,
+        gpu=device.name,
+        gpu_bytes=device.memory_bytes,
+        usable_bytes=room,
+        fits=fits,
+        modes=tuple(modes),
+        plan=made,
+        essence=tuple(essence(recorded, made)) if made is not None else (),
+        largest_batch=largest,
+        longest_seq=longest,
+        advice=advice,
+        error_bar=error_bar(device),
+        notes=(*recorded.notes, *kept_whole(recorded), *notes(setup, device), *spread_notes(setup, recorded)),
+        environment=environment(),
+    )
+
+
+def _levers_of(made: Plan | None) -> frozenset[Lever] | None:
+    """What the searches may use: all that is exact where the plan for the size that was asked for is, else everything.
+
+    Tiles make every trace three times as long, and they are not bit for bit, so nobody gets them who did not need them.
+    """
+    if made is None or not made.exact:
+        return None
+    return frozenset({Lever.RECOMPUTE, Lever.LOSS_IN_PLACE, Lever.NEST})
+
+
+def _mode(name: str, recorded: Trace, line: Timeline, made: Plan | None, room: int) -> Mode:
+    reserved = bytes_reserved(recorded, made)
+    assert reserved is not None
+    within = bytes_reserved(recorded, made, room)
+    fits = line.peak_bytes <= room and within is not None
+    if fits and within is not None:
+        reserved = min(reserved, within)  # on this card the allocator gives free segments back before it fails
+    at_peak = {category: rows[line.peak_event] for category, rows in line.by_category.items()}
+    step_seconds = sum(op.seconds for op in recorded.ops) + line.recompute_seconds
+    step_seconds += 0.0 if made is None else made.tile_seconds
+    phase = line.peak_owner.split()[0]
+    return Mode(
+        mode=name,
+        fits=fits,
+        peak_bytes=line.peak_bytes,
+        reserved_bytes=reserved,
+        by_category={**at_peak, "allocator_slack": reserved - line.peak_bytes},
+        peak_owner=line.peak_owner,
+        peak_phase="backward" if phase == "replay" else phase,
+        step_seconds=step_seconds,
+        slowdown=1.0,
+        recompute_flops=line.recompute_flops,
+    )
+
+
+def _blocks_mode(setup: Setup, device: Device, recorded: Trace, room: int) -> Mode:
+    """Every block recomputed. Where a unit cannot be planned, the step with torch.utils.checkpoint itself is traced."""
+    if any(unit.pinned for unit in recorded.units):
+        model = build_model(setup.model, setup.method, setup.dtype, setup.rank)
+        with every_block_checkpointed(model):
+            whole = retimed(trace_setup(setup, device, units=[""]), reached(device))
+        mode = _mode("every-block", whole, simulate(whole), None, room)
+        return dataclasses.replace(mode, recompute_flops=_flops(whole) - _flops(recorded))
+    blocks = every_block(recorded, effort=QUICK)
+    return _mode("every-block", recorded, simulate(recorded, blocks), blocks, room)
+
+
+def _flops(recorded: Trace) -> int:
+    return sum(op.flops for op in recorded.ops)
+
+
+def which_gpus(setup: Setup, *, budget: str | int | None = None, progress: Progress = lambda _: None) -> list[Forecast]:
+    """A forecast, without searches, for every GPU of the catalog: those that run it first, fastest first."""
+    setup.checked()
+    if budget is not None:
+        require_part(budget, "a device")
+    traces: dict[tuple[str, bool, int], Trace] = {}
+    found = []
+    for name in gpu_names():
+        device = gpu(name)
+        progress(f"planning for {name}")
+        step = FakeStep(device)
+        kernels = (device.kind, step.flash, step.workspace_bytes)  # devices that take the same share a trace
+        if kernels not in traces:
+            traces[kernels] = trace_setup(setup, device)
+        recorded = retimed(traces[kernels], reached(device))
+        room = room_bytes(device, budget)
+        base = simulate(recorded)
+        modes = [_mode("none", recorded, base, None, room)]
+        made = plan(recorded, base.peak_bytes) if modes[0].fits else fitted(recorded, room, QUICK)
+        if made is not None:
+            modes.append(_mode("tightfit", recorded, simulate(recorded, made), made, room))
+        modes = [dataclasses.replace(m, slowdown=m.step_seconds / modes[0].step_seconds) for m in modes]
+        found.append(
+            Forecast(
+                model=setup.model, method=setup.method, batch=setup.batch, seq=setup.seq, dtype=setup.dtype,
+                optimizer=setup.optimizer, gpu=name, gpu_bytes=device.memory_bytes, usable_bytes=room,
+                fits=made is not None, modes=tuple(modes), plan=made, essence=(), largest_batch=None, longest_seq=None,
+                advice=(), error_bar=error_bar(device), notes=(*kept_whole(recorded), *notes(setup, device)),
+                environment=environment(),
+            )
+        )  # fmt: skip
+    return sorted(found, key=lambda f: (not f.fits, f.modes[-1].step_seconds if f.fits else f.gpu_bytes))

@@ -1,0 +1,138 @@
+"""What is asked of a forecast: model, method, batch, length, optimizer, strategy.
+
+Refused: sizes that the model has no positions for (`InvalidInput`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tightfit.core import (
+    InvalidInput,
+    Unsupported,
+)
+from tightfit.step.parallel import Strategy
+
+STRATEGIES = tuple(each.value for each in Strategy)
+
+
+TRAINERS = ("model", "sft")
+
+
+METHODS = ("full", "lora", "qlora")
+
+
+OPTIMIZERS = ("adamw", "adamw-fused", "adamw8bit", "paged-adamw8bit", "sgd", "none")
+
+
+DTYPES = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "fp16": (torch.float16, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),  # float32 weights under autocast
+    "fp16-mixed": (torch.float32, torch.float16),
+}
+
+
+#: No batch of more tokens is looked at.
+MOST_TOKENS = 1 << 24
+
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is asked about: a model and how it is trained."""
+
+    model: str
+    method: str = "full"
+    batch: int = 1
+    seq: int = 2048
+    dtype: str = "bf16"
+    optimizer: str = "adamw"
+    rank: int = 16
+    accumulate: bool = False  # gradients of earlier micro-batches are there when a step begins
+    world_size: int = 1  # processes, each with a device and a batch of its own
+    strategy: str = "one"  # how the step is spread over them
+    reshard: bool = True  # FSDP2: are a unit's weights given back between its forward and its backward?
+    trainer: str = "model"  # whose loss: the model's own, as transformers' Trainer takes it, or TRL's for SFT
+    settings: tuple[tuple[str, Any], ...] = ()  # of that trainer, as its config names them
+
+    def checked(self) -> Setup:
+        """Itself. Raises `InvalidInput` for what cannot be meant."""
+        for what, value, known in (
+            ("method", self.method, METHODS), ("optimizer", self.optimizer, OPTIMIZERS), ("dtype", self.dtype, DTYPES),
+            ("strategy", self.strategy, STRATEGIES), ("trainer", self.trainer, TRAINERS),
+        ):  # fmt: skip
+            if value not in known:
+                raise InvalidInput(f"unknown {what} {value!r}: use {', '.join(known)}")
+        if not 1 <= self.world_size <= 1 << 16:
+            raise InvalidInput(f"expected a world size from 1 to {1 << 16}, not {self.world_size}")
+        if self.world_size > 1 and self.strategy == "one":
+            raise InvalidInput(f"{self.world_size} processes were asked for: say how they share the step, ddp or fsdp2")
+        if not self.reshard and self.strategy != "fsdp2":
+            raise InvalidInput("only FSDP2 gives weights back: --no-reshard goes with --strategy fsdp2")
+        if self.method == "qlora" and self.strategy == "fsdp2":
+            raise Unsupported("4-bit weights cannot be sharded by FSDP2: use strategy ddp, or method lora")
+        if self.batch < 1:
+            raise InvalidInput(f"expected a batch of at least 1 sequence, not {self.batch}")
+        if self.seq < 2:
+            raise InvalidInput(f"expected a sequence of at least 2 tokens, not {self.seq}")
+        if not 1 <= self.rank <= 1 << 16:
+            raise InvalidInput(f"expected a LoRA rank from 1 to {1 << 16}, not {self.rank}")
+        if self.batch * self.seq > MOST_TOKENS:
+            raise InvalidInput(
+                f"a batch of {self.batch} x {self.seq} tokens was asked for; more than {MOST_TOKENS} are not looked at"
+            )
+        return self
+
+
+@functools.lru_cache(maxsize=4)
+def build_model(name: str, method: str, dtype: str, rank: int) -> Any:
+    """The model on `meta`, in training mode, with the method's parameters trainable."""
+    from transformers import AutoModelForCausalLM
+
+    from tightfit.integrations.transformers import config_named
+
+    config = copy.deepcopy(config_named(name))
+    weights, compute = DTYPES[dtype]
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=weights, trust_remote_code=False)
+    except Exception as error:  # model classes raise what they like for configs that do not fit together
+        first_line = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:200]
+        raise InvalidInput(
+            f"no causal language model can be built from the config of {name!r} ({type(error).__name__}: {first_line})"
+        ) from error
+    model.train()
+    if method == "qlora":
+        from tightfit.integrations.bitsandbytes import quantise
+
+        model = quantise(model, compute or weights)
+    if method != "full":
+        from tightfit.integrations.peft import add_lora
+
+        with torch.device("meta"):
+            model = add_lora(model, rank=rank)
+    return model
+
+
+def default_length(name: str) -> int:
+    """2,048 tokens, or as many as the model has positions for."""
+    from tightfit.integrations.transformers import config_named, positions_of
+
+    positions = positions_of(config_named(name))
+    return 2048 if positions is None else min(2048, positions)
+
+
+def positions_in(model: Any) -> int | None:
+    from tightfit.integrations.transformers import positions_of
+
+    return positions_of(model.config)

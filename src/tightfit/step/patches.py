@@ -1,0 +1,122 @@
+"""Change how a model runs, and put it back.
+
+Invariant: what is taken off again is exactly what was there. Refused: TorchScript modules, and functions inside a graph
+that is compiled already (`Unsupported`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.core import Unsupported
+from tightfit.step.modules import plain_path, unwrapped
+
+
+@contextlib.contextmanager
+def no_key_value_cache(model: nn.Module) -> Iterator[None]:
+    """Switch a transformers model's generation cache off: in training it is never read, and a unit that appends
+    to it cannot be run twice. Every `config.use_cache` is put back afterwards."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    switched = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    for config in switched:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in switched:
+            config.use_cache = True
+
+
+def compiled_entries(model: nn.Module) -> dict[str, nn.Module]:
+    """Path to module of what runs compiled when it is called: `torch.compile(module)`, `module.compile()`."""
+    return {
+        plain_path(path): module
+        for path, module in model.named_modules()
+        if unwrapped(module) is not module or vars(module).get("_compiled_call_impl") is not None
+    }
+
+
+def refuse_compiled(what: str) -> None:
+    """Raise `Unsupported`. The compiler leaves its own code for this, so that the error reaches the user as it is."""
+    raise Unsupported(f"{what}; compiled code cannot do that: leave it out of what is compiled")
+
+
+# as torch.compiler.disable does, which takes a second to load
+refuse_compiled._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def own_checkpointing(model: nn.Module) -> list[Any]:
+    """The modules of `model` whose own checkpointing is switched on, as transformers' models have it."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+
+
+@contextlib.contextmanager
+def own_checkpointing_off(model: nn.Module) -> Iterator[None]:
+    """The model's own checkpointing makes way inside, and is on again afterwards where it was."""
+    modules = own_checkpointing(model)
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run what is compiled in `model` op by op inside."""
+    if not compiled_entries(model):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+class _Replacement:
+    """What stands in a module's `forward`. In a copy of the module, a pickled one too, it is the plain `forward`."""
+
+    def __init__(self, module: nn.Module, original: Callable[..., Any], had_own: bool, run: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self.__dict__.update(vars(run))
+        self._module, self._original, self._had_own, self._run = module, original, had_own, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._had_own:
+            return functools.partial, (self._original,)
+        return getattr, (self._module, "forward")  # asked of the copy while that has no attributes yet: its class's
+
+
+class ForwardPatch:
+    """A module whose `forward` is replaced; `undo` puts back exactly what was there."""
+
+    def __init__(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Unsupported(f"{type(module).__name__} is a TorchScript module: its forward cannot be planned")
+        self.module = module
+        self.had_own = "forward" in module.__dict__
+        self.original = module.forward
+        self.replacement: Any = _Replacement(module, self.original, self.had_own, make(self.original))
+        module.forward = self.replacement
+
+    def redo(self) -> bool:
+        """Replace it again, by the same object; False, and nothing done, where another `forward` is there by now."""
+        if self.module.forward != self.original or ("forward" in self.module.__dict__) != self.had_own:
+            return False
+        self.module.forward = self.replacement
+        return True
+
+    def undo(self) -> None:
+        if self.had_own:
+            self.module.forward = self.original
+        else:
+            del self.module.__dict__["forward"]

@@ -1,0 +1,152 @@
+"""One training step of any model: call it, find its loss, know what it holds throughout.
+
+Refused: a batch that the model does not take, a loss that is not one number, a model with nothing to train (`InvalidInput`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree  # the one tree walk that also knows transformers' ModelOutput
+
+from tightfit.core import Category, InvalidInput
+from tightfit.step.parallel import (
+    bucket_bytes,
+    gradients_are_views,
+    local_of,
+)
+
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """The model's output for `batch`: a mapping (keyword arguments), a tuple or list (positional) or a tensor."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def run_forward(model: nn.Module, batch: Any, loss: LossFunction | None = None) -> Any:
+    """The model's output, or what `loss` makes of it."""
+    return call(model, batch) if loss is None else loss(model, batch)
+
+
+def compute_loss(model: nn.Module, batch: Any, loss: LossFunction | None = None) -> torch.Tensor:
+    """The scalar to call `backward` on. Raises `InvalidInput` if it is not a scalar that depends on a parameter."""
+    try:
+        output = run_forward(model, batch, loss)
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise InvalidInput(
+            f"the model refuses this batch ({type(error).__name__}: {first_line}); batch is {describe(batch)}"
+        ) from error
+    value = output
+    if not isinstance(output, torch.Tensor) and loss is None:
+        value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else describe(output)
+        raise InvalidInput(f"expected a scalar loss, found {found}; pass loss=callable(model, batch) -> scalar tensor")
+    if not value.requires_grad:
+        raise InvalidInput("the loss depends on no trainable parameter, so there is no backward pass to plan")
+    return value.reshape(()) if value.dim() else value
+
+
+def describe(thing: Any) -> str:
+    """`thing`'s type and, for containers of tensors, what they hold; for messages."""
+    if isinstance(thing, Mapping):
+        return f"{type(thing).__name__} with " + (", ".join(str(key) for key in thing) or "nothing")
+    if isinstance(thing, torch.Tensor):
+        return f"a {str(thing.dtype).removeprefix('torch.')} tensor of shape {tuple(thing.shape)}"
+    if isinstance(thing, (tuple, list)):
+        return f"{type(thing).__name__} of {len(thing)}"
+    return f"{type(thing).__name__}"
+
+
+def check_trainable(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"expected a torch.nn.Module, found {type(model).__name__}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InvalidInput("no parameter of the model requires a gradient: there is nothing to train")
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def unique_bytes(tensors: Iterable[torch.Tensor], granule_bytes: int = 1) -> int:
+    """Bytes of the distinct storages behind `tensors`, each rounded up to a multiple of `granule_bytes`."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.layout is torch.strided:
+            storage = local_of(tensor).untyped_storage()
+            sizes[storage._cdata] = -(-storage.nbytes() // granule_bytes) * granule_bytes
+    return sum(sizes.values())
+
+
+def static_bytes_by_category(
+    model: nn.Module, batch: Any = None, optimizer: torch.optim.Optimizer | None = None, granule_bytes: int = 1
+) -> dict[str, int]:
+    """Bytes that live through a whole step, each storage counted once; gradients only where they exist already."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    state = [] if optimizer is None else [list(s.values()) for s in optimizer.state.values()]
+    seen: set[int] = set()
+
+    def new_bytes(tensors: list[torch.Tensor]) -> int:
+        strided = [local_of(t) for t in tensors if t.layout is torch.strided]
+        fresh = [t for t in strided if t.untyped_storage()._cdata not in seen]
+        seen.update(t.untyped_storage()._cdata for t in fresh)
+        return unique_bytes(fresh, granule_bytes)
+
+    quantised = [p for p in model.parameters() if getattr(p, "quant_state", None) is not None]
+    return {
+        Category.QUANTISED.value: new_bytes([t for p in quantised for t in parameter_tensors(p)]),
+        Category.PARAMETERS.value: new_bytes([t for p in model.parameters() for t in parameter_tensors(p)]),
+        Category.GRADIENTS.value: new_bytes([p.grad for p in model.parameters() if p.grad is not None]),
+        Category.BUFFERS.value: new_bytes(list(model.buffers())),
+        Category.INPUTS.value: new_bytes(tensors_in(batch)),
+        Category.OPTIMIZER_STATE.value: new_bytes(tensors_in(state)),
+        **_of_buckets(model),
+    }
+
+
+def _of_buckets(model: nn.Module) -> dict[str, int]:
+    size_bytes = bucket_bytes(model)
+    if gradients_are_views(model):
+        grown = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
+        size_bytes = max(0, size_bytes - grown)
+    return {Category.COLLECTIVES.value: size_bytes} if size_bytes else {}
+
+
+def parameter_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
+    """The parameter and what belongs to it: a 4-bit weight carries its scales in `quant_state`."""
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise InvalidInput("the model has a lazy module that has not seen a batch yet; call the model once first")
+    found: list[torch.Tensor] = [parameter.data]
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        for attribute in ("absmax", "code", "offset"):
+            tensor = getattr(state, attribute, None)
+            if isinstance(tensor, torch.Tensor):
+                found.append(tensor)
+        state = getattr(state, "state2", None)
+    return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a step's peak is counted on: that of the first accelerator parameter, else the CPU."""
+    devices = [p.device for p in model.parameters()]
+    return next((d for d in devices if d.type not in ("cpu", "meta")), devices[0] if devices else torch.device("cpu"))
+
+
+def cpu_profile(*, memory: bool = True) -> torch.profiler.profile:
+    """What the profiler tells of the CPU's ops, and with `memory` of each block that comes and goes."""
+    return torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU],
+        profile_memory=memory,
+        acc_events=True,  # changes nothing for one cycle, but that torch 2.11 does not warn of others
+    )

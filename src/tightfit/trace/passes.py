@@ -1,0 +1,325 @@
+"""The passes over one step: dry, full and measured, and once more for each way to tile it.
+
+Invariant: every pass starts from the same state and runs the same ops. Refused: steps of which that is not true
+(`Unsupported`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.core import (
+    Category,
+    EventKind,
+    Phase,
+    TiledModule,
+    Tiling,
+    Trace,
+    Unsupported,
+)
+from tightfit.device.cost import NOMINAL_CPU, retimed
+from tightfit.levers.loss_in_place.loss import watched
+from tightfit.levers.tile.force import Sought, head_sought, in_force, rows_of_tile
+from tightfit.levers.tile.head import TileStats
+from tightfit.levers.tile.modules import modules_sought
+from tightfit.plan import Effort, every_block
+from tightfit.plan.simulate import simulate_choices
+from tightfit.step.parallel import (
+    gradients_are_views,
+    resizes_told,
+)
+from tightfit.step.patches import ForwardPatch
+from tightfit.step.run import (
+    LossFunction,
+    compute_loss,
+    cpu_profile,
+    device_of,
+    static_bytes_by_category,
+    tensors_in,
+)
+from tightfit.step.snapshot import Snapshot
+from tightfit.trace.assembly import Assembly
+from tightfit.trace.fake import FakeStep
+from tightfit.trace.optimizer import OptimizerRecord, behind
+from tightfit.trace.profiler import Timer, risen_bytes, summed_by_engine
+from tightfit.trace.recorder import Recorder, sum_in_place
+from tightfit.trace.units import Census
+
+
+def custom_functions(result: torch.Tensor) -> dict[str, int]:
+    """The `torch.autograd.Function`s in the history of `result` that are not torch's own: their calls by name."""
+    found: dict[str, int] = {}
+    seen: set[Any] = set()
+    pending: list[Any] = [result.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            function = node._forward_cls  # type: ignore[attr-defined]
+            if not function.__module__.startswith(("torch.", "tightfit.")):
+                found[function.__name__] = found.get(function.__name__, 0) + 1
+        pending += [following for following, _ in node.next_functions]
+    return found
+
+
+def _custom_note(functions: Mapping[str, int]) -> tuple[str, ...]:
+    if not functions:
+        return ()
+    named = ", ".join(f"{name} ({n} {'call' if n == 1 else 'calls'})" for name, n in sorted(functions.items()))
+    return (f"custom autograd functions, whose ops are recorded and rerun one by one: {named}",)
+
+
+def first_pass(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    modules: Mapping[str, nn.Module],
+    restart: Callable[[], None],
+    fake: FakeStep | None,
+    census: Census | None = None,
+) -> tuple[Recorder, Sought, list[TiledModule]]:
+    """The dry pass with `modules` for units, and what of it could be tiled."""
+    restart()
+    paths = list(modules)
+    with head_sought(model, paths) as sought, modules_sought(model, paths, fake is not None) as token_wise:
+        dry = record_pass(model, batch, loss, modules, restart, dry=True, fake=fake, census=census)
+    return dry, sought, token_wise
+
+
+@dataclass(frozen=True)
+class StepRecording:
+    """What is recorded, once as it is and once more for each way to tile it."""
+
+    model: nn.Module
+    batch: Any
+    loss: LossFunction | None
+    modules: Mapping[str, nn.Module]
+    restart: Callable[[], None]
+    fake: FakeStep | None
+    tail: OptimizerRecord | None
+
+    def dry(self) -> Recorder:
+        self.restart()
+        return record_pass(self.model, self.batch, self.loss, self.modules, self.restart, dry=True, fake=self.fake)
+
+    def tiled(self, tiling: Tiling) -> tuple[Trace | None, str]:
+        """The trace with `tiling` in force; None where the logits are made whole all the same, and by whom."""
+        stats = TileStats()
+        with in_force(self.model, tiling, stats, list(self.modules)):
+            dry = self.dry()
+            if tiling.head is not None and (stats.whole or not stats.losses):
+                return None, stats.asked_by or "what is no cross entropy of class indices"
+            return self.recorded(dry, tiling), ""
+
+    def recorded(self, dry: Recorder, tiling: Tiling | None) -> Trace:
+        """The trace of the step as it runs now, after its dry pass."""
+        model, fake = self.model, self.fake
+        self.restart()
+        static = static_bytes_by_category(model, self.batch, granule_bytes=1 if fake is None else fake.granule_bytes)
+        if fake is not None:
+            fake.forget_calls()
+        # one pass fewer where the clock need not wait for a device: the same ops are timed elsewhere too
+        at_once = fake is None and tiling is not None and device_of(model).type == "cpu"
+        full = record_pass(
+            model, self.batch, self.loss, self.modules, self.restart, dry=False, fake=fake, measured=at_once
+        )  # fmt: skip
+        gradients = {
+            v for p in model.parameters() if p.grad is not None for v in [full.value_of(p.grad)[0]] if v is not None
+        }
+        full.recording = False
+        if gradients_are_views(model):
+            _into_buckets(full, gradients)
+        _same_ops("the dry pass", [c.name for c in dry.calls], [c.name for c in full.calls if c.phase is Phase.FORWARD])
+        for call, other in zip(full.calls, dry.calls, strict=False):
+            call.seconds += other.seconds
+        notes = _custom_note(full.custom)
+        if fake is not None:
+            for number, size_bytes in fake.scratch_bytes().items():
+                full.calls[number].scratch_bytes = size_bytes
+            static[Category.WORKSPACE.value] = fake.workspace_bytes
+            notes += fake.notes
+        elif not at_once:
+            self.restart()
+            _measure(model, self.batch, self.loss, full)
+        trace = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes).trace()
+        if fake is not None:
+            trace = retimed(trace, fake.target or NOMINAL_CPU)
+        trace = dataclasses.replace(trace, tiling=tiling)
+        return trace if self.tail is None else behind(trace, self.tail)
+
+
+#: A loss that is less than this part of the peak is not worth tiles.
+_WORTH_TILES = 0.10
+
+
+def record_tiled(
+    step: StepRecording, recorded: Trace, sought: Sought, token_wise: Sequence[TiledModule]
+) -> tuple[tuple[Trace, ...], tuple[str, ...]]:
+    """The step recorded again with tiles in force, where these can matter; and why not, where they cannot."""
+    line = simulate_choices(recorded, ())
+    loss_bytes = max(line.by_category[Category.LOSS.value], default=0)
+    # about what is left when every unit is recomputed
+    floor_bytes = line.peak_bytes - max(line.by_category[Category.SAVED.value], default=0)
+    found: list[Trace] = []
+    reasons: tuple[str, ...] = ()
+    head = Tiling()
+    if loss_bytes >= _WORTH_TILES * max(1, floor_bytes):
+        if sought.path is not None:
+            tiling = Tiling(head=sought.path, rows=rows_of_tile(sought.rows, sought.row_bytes))
+            variant, asked_by = step.tiled(tiling)
+            if variant is None:
+                reasons = (f"the head and the loss cannot be tiled: the logits are asked for whole, by {asked_by}",)
+            else:
+                head = tiling
+                found.append(variant)
+        elif sought.reason:
+            reasons = (f"the head and the loss cannot be tiled: {sought.reason}",)
+    if token_wise and _unit_owns_peak(found[-1] if found else recorded):
+        variant, _ = step.tiled(dataclasses.replace(head, modules=tuple(token_wise)))
+        if variant is not None:
+            found.append(variant)
+    return tuple(found), reasons
+
+
+def _unit_owns_peak(recorded: Trace) -> bool:
+    """With every unit recomputed, is it one of them that needs the most?"""
+    effort = Effort(points=4, solver_seconds=0.2, proves=False)
+    blocks = dataclasses.replace(recorded, tiled=())
+    line = simulate_choices(blocks, every_block(blocks, effort=effort).choices)
+    paths = {unit.path for unit in recorded.units if not unit.pinned}
+    return any(f" of {path}:" in line.peak_owner for path in paths)
+
+
+def record_pass(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    modules: Mapping[str, nn.Module],
+    restart: Callable[[], None],
+    *,
+    dry: bool,
+    fake: FakeStep | None,
+    measured: bool = False,
+    census: Census | None = None,
+) -> Recorder:
+    """`measured`: have the pass also tell each op's scratch bytes (on the CPU). `census`: have it told of values."""
+    recorder = Recorder(dry=dry, fake=fake)
+    recorder.census = census
+    recorder.restart = restart if isinstance(restart, Snapshot) else None
+    for tensor in [*model.parameters(), *model.buffers(), *tensors_in(batch)]:
+        recorder.value_of(tensor._values() if tensor.layout is torch.sparse_coo else tensor)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            recorder.value_of(parameter.grad)
+    patches = [
+        ForwardPatch(module, functools.partial(recorder.frame_forward, path)) for path, module in modules.items()
+    ]
+
+    def note_cross_entropy(entered: bool) -> None:
+        recorder.in_cross_entropy = entered
+
+    profiler: Any = None
+    if measured:
+        recorder.marks = True
+        profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        )
+    try:
+        with profiler or contextlib.nullcontext(), resizes_told(recorder.resized), recorder:
+            with (
+                torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack),
+                watched(note_cross_entropy),
+            ):
+                result = compute_loss(model, batch, loss)
+            if dry:
+                recorder.recording = False
+            else:
+                recorder.custom = custom_functions(result)
+                recorder.phase = Phase.BACKWARD
+                if fake is None:
+                    result.backward()
+                else:
+                    _backward_marked(result, recorder)
+                del result
+        if measured:
+            recorder.recording = False
+            recorder.scratch_from(profiler)
+    except RuntimeError as error:
+        if "saved tensor hooks" in str(error):
+            raise Unsupported(
+                "the model calls torch.func.grad or another of its transforms, under which torch cannot tell what "
+                "autograd saves, so the step cannot be traced"
+            ) from error
+        raise
+    finally:
+        for patch in patches:
+            patch.undo()
+    return recorder
+
+
+def _backward_marked(result: torch.Tensor, recorder: Recorder) -> None:
+    """Fake tensors are never summed in place; see from the profile which sums the engine would have made so."""
+    first = len(recorder.dispatched)
+    recorder.marks = True
+    with cpu_profile(memory=False) as profiler:
+        result.backward()
+    recorder.marks = False
+    count = len(recorder.dispatched) - first
+    sum_in_place(recorder, [False] * first + summed_by_engine(profiler, count))
+
+
+def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: Recorder) -> None:
+    """Seconds once more, and each op's scratch bytes by the allocator's own count."""
+    cuda = device_of(model).type == "cuda"
+    timer = Timer(cuda)
+    profiler = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=not cuda, acc_events=True
+    )
+    with profiler, timer:
+        compute_loss(model, batch, loss).backward()
+    calls = full.dispatched
+    _same_ops("the measured pass", timer.names, [c.name for c in calls])
+    risen = timer.risen_bytes if cuda else risen_bytes(profiler, len(calls))
+    sum_in_place(full, summed_by_engine(profiler, len(calls)))
+    for call, seconds, rise in zip(calls, timer.seconds, risen, strict=True):
+        call.seconds.append(seconds)
+        call.scratch_bytes = max(0, rise - call.out_bytes)
+
+
+def _into_buckets(full: Recorder, gradients: Container[int]) -> None:
+    """DDP copies each gradient into its bucket as soon as it is there, and lets go of it."""
+    last: dict[int, int] = {}
+    for at, (what, subject) in enumerate(full.events):
+        if what is EventKind.OP:
+            call = full.calls[subject]
+            last.update((v, at) for v in (*(v for v, _ in call.reads), *call.writes, *call.fresh) if v in gradients)
+    for value, at in sorted(last.items(), key=lambda item: -item[1]):
+        if full.storages[value].producer is not None:
+            full.events.insert(at + 1, (EventKind.FREE, value))
+
+
+class Unlike(Unsupported):
+    """Two passes ran other ops."""
+
+
+def _same_ops(which: str, found: list[str], expected: list[str]) -> None:
+    if found == expected:
+        return
+    at = next(
+        (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
+    )
+    names = [names[at] if at < len(names) else "the end" for names in (found, expected)]
+    raise Unlike(
+        f"the step is not the same twice: op {at} of {which} is {names[0]}, in the recorded pass {names[1]}; "
+        "a step that changes from run to run on the same batch and random state cannot be planned"
+    )

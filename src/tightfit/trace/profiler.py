@@ -1,0 +1,127 @@
+"""What torch's profiler tells of a step: bytes by the allocator's own count, and which sums autograd's engine made.
+
+Invariant: where the profiler lost events the answer is zero or no, never a guess.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tightfit.step.ops import aten, op_name
+
+
+class Timer(TorchDispatchMode):
+    """A pass that only measures: seconds per op and, between `marks`, the allocator's own view of each op."""
+
+    def __init__(self, cuda: bool) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.seconds: list[float] = []
+        self.cuda = cuda
+        self.risen_bytes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.detach.default or func.namespace == "profiler":
+            return func(*args, **(kwargs or {}))
+        self.names.append(op_name(func))
+        if self.cuda:
+            with torch.profiler.record_function(MARK):
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                started = time.perf_counter()
+                out = func(*args, **(kwargs or {}))
+                torch.cuda.synchronize()
+                self.seconds.append(time.perf_counter() - started)
+                self.risen_bytes.append(torch.cuda.max_memory_allocated() - before)
+                return out
+        with torch.profiler.record_function(MARK):
+            started = time.perf_counter()
+            out = func(*args, **(kwargs or {}))
+            self.seconds.append(time.perf_counter() - started)
+        return out
+
+
+MARK = "tightfit::op"
+
+
+def risen_bytes(profiler: Any, count: int) -> list[int]:
+    """Per marked op, how far the CPU allocator's count rose inside it."""
+    events = profiler.profiler.kineto_results.events()
+    marks = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == MARK)
+    memory = memory_events(profiler)
+    if len(marks) != count:
+        return [0] * count  # the profiler lost events; scratch is then only known as zero
+    risen = []
+    cursor = 0
+    for start, end in marks:
+        while cursor < len(memory) and memory[cursor][0] < start:
+            cursor += 1
+        level = top = 0
+        while cursor < len(memory) and memory[cursor][0] <= end:
+            level += memory[cursor][1]
+            top = max(top, level)
+            cursor += 1
+        risen.append(top)
+    return risen
+
+
+_ENGINE = "autograd::engine::evaluate_function: "
+
+
+def summed_by_engine(profiler: torch.profiler.profile, count: int) -> list[bool]:
+    """Per marked op: did autograd's engine call it, between two nodes, to sum gradients that meet?"""
+    results: Any = profiler.profiler
+    threads: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+    for event in results.kineto_results.events():
+        name = event.name()
+        if name != "[memory]":
+            threads[event.start_thread_id()].append((event.start_ns(), -(event.start_ns() + event.duration_ns()), name))
+    marks: list[tuple[int, bool]] = []
+    for events in threads.values():
+        open_events: list[tuple[int, str]] = []
+        for start, minus_end, name in sorted(events):
+            while open_events and open_events[-1][0] <= start:
+                open_events.pop()
+            if name == MARK:
+                # the node's own event has the engine event's name without its prefix
+                names = [each for _, each in open_events]
+                engine = max((i for i, each in enumerate(names) if each.startswith(_ENGINE)), default=None)
+                between = engine is not None and names[engine].removeprefix(_ENGINE) not in names[engine + 1 :]
+                marks.append((start, between))
+            open_events.append((-minus_end, name))
+    marks.sort()
+    return [between for _, between in marks] if len(marks) == count else [False] * count
+
+
+def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
+    """(nanosecond, change in bytes) of every allocation and release that a finished CPU profile saw, in order.
+
+    Releases of what was allocated before the profile began are left out: torch gives them the size that another
+    block once had at the same address.
+    """
+    results: Any = profiler.profiler
+    found = []
+    open_nodes = list(results.kineto_results.experimental_event_tree())
+    while open_nodes:
+        node = open_nodes.pop()
+        open_nodes += node.children
+        if node.tag == torch._C._profiler._EventType.Allocation:
+            found.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
+    found.sort()
+    alive: set[int] = set()
+    changes = []
+    for nanosecond, address, changed_bytes in found:
+        if changed_bytes > 0:
+            alive.add(address)
+        elif address not in alive:
+            continue
+        else:
+            alive.remove(address)
+        changes.append((nanosecond, changed_bytes))
+    return changes

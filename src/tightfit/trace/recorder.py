@@ -1,0 +1,456 @@
+"""The dispatch mode that takes a step down: ops, storages and their lives, what autograd saves and reads.
+
+Invariant: one `_Recorder` sees one pass; the mode changes nothing of what runs, except that autograd's engine sums no
+gradients in place under it, which `sum_in_place` puts back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from tightfit.core import (
+    EventKind,
+    Kind,
+    Phase,
+    Unsupported,
+)
+from tightfit.levers.loss_in_place.loss import rows_at_once
+from tightfit.step.ops import BATCH_NORMS, METADATA_ONLY, aten, is_random, is_uncounted, op_flops, op_name
+from tightfit.step.parallel import (
+    local_of,
+)
+from tightfit.step.run import (
+    tensors_in,
+)
+from tightfit.step.snapshot import Snapshot
+from tightfit.trace.fake import FakeStep
+from tightfit.trace.profiler import MARK, risen_bytes, summed_by_engine
+from tightfit.trace.units import Census
+
+
+@dataclass
+class _Storage:
+    """A storage while it is being recorded."""
+
+    id: int
+    size_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    producer: int | None
+    frame: int | None
+    ordinal: int | None
+    version: int = 0  # counts the ops that wrote it
+    collective: bool = False  # made for what other processes send, or are sent
+    emptied: bool = False  # given back while it still was a value
+
+
+@dataclass
+class Call:
+    """An op while it is being recorded."""
+
+    id: int
+    name: str
+    reads: list[tuple[int, int]]  # value id, version read
+    writes: list[int]
+    outputs: list[int | None]
+    fresh: list[int]
+    kind: Kind
+    phase: Phase
+    frame: int | None
+    ordinal: int | None
+    unit: str | None
+    flops: int
+    out_bytes: int
+    seconds: list[float] = field(default_factory=list)
+    scratch_bytes: int = 0
+    rerunnable: bool = True
+    adds_to_view: bool = False  # its first argument is a view, whose base keeps autograd from summing into it
+
+
+#: The name of filling a storage that had been emptied, which is no op of the dispatcher.
+_FILLED = "storage.resize_"
+
+
+@dataclass
+class FrameRecord:
+    id: int
+    unit: str
+    inputs: tuple[int, ...]
+    calls: list[int] = field(default_factory=list)
+    values: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)  # saved ids in order
+    exit_versions: dict[int, int] = field(default_factory=dict)
+    effects: set[int] = field(default_factory=set)  # outside values that the frame writes
+    pinned: str = ""
+
+
+class _Holder:
+    """What autograd holds instead of the tensor; its end is autograd letting go."""
+
+    __slots__ = ("__weakref__", "recorder", "saved", "tensor")
+
+    def __init__(self, tensor: torch.Tensor | None, saved: int, recorder: Recorder) -> None:
+        self.tensor, self.saved, self.recorder = tensor, saved, recorder
+
+    def __del__(self) -> None:
+        self.recorder.released(self.saved)
+
+
+class Recorder(TorchDispatchMode):
+    """Records one pass. `dry` throws saved tensors away."""
+
+    def __init__(self, *, dry: bool, fake: FakeStep | None = None) -> None:
+        super().__init__()
+        self.dry, self.fake = dry, fake
+        self.granule_bytes = 1 if fake is None else fake.granule_bytes
+        self.marks = False  # name each op to the profiler
+        self.recording = True
+        self.phase = Phase.FORWARD
+        self.storages: list[_Storage] = []
+        self.live: dict[int, int] = {}  # storage address -> value id
+        self.contents: dict[int, int] = {}  # of storages that are filled and emptied: address -> id of what is in it
+        self.watches: dict[int, Any] = {}
+        self.calls: list[Call] = []
+        self.events: list[tuple[EventKind, int]] = []
+        self.frames: list[FrameRecord] = []
+        self.open: FrameRecord | None = None
+        self.depth = 0
+        self.saved: list[tuple[int, int | None, int | None]] = []  # value, frame, ordinal
+        self.read: set[int] = set()
+        self.reading_unit: str | None = None
+        self.restart: Snapshot | None = None  # wants to know what the ops are about to write
+        self.in_cross_entropy = False
+        self.census: Census | None = None
+        self.custom: dict[str, int] = {}  # calls of custom autograd functions, by name
+        self.log_softmaxes: list[
+            tuple[int, int]
+        ] = []  # calls that a plain cross entropy made, bytes of a chunk of rows
+
+    # -- storages
+
+    def value_of(self, tensor: torch.Tensor, producer: int | None = None) -> tuple[int | None, bool]:
+        """Value id of the tensor's storage, and whether it is new. (None, False) when it has no storage."""
+        if tensor.layout is not torch.strided:
+            return None, False
+        tensor = local_of(tensor)
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:
+            return None, False
+        address = storage._cdata
+        known = self.live.get(address)
+        if known is not None:
+            return known, False
+        frame = self.open if producer is not None else None
+        record = _Storage(
+            id=len(self.storages),
+            size_bytes=self._rounded(storage.nbytes()),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            producer=producer,
+            frame=None if frame is None else frame.id,
+            ordinal=None if frame is None else len(frame.values),
+        )
+        if frame is not None:
+            frame.values.append(record.id)
+        if self.census is not None and producer is not None:
+            self.census.made(record.id)
+        self._watch(record, storage)
+        return record.id, True
+
+    def _rounded(self, size_bytes: int) -> int:
+        return -(-size_bytes // self.granule_bytes) * self.granule_bytes
+
+    def _watch(self, record: _Storage, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        self.storages.append(record)
+        self.live[address] = record.id
+        self.watches[record.id] = weakref.ref(storage, functools.partial(self.died, record.id, address))
+
+    def resized(self, storage: torch.UntypedStorage, before_bytes: int) -> None:
+        """A storage was filled or emptied that is the same value all along, as a weight is that FSDP2 gathers.
+
+        What it holds for a while is a value of its own, which nothing reads.
+        """
+        if not self.recording:
+            return
+        address, size_bytes = storage._cdata, storage.nbytes()
+        if address not in self.live:  # not seen full yet: what it is weighs nothing, only what is in it does
+            self._watch(_Storage(len(self.storages), 0, "uint8", (before_bytes,), None, None, None), storage)
+        held = self.contents.pop(address, None)
+        if held is not None:
+            self.events.append((EventKind.FREE, held))
+        elif before_bytes:
+            known = self.storages[self.live[address]]
+            if known.producer is not None:  # made in this pass, and now emptied
+                self.events.append((EventKind.FREE, known.id))
+                known.emptied = True
+        if size_bytes:
+            if self.restart is not None:
+                self.restart.filled(storage)
+            content = _Storage(len(self.storages), self._rounded(size_bytes), "uint8", (size_bytes,), None, None, None)
+            content.producer = len(self.calls)
+            content.collective = True
+            self.storages.append(content)
+            self.contents[address] = content.id
+            call = Call(
+                id=len(self.calls), name=_FILLED, reads=[], writes=[], outputs=[content.id], fresh=[content.id],
+                kind=Kind.OPAQUE, phase=self.phase, frame=None, ordinal=None, unit=None, flops=0,
+                out_bytes=content.size_bytes, seconds=[0.0],
+            )  # fmt: skip
+            self.calls.append(call)
+            self.events += [(EventKind.ALLOC, content.id), (EventKind.OP, call.id)]
+
+    def died(self, value: int, address: int, _: object = None) -> None:
+        if self.live.get(address) == value:
+            del self.live[address]
+        self.watches.pop(value, None)
+        if not self.recording:
+            return
+        content = self.contents.pop(address, None)
+        if content is not None:
+            self.events.append((EventKind.FREE, content))
+        if self.storages[value].producer is not None and not self.storages[value].emptied:
+            self.events.append((EventKind.FREE, value))
+
+    def released(self, saved: int) -> None:
+        if self.recording and not self.dry:
+            self.events.append((EventKind.RELEASE, saved))
+
+    # -- ops
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten.detach.default:
+            out = func(*args, **kwargs)
+            if self.fake is not None:
+                self.fake.learn(func, args, kwargs, out)
+            return out
+        if func in _QUERIES or func.namespace == "profiler":
+            return func(*args, **kwargs)
+        uncounted = is_uncounted(func, args, kwargs)
+        frame = None if uncounted else self.open
+        schema = func._schema
+        reads: list[tuple[int, int]] = []
+        for tensor in tensors_in((args, kwargs)):
+            value, _ = self.value_of(tensor)
+            if value is not None and func not in METADATA_ONLY:
+                reads.append((value, self.storages[value].version))
+        if self.restart is not None:
+            self.restart.before(func, args, kwargs)
+        started = time.perf_counter()
+        out = self._result(func, args, kwargs)
+        seconds = time.perf_counter() - started
+        if self.restart is not None:
+            self.restart.after(args, kwargs, out)
+        name = op_name(func)
+        call = Call(
+            id=len(self.calls), name=name, reads=reads, writes=[], outputs=[], fresh=[], kind=Kind.PURE,
+            phase=self.phase, frame=None if frame is None else frame.id,
+            ordinal=None if frame is None else len(frame.calls),
+            unit=self.open.unit
+            if self.open is not None
+            else self.reading_unit
+            if self.phase is Phase.BACKWARD
+            else None,
+            flops=op_flops(func, args, kwargs, out), out_bytes=0, seconds=[seconds],
+        )  # fmt: skip
+        if self.fake is not None and not self.dry:
+            self.fake.note(call.id, func, args, kwargs, call.flops)
+        if func is aten.add.Tensor and self.phase is Phase.BACKWARD:
+            call.adds_to_view = args[0]._is_view()
+        outside, self.open = self.open, frame  # an uncounted op's output belongs to no frame
+        flat = tensors_in(out) if not isinstance(out, torch.Tensor) else [out]
+        for tensor in flat:
+            value, fresh = self.value_of(tensor, producer=call.id)
+            call.outputs.append(value)
+            if fresh and value is not None:
+                call.fresh.append(value)
+                call.out_bytes += self.storages[value].size_bytes
+        self.open = outside
+        if not flat:
+            call.outputs.append(None)
+        if schema.is_mutable:
+            for position, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    target = kwargs.get(argument.name, args[position] if position < len(args) else None)
+                    for tensor in tensors_in(target):
+                        written, _ = self.value_of(tensor)
+                        if written is not None:
+                            call.writes.append(written)
+                            self.storages[written].version += 1
+        if self.in_cross_entropy and func is aten._log_softmax.default:
+            rows, classes = out.shape
+            row_bytes = classes * out.element_size()
+            self.log_softmaxes.append((call.id, rows_at_once(rows, row_bytes) * row_bytes))
+        self._classify(call, func, args, kwargs, frame)
+        self.calls.append(call)
+        for value in call.fresh:
+            self.events.append((EventKind.ALLOC, value))
+        self.events.append((EventKind.OP, call.id))
+        if frame is not None:
+            frame.calls.append(call.id)
+        return out
+
+    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.fake is None and not self.marks:
+            return func(*args, **kwargs)
+        with torch.profiler.record_function(MARK) if self.marks else contextlib.nullcontext():
+            return func(*args, **kwargs) if self.fake is None else self.fake.run(func, args, kwargs)
+
+    @property
+    def dispatched(self) -> list[Call]:
+        """The calls that went through the dispatcher, as a profile numbers them."""
+        return [call for call in self.calls if call.name != _FILLED]
+
+    def scratch_from(self, profiler: Any) -> None:
+        """Each op's scratch bytes, and the sums that the engine would make in place, from a profile of this pass."""
+        calls = self.dispatched
+        risen = risen_bytes(profiler, len(calls))
+        sum_in_place(self, summed_by_engine(profiler, len(calls)))
+        for call, rise in zip(calls, risen, strict=True):
+            call.scratch_bytes = max(0, rise - call.out_bytes)
+
+    def _classify(self, call: Call, func: Any, args: Any, kwargs: Any, frame: FrameRecord | None) -> None:
+        random = is_random(func, args, kwargs)
+        batch_norm = call.name in BATCH_NORMS
+        if frame is not None:
+            for value in call.writes:
+                if self.storages[value].frame != frame.id and not batch_norm:
+                    frame.effects.add(value)
+                    call.rerunnable = False
+        if frame is not None and func.namespace == "c10d":
+            frame.pinned = (
+                "other processes take part in it, as where FSDP2 shards modules inside it on their own: shard whole "
+                "blocks, or name those modules as units"
+            )
+        if frame is not None and torch.Tag.inplace_view in func.tags:
+            frame.pinned = f"{call.name} changes a tensor's shape in place"
+        if call.writes and not batch_norm:
+            call.kind = Kind.RANDOM if random else Kind.INPLACE
+        elif random:
+            call.kind = Kind.RANDOM
+        elif call.outputs and not call.fresh and all(v is not None for v in call.outputs):
+            call.kind = Kind.VIEW
+        elif any(v is not None and v not in call.fresh for v in call.outputs) and not batch_norm:
+            call.kind = Kind.OPAQUE
+            call.rerunnable = False
+
+    # -- saved tensors
+
+    def pack(self, tensor: torch.Tensor) -> _Holder:
+        return _Holder(None if self.dry else tensor, self.note_saved(tensor), self)
+
+    def note_saved(self, tensor: torch.Tensor) -> int:
+        value, _ = self.value_of(tensor)
+        if value is None and tensor.layout is torch.sparse_coo:  # a buffer is known by its values
+            with _disable_current_modes():
+                value = self.live.get(tensor._values().untyped_storage()._cdata)
+        if value is None:
+            raise Unsupported(f"autograd saves a {tensor.layout} tensor, which has no storage to plan for")
+        if self.census is not None:
+            self.census.saved(value)
+        saved = len(self.saved)
+        frame = self.open
+        self.saved.append((value, None if frame is None else frame.id, None if frame is None else len(frame.slots)))
+        if frame is not None:
+            frame.slots.append(saved)
+        return saved
+
+    def unpack(self, holder: _Holder) -> torch.Tensor:
+        if holder.tensor is None:
+            raise Unsupported(
+                "the model runs a backward of its own inside its forward (torch.autograd.grad, as physics losses do), "
+                "which cannot be traced"
+            )
+        if holder.saved not in self.read:
+            self.read.add(holder.saved)
+            self.events.append((EventKind.LOAD, holder.saved))
+            frame = self.saved[holder.saved][1]
+            if frame is not None:
+                self.reading_unit = self.frames[frame].unit
+        return holder.tensor
+
+    # -- frames
+
+    def frame_forward(self, path: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.open is not None or not torch.is_grad_enabled() or not self.recording:
+                return original(*args, **kwargs)
+            inputs = dict.fromkeys(v for v, _ in map(self.value_of, tensors_in((args, kwargs))) if v is not None)
+            frame = FrameRecord(id=len(self.frames), unit=path, inputs=tuple(inputs))
+            self.frames.append(frame)
+            self.events.append((EventKind.ENTER, frame.id))
+            self.open = frame
+            if any(_is_cache(item) for item in (*args, *kwargs.values())):
+                frame.pinned = "it is given a key-value cache, which a second run would append to again"
+            drawn = _foreign_random_state()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.open = None
+                if _foreign_random_state() != drawn:
+                    frame.pinned = "it draws random numbers from Python or NumPy, whose state is not restored"
+                frame.exit_versions = {v: self.storages[v].version for v in (*frame.values, *frame.inputs)}
+                self.events.append((EventKind.EXIT, frame.id))
+
+        return forward
+
+
+def _is_cache(item: Any) -> bool:
+    """A key-value cache of transformers, by what it can do: the models that make their own pass it along."""
+    return callable(getattr(item, "get_seq_length", None)) and callable(getattr(item, "update", None))
+
+
+def _foreign_random_state() -> tuple[int, int]:
+    """A cheap mark of Python's and NumPy's generators: equal marks mean that nothing was drawn."""
+    import random
+
+    mark = hash(random.getstate())
+    try:
+        import numpy
+    except ImportError:
+        return mark, 0
+    state: Any = numpy.random.get_state()
+    return mark, hash((state[1].tobytes(), state[2]))
+
+
+#: Ask a fake tensor about itself; a real step has no such ops.
+_QUERIES = frozenset({torch.ops.prim.device.default})
+
+
+def sum_in_place(full: Recorder, summed: list[bool]) -> None:
+    """Put back what a dispatch mode takes away: the engine sums gradients in place where nobody else holds them.
+
+    Under a mode it never does (`isTensorSubclassLike` in torch/csrc/autograd/input_buffer.cpp). Where the first
+    addend dies at the sum, its bytes become the sum's: it is freed before the sum is made, not after. A view (the
+    gradient of a linear layer's weight is one) holds its base, so nothing is summed into it.
+    """
+    position = {subject: i for i, (what, subject) in enumerate(full.events) if what is EventKind.OP}
+    for call, by_engine in zip(full.dispatched, summed, strict=True):
+        if not by_engine or call.name != "aten.add.Tensor" or len(call.fresh) != 1 or not call.reads:
+            continue
+        if call.adds_to_view:
+            continue
+        old, new = call.reads[0][0], call.fresh[0]
+        at = position[call.id]
+        until = next((i for i in range(at + 1, len(full.events)) if full.events[i][0] is EventKind.OP), None)
+        dies = next(
+            (i for i in range(at + 1, until or len(full.events)) if full.events[i] == (EventKind.FREE, old)), None
+        )
+        if dies is None or full.storages[old].size_bytes != full.storages[new].size_bytes:
+            continue
+        made = full.events.index((EventKind.ALLOC, new), max(0, at - 4))
+        # neither move changes the position of an op's own event by more than the two entries swap
+        del full.events[dies]
+        full.events.insert(made, (EventKind.FREE, old))
+        position[call.id] = at + 1

@@ -1,0 +1,179 @@
+"""Record one training step below autograd: every op, every storage's life, every tensor that autograd saves.
+
+Idea: a dispatch mode sees each op after autograd has decomposed it, weak references tell when a storage dies,
+and saved-tensor hooks tell what autograd holds, when backward reads it and when it lets go. Three passes over
+the same step (same random state, same buffers, same gradients at the start):
+
+1. *dry*: forward only, with every saved tensor thrown away at once. A storage that dies here dies when Python
+   lets go of it; this is how long a recomputed value lives in forward.
+2. *full*: forward and backward, recorded in order.
+3. *scratch*: the same once more under the allocator's own recording, for the bytes that kernels use inside.
+
+The optimizer's step is recorded on fake copies of the parameters, so nothing is updated and nothing is copied.
+
+Invariant: the model, its gradients, its buffers and every random state are left as they were found.
+Refused: steps whose three passes differ (`Unsupported`: the step is not deterministic, so no plan can be trusted).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.core import (
+    Device,
+    InvalidInput,
+    Trace,
+    Unsupported,
+)
+from tightfit.device.cost import NOMINAL_CUDA
+from tightfit.levers.tile.force import Sought
+from tightfit.step.modules import UnitsAsked, find_units
+from tightfit.step.parallel import (
+    Strategy,
+    inside,
+    strategy_of,
+    unsynchronised,
+)
+from tightfit.step.patches import compiled_entries, no_key_value_cache, own_checkpointing_off, uncompiled
+from tightfit.step.run import (
+    LossFunction,
+    check_trainable,
+)
+from tightfit.step.snapshot import undisturbed
+from tightfit.trace.fake import FakeStep, faked, refusals_named
+from tightfit.trace.optimizer import record_optimizer
+from tightfit.trace.passes import StepRecording, Unlike, first_pass, record_pass, record_tiled
+from tightfit.trace.units import Census
+
+#: Wrappers whose steps a dispatch mode cannot see, or whose peaks are not those of one device.
+_NOT_OURS = {
+    "DataParallel": "it copies the model to several devices; fit the module inside it, on one",
+}
+
+
+def trace(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    units: UnitsAsked = None,
+    fake: bool = False,
+    device: Device | torch.device | str | None = None,
+    tiles: bool = True,
+) -> Trace:
+    """One step of `model` on `batch`, recorded.
+
+    `loss(model, batch)` gives the scalar; by default the output's `.loss`, or the output itself. With an
+    `optimizer` its state and its step are part of the trace. Gradients that exist when `trace` is called
+    are taken to exist at every step (accumulation). `units` as in `step.find_units`; by default other modules are taken
+    where they hold more of what autograd saves (`tightfit.units`).
+
+    `fake=True` runs the step on fake tensors (`tightfit.fake`): the model may live on `meta`, nothing is allocated and
+    seconds are estimated. Then `device` is the target: a `Device` of the catalog, or `"cuda"` for CUDA's kernels in
+    general. Otherwise `device` only moves `batch`.
+
+    `tiles`: where the loss, or the largest unit, is a large part of what cannot be recomputed, record the step again
+    with tiles in force, for plans that need them; a recording takes as long as a step, so up to twice the time.
+
+    Checkpointing of the model's own (`gradient_checkpointing_enable`) is off meanwhile, as it is under a plan.
+
+    Raises `InvalidInput` (batch, loss, units), `Unsupported` (a step that cannot be recorded).
+    """
+    check_trainable(model)
+    target = _target(device) if fake else None
+    if device is not None and not fake:
+        if isinstance(device, Device):
+            raise InvalidInput(
+                f"a real step runs where the model is; {device.name} can only be the target of fake=True"
+            )
+        batch = torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, batch)
+    modules = find_units(inside(model), units)
+    strategy_of(model)  # refuses what is not planned
+    if any(getattr(module.forward, "__tightfit__", False) for module in model.modules()):
+        raise InvalidInput("a plan is in force on this model, so its own step cannot be seen; remove the plan first")
+    for path, module in model.named_modules():
+        if type(module).__name__ in _NOT_OURS:
+            raise Unsupported(f"{path or 'the model'} is a {type(module).__name__}: {_NOT_OURS[type(module).__name__]}")
+    if not torch.is_grad_enabled():
+        raise InvalidInput("gradients are switched off here (torch.no_grad): there is no training step to trace")
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    if fake:
+        step = FakeStep(target)
+        with (
+            own_checkpointing_off(model),
+            refusals_named(f"the {type(model).__name__}"),
+            unsynchronised(model),
+            uncompiled(model),
+            faked(model, batch, step) as fake_batch,
+            no_key_value_cache(model),
+        ):
+            return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles, units is None)
+    with (
+        own_checkpointing_off(model),
+        unsynchronised(model),
+        uncompiled(model),
+        undisturbed(model, batch) as restart,
+        no_key_value_cache(model),
+    ):
+        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles, units is None)
+
+
+def _target(device: Device | torch.device | str | None) -> Device | None:
+    if device is None or isinstance(device, Device):
+        return device
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return None
+    if kind != "cuda":
+        raise InvalidInput(f"no kernels of {device!r} are known: use cpu, cuda or a GPU of the catalog")
+    return NOMINAL_CUDA
+
+
+def _trace(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    optimizer: torch.optim.Optimizer | None,
+    modules: Mapping[str, nn.Module],
+    restart: Callable[[], None],
+    fake: FakeStep | None,
+    tiles: bool,
+    by_bytes: bool,
+) -> Trace:
+    """`by_bytes`: the first pass may show better units than `modules`."""
+    if strategy_of(model) is Strategy.FSDP2:
+        # its first forward makes what the later ones fill again; and tiles would compute where no weights are
+        restart()
+        record_pass(model, batch, loss, modules, restart, dry=True, fake=fake)
+        tiles = by_bytes = False
+    # a wrapper of the compiler warns of hooks on every module
+    census = Census(inside(model)) if by_bytes and not compiled_entries(model) else None
+    with census or contextlib.nullcontext():
+        dry, sought, token_wise = first_pass(model, batch, loss, modules, restart, fake, census)
+    if census is not None:
+        better = census.divided(modules, {storage.id: storage.size_bytes for storage in dry.storages})
+        if better.keys() != modules.keys():
+            modules = better
+            dry, sought, token_wise = first_pass(model, batch, loss, modules, restart, fake)
+    if not dry.frames:
+        modules = {"": model}
+        sought, token_wise = Sought(), []
+        restart()
+        dry = record_pass(model, batch, loss, modules, restart, dry=True, fake=fake)
+    target = fake.target if fake is not None else None
+    tail = None if optimizer is None else record_optimizer(optimizer, target)
+    step = StepRecording(model, batch, loss, modules, restart, fake, tail)
+    try:
+        recorded = step.recorded(dry, None)
+    except Unlike:  # a model's first forward may do more than its later ones: what it sets up stays
+        recorded = step.recorded(step.dry(), None)
+    if not tiles:
+        return recorded
+    tiled, reasons = record_tiled(step, recorded, sought, token_wise)
+    return dataclasses.replace(recorded, tiled=tiled, notes=(*recorded.notes, *reasons))

@@ -1,0 +1,1 @@
+"""What `tightfit train` does."""

@@ -1,0 +1,114 @@
+"""Prove a plan on the real model: the same gradients, a peak within budget, a prediction that held.
+
+The reference is the same step without the plan, from the same parameters, buffers and random state. Gradients and
+buffers are compared bit by bit; the peak is the allocator's own count of a whole step, the optimizer's included. A plan
+with tiles adds sums in another order: its loss and gradients may be as far from the same step in float64 as 1.5 times
+the step without the plan is. So may those of a compiled step, whose kernels are fused otherwise under another plan: the
+step without the plan is the compiled one there, random masks are those of the uncompiled step (so that float64 can
+have them too), and steps with the compiler's own random numbers are compared with each other.
+
+Invariant: the model, its gradients, the optimizer's state and every random state are left as they were found.
+Refused: nothing is passed on trust; a gradient that is missing, of another shape, stride or dtype, is a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.core import Check, Plan, Proof
+from tightfit.step.environment.environment import environment
+from tightfit.step.patches import compiled_entries, no_key_value_cache, uncompiled
+from tightfit.step.run import LossFunction, compute_loss
+from tightfit.step.snapshot import undisturbed
+from tightfit.verify.float64 import against_float64, compiled_checks
+from tightfit.verify.gradients import Outcome, Switch, compared
+from tightfit.verify.peak import peak_bytes, peak_checks
+from tightfit.verify.seconds import time_check
+
+
+def verify(
+    model: nn.Module,
+    batch: Any,
+    plan: Plan,
+    loss: LossFunction | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Proof:
+    """Run the step with and without `plan` and compare.
+
+    Checks: `gradients` (every parameter, bit by bit; with tiles, each parameter's error against float64, and `loss`
+    too), `buffers` (only where there are any), `peak` (measured
+    against the budget, 0.5 %), `prediction` (measured against predicted, 0.5 %), `time` (ratio of interleaved steps;
+    reported, cannot fail). Pass the same `loss` and `optimizer` that the plan was traced with.
+
+    Raises `PlanMismatch`, `InvalidInput`. A check that fails is not raised: see `Proof.passed`.
+    """
+    with undisturbed(model, batch) as restart, no_key_value_cache(model):
+
+        def observe() -> Outcome:
+            restart()
+            compute_loss(model, batch, loss).backward()
+            return Outcome(model)
+
+        with uncompiled(model), restart.watching():
+            observe()
+        reference = observe()
+        switch = Switch(model, plan)
+        with switch as applied:
+            planned = observe()
+            stats = applied.stats()
+        if compiled_entries(model):
+            checks = compiled_checks(model, batch, switch, loss, restart)
+            checks += [c for c in compared(model, reference, planned, observe) if c.name == "buffers"]
+        elif plan.exact:
+            checks = compared(model, reference, planned, observe)
+        else:
+            checks = against_float64(model, batch, switch, loss, restart)
+            checks += [c for c in compared(model, reference, planned, observe) if c.name == "buffers"]
+        del planned, reference
+        with switch:
+            measured_bytes = peak_bytes(model, batch, loss, optimizer, restart)
+        checks += peak_checks(plan, measured_bytes, compiled=bool(compiled_entries(model)))
+        checks.append(time_check(model, batch, switch, loss, restart, fallbacks=stats.fallbacks))
+        switch.close()
+    return Proof(checks=tuple(checks), environment=environment())
+
+
+def gradient_checks(
+    model: nn.Module,
+    batch: Any,
+    plan: Plan,
+    loss: LossFunction | None = None,
+    reference: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> tuple[Check, ...]:
+    """The checks `gradients` and `buffers` of `verify` alone: three steps, no optimizer. The compared step runs inside
+    `reference()`: torch's own checkpointing, where the plain step does not fit."""
+    with undisturbed(model, batch) as restart, no_key_value_cache(model):
+
+        def observe() -> Outcome:
+            with reference():
+                restart()
+                compute_loss(model, batch, loss).backward()
+            return Outcome(model)
+
+        with uncompiled(model), restart.watching():
+            observe()
+        expected = observe()
+        switch = Switch(model, plan)
+        with switch:
+            restart()
+            compute_loss(model, batch, loss).backward()
+            planned = Outcome(model)
+        checks = compared(model, expected, planned, observe)
+        if compiled_entries(model):
+            checks = [check for check in checks if check.name == "buffers"]
+            checks += compiled_checks(model, batch, switch, loss, restart)
+        elif not plan.exact:
+            checks = [check for check in checks if check.name == "buffers"]
+            checks += against_float64(model, batch, switch, loss, restart)
+        switch.close()
+        return tuple(checks)
