@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import tightfit
 from tightfit.core import BudgetInfeasible, Plan
 from tightfit.plan import lowest
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.snapshot import undisturbed
 from tightfit.verify.measure import FlopCount
 from tightfit.verify.peak import measured_peak_bytes

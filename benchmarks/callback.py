@@ -35,7 +35,7 @@ from transformers import (
 from transformers.utils import logging
 
 from tightfit.integrations.transformers import TightfitCallback
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "callback.json"
 STEPS, ACCUMULATED, TURNS = 8, 2, 5

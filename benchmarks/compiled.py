@@ -38,7 +38,7 @@ import tightfit
 from tightfit.core import BudgetInfeasible
 from tightfit.integrations.peft import add_lora
 from tightfit.integrations.transformers import random_batch
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.ops import op_flops
 from tightfit.verify.peak import PeakMeter, static_bytes
 

@@ -36,7 +36,7 @@ import tightfit
 from tightfit.core import Timeline
 from tightfit.integrations.bitsandbytes import quantise
 from tightfit.integrations.peft import add_lora
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.patches import no_key_value_cache
 from tightfit.trace.profiler import memory_events
 from tightfit.verify.measure import every_block_checkpointed

@@ -28,7 +28,7 @@ from tightfit.device.allocator import peaks
 from tightfit.forecast import Setup, trace_setup
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.simulate import allocations
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.verify.measure import every_block_checkpointed
 
 RESULTS = Path(__file__).parent / "results"

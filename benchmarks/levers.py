@@ -34,7 +34,7 @@ from tightfit.forecast import Setup, trace_for
 from tightfit.integrations.transformers import load_model, random_batch
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.shares import shares
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.verify.measure import measure
 
 RESULTS = Path(__file__).parent / "results" / "levers.json"

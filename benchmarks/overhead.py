@@ -29,7 +29,7 @@ import tightfit
 from tightfit.core import Action, Choice, Plan, Status, Trace
 from tightfit.plan import every_block
 from tightfit.plan.simulate import simulate_choices
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.patches import ForwardPatch
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"

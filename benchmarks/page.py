@@ -229,7 +229,7 @@ def document_of_32_layers() -> dict[str, Any]:
 
 def record() -> dict[str, Any]:
     from tightfit.report import page as page_of
-    from tightfit.step.environment.environment import environment
+    from tightfit.step.environment import environment
 
     load = os.getloadavg()[0]
     text = page_of(document_of_32_layers())

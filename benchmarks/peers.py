@@ -45,7 +45,7 @@ from torch.utils.checkpoint import (
 import tightfit
 from tightfit.integrations.peft import add_lora
 from tightfit.integrations.transformers import random_batch
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.modules import find_units
 from tightfit.step.patches import ForwardPatch, no_key_value_cache
 from tightfit.step.snapshot import undisturbed

@@ -31,7 +31,7 @@ import tightfit
 from tightfit.core import Action, Choice, Plan, Program, Status, Trace, Unit, Unsupported
 from tightfit.plan.program import kept_values, recipe, shared
 from tightfit.plan.simulate import simulate_choices
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.snapshot import undisturbed
 from tightfit.verify.gradients import Outcome, differences
 from tightfit.verify.peak import PeakMeter, static_bytes

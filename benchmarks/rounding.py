@@ -103,7 +103,7 @@ def main() -> int:
             row |= json.loads(done.stdout.splitlines()[-1]) if not done.returncode else {"ended": done.returncode}
             rows.append(row)
             print(json.dumps(row), flush=True)
-    from tightfit.step.environment.environment import environment
+    from tightfit.step.environment import environment
 
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "seeds": asked.seeds,

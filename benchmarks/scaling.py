@@ -26,7 +26,7 @@ from tightfit.core import BudgetInfeasible, Plan
 from tightfit.device.cost import retimed
 from tightfit.forecast import Setup, reached, trace_setup
 from tightfit.plan import Effort, every_block, plan, simulate
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 SHAPES = (

@@ -41,7 +41,7 @@ from tightfit.forecast import Setup, sent_bytes, trace_for, usable_bytes
 from tightfit.integrations.fsdp import sharded
 from tightfit.integrations.peft import add_lora
 from tightfit.plan import Effort, every_block, plan, simulate
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.parallel import local_of
 from tightfit.verify.measure import every_block_checkpointed
 from tightfit.verify.peak import PeakMeter, static_bytes

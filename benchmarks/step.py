@@ -34,7 +34,7 @@ from tightfit.integrations.peft import add_lora
 from tightfit.integrations.transformers import load_model, random_batch
 from tightfit.plan import every_block
 from tightfit.plan.choose import Model
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.snapshot import undisturbed
 from tightfit.verify.peak import run_step, untrained
 

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tightfit
 from tightfit.integrations.peft import add_lora
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.verify.measure import measure
 
 RESULTS = Path(__file__).parent / "results" / "switches.json"

@@ -43,7 +43,7 @@ def record() -> dict[str, Any]:
     from tightfit.device.cost import NOMINAL_CPU, retimed
     from tightfit.integrations.transformers import load_model, random_batch
     from tightfit.report.study import study
-    from tightfit.step.environment.environment import environment
+    from tightfit.step.environment import environment
     from tightfit.verify.measure import FlopCount, every_block_checkpointed
     from tightfit.verify.peak import PeakMeter, run_step, static_bytes
 

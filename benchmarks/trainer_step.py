@@ -114,7 +114,7 @@ def main() -> int:
     for name in [asked.only] if asked.only else CASES:
         rows.append(compared(name))
         print(json.dumps(rows[-1]), flush=True)
-    from tightfit.step.environment.environment import environment
+    from tightfit.step.environment import environment
 
     if not asked.only:
         record = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tightfit.core import to_json, write_text
 from tightfit.doctor import TRAPS, probed
-from tightfit.step.environment.environment import environment, versions
+from tightfit.step.environment import environment, versions
 
 RESULT = Path(__file__).parent / "results" / "traps.json"
 

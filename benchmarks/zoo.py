@@ -282,7 +282,7 @@ def main(asked: list[str]) -> int:
         counts[outcome.status] = counts.get(outcome.status, 0) + 1
     print(counts, file=sys.stderr)
     if not asked:
-        from tightfit.step.environment.environment import environment
+        from tightfit.step.environment import environment
 
         record = {"environment": environment(), "counts": counts, "rows": [dataclasses.asdict(o) for o in found]}
         RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

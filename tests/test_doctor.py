@@ -18,10 +18,12 @@ from tests.names import EVERY_N_LAYERS, NEW, switch_on
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import tightfit.doctor.traps as traps
 from tightfit.cli.program import main
 from tightfit.core import InvalidInput
 from tightfit.doctor import TRAPS, Verdict, case_of, examine, explain_peak, findings, probed, read_run, setup_of
+from tightfit.doctor.traps import peaks, use_cache
+from tightfit.doctor.traps import trap as shared
+from tightfit.doctor.traps.reentrant import _missing
 from tightfit.forecast import Setup
 from tightfit.levers.loss_in_place.loss import in_place
 from tightfit.step.run import static_bytes_by_category
@@ -110,7 +112,7 @@ def mend_reentrant(patch: pytest.MonkeyPatch) -> None:
 
 def mend_missing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        traps, "checkpoint", lambda function, *args, use_reentrant: checkpoint(function, *args, use_reentrant=False)
+        shared, "checkpoint", lambda function, *args, use_reentrant: checkpoint(function, *args, use_reentrant=False)
     )
 
 
@@ -122,8 +124,8 @@ def mend_hook(patch: pytest.MonkeyPatch) -> None:
 
 
 def mend_cache(patch: pytest.MonkeyPatch) -> None:
-    original = traps._peak
-    patch.setattr(traps, "_peak", lambda model, batch, **said: original(model, batch, use_cache=False))
+    original = use_cache.peak_of
+    patch.setattr(use_cache, "peak_of", lambda model, batch, **said: original(model, batch, use_cache=False))
 
 
 def mend_fsdp(patch: pytest.MonkeyPatch) -> None:
@@ -164,8 +166,8 @@ def mend_eval(patch: pytest.MonkeyPatch) -> None:
 
 
 def mend_logits(patch: pytest.MonkeyPatch) -> None:
-    original = traps._tiny
-    patch.setattr(traps, "_tiny", lambda **said: original(**{**said, "vocab_size": 64}))
+    original = peaks.tiny_model
+    patch.setattr(peaks, "tiny_model", lambda **said: original(**{**said, "vocab_size": 64}))
 
 
 def mend_foreach(patch: pytest.MonkeyPatch) -> None:
@@ -234,7 +236,7 @@ def verdicts(model: nn.Module) -> dict[str, Verdict]:
 
 
 def tiny(kind: str = "llama", **changed: Any) -> Any:
-    return traps._tiny(kind, **{"use_cache": False, **changed})
+    return shared.tiny_model(kind, **{"use_cache": False, **changed})
 
 
 def lora(**changed: Any) -> Any:
@@ -264,7 +266,7 @@ def test_inputs_without_gradients() -> None:
     base.disable_input_require_grads()
     assert verdicts(model)["missing-input-gradients"] is BITES
     # and it is so: nothing gets a gradient
-    assert traps._missing(lambda: model) == (28, 28)
+    assert _missing(lambda: model) == (28, 28)
 
 
 def test_a_hook_over_a_frozen_prefix() -> None:
@@ -320,7 +322,7 @@ def test_a_4bit_model_after_evaluation() -> None:
     assert verdicts(model)["4bit-cpu-after-eval"] is CANNOT_TELL
     model.eval()
     with torch.no_grad():
-        model(traps._batch()["input_ids"])
+        model(shared.tiny_batch()["input_ids"])
     model.train()
     assert verdicts(model)["4bit-cpu-after-eval"] is BITES
     mended = quantise(tiny(hidden_size=64), torch.float32)
@@ -342,16 +344,18 @@ def test_checkpointing_in_a_part_that_is_in_eval_mode() -> None:
 
 def test_examine_looks_at_the_peak_of_the_callers_own_step() -> None:
     model = tiny(layers=2, vocab_size=8192, tie_word_embeddings=True)
-    found = {f.name: f for f in examine(model, traps._batch(8, 64))}
+    found = {f.name: f for f in examine(model, shared.tiny_batch(8, 64))}
     assert found["logits-own-the-peak"].verdict is BITES
     # the step with an optimizer whose temporaries are the peak
     plain = tiny(layers=2, vocab_size=4096)
     found = {
-        f.name: f for f in examine(plain, traps._batch(), optimizer=torch.optim.AdamW(plain.parameters(), foreach=True))
+        f.name: f
+        for f in examine(plain, shared.tiny_batch(), optimizer=torch.optim.AdamW(plain.parameters(), foreach=True))
     }
     assert found["foreach-temporaries"].verdict is BITES, found["foreach-temporaries"].why
     found = {
-        f.name: f for f in examine(plain, traps._batch(), optimizer=torch.optim.AdamW(plain.parameters(), fused=True))
+        f.name: f
+        for f in examine(plain, shared.tiny_batch(), optimizer=torch.optim.AdamW(plain.parameters(), fused=True))
     }
     assert found["foreach-temporaries"].verdict is NOT_HERE
     assert all(p.grad is None for p in plain.parameters())

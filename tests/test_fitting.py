@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 
 import tightfit
-from tightfit import fitting
 from tightfit.core import BudgetInfeasible, InvalidInput
+from tightfit.fitting import fit as fitting
 from tightfit.verify.gradients import Outcome, differences
 from tightfit.verify.peak import PeakMeter, static_bytes
 

@@ -17,7 +17,9 @@ import tightfit
 from tightfit import forecast
 from tightfit.catalog import gpu, gpu_names, model_names, model_shape
 from tightfit.core import Device, InvalidInput, Unsupported
-from tightfit.forecast import Setup
+from tightfit.forecast import Setup, lengths, recording
+from tightfit.forecast.advice import ERROR_CASES, WORST_ERROR
+from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, room_bytes
 
 ROOT = Path(__file__).parents[1]
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "forecast.py"))
@@ -26,7 +28,7 @@ TINY = Setup(model="tightfit-demo", method="full", batch=1, seq=64, dtype="bf16"
 
 
 def card(size_bytes: int) -> Device:
-    return forecast.device_asked(f"{size_bytes + forecast.CONTEXT_BYTES}")
+    return forecast.device_asked(f"{size_bytes + CONTEXT_BYTES}")
 
 
 @pytest.mark.parametrize(
@@ -45,9 +47,9 @@ def test_live_bytes_are_the_allocators_own(case: Any) -> None:
 
 def test_the_error_bar_is_that_of_the_results() -> None:
     found = json.loads((ROOT / "benchmarks" / "results" / "forecast.json").read_text())["summary"]
-    assert found["cases"] == forecast.ERROR_CASES
-    assert max(found["worst_error"], found["worst_phase_error"]) <= forecast.WORST_ERROR
-    assert forecast.WORST_ERROR <= 0.0005
+    assert found["cases"] == ERROR_CASES
+    assert max(found["worst_error"], found["worst_phase_error"]) <= WORST_ERROR
+    assert WORST_ERROR <= 0.0005
 
 
 def test_the_seven_billion_question() -> None:
@@ -84,7 +86,7 @@ def test_cuda_rounds_every_block_and_keeps_boolean_dropout_masks() -> None:
 def test_unrolled_setups_are_the_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = Setup(model="smollm2-135m", method="lora", batch=2, seq=64, optimizer="adamw")
     quick = forecast.trace_setup(setup, gpu("rtx-4090"))
-    monkeypatch.setattr(forecast, "_stack", lambda model: None)
+    monkeypatch.setattr(recording, "_stack", lambda model: None)
     whole = forecast.trace_setup(setup, gpu("rtx-4090"))
     assert quick.digest == whole.digest
     assert tightfit.simulate(quick) == tightfit.simulate(whole)
@@ -93,12 +95,12 @@ def test_unrolled_setups_are_the_whole_models(monkeypatch: pytest.MonkeyPatch) -
 
 def test_largest_batch_and_longest_sequence_are_exact() -> None:
     room = 96 * 2**20
-    answer = forecast.check(TINY, card(int(room * (1 + forecast.MARGIN))))
+    answer = forecast.check(TINY, card(int(room * (1 + MARGIN))))
     assert answer.fits and answer.largest_batch and answer.longest_seq
 
     def runs(**changed: int) -> bool:
         setup = Setup(**{**{f: getattr(TINY, f) for f in TINY.__dataclass_fields__}, **changed})
-        found = forecast.check(setup, card(int(room * (1 + forecast.MARGIN))), search=False)
+        found = forecast.check(setup, card(int(room * (1 + MARGIN))), search=False)
         return found.plan is not None and found.plan.exact  # tiles are not looked for where nobody needed them
 
     assert runs(batch=answer.largest_batch) and not runs(batch=answer.largest_batch + 1)
@@ -126,7 +128,7 @@ def test_a_card_that_is_too_small_gets_advice_with_numbers() -> None:
 def test_what_fits_is_within_the_card_with_context_and_margin(size: int) -> None:
     device = card(size * 2**20)
     for mode in forecast.check(TINY, device, search=False).modes:
-        total = mode.reserved_bytes * (1 + forecast.MARGIN) + forecast.CONTEXT_BYTES
+        total = mode.reserved_bytes * (1 + MARGIN) + CONTEXT_BYTES
         if mode.fits:
             assert total <= device.memory_bytes + 2
         assert sum(mode.by_category.values()) == mode.reserved_bytes
@@ -285,7 +287,7 @@ def test_lengths_come_from_a_regular_file_of_bounded_size(tmp_path: Path, monkey
         signal.signal(signal.SIGALRM, waiting)
     file = tmp_path / "lengths"
     file.write_text("5\n" * 32)
-    monkeypatch.setattr(forecast, "MOST_LENGTHS_BYTES", 64)
+    monkeypatch.setattr(lengths, "MOST_LENGTHS_BYTES", 64)
     assert forecast.longest_length(file)[0] == 5
     file.write_text("5\n" * 33)
     with pytest.raises(InvalidInput, match="more than 64 B"):
@@ -303,7 +305,7 @@ def test_more_than_all_of_a_device_is_refused(gpu_asked: str) -> None:
             forecast.check(TINY, forecast.device_asked(gpu_asked), budget="200%", progress=said.append)
     assert said == []
     device = forecast.device_asked("24GiB")
-    assert forecast._room(device, "100%") == forecast._room(device, None)
+    assert room_bytes(device, "100%") == room_bytes(device, None)
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import tightfit
-import tightfit.loss
 from tightfit.core import EventKind, Trace
+from tightfit.levers.loss_in_place import loss as loss_in_place
 from tightfit.levers.loss_in_place.loss import in_place
 from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.simulate import simulate_choices
@@ -41,12 +41,12 @@ def loss_and_gradient(make: Any, dtype: torch.dtype, backwards: int = 1, **optio
 def test_bit_for_bit(
     reduction: str, dtype: torch.dtype, backwards: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tightfit.loss, "rows_at_once", lambda rows, row_bytes: at_once)
+    monkeypatch.setattr(loss_in_place, "rows_at_once", lambda rows, row_bytes: at_once)
     expected = loss_and_gradient(F.cross_entropy, dtype, backwards, reduction=reduction)
     with in_place():
         # looked up again: the function that callers see is the one that is replaced
         found = loss_and_gradient(F.cross_entropy, dtype, backwards, reduction=reduction)
-        assert F.cross_entropy.__module__ == "tightfit.loss"
+        assert F.cross_entropy.__module__ == "tightfit.levers.loss_in_place.loss"
     assert torch.equal(expected[0], found[0])
     assert torch.equal(expected[1], found[1])
 

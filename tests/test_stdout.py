@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tightfit import stdout
+from tightfit.cli import stdout
 from tightfit.cli.program import app, main
 
 #: Imported at the start of the process: it prints to descriptor 1 by every way there is, at once and whenever torch,
@@ -73,7 +73,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("noisy")
     (folder / "sitecustomize.py").write_text(NOISY)
-    source = str(Path(stdout.__file__).parents[1])
+    source = str(Path(stdout.__file__).parents[2])
     return {
         **os.environ, "PYTHONPATH": os.pathsep.join([str(folder), source, os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
@@ -134,7 +134,7 @@ def test_closed_streams(tiny: Path, noisy: dict[str, str], tmp_path: Path) -> No
 
 
 def test_a_reader_that_goes_away_is_no_traceback(tiny: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(stdout.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(stdout.__file__).parents[2])}
     done = shell("tightfit doctor --json | true", environment, tmp_path)
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
     assert "Exception ignored" not in done.stderr
@@ -142,16 +142,16 @@ def test_a_reader_that_goes_away_is_no_traceback(tiny: Path, tmp_path: Path) -> 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(stdout.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(stdout.__file__).parents[2])}
     done = shell("tightfit --version > /dev/full", environment, tmp_path)
     assert done.returncode == 1
     assert done.stderr == "tightfit: cannot write the result: No space left on device\n"
     done = shell("tightfit plan no-such-model 2> /dev/full", environment, tmp_path)
     assert done.returncode == 2 and not done.stdout
     (tmp_path / "long.py").write_text(  # longer than a buffer, so that it is written where it is made
-        "from tightfit import cli, stdout\n"
-        "cli._run = lambda asked: stdout.results().write('x' * 100_000)\n"
-        "raise SystemExit(cli.main())\n"
+        "from tightfit.cli import program, stdout\n"
+        "program._run = lambda asked: stdout.results().write('x' * 100_000)\n"
+        "raise SystemExit(program.main())\n"
     )
     done = shell(f"{sys.executable} long.py > /dev/full", environment, tmp_path)
     assert done.returncode == 1

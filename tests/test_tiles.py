@@ -7,7 +7,6 @@ The sabotages at the end prove that the yardstick sees a wrong tile.
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any
 
 import pytest
@@ -26,13 +25,14 @@ from transformers import (
 )
 
 import tightfit
-from tightfit import tiles
 from tightfit.core import Lever, TiledModule, Tiling, dumps, loads
+from tightfit.levers.tile import head, modules
 from tightfit.levers.tile.deferred import Deferred
-from tightfit.levers.tile.force import in_force
+from tightfit.levers.tile.force import head_sought, in_force
 from tightfit.levers.tile.head import TileStats
 from tightfit.plan import lowest
 from tightfit.step.run import compute_loss
+from tightfit.verify import float64 as float64_module
 from tightfit.verify.float64 import _double, _float64
 from tightfit.verify.rounding import _INDEPENDENT, TILE_FACTOR, Errors, limit
 
@@ -128,7 +128,7 @@ def batch_of(rows: int = 2, length: int = 21) -> dict[str, Any]:
 
 def head_of(model: nn.Module, batch: Any) -> str:
     units = [path for path, _ in model.named_modules() if path.endswith((".layers.0", ".layers.1", ".h.0", ".h.1"))]
-    with tiles.head_sought(model, units) as sought:
+    with head_sought(model, units) as sought:
         compute_loss(model, batch)
     assert sought.path is not None, sought.reason
     return sought.path
@@ -279,7 +279,7 @@ def test_any_loss_of_a_plain_module(name: str, dtype: torch.dtype) -> None:
     model = Plain().to(dtype)
     loss = shifted(LOSSES[name])
     units = [f"blocks.{i}" for i in range(3)]
-    with tiles.head_sought(model, units) as sought:
+    with head_sought(model, units) as sought:
         loss(model, batch_of())
     assert sought.path == "out"
     untiled = steps(model, batch_of(), loss)
@@ -561,7 +561,7 @@ def test_a_plan_for_another_head_is_refused() -> None:
 
 
 def test_a_large_model_is_held_against_float64_at_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["tightfit.verify"], "_FLOAT64_BYTES", 0)
+    monkeypatch.setattr(float64_module, "_FLOAT64_BYTES", 0)
     model, batch = wide()
     trace = tightfit.trace(model, batch)
     proof = tightfit.verify(model, batch, lowest(trace))
@@ -597,9 +597,9 @@ def proven(module: nn.Module) -> tuple[bool, bool]:
     """By a perturbed token, and by the ops on fake tensors."""
     from tightfit.trace.fake import FakeStep, faked
 
-    real = tiles.is_token_wise(module, WIDTH, torch.float32, torch.device("cpu"))
+    real = modules.is_token_wise(module, WIDTH, torch.float32, torch.device("cpu"))
     with faked(module, (), FakeStep(None)):
-        return real, tiles.is_token_wise_by_shape(module, WIDTH, torch.float32)
+        return real, modules.is_token_wise_by_shape(module, WIDTH, torch.float32)
 
 
 def test_what_is_token_wise_is_proven_and_what_is_not_is_refused() -> None:
@@ -629,7 +629,7 @@ def test_token_wise_modules_in_chunks(name: str, dtype: torch.dtype) -> None:
         model = HEADS[name]()
     model, batch = model.to(dtype).train(), batch_of()
     units = [path for path, _ in model.named_modules() if path.endswith((".layers.0", ".layers.1"))]
-    with tiles.modules_sought(model, units, fake=False) as sought:
+    with modules.modules_sought(model, units, fake=False) as sought:
         compute_loss(model, batch)
     assert [each.name for each in sought] == ["mlp"]
     untiled = steps(model, batch)
@@ -693,7 +693,7 @@ def test_a_chunk_that_loses_a_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
     torch.manual_seed(0)
     model, batch = llama().train(), batch_of()
     untiled, exact = steps(model, batch), in_float64(model, batch)
-    parts, backwards = tiles._parts, []
+    parts, backwards = modules._parts, []
 
     def lossy(rows: int, count: int) -> Any:
         backwards.append(rows)
@@ -701,7 +701,7 @@ def test_a_chunk_that_loses_a_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
             lost = torch._C._current_graph_task_id() != -1 and part.start == 0
             yield slice(part.start, part.stop - 1) if lost else part
 
-    monkeypatch.setattr(tiles, "_parts", lossy)
+    monkeypatch.setattr(modules, "_parts", lossy)
     with in_force(model, Tiling(modules=(TiledModule(name="mlp", tiles=4),)), TileStats(), ["model.layers.1"]):
         tiled = steps(model, batch)
     assert backwards
@@ -728,7 +728,7 @@ def test_the_limit_is_what_chance_needs_and_no_more() -> None:
 
 
 def sabotages() -> dict[str, Any]:
-    span, product, scale = tiles._Job.spans, tiles._add_product, tiles._denominator
+    span, product, scale = head.Job.spans, head._add_product, head._denominator
 
     def off_by_one(self: Any, rows: int) -> Any:
         for part in span(self, rows):
@@ -746,10 +746,10 @@ def sabotages() -> dict[str, Any]:
         return scale(target.clamp(min=0), weight, job)
 
     return {
-        "a row is lost": (tiles._Job, "spans", off_by_one),
-        "sums are forgotten": (tiles, "_add_product", forgotten),
-        "sums are rounded": (tiles, "_add_product", rounded),
-        "ignored rows count": (tiles, "_denominator", ignored_counted),
+        "a row is lost": (head.Job, "spans", off_by_one),
+        "sums are forgotten": (head, "_add_product", forgotten),
+        "sums are rounded": (head, "_add_product", rounded),
+        "ignored rows count": (head, "_denominator", ignored_counted),
     }
 
 

@@ -23,11 +23,10 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import tightfit
-from tightfit import recipe
-from tightfit import train as training
 from tightfit.core import InvalidInput, Plan, TightfitError
 from tightfit.integrations.recovery import OutOfMemory, Recovery, lower
-from tightfit.train import RunResult, TrainOptions, last_checkpoint, train
+from tightfit.train import RunResult, TrainOptions, byte_tokenizer, last_checkpoint, progress, recipe, train
+from tightfit.train import run as training
 
 TINY = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
@@ -91,7 +90,7 @@ def test_accumulated_losses_are_the_trainers_own(whole: RunResult) -> None:
 
 #: Patches that kill the process; `kill()` is defined before them.
 MOMENTS = {
-    "before the folder is there": "training._Run.open = lambda *a: kill()",
+    "before the folder is there": "training.Run.open = lambda *a: kill()",
     "in a step": "at(training.SFTTrainer, 'training_step', 9)",
     "after the weights of a checkpoint": "at(transformers.Trainer, '_save_optimizer_and_scheduler', 2)",
     "after the optimizer of a checkpoint": "at(transformers.Trainer, '_save_rng_state', 3)",
@@ -112,21 +111,21 @@ def rmtree(path, *a, real=shutil.rmtree, **k):
     return real(path, *a, **k)
 shutil.rmtree = rmtree""",
     "in the middle of a line of losses": """
-def write(self, *a, real=training._Watch.on_step_end, **k):
+def write(self, *a, real=training.Watch.on_step_end, **k):
     real(self, *a, **k)
     if len(self.rows) == 5:
         self.file.write('{"step": 6, "lo')
         self.file.flush()
         kill()
-training._Watch.on_step_end = write""",
-    "while the model is saved": "at(training._Run, '_study', 1); training.os.replace = lambda *a: kill()",
-    "before the last record": "at(training._Run, '_study', 1)",
+training.Watch.on_step_end = write""",
+    "while the model is saved": "at(training.Run, '_study', 1); training.os.replace = lambda *a: kill()",
+    "before the last record": "at(training.Run, '_study', 1)",
 }  # fmt: skip
 
 CHILD = """
 import os, signal, sys
 import transformers
-from tightfit import train as training
+from tightfit.train import run as training
 from tightfit.cli import main
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -199,7 +198,7 @@ def test_cut_short_after_the_last_step(
     def interrupted(self: Any, *args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Run, "_study", interrupted)
+    monkeypatch.setattr(training.Run, "_study", interrupted)
     assert train(options(place, tmp_path / "run")).status == "interrupted"
     monkeypatch.undo()
     found = last_checkpoint(tmp_path / "run" / "checkpoints")
@@ -243,14 +242,14 @@ def test_adapters_resume_bit_for_bit(method: str, place: Path, tmp_path: Path, m
     reference = train(options(place, tmp_path / "whole", **changes, compare_steps=3))
     assert reference.passed and reference.losses_identical
     assert reference.plan is not None and reference.plan.replays
-    real = training._Run.trainer
+    real = training.Run.trainer
 
     def interrupted(self: Any, *args: Any) -> Any:
         trainer = real(self, *args)
         trainer.add_callback(Interrupt(4))
         return trainer
 
-    monkeypatch.setattr(training._Run, "trainer", interrupted)
+    monkeypatch.setattr(training.Run, "trainer", interrupted)
     cut = train(options(place, tmp_path / "run", **changes))
     assert cut.status == "interrupted" and len(cut.losses) == 4
     monkeypatch.undo()
@@ -299,7 +298,7 @@ def failing(real: Callable[..., Any], now: list[int], steps: list[int], error: E
 
 def patch(monkeypatch: pytest.MonkeyPatch, where: str, now: list[int], steps: list[int]) -> None:
     if where == "forward":
-        owner = training._PlainLoss
+        owner = training.PlainLoss
         monkeypatch.setattr(owner, "compute_loss", failing(owner.compute_loss, now, steps, CUDA, after=True))
     elif where == "backward":
         real, left = accelerate.Accelerator.backward, list(steps)
@@ -426,7 +425,7 @@ def test_a_smaller_plan_is_as_exact_as_the_one_before() -> None:
 def test_another_error_is_not_survived(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_training: list[int]
 ) -> None:
-    owner = training._PlainLoss
+    owner = training.PlainLoss
     wrong = failing(owner.compute_loss, in_training, [2], RuntimeError("shapes differ"), after=False)
     monkeypatch.setattr(owner, "compute_loss", wrong)
     with pytest.raises(RuntimeError, match="shapes differ"):
@@ -466,7 +465,7 @@ def test_a_trl_yaml_trains_as_trl_would(place: Path, tmp_path: Path) -> None:
     notes = json.loads((run.folder / "record.json").read_text())["observed"]["notes"]
     assert not any("is off" in note for note in notes) and any("gradients of the first batch" in note for note in notes)
     rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
-    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=training.byte_tokenizer())
+    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=byte_tokenizer())
     trainer.train()
     assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == list(run.losses)
 
@@ -579,8 +578,8 @@ def test_a_folder_without_data_says_so(names: tuple[str, ...], tmp_path: Path) -
 def test_the_progress_line_reads_whole_at_80_columns() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=80, color_system=None)
-    bar = training._progress_bar(console)
-    figures = training._figures(12.345, 123_456, 189 << 20, (190 << 20) + (1 << 19))
+    bar = progress.progress_bar(console)
+    figures = progress.figures_of(12.345, 123_456, 189 << 20, (190 << 20) + (1 << 19))
     task = bar.add_task("train", total=99_999, completed=12_345, figures=figures)
     bar.update(task)
     with bar:
@@ -635,12 +634,12 @@ def test_resuming_what_cannot_be(place: Path, whole: RunResult, tmp_path: Path) 
 def test_a_full_disk(place: Path, tmp_path: Path) -> None:
     """Files above a limit cannot be written, as on a full disk: one line, a whole record, no half checkpoint."""
     child = (
-        "import resource, sys; from tightfit import train as t\n"
-        "real = t._Run.open\n"
+        "import resource, sys; from tightfit.train import run as t\n"
+        "real = t.Run.open\n"
         "def open(self, *a):\n"
         "    real(self, *a)\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "t._Run.open = open\n"
+        "t.Run.open = open\n"
         "from tightfit.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)

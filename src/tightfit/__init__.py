@@ -29,7 +29,7 @@ from tightfit.plan.simulate import simulate
 
 if TYPE_CHECKING:
     from tightfit.engine import Applied, apply, checkpoint
-    from tightfit.fitting.fit.fit import fit
+    from tightfit.fitting.fit import fit
     from tightfit.fitting.switches import Activity, active, disable, enable
     from tightfit.trace.recording import trace
     from tightfit.verify.proving import verify
@@ -63,14 +63,14 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Activity": "tightfit.switches",
-    "active": "tightfit.switches",
-    "disable": "tightfit.switches",
-    "enable": "tightfit.switches",
+    "Activity": "tightfit.fitting.switches",
+    "active": "tightfit.fitting.switches",
+    "disable": "tightfit.fitting.switches",
+    "enable": "tightfit.fitting.switches",
     "Applied": "tightfit.engine",
     "apply": "tightfit.engine",
     "checkpoint": "tightfit.engine",
-    "fit": "tightfit.fitting",
+    "fit": "tightfit.fitting.fit",
     "trace": "tightfit.trace",
     "verify": "tightfit.verify",
 }

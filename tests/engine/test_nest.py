@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import tightfit
 from tightfit.core import Plan, Trace
-from tightfit.engine import stash
+from tightfit.engine import chain
 from tightfit.plan import every_block, lowest, simulate
 from tightfit.plan.nest import chains, nesting
 
@@ -198,7 +198,7 @@ def test_a_change_in_place_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with tightfit.apply(model, plan):
         assert same(expected, step())
 
-    original = stash.Chain.lend
+    original = chain.Chain.lend
 
     def careless(self: Any, tensor: torch.Tensor, unit: str, tape: Any, value: int) -> None:
         original(self, tensor, unit, tape, value)
@@ -206,7 +206,7 @@ def test_a_change_in_place_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         known, version, *rest = self._lent[address]
         self._lent[address] = (known, version + 1, *rest)  # as if the change had been there when it was lent
 
-    monkeypatch.setattr(stash.Chain, "lend", careless)
+    monkeypatch.setattr(chain.Chain, "lend", careless)
     with tightfit.apply(model, plan), pytest.raises(tightfit.ReplayDiverged, match="came out different"):
         step()
 

@@ -13,7 +13,8 @@ from tests.conftest import load_benchmark
 from tightfit.core import InvalidInput, Unsupported
 from tightfit.device.cost import NOMINAL_CUDA
 from tightfit.doctor import case_of, peak_of
-from tightfit.forecast import Setup, build_model, trace_setup
+from tightfit.forecast import Setup, trace_setup
+from tightfit.forecast.setup import build_model
 from tightfit.plan import simulate
 
 harness = load_benchmark("trainer_step")

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from tightfit.cli.options import Json
+from tightfit.cli.output import EXIT_NO, console_on_stdout, emit, progress_shown, progress_unsaid
 from tightfit.core import (
     InvalidInput,
 )
-
-if TYPE_CHECKING:
-    pass
-from tightfit.cli.options import Json
-from tightfit.cli.output import EXIT_NO, console_on_stdout, emit, progress_shown, progress_unsaid
 
 
 def doctor(
@@ -92,7 +89,7 @@ def doctor(
 def _environment_record() -> dict[str, str | None]:
     """Versions of everything tightfit works with (`None`: not installed), and the machine."""
     from tightfit import __version__
-    from tightfit.step.environment.environment import environment
+    from tightfit.step.environment import environment
 
     found = environment()
     packages = (

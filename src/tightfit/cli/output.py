@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand
 
-from tightfit import stdout
+from tightfit.cli import stdout
 from tightfit.core import (
     InvalidInput,
     output_file,

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from tightfit.core import (
-    format_bytes,
-    parse_levers,
-)
-
-if TYPE_CHECKING:
-    pass
 from tightfit.cli.options import (
     Batch,
     Budget,
@@ -31,6 +24,10 @@ from tightfit.cli.options import (
 )
 from tightfit.cli.output import can_write, console_on_stdout, emit, progress_shown, say_if_above_all, write_page
 from tightfit.cli.prepared import prepare
+from tightfit.core import (
+    format_bytes,
+    parse_levers,
+)
 
 
 def plan(

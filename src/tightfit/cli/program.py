@@ -8,14 +8,22 @@ with `--debug`. Nothing heavy is imported before a command needs it, so `--help`
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from tightfit import stdout
+from tightfit.cli import stdout
+from tightfit.cli.check import check
+from tightfit.cli.doctor import doctor
+from tightfit.cli.measure import measure
+from tightfit.cli.output import EXIT_INTERRUPTED, EXIT_NO, EXIT_WRONG_INPUT, Command, say_on_stderr
+from tightfit.cli.plan import plan
+from tightfit.cli.report import report
+from tightfit.cli.train import train
 from tightfit.core import (
     BudgetInfeasible,
     InvalidInput,
@@ -27,16 +35,21 @@ from tightfit.core import (
     refused_bytes,
 )
 
-if TYPE_CHECKING:
-    pass
-from tightfit.cli.output import EXIT_INTERRUPTED, EXIT_NO, EXIT_WRONG_INPUT, say_on_stderr
-
 #: The extra that brings a package which the base install leaves out, by the name that is imported.
 EXTRAS = {
     "transformers": "transformers", "tokenizers": "transformers", "accelerate": "transformers", "tqdm": "transformers",
     "peft": "peft", "trl": "trl", "datasets": "trl", "pyarrow": "trl", "yaml": "trl",
     "bitsandbytes": "bitsandbytes", "matplotlib": "png",
 }  # fmt: skip
+
+
+# The profiler, which counts bytes on the CPU, otherwise prints USDT lines on stderr (5 is not enough). It is read when
+# torch is loaded.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+# Advice that these log on import and load is not about what was asked here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 app = typer.Typer(
@@ -64,6 +77,13 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Fit a PyTorch training step into a byte budget."""
+
+
+# in the order of --help
+for _command in (measure, check, plan, train, report, doctor):
+    # train reads the options that it does not know as TRL's
+    _others = {"allow_extra_args": True, "ignore_unknown_options": True} if _command is train else {}
+    app.command(cls=Command, context_settings=_others)(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +134,7 @@ def _run(asked: list[str]) -> int:
             say_on_stderr(lacking)
             return EXIT_WRONG_INPUT
         if (asked_bytes := refused_bytes(error)) is not None:
-            from tightfit.step.environment.environment import host_memory_bytes
+            from tightfit.step.environment import host_memory_bytes
 
             has = host_memory_bytes()
             say_on_stderr(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    pass
 from tightfit.cli.options import Json
 from tightfit.cli.output import EXIT_NO, can_write, console_on_stdout, emit, write_page
 

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    pass
 from tightfit.cli.options import Json
 from tightfit.cli.output import (
     EXIT_INTERRUPTED,
     EXIT_NO,
-    Command,
     console_on_stderr,
     console_on_stdout,
     emit,
     say_if_above_all,
 )
-from tightfit.cli.program import app
 
 
-@app.command(cls=Command, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
     config: Annotated[

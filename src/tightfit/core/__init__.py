@@ -3,3 +3,99 @@
 Invariant: no torch here, and nothing of the rest of tightfit. Types are frozen dataclasses, quantities end in their
 unit, and every type survives a round trip through JSON.
 """
+
+from __future__ import annotations
+
+from tightfit.core.decided import Action, Advance, Choice, Plan, Status, Timeline
+from tightfit.core.documents import SCHEMA_VERSION, dumps, loads, to_json
+from tightfit.core.errors import (
+    BudgetInfeasible,
+    InvalidInput,
+    PlanMismatch,
+    ReplayDiverged,
+    TightfitError,
+    Unsupported,
+    reason_of,
+    refused_bytes,
+)
+from tightfit.core.files import output_file, write_bytes, write_text
+from tightfit.core.formats import format_apart, format_bytes
+from tightfit.core.levers import Lever, levers_named, parse_levers
+from tightfit.core.recorded import (
+    Category,
+    Device,
+    Event,
+    EventKind,
+    Frame,
+    Kind,
+    Loss,
+    Op,
+    Phase,
+    Program,
+    Saved,
+    Step,
+    TiledModule,
+    Tiling,
+    Trace,
+    Unit,
+    Value,
+)
+from tightfit.core.results import Check, Forecast, Measurement, Mode, Proof, Row
+from tightfit.core.sizes import parse_bytes, percentage, require_part
+from tightfit.core.verbs import make_verb
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Action",
+    "Advance",
+    "BudgetInfeasible",
+    "Category",
+    "Check",
+    "Choice",
+    "Device",
+    "Event",
+    "EventKind",
+    "Forecast",
+    "Frame",
+    "InvalidInput",
+    "Kind",
+    "Lever",
+    "Loss",
+    "Measurement",
+    "Mode",
+    "Op",
+    "Phase",
+    "Plan",
+    "PlanMismatch",
+    "Program",
+    "Proof",
+    "ReplayDiverged",
+    "Row",
+    "Saved",
+    "Status",
+    "Step",
+    "TightfitError",
+    "TiledModule",
+    "Tiling",
+    "Timeline",
+    "Trace",
+    "Unit",
+    "Unsupported",
+    "Value",
+    "dumps",
+    "format_apart",
+    "format_bytes",
+    "levers_named",
+    "loads",
+    "make_verb",
+    "output_file",
+    "parse_bytes",
+    "parse_levers",
+    "percentage",
+    "reason_of",
+    "refused_bytes",
+    "require_part",
+    "to_json",
+    "write_bytes",
+    "write_text",
+]

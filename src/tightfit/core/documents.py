@@ -1,6 +1,7 @@
 """Dataclasses to JSON and back.
 
-Invariant: a document carries its schema version. Refused: unknown keys, missing ones and wrong types (`InvalidInput`, with the place).
+Invariant: a document carries its schema version. Refused: unknown keys, missing ones and
+wrong types (`InvalidInput`, with the place).
 """
 
 from __future__ import annotations

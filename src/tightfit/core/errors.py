@@ -1,6 +1,7 @@
 """The errors that a user may catch. Each message says what was asked, what was found and what to do.
 
-Invariant: every error of tightfit's own is a `TightfitError`; the command line turns each into one line and an exit code.
+Invariant: every error of tightfit's own is a `TightfitError`. The command line turns each into one line and an exit
+code.
 """
 
 from __future__ import annotations

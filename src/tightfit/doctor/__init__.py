@@ -21,7 +21,7 @@ from tightfit.doctor.run import Case, Run, case_of, is_true, read_run, setup_of
 from tightfit.doctor.traps.known import TRAPS, probed
 from tightfit.doctor.traps.trap import Seen, Trap, Verdict, cannot_tell
 from tightfit.forecast import Progress, Setup
-from tightfit.step.environment.environment import versions
+from tightfit.step.environment import versions
 from tightfit.step.run import LossFunction
 from tightfit.trace.recording import trace
 

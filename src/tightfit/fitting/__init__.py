@@ -1,1 +1,7 @@
-"""Put a model's step under a budget and keep it there: `fit.fit` for a batch and a budget, `switches` to enable and disable."""
+"""Put a model's step under a budget and keep it there.
+
+`fit.fit` is the one call: trace, plan and apply, and plan again for a longer batch. `switches` has `enable`, `active`
+and `disable`: checkpointing as a switch, on any model.
+
+Invariant: what is taken off leaves the model as it was. Refused: what `trace` and `plan` refuse.
+"""

@@ -29,7 +29,7 @@ from tightfit.engine.ambient import is_active
 from tightfit.engine.compiled import run_again
 from tightfit.engine.frame import Frame
 from tightfit.engine.frame_plan import Stats
-from tightfit.fitting.fit.fit import fit
+from tightfit.fitting.fit import fit
 from tightfit.plan import every_block
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.patches import ForwardPatch, no_key_value_cache, own_checkpointing_off

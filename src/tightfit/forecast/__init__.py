@@ -1,1 +1,37 @@
-"""Will it run?"""
+"""Will it run? The step itself on fake tensors, with the plan applied, for a device that is not there.
+
+The model is built on `meta` from its published shape or its `config.json`, with the method's adapters, 4-bit twins and
+optimizer (`setup`). Its step is traced for the device's kernels, a few blocks of it and the rest by repetition
+(`recording`). It is planned for the device's memory and laid out by the caching allocator's rules (`room`, `search`).
+`answer` puts this together, `advice` says what would make it fit, `lengths` reads the longest sequence of a data set.
+Seconds are a roofline over the catalog's rates and are only ever called estimated.
+
+Invariant: no weights are ever allocated, nothing is downloaded but a hub id's config. "Fits" means that the reserved
+bytes, the driver's context and the margin are within the card together. Refused: models whose step needs values that
+fake tensors do not have (`Unsupported`), sizes that the model has no positions for (`InvalidInput`).
+"""
+
+from __future__ import annotations
+
+from tightfit.forecast.advice import calibrated
+from tightfit.forecast.answer import check, which_gpus
+from tightfit.forecast.lengths import longest_length
+from tightfit.forecast.recording import trace_for, trace_setup
+from tightfit.forecast.room import device_asked, usable_bytes
+from tightfit.forecast.search import least_peak_bytes
+from tightfit.forecast.setup import Progress, Setup, default_length
+
+__all__ = [
+    "Progress",
+    "Setup",
+    "calibrated",
+    "check",
+    "default_length",
+    "device_asked",
+    "least_peak_bytes",
+    "longest_length",
+    "trace_for",
+    "trace_setup",
+    "usable_bytes",
+    "which_gpus",
+]

@@ -29,7 +29,7 @@ from tightfit.forecast.search import QUICK, bytes_reserved, least, least_peak_by
 from tightfit.forecast.setup import Progress, Setup, build_model
 from tightfit.plan import lowest
 from tightfit.report.text import tiles_said
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.parallel import Strategy
 from tightfit.step.run import static_bytes_by_category
 from tightfit.trace.optimizer import OptimizerRecord

@@ -23,7 +23,7 @@ from tightfit.forecast.room import leave_room, room_bytes
 from tightfit.forecast.search import QUICK, SHOWN, bytes_reserved, fitted, largest_fitting, least
 from tightfit.forecast.setup import Progress, Setup, build_model
 from tightfit.plan import every_block, lowest, plan, simulate
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.trace.fake import FakeStep
 from tightfit.verify.measure import every_block_checkpointed
 

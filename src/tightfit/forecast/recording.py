@@ -1,4 +1,6 @@
-"""The step of a setup on fake tensors: its optimizer, its trainer's loss, its shards, a few blocks and the rest by repetition.
+"""The step of a setup on fake tensors: its optimizer, its trainer's loss, its shards.
+
+A few blocks are recorded, and the rest is made by repetition.
 
 Invariant: no weights are ever allocated.
 """

@@ -40,10 +40,10 @@ from tightfit.core import (
     levers_named,
 )
 from tightfit.engine import Applied
-from tightfit.fitting.fit.fit import planned
+from tightfit.fitting.fit import planned
 from tightfit.integrations import conflicts
 from tightfit.integrations.longest import Extent, longest_batch, plain
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.ranks import anywhere
 from tightfit.step.run import parameter_tensors, tensors_in, unique_bytes

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tightfit.catalog import model_names, model_shape, nearest
 from tightfit.core import InvalidInput, format_bytes, reason_of, refused_bytes
 from tightfit.integrations.trainer import PeakCallback, TightfitCallback
-from tightfit.step.environment.environment import host_memory_bytes
+from tightfit.step.environment import host_memory_bytes
 
 __all__ = [
     "PeakCallback",

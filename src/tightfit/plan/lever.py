@@ -24,7 +24,7 @@ def under(trace: Trace, plan: Plan | None) -> Trace:
 
 
 def with_loss_in_place(trace: Trace) -> Trace:
-    """`trace` as it would be with `tightfit.levers.loss_in_place.loss.in_place`: one tensor of the logits' size instead of three."""
+    """`trace` as it would be with the loss in place: one tensor of the logits' size instead of three."""
     values, ops, events = list(trace.values), list(trace.ops), list(trace.events)
     freed = {e.subject: i for i, e in enumerate(events) if e.what is EventKind.FREE}
     for loss in trace.losses:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
 
 #: Write running statistics that their own output does not depend on in training; some hide it from the schema.
@@ -32,8 +32,8 @@ BATCH_NORMS = frozenset(
 METADATA_ONLY = frozenset(
     op
     for packet in (
-        aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like,
-        aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty_strided,
+        _aten.empty_like, _aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.rand_like, _aten.randn_like,
+        _aten.new_empty, _aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.new_empty_strided,
     )
     for op in (getattr(packet, overload) for overload in packet.overloads())
     if not op._schema.is_mutable
@@ -72,7 +72,7 @@ def is_uncounted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     if func.is_view or func.namespace in ("profiler", "prim"):  # marks of a span; a fake tensor asked for its device
         return True
-    if func is aten._to_copy.default:
+    if func is _aten._to_copy.default:
         source, dtype = args[0], kwargs.get("dtype")
         return bool(
             source.is_leaf and source.requires_grad and dtype not in (None, source.dtype) and not source._is_view()
@@ -97,8 +97,8 @@ _OWN_FLOPS = {
     packet: formula
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
     for packet, formula in (
-        (getattr(aten, f"_scaled_dot_product_{kind}"), _attention_flops),
-        (getattr(aten, f"_scaled_dot_product_{kind}_backward"), _attention_backward_flops),
+        (getattr(_aten, f"_scaled_dot_product_{kind}"), _attention_flops),
+        (getattr(_aten, f"_scaled_dot_product_{kind}_backward"), _attention_backward_flops),
     )
 }
 
@@ -113,7 +113,7 @@ _OTHERS_FLOPS: dict[str, dict[str, Callable[..., int]]] = {
 def _out_of_place(packet: Any) -> Any:
     """`aten.addmm` of `aten.addmm_`, for which torch has no formula of its own."""
     name = packet.__name__
-    return getattr(aten, name[:-1], None) if name.endswith("_") and not name.startswith("_") else None
+    return getattr(_aten, name[:-1], None) if name.endswith("_") and not name.startswith("_") else None
 
 
 def op_flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:

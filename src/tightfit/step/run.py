@@ -1,6 +1,7 @@
 """One training step of any model: call it, find its loss, know what it holds throughout.
 
-Refused: a batch that the model does not take, a loss that is not one number, a model with nothing to train (`InvalidInput`).
+Refused: a batch that the model does not take, a loss that is not one number, a model with nothing to train
+(`InvalidInput`).
 """
 
 from __future__ import annotations

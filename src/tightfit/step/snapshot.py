@@ -1,7 +1,7 @@
 """Run a step and leave no mark on the model.
 
-Invariant: `undisturbed` gives back gradients, buffers, attributes and every random state exactly as they were, also when
-the step inside raises.
+Invariant: `undisturbed` gives back gradients, buffers, attributes and every random state exactly as they were, also
+when the step inside raises.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tightfit.trace.fake import aten
+_aten = torch.ops.aten
 
 
 def _round_up(number: int, to: int) -> int:
@@ -45,8 +45,8 @@ def _efficient_backward_scratch(grad: torch.Tensor, query: torch.Tensor, *_: Any
 
 
 CUDA_SCRATCH: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_scratch,
-    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward_scratch,
+    _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_scratch,
+    _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward_scratch,
 }
 
 
@@ -78,7 +78,7 @@ def attention_like_cuda(flash: bool) -> Callable[..., torch.Tensor]:
             pad = -width % 8
             if pad:
                 query, key, value = (nn.functional.pad(t, (0, pad)) for t in (query, key, value))
-            out: torch.Tensor = aten._scaled_dot_product_flash_attention(
+            out: torch.Tensor = _aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, scale=scale
             )[0]
             return out[..., :width] if pad else out
@@ -92,11 +92,11 @@ def attention_like_cuda(flash: bool) -> Callable[..., torch.Tensor]:
                     bias = nn.functional.pad(bias, (0, -columns % 8))[..., :columns]
                 bias = bias.expand(query.size(0), query.size(1), query.size(2), key.size(2))
             trains = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-            out = aten._scaled_dot_product_efficient_attention(
+            out = _aten._scaled_dot_product_efficient_attention(
                 query, key, value, bias, trains, dropout_p, is_causal, scale=scale
             )[0]
             return out
-        out = aten._scaled_dot_product_attention_math(
+        out = _aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
         )[0]
         return out
@@ -113,5 +113,5 @@ def dropout_like_cuda(
     """CUDA's fused dropout, which keeps a boolean mask. Source: aten/src/ATen/native/Dropout.cpp."""
     if not training or p == 0:
         return input
-    out: torch.Tensor = aten.native_dropout(input, p, True)[0]
+    out: torch.Tensor = _aten.native_dropout(input, p, True)[0]
     return input.copy_(out) if inplace else out

@@ -35,7 +35,7 @@ from tightfit.core import (
     to_json,
 )
 from tightfit.device.cost import NOMINAL_CPU, NOMINAL_CUDA
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.parallel import (
     resharded,
 )

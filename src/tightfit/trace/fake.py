@@ -43,7 +43,7 @@ from tightfit.step.parallel import as_new, forget_step, local_of
 from tightfit.step.run import parameter_tensors, tensors_in
 from tightfit.trace.as_cuda import CUDA_SCRATCH, attention_like_cuda, dropout_like_cuda
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
 
 #: Larger tensors are not computed for real: control flow asks about positions and masks of tokens (two dimensions),
@@ -63,7 +63,7 @@ _PROBE_BYTES, _PROBE_FLOPS = 1 << 28, 4_000_000_000
 
 
 #: Matrix products in these dtypes go to a BLAS whose buffers are not the allocator's.
-_BLAS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
+_BLAS = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default})
 
 
 _BLAS_DTYPES = frozenset({torch.float32, torch.float64})
@@ -87,7 +87,7 @@ def logging_step() -> Iterator[None]:
 
 
 #: Make the same everywhere.
-_CONSTANTS = frozenset({aten.ones.default, aten.full.default})
+_CONSTANTS = frozenset({_aten.ones.default, _aten.full.default})
 
 
 class FakeStep:
@@ -152,25 +152,25 @@ class FakeStep:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The fake result of one op, or the true one where it is known."""
-        if func is aten._local_scalar_dense.default:
+        if func is _aten._local_scalar_dense.default:
             return self._scalar(args[0])
         if func.namespace == "c10d":
             return _pretended(func, args, kwargs)
-        if func is aten._grouped_mm.default:
+        if func is _aten._grouped_mm.default:
             out: Any = _grouped_mm(*args, **kwargs)
-        elif func is aten.addmm.dtype_out:  # torch 2.11 decomposes it, and takes the dtype for a factor
+        elif func is _aten.addmm.dtype_out:  # torch 2.11 decomposes it, and takes the dtype for a factor
             out = kwargs["out"]
-        elif func is aten.nonzero.default and args[0] in self._known:
+        elif func is _aten.nonzero.default and args[0] in self._known:
             with _disable_current_modes():
                 found = self._known[args[0]].nonzero()
             out = args[0].new_empty(found.shape, dtype=torch.int64)
-        elif func is aten.index.Tensor and any(index in self._known for index in args[1] if _is_mask(index)):
+        elif func is _aten.index.Tensor and any(index in self._known for index in args[1] if _is_mask(index)):
             out = func(args[0], self._places(args[1]))
         else:
             out = func(*args, **kwargs)
-        if func is aten.lift_fresh.default and not isinstance(args[0], FakeTensor):  # `torch.tensor(3)` in the model
+        if func is _aten.lift_fresh.default and not isinstance(args[0], FakeTensor):  # `torch.tensor(3)` in the model
             self.know(out, args[0])
-        if self.cuda and func is aten.native_layer_norm.default and args[0].dtype in (torch.bfloat16, torch.float16):
+        if self.cuda and func is _aten.native_layer_norm.default and args[0].dtype in (torch.bfloat16, torch.float16):
             out = (out[0], *(torch.empty_like(t, dtype=torch.float32) for t in out[1:]))
         self.learn(func, args, kwargs, out)
         return out
@@ -212,9 +212,9 @@ class FakeStep:
                 self._known[out] = func(*args, **{**kwargs, "device": "cpu"})
             self._constants[out.untyped_storage()._cdata] = weakref.ref(out)
             return
-        if func is aten.rand.default and not out.dim():
+        if func is _aten.rand.default and not out.dim():
             self._draws[out] = None
-        if func is aten.lt.Scalar and args[0] in self._draws and args[1] <= 0:  # a layer drop of nothing
+        if func is _aten.lt.Scalar and args[0] in self._draws and args[1] <= 0:  # a layer drop of nothing
             with _disable_current_modes():
                 self._known[out] = torch.tensor(False)
             return
@@ -247,7 +247,7 @@ class FakeStep:
                 self._scratch[call] = scratch(*args, **kwargs)
             return
         tensors = tensors_in((args, dict(kwargs)))
-        if func.is_view or not tensors or func in (aten._local_scalar_dense.default, aten.nonzero.default):
+        if func.is_view or not tensors or func in (_aten._local_scalar_dense.default, _aten.nonzero.default):
             return
         if func in _BLAS and tensors[0].dtype in _BLAS_DTYPES:
             return

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tightfit.step.ops import aten, op_name
+from tightfit.step.ops import op_name
+
+_aten = torch.ops.aten
 
 
 class Timer(TorchDispatchMode):
@@ -26,7 +28,7 @@ class Timer(TorchDispatchMode):
         self.risen_bytes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is aten.detach.default or func.namespace == "profiler":
+        if func is _aten.detach.default or func.namespace == "profiler":
             return func(*args, **(kwargs or {}))
         self.names.append(op_name(func))
         if self.cuda:

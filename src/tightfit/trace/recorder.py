@@ -24,7 +24,7 @@ from tightfit.core import (
     Unsupported,
 )
 from tightfit.levers.loss_in_place.loss import rows_at_once
-from tightfit.step.ops import BATCH_NORMS, METADATA_ONLY, aten, is_random, is_uncounted, op_flops, op_name
+from tightfit.step.ops import BATCH_NORMS, METADATA_ONLY, is_random, is_uncounted, op_flops, op_name
 from tightfit.step.parallel import (
     local_of,
 )
@@ -35,6 +35,8 @@ from tightfit.step.snapshot import Snapshot
 from tightfit.trace.fake import FakeStep
 from tightfit.trace.profiler import MARK, risen_bytes, summed_by_engine
 from tightfit.trace.units import Census
+
+_aten = torch.ops.aten
 
 
 @dataclass
@@ -230,7 +232,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten.detach.default:
+        if func is _aten.detach.default:
             out = func(*args, **kwargs)
             if self.fake is not None:
                 self.fake.learn(func, args, kwargs, out)
@@ -266,7 +268,7 @@ class Recorder(TorchDispatchMode):
         )  # fmt: skip
         if self.fake is not None and not self.dry:
             self.fake.note(call.id, func, args, kwargs, call.flops)
-        if func is aten.add.Tensor and self.phase is Phase.BACKWARD:
+        if func is _aten.add.Tensor and self.phase is Phase.BACKWARD:
             call.adds_to_view = args[0]._is_view()
         outside, self.open = self.open, frame  # an uncounted op's output belongs to no frame
         flat = tensors_in(out) if not isinstance(out, torch.Tensor) else [out]
@@ -288,7 +290,7 @@ class Recorder(TorchDispatchMode):
                         if written is not None:
                             call.writes.append(written)
                             self.storages[written].version += 1
-        if self.in_cross_entropy and func is aten._log_softmax.default:
+        if self.in_cross_entropy and func is _aten._log_softmax.default:
             rows, classes = out.shape
             row_bytes = classes * out.element_size()
             self.log_softmaxes.append((call.id, rows_at_once(rows, row_bytes) * row_bytes))

@@ -152,7 +152,7 @@ def check_options(options: TrainOptions) -> None:
     if options.method is not None and options.method not in METHODS:
         raise InvalidInput(f"unknown method {options.method!r}: train does full, lora or qlora")
     if options.optimizer is not None and options.optimizer not in OPTIMIZERS:
-        raise InvalidInput(f"unknown optimizer {options.optimizer!r}: train does {', '.join(_OPTIMIZERS)}")
+        raise InvalidInput(f"unknown optimizer {options.optimizer!r}: train does {', '.join(OPTIMIZERS)}")
     if options.dtype is not None:
         dtype_named(options.dtype)
     if options.device is not None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,7 +15,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -30,9 +28,7 @@ from tightfit.core import (
     InvalidInput,
     format_bytes,
 )
-from tightfit.integrations.recovery import Recovery
 from tightfit.integrations.trainer import running_trainer
-from tightfit.train.run import Run
 
 
 class PlainLoss(SFTTrainer):  # type: ignore[misc]  # TRL is untyped
@@ -105,7 +101,7 @@ class Losses(TrainerCallback):
         self.rows.append(row)
 
 
-def _progress_bar(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
     """One line of which nothing is cut at 80 columns: a bar is drawn where there is room for one besides."""
     columns: list[ProgressColumn] = [TextColumn("step"), MofNCompleteColumn()]
     if console.width >= 100:
@@ -114,70 +110,11 @@ def _progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _figures(loss: float, tokens_per_second: float, peak_bytes: int, budget_bytes: int) -> str:
+def figures_of(loss: float, tokens_per_second: float, peak_bytes: int, budget_bytes: int) -> str:
     peak, budget = format_bytes(peak_bytes), format_bytes(budget_bytes)
     if peak.split()[1:] == budget.split()[1:]:
         peak = peak.split()[0]
     return f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {peak} of {budget}"
-
-
-class Watch(Losses):
-    """Opens the run folder, writes each step's line to `losses.jsonl` and moves the progress bar."""
-
-    def __init__(self, run: Run, recovery: Recovery) -> None:
-        super().__init__()
-        self.run, self.recovery = run, recovery
-        self.before = list(run.retries)
-        self.file: IO[str] | None = None
-        self.bar: Progress | None = None
-        self.task = TaskID(0)
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.run.retries = [*self.before, *self.recovery.survived]
-        if self.bar is not None:
-            self.bar.stop()
-        if self.file is not None:
-            self.file.close()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        run = self.run
-        run.total_steps = state.max_steps
-        run.open(args)
-        if state.global_step >= state.max_steps:  # cut short after the last step; the Trainer would train one more
-            running_trainer()._run_epoch = lambda **kwargs: None
-        self.file = open(run.folder / "losses.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
-        if run.progress is not None:
-            self.bar = _progress_bar(run.progress)
-            self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
-            self.bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_step_end(args, state, control, **kwargs)
-        run, callback = self.run, self.run.callback
-        assert self.file is not None and callback is not None and callback.plan is not None
-        row = {**self.rows[-1], "peak_bytes": callback.peaks[-1]}
-        run.steps.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if len(run.retries) < len(self.before) + len(self.recovery.survived):
-            run.retries = [*self.before, *self.recovery.survived]
-            run.note_plan()
-        elif (
-            callback.plan is not run.plan
-            or callback.proof not in (None, run.proof)
-            or set(callback.said) - set(run.notes)
-        ):
-            run.note_plan()
-        if self.bar is not None:
-            self.bar.update(
-                self.task,
-                completed=state.global_step,
-                figures=_figures(row["loss"], row["tokens_per_second"], row["peak_bytes"], callback.plan.budget_bytes),
-            )
 
 
 @contextmanager
@@ -198,13 +135,13 @@ def quiet_libraries() -> Iterator[None]:
     import datasets
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    data_bars = datasets.is_progress_bar_enabled() if hasattr(datasets, "is_progress_bar_enabled") else True
+    level, bars = logging.get_verbosity(), logging.isprogress_bar_enabled()
+    data_bars = datasets.isprogress_bar_enabled() if hasattr(datasets, "isprogress_bar_enabled") else True
     others = [python_logging.getLogger(name) for name in ("trl", "datasets", "accelerate", "peft")]
     levels = [other.level for other in others]
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    logging.disableprogress_bar()
+    datasets.disableprogress_bars()
     for other in others:
         other.setLevel(python_logging.ERROR)
     try:
@@ -214,8 +151,8 @@ def quiet_libraries() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            logging.enableprogress_bar()
         if data_bars:
-            datasets.enable_progress_bars()
+            datasets.enableprogress_bars()
         for other, before in zip(others, levels, strict=True):
             other.setLevel(before)

@@ -26,10 +26,11 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from transformers import (
     DefaultFlowCallback,
     PrinterCallback,
@@ -55,6 +56,7 @@ from tightfit.integrations import conflicts, trl
 from tightfit.integrations.bitsandbytes import no_repacking, quantise
 from tightfit.integrations.peft import no_input_gradients
 from tightfit.integrations.recovery import Recovery, Retry, TornStep, free_memory, lower
+from tightfit.integrations.trainer import running_trainer
 from tightfit.integrations.transformers import (
     PeakCallback,
     TightfitCallback,
@@ -63,11 +65,11 @@ from tightfit.integrations.transformers import (
     positions_of,
 )
 from tightfit.report import study
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.train.asked import Asked, as_asked
 from tightfit.train.checkpoints import is_older, keeps_checkpoints, last_checkpoint, read_lines
 from tightfit.train.options import END_STEPS, RunResult, TrainOptions, check_options
-from tightfit.train.progress import Losses, PlainLoss, Stop, Watch, one_line, quiet_libraries
+from tightfit.train.progress import Losses, PlainLoss, Stop, figures_of, one_line, progress_bar, quiet_libraries
 from tightfit.train.recipe import Recipe, load_data
 from tightfit.train.tokenizer import tokenizer_for
 
@@ -584,3 +586,64 @@ class Run:
             },
             "files": sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(".")),
         }
+
+
+class Watch(Losses):
+    """Opens the run folder, writes each step's line to `losses.jsonl` and moves the progress bar."""
+
+    def __init__(self, run: Run, recovery: Recovery) -> None:
+        super().__init__()
+        self.run, self.recovery = run, recovery
+        self.before = list(run.retries)
+        self.file: IO[str] | None = None
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.run.retries = [*self.before, *self.recovery.survived]
+        if self.bar is not None:
+            self.bar.stop()
+        if self.file is not None:
+            self.file.close()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        run = self.run
+        run.total_steps = state.max_steps
+        run.open(args)
+        if state.global_step >= state.max_steps:  # cut short after the last step; the Trainer would train one more
+            running_trainer()._run_epoch = lambda **kwargs: None
+        self.file = open(run.folder / "losses.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        if run.progress is not None:
+            self.bar = progress_bar(run.progress)
+            self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
+            self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        run, callback = self.run, self.run.callback
+        assert self.file is not None and callback is not None and callback.plan is not None
+        row = {**self.rows[-1], "peak_bytes": callback.peaks[-1]}
+        run.steps.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if len(run.retries) < len(self.before) + len(self.recovery.survived):
+            run.retries = [*self.before, *self.recovery.survived]
+            run.note_plan()
+        elif (
+            callback.plan is not run.plan
+            or callback.proof not in (None, run.proof)
+            or set(callback.said) - set(run.notes)
+        ):
+            run.note_plan()
+        if self.bar is not None:
+            self.bar.update(
+                self.task,
+                completed=state.global_step,
+                figures=figures_of(
+                    row["loss"], row["tokens_per_second"], row["peak_bytes"], callback.plan.budget_bytes
+                ),
+            )

@@ -11,7 +11,7 @@ from tightfit.core import (
     format_bytes,
     to_json,
 )
-from tightfit.train.options import OVER, RunResult
+from tightfit.train.options import END_STEPS, OVER, RunResult
 
 
 def summary(result: RunResult) -> Table:
@@ -62,7 +62,7 @@ def summary(result: RunResult) -> Table:
         )
     if result.loss_start is not None and result.loss_end is not None:
         table.add_row("loss at the start", f"{result.loss_start:.3f}")
-        table.add_row(f"loss at the end (mean of {min(_END_STEPS, len(result.losses))})", f"{result.loss_end:.3f}")
+        table.add_row(f"loss at the end (mean of {min(END_STEPS, len(result.losses))})", f"{result.loss_end:.3f}")
         table.add_row(
             "steps", f"{len(result.losses)} in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s"
         )

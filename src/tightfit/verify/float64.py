@@ -143,10 +143,10 @@ def _float64() -> Iterator[None]:
 def against_float64(model: nn.Module, batch: Any, plan: Plan, loss: LossFunction | None = None) -> list[Check]:
     """Checks `loss` and `gradients` of a plan with tiles, as `verify` makes them."""
     with undisturbed(model, batch) as restart, no_key_value_cache(model):
-        return against_float64(model, batch, Switch(model, plan), loss, restart)
+        return float64_checks(model, batch, Switch(model, plan), loss, restart)
 
 
-def against_float64(
+def float64_checks(
     model: nn.Module, batch: Any, switch: Switch, loss: LossFunction | None, restart: Callable[[], None]
 ) -> list[Check]:
     """Loss and gradients with and without the plan, each against the same in float64."""

@@ -25,7 +25,7 @@ from tightfit.core import Lever, Measurement, Plan, Row, Trace, Unsupported, for
 from tightfit.engine import apply
 from tightfit.plan import every_block, simulate
 from tightfit.plan import plan as make_plan
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.ops import op_flops
 from tightfit.step.patches import ForwardPatch, compiled_entries, no_key_value_cache

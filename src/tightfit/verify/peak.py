@@ -82,7 +82,7 @@ def peak_checks(
         with uncompiled(model), restart.watching():
             compute_loss(model, batch, loss).backward()
         measured_bytes = peak_bytes(model, batch, loss, optimizer, restart)
-        return tuple(peak_checks(plan, measured_bytes, compiled=bool(compiled_entries(model))))
+        return tuple(checks_of_peak(plan, measured_bytes, compiled=bool(compiled_entries(model))))
 
 
 def measured_peak_bytes(
@@ -165,7 +165,7 @@ def untrained(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
                 optimizer.state[parameter] = restored
 
 
-def peak_checks(plan: Plan, measured_bytes: int, compiled: bool = False) -> list[Check]:
+def checks_of_peak(plan: Plan, measured_bytes: int, compiled: bool = False) -> list[Check]:
     over = measured_bytes / plan.budget_bytes - 1
     off = measured_bytes / plan.peak_bytes - 1
     measured = f"{format_bytes(measured_bytes)} ({measured_bytes} B)"

@@ -21,13 +21,13 @@ import torch
 from torch import nn
 
 from tightfit.core import Check, Plan, Proof
-from tightfit.step.environment.environment import environment
+from tightfit.step.environment import environment
 from tightfit.step.patches import compiled_entries, no_key_value_cache, uncompiled
 from tightfit.step.run import LossFunction, compute_loss
 from tightfit.step.snapshot import undisturbed
-from tightfit.verify.float64 import against_float64, compiled_checks
+from tightfit.verify.float64 import compiled_checks, float64_checks
 from tightfit.verify.gradients import Outcome, Switch, compared
-from tightfit.verify.peak import peak_bytes, peak_checks
+from tightfit.verify.peak import checks_of_peak, peak_bytes
 from tightfit.verify.seconds import time_check
 
 
@@ -67,12 +67,12 @@ def verify(
         elif plan.exact:
             checks = compared(model, reference, planned, observe)
         else:
-            checks = against_float64(model, batch, switch, loss, restart)
+            checks = float64_checks(model, batch, switch, loss, restart)
             checks += [c for c in compared(model, reference, planned, observe) if c.name == "buffers"]
         del planned, reference
         with switch:
             measured_bytes = peak_bytes(model, batch, loss, optimizer, restart)
-        checks += peak_checks(plan, measured_bytes, compiled=bool(compiled_entries(model)))
+        checks += checks_of_peak(plan, measured_bytes, compiled=bool(compiled_entries(model)))
         checks.append(time_check(model, batch, switch, loss, restart, fallbacks=stats.fallbacks))
         switch.close()
     return Proof(checks=tuple(checks), environment=environment())
@@ -109,6 +109,6 @@ def gradient_checks(
             checks += compiled_checks(model, batch, switch, loss, restart)
         elif not plan.exact:
             checks = [check for check in checks if check.name == "buffers"]
-            checks += against_float64(model, batch, switch, loss, restart)
+            checks += float64_checks(model, batch, switch, loss, restart)
         switch.close()
         return tuple(checks)

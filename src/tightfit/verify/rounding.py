@@ -115,7 +115,7 @@ def float64_check(name: str, errors: dict[str, Errors], what: str, said: tuple[s
         each = errors[worst]
         size = f", norm of error {each.tiled:.3g} against {each.untiled:.3g}" if each.rounding else ""
         allowed = "" if each.draws == 1 else f" of {limit(each):.2f} x allowed for {each.size} numbers"
-        measured += f"; worst {_ratio(each):.2f} x{allowed} at {worst}{size}"
+        measured += f"; worst {ratio_of(each):.2f} x{allowed} at {worst}{size}"
     return Check(
         name=name,
         expected=f"the error {what} against float64 is at most {TILE_FACTOR} x that without {without}",

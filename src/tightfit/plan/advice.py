@@ -1,0 +1,35 @@
+"""What would make a step fit, where no plan does."""
+
+from __future__ import annotations
+
+from tightfit.core import (
+    Category,
+    Timeline,
+    Trace,
+    format_bytes,
+)
+
+
+def advice_for(trace: Trace, line: Timeline, budget_bytes: int) -> tuple[str, ...]:
+    """What would make it fit, each with its number. Activations and logits grow with the batch and the sequence."""
+    fixed = sum(trace.static_bytes.values())
+    at_peak = {c: rows[line.peak_event] for c, rows in line.by_category.items()}
+    gradients = at_peak[Category.GRADIENTS.value] - trace.static_bytes.get(Category.GRADIENTS.value, 0)
+    moving = line.peak_bytes - fixed - gradients
+    said = []
+    if budget_bytes <= fixed:
+        said.append(f"parameters, optimizer state and inputs alone take {format_bytes(fixed)}")
+    else:
+        share = (budget_bytes - fixed - gradients) / max(1, moving)
+        batch = max(trace.batch_sizes, default=1)
+        if batch > 1 and share * batch >= 1:
+            fewer = int(share * batch)
+            needed = fixed + gradients + moving * fewer / batch
+            said.append(f"a batch of {fewer} instead of {batch} would need about {format_bytes(needed)}")
+        if share > 0.05:
+            said.append(f"sequences of {share:.0%} of this length would fit, about")
+    state = trace.static_bytes.get(Category.OPTIMIZER_STATE.value, 0)
+    if state:
+        said.append(f"an optimizer without state (sgd) would save {format_bytes(state)}")
+    said.append(f"the peak is at: {line.peak_owner}")
+    return tuple(said)

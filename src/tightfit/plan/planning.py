@@ -1,0 +1,289 @@
+"""Decide which values each unit keeps, so that the step fits its budget with the least recompute.
+
+`plan.frontier` solves one unit exactly, `plan.choose` chooses one point per unit, `plan.simulate` referees. A
+plan is returned only after the referee has found it under the budget.
+
+Refused: budgets under the least feasible peak (`BudgetInfeasible`, with that peak and what would help).
+No torch here: a trace read from JSON is enough.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection
+from importlib import metadata
+
+from tightfit.core import (
+    BudgetInfeasible,
+    Choice,
+    InvalidInput,
+    Lever,
+    Phase,
+    Plan,
+    Program,
+    Status,
+    Timeline,
+    Trace,
+    format_bytes,
+    levers_named,
+    parse_bytes,
+)
+from tightfit.device.cost import copy_lanes
+from tightfit.plan.advice import advice_for
+from tightfit.plan.choose import THOROUGH, Effort
+from tightfit.plan.program import shared
+from tightfit.plan.simulate import simulate_choices
+from tightfit.plan.ways import Refereed, Way, allows, way_of
+
+_REFEREE_ROUNDS = 12
+
+
+def plan(
+    trace: Trace,
+    budget: str | int,
+    *,
+    effort: Effort = THOROUGH,
+    levers: Collection[Lever | str] | str | None = None,
+    exact: bool = False,
+) -> Plan:
+    """The plan of least recompute whose simulated peak is within `budget`.
+
+    `budget`: bytes, a size, or a percentage of the unplanned step's peak. `levers`: those that the plan may use. By
+    default all but `Lever.OFFLOAD`, which needs room elsewhere and has not been measured on a GPU; and tiles, which do
+    not give the same bits, only where nothing exact fits (`Plan.exact` says so). A collection that names `Lever.TILE`
+    has them compete on seconds. `exact=True` forbids them. Levers are given as `Lever`s or by their names.
+
+    Raises `InvalidInput` for a budget that is no size, `BudgetInfeasible` when nothing fits.
+    """
+    levers = levers_named(levers)
+    if exact and allows(levers, Lever.TILE) and levers is not None:
+        raise InvalidInput("exact=True forbids tiles, and levers names them: leave one of the two out")
+    unplanned = simulate_choices(trace, ())
+    budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
+    every_way = way_of(trace, effort).ways(levers)
+    least = unplanned
+    for bits in (None,) if levers is not None else (True,) if exact else (True, False):
+        ways = [way for way in every_way if bits in (None, way.exact)]
+        if not ways:
+            continue
+        best: Plan | None = None
+        for way in ways:
+            if best is None or _cost(best) > way.extra_seconds:
+                best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
+        for way in _nested(ways, best, budget_bytes, levers):
+            best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
+        if best is not None:
+            return best
+        lowest_way, line = _lowest(ways, levers)
+        if line.peak_bytes <= budget_bytes:
+            return _plan(
+                trace, lowest_way, budget_bytes, lowest_way.lowest.choices, line, unplanned, 0.0, lowest_way.lowest.how
+            )
+        least = min(least, line, key=lambda each: each.peak_bytes)
+    advice = advice_for(trace, least, budget_bytes)
+    if exact and (tiled := [way for way in every_way if not way.exact]):
+        peak_bytes = _lowest(tiled, None)[1].peak_bytes
+        if peak_bytes <= budget_bytes:
+            said = f"without exact=True tiles would take {format_bytes(peak_bytes)}, to rounding but not bit for bit"
+            advice = (said, *advice)
+    raise BudgetInfeasible(budget_bytes, least.peak_bytes, advice)
+
+
+def _cost(made: Plan) -> float:
+    """What the plan takes beyond the step itself."""
+    return made.recompute_seconds + made.tile_seconds + made.offload_seconds
+
+
+def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:
+    return min((made for made in (one, other) if made is not None), key=_cost, default=None)
+
+
+def _best(
+    trace: Trace, way: Way, budget_bytes: int, unplanned: Timeline, levers: Collection[Lever] | None
+) -> Plan | None:
+    """The best plan by `way`, that of `trace` or of what a lever makes of it; None: it finds none."""
+    model = way.model
+    if way.nesting is None:
+        line = simulate_choices(way.trace, ())
+        if line.peak_bytes <= budget_bytes:
+            nothing = way.choices(dict.fromkeys(model.options, 0))
+            return _plan(trace, way, budget_bytes, nothing, line, unplanned, 0.0)
+    if not allows(levers, Lever.RECOMPUTE):
+        return None
+    target = budget_bytes
+    bound = 0.0
+    for attempt in range(_REFEREE_ROUNDS):
+        solution = model.solve(target, proves=attempt == 0)
+        if solution is None:
+            break
+        bound = way.proven(solution) if attempt == 0 else bound  # of a lower target it would be too high
+        choices, line = way.refereed(solution.points)
+        if line.peak_bytes <= budget_bytes:
+            found = Refereed(choices, line, solution.how)
+            choices, line, how = _unhurried(way, budget_bytes, target, found)
+            return _plan(trace, way, budget_bytes, choices, line, unplanned, bound, how)
+        # the model was too hopeful by this much; ask it for that much less
+        target -= max(1, line.peak_bytes - budget_bytes)
+    solution = model.solve(None)
+    assert solution is not None
+    choices, line = way.refereed(solution.points)
+    found = Refereed(choices, line, solution.how)
+    target = model.peak_bytes(solution.points)
+    if line.peak_bytes > budget_bytes:
+        if way.lowest.line.peak_bytes > budget_bytes:
+            return None
+        found, target = way.lowest, budget_bytes
+    choices, line, how = _unhurried(way, budget_bytes, target, found)
+    return _plan(trace, way, budget_bytes, choices, line, unplanned, 0.0, how)
+
+
+def _unhurried(way: Way, budget_bytes: int, target_bytes: int, found: Refereed) -> Refereed:
+    """`found`, which the model gave for `target_bytes`, or what has fewer seconds where the model was too careful.
+
+    Units that read one value in backward each count it as held for them. So the referee's peak may lie well below the
+    model's, and then the model is asked for as much more.
+    """
+    too_high = None
+    for _ in range(_CAREFUL_ROUNDS if way.effort.proves else 1):
+        slack_bytes = budget_bytes - found.line.peak_bytes
+        if slack_bytes <= _SLACK * budget_bytes or not found.line.recompute_seconds:
+            break
+        raised = target_bytes + slack_bytes if too_high is None else (target_bytes + too_high) // 2
+        solution = way.model.solve(raised, proves=False)
+        if solution is None:
+            break
+        choices, line = way.refereed(solution.points)
+        if line.peak_bytes > budget_bytes:
+            too_high = raised
+            continue
+        target_bytes = raised
+        if line.recompute_seconds >= found.line.recompute_seconds:
+            break
+        found = Refereed(choices, line, solution.how)
+    return found
+
+
+#: Nested recompute runs units a second time, so it is looked at when a plan without it reruns this part of the forward.
+_DEAR = 0.75
+
+
+#: Of the nestings that can fit, in the order of what they sweep, so many are planned with.
+_NESTINGS = 3
+
+
+#: Where a plan stays this part below its budget, others are looked for that come nearer, so many times.
+_SLACK = 0.01
+
+
+_CAREFUL_ROUNDS = 4
+
+
+#: Nothing is swept for less than this part of the peak.
+_WORTH = 0.999
+
+
+def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Collection[Lever] | None) -> list[Way]:
+    """The nestings worth planning with when `found` is the best plan without."""
+    if not (ways and allows(levers, Lever.NEST) and allows(levers, Lever.RECOMPUTE)):
+        return []
+    frugal = ways[-1]
+    forward = sum(op.seconds for op in frugal.trace.ops if op.phase is Phase.FORWARD and op.unit is not None)
+    if found is not None and found.recompute_seconds <= _DEAR * forward:
+        return []
+    possible = (way for way in frugal.nested if way.floor.peak_bytes <= budget_bytes)
+    return list(itertools.islice(possible, _NESTINGS if frugal.effort.proves else 1))
+
+
+def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever | str] | str | None = None) -> Plan:
+    """The plan of the lowest peak by any of `levers` (by default all but offload). Its budget is its own peak."""
+    levers = levers_named(levers)
+    if not allows(levers, Lever.RECOMPUTE):
+        raise InvalidInput("the lowest peak is looked for by recompute: add Lever.RECOMPUTE to the levers")
+    way, line = _lowest(way_of(trace, effort).ways(levers), levers)
+    return _plan(
+        trace, way, line.peak_bytes, way.lowest.choices, line, simulate_choices(trace, ()), 0.0, way.lowest.how
+    )
+
+
+def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Timeline]:
+    """By which of `ways`, or a nesting of it, the lowest peak is found."""
+    if not allows(levers, Lever.RECOMPUTE):
+        lines = [(way, simulate_choices(way.trace, ())) for way in ways]
+        return min(lines, key=lambda found: found[1].peak_bytes)
+    best = min(ways, key=lambda way: way.lowest.line.peak_bytes)
+    if allows(levers, Lever.NEST):
+        floors = [nested.floor.peak_bytes for nested in best.nested]
+        if floors and min(floors) < best.lowest.line.peak_bytes * _WORTH:
+            nested = next(way for way in best.nested if way.floor.peak_bytes * _WORTH <= min(floors))
+            best = min(best, nested, key=lambda way: way.lowest.line.peak_bytes)
+    return best, best.lowest.line
+
+
+def every_block(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
+    """The book recipe as a plan: every unit keeps only its inputs. Its budget is its own peak."""
+    unplanned = simulate_choices(trace, ())
+    planner = way_of(trace, effort)
+    line = simulate_choices(trace, planner.fewest)
+    return _plan(trace, planner, line.peak_bytes, planner.fewest, line, unplanned, 0.0)
+
+
+def _plan(
+    trace: Trace,
+    way: Way,
+    budget_bytes: int,
+    choices: tuple[Choice, ...],
+    line: Timeline,
+    unplanned: Timeline,
+    bound: float,
+    how: Collection[str] = (),
+) -> Plan:
+    """`way` with `choices`, as a plan of `trace`."""
+    lever = way.trace
+    out, back = copy_lanes(lever)
+    offload_seconds = out.waiting_seconds(line.offloaded_bytes) + back.waiting_seconds(line.fetched_bytes)
+    step_seconds = sum(op.seconds for op in trace.ops) + way.extra_seconds + offload_seconds
+    proven = line.recompute_seconds + offload_seconds <= bound * (1 + 1e-6) + 1e-12
+    used = {choice.program for choice in choices if not choice.keeps_all}
+    calls: dict[str, list[Program]] = {unit.path: [] for unit in lever.units}
+    for frame in lever.frames:
+        calls[frame.unit].append(lever.programs[frame.id])
+    programs = {
+        unit.digest: program
+        for unit in lever.units
+        if unit.digest in used and (program := shared(calls[unit.path])) is not None
+    }
+    return Plan(
+        budget_bytes=budget_bytes,
+        choices=choices,
+        status=Status.OPTIMAL if proven else Status.FEASIBLE,
+        peak_bytes=line.peak_bytes,
+        step_seconds=step_seconds + line.recompute_seconds,
+        recompute_seconds=line.recompute_seconds,
+        bound_seconds=min(bound, line.recompute_seconds),
+        recompute_flops=line.recompute_flops,
+        forward_flops=sum(op.flops for op in trace.ops if op.phase is Phase.FORWARD),
+        unplanned_peak_bytes=unplanned.peak_bytes,
+        replays=line.replays,
+        trace_digest=trace.digest,
+        versions={
+            name: version
+            for name, version in trace.environment.items()
+            if name in ("tightfit", "torch", "transformers")
+        }
+        | _solver_version(),
+        programs=programs,
+        in_place_loss=way.in_place_loss,
+        tiling=lever.tiling,
+        tile_seconds=way.extra_seconds,
+        advances=way.advances,
+        offloaded_bytes=line.offloaded_bytes,
+        offload_seconds=offload_seconds,
+        solved_by=tuple(sorted(how)),
+    )
+
+
+def _solver_version() -> dict[str, str]:
+    try:
+        return {"highspy": metadata.version("highspy")}
+    except metadata.PackageNotFoundError:  # plans are made without it, too
+        return {}

@@ -1,0 +1,237 @@
+"""One way to plan a trace: the step as the allowed levers would have it, and what of its planning does not depend on
+the budget.
+
+Invariant: what a way says of a set of choices is the referee's word (`plan.simulate`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from tightfit.core import (
+    Choice,
+    Lever,
+    Tiling,
+    Timeline,
+    Trace,
+)
+from tightfit.device.cost import NOMINAL_CPU, retimed
+from tightfit.plan.choose import THOROUGH, Effort, Model, Solution
+from tightfit.plan.lever import with_loss_in_place
+from tightfit.plan.nest import Nesting, nestings
+from tightfit.plan.segments import LENGTHS, Segmented, segmented
+from tightfit.plan.simulate import simulate_choices
+
+# How long the lowest peak is looked for, in what does not depend on the machine: plans tried, events walked.
+_FEWEST_TRIES = 8
+
+
+_EVENTS_TO_TRY = 200_000
+
+
+#: Segments are small and many: points of each, and seconds for each choice across them.
+_SEGMENT_POINTS = 40
+
+
+_SEGMENTS_SECONDS = 0.5
+
+
+#: In a quick search every third number of slots is looked at.
+_COARSE = 3
+
+
+def allows(levers: Collection[Lever] | None, lever: Lever) -> bool:
+    return levers is None or lever in levers
+
+
+class Refereed(NamedTuple):
+    """Choices, what the referee says of them, and by which ways they were found."""
+
+    choices: tuple[Choice, ...]
+    line: Timeline
+    how: frozenset[str]
+
+
+class Way:
+    """What of a trace does not depend on the budget, made when first asked for."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        effort: Effort,
+        *,
+        in_place_loss: bool = False,
+        extra_seconds: float = 0.0,
+        nesting: Nesting | None = None,
+        plain: Way | None = None,
+        offload: bool = False,
+        segments: Segmented | None = None,
+    ) -> None:
+        self.offload = offload
+        self.segments = segments  # of `trace`, planned in its place
+        self.trace, self.effort = trace, effort
+        self.in_place_loss = in_place_loss
+        self.extra_seconds = extra_seconds  # what its tiles cost
+        self.nesting, self.plain = nesting, plain  # the same without the nesting
+        self.advances = () if nesting is None else nesting.advances
+
+    @property
+    def exact(self) -> bool:
+        return self.trace.tiling is None
+
+    def ways(self, levers: Collection[Lever] | None) -> list[Way]:
+        """This trace's step as each of the allowed levers that are no unit's would have it, itself first."""
+        found = [self]
+        if self.trace.losses and allows(levers, Lever.LOSS_IN_PLACE):
+            found.append(self.with_loss_in_place)
+        if allows(levers, Lever.TILE):
+            found += self.tiled
+        moving = [way.with_offload for way in found] if levers is not None and Lever.OFFLOAD in levers else []
+        return [each for way in found for each in way.in_segments or (way,)] + moving
+
+    @functools.cached_property
+    def with_offload(self) -> Way:
+        return Way(
+            self.trace, self.effort, in_place_loss=self.in_place_loss, extra_seconds=self.extra_seconds, offload=True
+        )
+
+    @functools.cached_property
+    def in_segments(self) -> tuple[Way, ...]:
+        """The same with long units cut, more and less finely; none where no unit is long."""
+        return tuple(
+            Way(
+                self.trace, self.effort, in_place_loss=self.in_place_loss, extra_seconds=self.extra_seconds,
+                segments=segments,
+            )
+            for length in LENGTHS
+            if (segments := segmented(self.trace, length)) is not None
+        )  # fmt: skip
+
+    @property
+    def planned(self) -> Trace:
+        """The trace as the model sees it."""
+        return self.trace if self.segments is None else self.segments.trace
+
+    @functools.cached_property
+    def model(self) -> Model:
+        return self._model(self.planned)
+
+    def _model(self, trace: Trace) -> Model:
+        # of segments no bound is looked for: see `proven`
+        effort = self.effort
+        if self.segments is not None:
+            effort = Effort(
+                points=min(_SEGMENT_POINTS, effort.points),
+                solver_seconds=min(_SEGMENTS_SECONDS, effort.solver_seconds),
+                proves=False,
+            )
+        return Model(trace, effort, self.nesting, offload=self.offload)
+
+    def choices(self, points: Mapping[str, int], model: Model | None = None) -> tuple[Choice, ...]:
+        """`points` of the model's units as choices for the units of the trace."""
+        chosen = (model or self.model).choices(points)
+        return chosen if self.segments is None else self.segments.joined(chosen)
+
+    def refereed(self, points: Mapping[str, int]) -> tuple[tuple[Choice, ...], Timeline]:
+        """The choice of one point for each unit, and what the referee says of it."""
+        choices = self.choices(points)
+        return choices, simulate_choices(self.trace, choices, self.advances)
+
+    def proven(self, solution: Solution) -> float:
+        """The bound of `solution`. What holds for segments says nothing of kept sets that are no choice of theirs."""
+        return solution.bound_seconds if self.segments is None else 0.0
+
+    @functools.cached_property
+    def fewest(self) -> tuple[Choice, ...]:
+        """Every unit keeps as little as it can."""
+        points = {path: len(options) - 1 for path, options in self.model.options.items()}
+        return self.choices(points)
+
+    @functools.cached_property
+    def floor(self) -> Timeline:
+        """With the fewest bytes kept in each unit; what a nesting can do, at the cost of one walk."""
+        assert self.nesting is not None and self.plain is not None
+        choices = tuple(self.nesting.on(choice) for choice in self.plain.fewest)
+        return simulate_choices(self.trace, choices, self.advances)
+
+    @functools.cached_property
+    def nested(self) -> tuple[Way, ...]:
+        """The same with fewer and fewer inputs kept; without much effort only some of them."""
+        step = 1 if self.effort.proves else _COARSE
+        if self.trace.resharded:  # a sweep through earlier units would need weights that are gone
+            return ()
+        if self.segments is not None:
+            return ()
+        return tuple(
+            Way(
+                self.trace, self.effort, in_place_loss=self.in_place_loss, extra_seconds=self.extra_seconds,
+                nesting=nesting, plain=self, offload=self.offload,
+            )
+            for nesting in itertools.islice(nestings(self.trace), step - 1, None, step)
+        )  # fmt: skip
+
+    @functools.cached_property
+    def lowest(self) -> Refereed:
+        """The lowest peak that is found, and how: what is said to be feasible must be so again on the next run.
+
+        Measured seconds move the points of the frontiers and so the lowest peak among them; estimated ones do not. The
+        model's lowest is not always the referee's, so the referee is asked about the units one step this way or that.
+        """
+        model = self._model(retimed(self.planned, NOMINAL_CPU))
+        solution = model.solve(None)
+        assert solution is not None
+        tries = max(_FEWEST_TRIES, _EVENTS_TO_TRY // max(1, len(self.trace.events))) if self.effort.proves else 2
+        seen: dict[tuple[int, ...], Timeline] = {}
+
+        def line(points: Mapping[str, int]) -> Timeline:
+            key = tuple(points[path] for path in model.options)
+            if key not in seen:
+                choices = self.choices(points, model)
+                seen[key] = simulate_choices(self.trace, choices, self.advances)
+            return seen[key]
+
+        fewest = {path: len(options) - 1 for path, options in model.options.items()}
+        best = min((dict(solution.points), fewest), key=lambda points: line(points).peak_bytes)
+        alike: dict[str, list[str]] = defaultdict(list)
+        for unit in self.planned.units:
+            alike[unit.digest].append(unit.path)
+        groups = [paths for paths in alike.values() if len(model.options[paths[0]]) > 1]
+        alone = [[path] for paths in groups if len(paths) > 1 for path in paths]
+        for paths in (*groups, *alone):
+            for index in range(len(model.options[paths[0]]) - 1, -1, -1):
+                if len(seen) >= tries:
+                    break
+                changed = best | {path: index for path in paths if index < len(model.options[path])}
+                best = min((best, changed), key=lambda points: line(points).peak_bytes)
+        return Refereed(choices=self.choices(best, model), line=line(best), how=solution.how)
+
+    @functools.cached_property
+    def with_loss_in_place(self) -> Way:
+        return Way(with_loss_in_place(self.trace), self.effort, in_place_loss=True)
+
+    @functools.cached_property
+    def tiled(self) -> list[Way]:
+        def seconds(trace: Trace, tiling: Tiling) -> float:
+            # where only the head is tiled the units' seconds are the same, but for noise
+            return sum(op.seconds for op in trace.ops if op.unit is None or tiling.modules)
+
+        return [
+            Way(variant, self.effort, extra_seconds=max(0.0, seconds(variant, tiling) - seconds(self.trace, tiling)))
+            for variant in self.trace.tiled
+            if (tiling := variant.tiling) is not None
+        ]
+
+
+_latest: Way | None = None
+
+
+def way_of(trace: Trace, effort: Effort = THOROUGH) -> Way:
+    """Kept for the next budget of the same trace."""
+    global _latest  # noqa: PLW0603 - one entry of a cache
+    if _latest is None or _latest.trace is not trace or _latest.effort != effort:
+        _latest = Way(trace, effort)
+    return _latest
