@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import tightfit
 from tightfit.core import EventKind, Trace
 from tightfit.levers.loss_in_place import loss as loss_in_place
+from tightfit.levers.loss_in_place import with_loss_in_place
 from tightfit.levers.loss_in_place.loss import in_place
-from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.simulate import simulate_choices
 from tightfit.step.run import static_bytes_by_category
 from tightfit.verify.gradients import Outcome, differences

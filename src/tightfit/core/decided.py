@@ -81,9 +81,16 @@ class Plan:
     advances: tuple[Advance, ...] = ()  # in the order of backward
     tiling: Tiling | None = None  # what is computed in tiles; none: nothing
     tile_seconds: float = 0.0  # what the tiles cost
+    settings: Mapping[str, str] = field(default_factory=dict)  # of levers without a field of their own, by name
+    other_seconds: float = 0.0  # what those levers cost
     offloaded_bytes: int = 0  # that wait off the device
     offload_seconds: float = 0.0  # that the step waits for copies, estimated
     solved_by: tuple[str, ...] = ()  # the solver and the ways that found the points and chose among them
+
+    @property
+    def added_seconds(self) -> float:
+        """What the plan adds to the step without it."""
+        return self.recompute_seconds + self.tile_seconds + self.offload_seconds + self.other_seconds
 
     @property
     def exact(self) -> bool:
@@ -93,7 +100,7 @@ class Plan:
     @property
     def decisions(self) -> str:
         """Digest of what the plan has the engine do: equal where two plans differ only in what they say it costs."""
-        does = [self.choices, self.programs, self.in_place_loss, self.advances, self.tiling]
+        does = [self.choices, self.programs, self.in_place_loss, self.advances, self.tiling, self.settings]
         return hashlib.sha256(json.dumps(to_json(does), sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 from tightfit.core import Category, Device, InvalidInput, Phase, Timeline, Trace, Unsupported, format_bytes
 from tightfit.device.cost import NOMINAL_CPU, NOMINAL_CUDA, retimed
 from tightfit.forecast import Progress, Setup, trace_setup
+from tightfit.levers.loss_in_place import with_loss_in_place
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
-from tightfit.plan.lever import with_loss_in_place
 
 __all__ = ["NOTHING", "Fix", "Rung", "Why", "explain_peak", "why_of_trace"]
 

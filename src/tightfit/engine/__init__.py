@@ -9,6 +9,7 @@ Invariant: `remove` puts back exactly what was there. Refused: a plan for anothe
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import weakref
 from collections.abc import Callable
@@ -26,8 +27,7 @@ from tightfit.engine.frame import Frame
 from tightfit.engine.frame_plan import Comparison, FramePlan, Stats
 from tightfit.engine.offload import Pool
 from tightfit.engine.region import checkpoint
-from tightfit.levers.loss_in_place.loss import in_place
-from tightfit.levers.tile.force import in_force
+from tightfit.levers import every
 from tightfit.plan.program import kept_values, offloaded_values, recipe
 from tightfit.step.modules import modules_of
 from tightfit.step.parallel import inside
@@ -54,7 +54,8 @@ class Applied:
     def __init__(self, model: nn.Module, plan: Plan, trace: Trace | None = None, *, pool: Pool | None = None) -> None:
         self.model = model
         self.pool = Pool() if pool is None else pool  # where what is offloaded waits
-        self._stats = Stats()
+        counts = {lever.lever.value: lever.new_stats() for lever in every()}
+        self._stats = Stats(levers={name: each for name, each in counts.items() if each is not None})
         self._patches: list[ForwardPatch] = []
         self._decisions: dict[str, Decision] = {}
         self._known: dict[tuple[Choice, str], ForwardPatch] = {}  # of plans that were in force before, too
@@ -79,11 +80,10 @@ class Applied:
             self._switches.enter_context(own_checkpointing_off(self.model))
             self._switches.enter_context(no_key_value_cache(self.model))
             self._switches.enter_context(doors(self.model))
-            if plan.in_place_loss:
-                self._switches.enter_context(in_place())
-            if plan.tiling is not None:
-                units = [choice.unit for choice in plan.choices]
-                self._switches.enter_context(in_force(self.model, plan.tiling, self._stats.tiled, units))
+            for lever in every():
+                if lever.is_used(plan):
+                    counts = self._stats.levers.get(lever.lever.value)
+                    self._switches.enter_context(lever.in_force(self.model, plan, counts))
             for choice, module in matched:
                 frame_plan = _frame_plan(plan, choice)
                 if frame_plan is not None:
@@ -135,7 +135,7 @@ class Applied:
 
     def stats(self) -> Stats:
         """Counts since the plan was applied: frames, replays, fallbacks, ops run again."""
-        return dataclasses.replace(self._stats, tiled=dataclasses.replace(self._stats.tiled))
+        return dataclasses.replace(self._stats, levers={name: copy.copy(c) for name, c in self._stats.levers.items()})
 
     @property
     def tagged(self) -> dict[str, Tagged]:

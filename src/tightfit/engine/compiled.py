@@ -32,7 +32,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tightfit.core import Action, Choice, Kind, Plan, Program, TightfitError, Unsupported
+from tightfit.core import Choice, Kind, Plan, Program, TightfitError, Unsupported
+from tightfit.levers import every
 from tightfit.plan.program import Recipe, kept_values, recipe
 from tightfit.step.ops import METADATA_ONLY, costs_flops, is_random, op_name
 from tightfit.step.patches import compiled_entries
@@ -59,24 +60,14 @@ class Tagged:
 
 def inexpressible(plan: Plan, whole: bool) -> str:
     """Why compiled code cannot carry `plan` out; empty where it can. `whole`: is the loss compiled too?"""
-    if plan.offloaded_bytes or any(_offloads(choice) for choice in plan.choices):
-        found = "offloads values to the host"
-    elif plan.advances or any(choice.lends for choice in plan.choices):
-        found = "nests units, so that one unit's values are made again for another"
-    elif plan.tiling is not None and (whole or plan.tiling.modules):
-        found = "computes modules in tiles"
-    elif plan.in_place_loss and whole:
-        found = "makes the loss's gradient in place of what the loss saved"
-    else:
+    # in the order in which they change more and more of the step
+    found = next((why for lever in reversed(every()) if (why := lever.not_compiled(plan, whole))), "")
+    if not found:
         return ""
     return (
         f"the model is compiled, and its plan {found}, which tags for the compiler cannot say: make the plan with "
         "levers={Lever.RECOMPUTE}, or run the model without torch.compile"
     )
-
-
-def _offloads(choice: Choice) -> bool:
-    return Action.OFFLOAD in choice.actions or Action.OFFLOAD in choice.inputs
 
 
 def require_expressible(plan: Plan, whole: bool) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from tightfit.core import Action, Kind, Program
 from tightfit.engine.tape import Todo
-from tightfit.levers.tile.head import TileStats
 from tightfit.plan.program import Recipe, first_random, run_for_others
 
 
@@ -22,7 +21,7 @@ class Stats:
     fallbacks: int = 0  # frames that had to be replayed whole although the plan kept something
     rerun_ops: int = 0  # ops that replays really ran
     held: int = 0  # tensors that the plan would not hold, but the unit got another or the pool had no room
-    tiled: TileStats = dataclasses.field(default_factory=TileStats)
+    levers: dict[str, Any] = dataclasses.field(default_factory=dict)  # what levers counted, by their names
 
     def __sub__(self, other: Stats) -> Stats:
         return Stats(
@@ -31,7 +30,7 @@ class Stats:
             fallbacks=self.fallbacks - other.fallbacks,
             rerun_ops=self.rerun_ops - other.rerun_ops,
             held=self.held - other.held,
-            tiled=self.tiled - other.tiled,
+            levers={name: counts - other.levers[name] for name, counts in self.levers.items()},
         )
 
 

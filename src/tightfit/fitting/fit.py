@@ -43,6 +43,7 @@ from tightfit.core import (
 )
 from tightfit.engine import Applied
 from tightfit.engine.compiled import doors
+from tightfit.levers import every, inexact
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
 from tightfit.step.modules import UnitsAsked
@@ -171,7 +172,7 @@ def planned(
     """
     if are_several(model):
         return _planned_together(record, budget, levers, exact)
-    recorded = record(levers is not None and Lever.TILE in levers)
+    recorded = record(levers is not None and bool(inexact(levers)))
     try:
         return recorded, make_plan(recorded, budget, levers=levers, exact=exact)
     except BudgetInfeasible as error:
@@ -261,7 +262,8 @@ def _planned_compiled(
 ) -> tuple[Trace, Plan, Applied]:
     """The step and its plan, the plan's peak measured in compiled steps; `applied`, or a handle, to put it in force."""
     if levers is None:
-        levers = {Lever.RECOMPUTE} if "" in compiled_entries(model) else {Lever.RECOMPUTE, Lever.LOSS_IN_PLACE}
+        whole = "" in compiled_entries(model)
+        levers = {each.lever for each in every() if each.is_compiled or (each.is_compiled_around and not whole)}
     recorded = record(False)
     unplanned_bytes = simulate(recorded).peak_bytes
     budget_bytes = parse_bytes(budget, unplanned_bytes)
@@ -332,7 +334,7 @@ class _Guard:
         exact: bool,
     ) -> None:
         self.levers, self.exact = levers, exact
-        self.told = levers is not None and Lever.TILE in levers  # that the plan is not exact
+        self.told = levers is not None and bool(inexact(levers))  # that the plan is not exact
         self.model, self.policy, self.loss, self.optimizer, self.units = model, policy, loss, optimizer, units
         self.applied: Applied | None = None
         self.extent: _Extent | None = None  # of the planned batch
@@ -361,12 +363,8 @@ class _Guard:
         recorded, made = planned(record, budget, self.levers, model, self.exact)
         if not made.exact and not self.told:
             self.told = True
-            warnings.warn(
-                "nothing exact fits this budget, so the plan computes a part of the step in tiles: sums are added in "
-                "another order, and the gradients are not bit for bit those without it (verify holds them against "
-                "float64); exact=True forbids it",
-                stacklevel=4,
-            )
+            caveats = " and ".join(each.caveat for each in every() if each.caveat and each.is_used(made))
+            warnings.warn(f"nothing exact fits this budget, so the plan {caveats}; exact=True forbids it", stacklevel=4)
         return recorded, made, applied
 
     def in_force(self, applied: Applied, recorded: Trace) -> None:

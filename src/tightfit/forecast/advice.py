@@ -27,8 +27,9 @@ from tightfit.forecast.recording import HashableDevice, optimizer_key, optimizer
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, usable_bytes
 from tightfit.forecast.search import QUICK, bytes_reserved, least, least_peak_bytes
 from tightfit.forecast.setup import Progress, Setup, build_model
+from tightfit.levers import every
 from tightfit.plan import lowest
-from tightfit.report.text import tiles_said
+from tightfit.report.text import how_it_fits
 from tightfit.step.environment import environment
 from tightfit.step.parallel import Strategy
 from tightfit.step.run import static_bytes_by_category
@@ -106,17 +107,15 @@ def essence(recorded: Trace, made: Plan) -> Iterable[str]:
     """The plan in at most four lines."""
     planned = [choice for choice in made.choices if not choice.keeps_all]
     if not made.replays:
-        how = "in tiles" if not made.exact else "with the loss in place" if made.in_place_loss else "as it is"
-        yield f"nothing is recomputed: the step fits {how}"
+        yield f"nothing is recomputed: the step fits {how_it_fits(made)}"
         if made.exact:
             return
-    if made.tiling is not None:
-        yield f"tiles: {tiles_said(made)}"
+    yield from (lever.said(made) for lever in every() if lever.is_used(made) and not lever.is_exact)
     yield f"{len(planned)} of {len(recorded.units)} units recompute part of what they make, {made.replays} replays"
     share = made.recompute_flops / made.forward_flops if made.forward_flops else 0.0
     yield f"recompute: {share:.1%} of the forward's FLOPs, plan {made.status.value}"
     yield f"peak {format_bytes(made.peak_bytes)} of {format_bytes(made.unplanned_peak_bytes)} without a plan" + (
-        ", the loss makes its gradient in place" if made.in_place_loss else ""
+        "".join(f", {lever.summary}" for lever in every() if lever.is_exact and lever.is_used(made) and lever.how(made))
     )
 
 

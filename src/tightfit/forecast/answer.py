@@ -22,6 +22,7 @@ from tightfit.forecast.recording import reached, trace_for, trace_setup
 from tightfit.forecast.room import leave_room, room_bytes
 from tightfit.forecast.search import QUICK, SHOWN, bytes_reserved, fitted, largest_fitting, least
 from tightfit.forecast.setup import Progress, Setup, build_model
+from tightfit.levers import exact_only
 from tightfit.plan import every_block, lowest, plan, simulate
 from tightfit.step.environment import environment
 from tightfit.trace.fake import FakeStep
@@ -103,11 +104,11 @@ def check(
 def _levers_of(made: Plan | None) -> frozenset[Lever] | None:
     """What the searches may use: all that is exact where the plan for the size that was asked for is, else everything.
 
-    Tiles make every trace three times as long, and they are not bit for bit, so nobody gets them who did not need them.
+    Inexact levers make every trace three times as long, so nobody gets them who did not need them.
     """
     if made is None or not made.exact:
         return None
-    return frozenset({Lever.RECOMPUTE, Lever.LOSS_IN_PLACE, Lever.NEST})
+    return exact_only(None)
 
 
 def _mode(name: str, recorded: Trace, line: Timeline, made: Plan | None, room: int) -> Mode:
@@ -119,7 +120,7 @@ def _mode(name: str, recorded: Trace, line: Timeline, made: Plan | None, room: i
         reserved = min(reserved, within)  # on this card the allocator gives free segments back before it fails
     at_peak = {category: rows[line.peak_event] for category, rows in line.by_category.items()}
     step_seconds = sum(op.seconds for op in recorded.ops) + line.recompute_seconds
-    step_seconds += 0.0 if made is None else made.tile_seconds
+    step_seconds += 0.0 if made is None else made.tile_seconds + made.other_seconds
     phase = line.peak_owner.split()[0]
     return Mode(
         mode=name,

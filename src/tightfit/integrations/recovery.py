@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from tightfit.core import BudgetInfeasible, Lever, Plan, TightfitError, Trace, format_bytes
 from tightfit.integrations.trainer import TightfitCallback, running_trainer
+from tightfit.levers import exact_only
 from tightfit.plan import plan
 from tightfit.step.snapshot import random_states, restore_random_states
 
@@ -78,7 +79,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 #: What plans use unless told otherwise, but for tiles: nothing in the middle of a training changes its bits.
-_EXACT = frozenset({Lever.RECOMPUTE, Lever.LOSS_IN_PLACE, Lever.NEST})
 
 
 def lower(trace: Trace, old: Plan, levers: Collection[Lever] | None = None) -> Plan:
@@ -87,7 +87,7 @@ def lower(trace: Trace, old: Plan, levers: Collection[Lever] | None = None) -> P
     `levers`: as in `plan`.
     """
     if old.exact:
-        levers = (_EXACT if levers is None else frozenset(levers)) - {Lever.TILE}
+        levers = exact_only(levers)
     try:
         return plan(trace, int(old.peak_bytes * SHRINK), levers=levers)
     except BudgetInfeasible as error:

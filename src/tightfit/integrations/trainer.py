@@ -43,6 +43,7 @@ from tightfit.engine import Applied
 from tightfit.fitting.fit import planned
 from tightfit.integrations import conflicts
 from tightfit.integrations.longest import Extent, longest_batch, plain
+from tightfit.levers import exact_only
 from tightfit.step.environment import environment
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.ranks import anywhere
@@ -260,7 +261,7 @@ class TightfitCallback(PeakCallback):
         levers = self.levers
         if self.plan is not None and self.plan.exact:
             # in the middle of a training nothing is proven anew, so only what gives the same bits by design
-            levers = frozenset(levers or (Lever.RECOMPUTE, Lever.LOSS_IN_PLACE, Lever.NEST)) - {Lever.TILE}
+            levers = exact_only(levers)
         try:
             budget = self.budget if self.plan is None else self.plan.budget_bytes
             _, chosen = planned(record, budget, levers, model, self.exact)

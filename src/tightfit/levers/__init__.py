@@ -1,1 +1,69 @@
-"""One module or package for each lever."""
+"""One module, or one package, for each lever: what a plan may do to take bytes down.
+
+A lever is one line of `core.Lever` and the module of that name here, whose `DEFINITION` says everything about it
+(`interface.LeverDefinition`): what it needs from the trace, what it offers the planner, how the referee walks it, how
+the engine carries it out, how it is proven, how it is explained. Nobody else knows a lever by name.
+
+There are two kinds. A lever of the *step* changes the step before the units are planned: it offers other tellings of
+the trace (`loss_in_place`, `tile`). A lever of the *units* grants the planner one of its three mechanisms for a unit's
+values (`recompute`, `nest`, `offload`).
+
+Invariant: planning needs no torch, so a definition imports its torch side only in the methods that need it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Collection
+
+from tightfit.core import Lever, Trace
+from tightfit.levers.interface import Grant, LeverDefinition, Variant
+
+__all__ = ["allowed", "as_recorded", "defined", "every", "exact_only", "granted", "inexact"]
+
+
+@functools.cache
+def defined(lever: Lever) -> LeverDefinition:
+    """The definition of `lever`: `DEFINITION` in the module that has its name."""
+    found: LeverDefinition = importlib.import_module(f"{__name__}.{lever.value}").DEFINITION
+    return found
+
+
+def every() -> tuple[LeverDefinition, ...]:
+    """All definitions, in the order of `Lever`."""
+    return tuple(defined(lever) for lever in Lever)
+
+
+def allowed(levers: Collection[Lever] | None) -> tuple[LeverDefinition, ...]:
+    """The definitions of `levers`; of those that a plan uses by default where that is None."""
+    return tuple(each for each in every() if (each.is_default if levers is None else each.lever in levers))
+
+
+def as_recorded(trace: Trace) -> Variant:
+    """`trace` before any lever is chosen."""
+    begun = {each: each.begun(trace) for each in every()}
+    return Variant(
+        trace=trace,
+        levers=frozenset(each.lever for each, fields in begun.items() if fields),
+        is_exact=all(each.is_exact for each, fields in begun.items() if fields),
+        decided={name: value for fields in begun.values() for name, value in fields.items()},
+    )
+
+
+def granted(levers: Collection[Lever] | None) -> Grant:
+    """What the levers let the planner do with the values of a unit."""
+    grants = Grant.NOTHING
+    for each in allowed(levers):
+        grants |= each.grants
+    return grants
+
+
+def exact_only(levers: Collection[Lever] | None) -> frozenset[Lever]:
+    """Those of `levers`, by default of the default ones, that give the same bits."""
+    return frozenset(each.lever for each in allowed(levers) if each.is_exact)
+
+
+def inexact(levers: Collection[Lever] | None) -> tuple[LeverDefinition, ...]:
+    """Those of `levers`, by default of the default ones, that do not."""
+    return tuple(each for each in allowed(levers) if not each.is_exact)

@@ -29,11 +29,13 @@ from tightfit.core import (
     parse_bytes,
 )
 from tightfit.device.cost import copy_lanes
+from tightfit.levers import every, granted, inexact
+from tightfit.levers.interface import Grant
 from tightfit.plan.advice import advice_for
 from tightfit.plan.choose import THOROUGH, Effort
 from tightfit.plan.program import shared
 from tightfit.plan.simulate import simulate_choices
-from tightfit.plan.ways import Refereed, Way, allows, way_of
+from tightfit.plan.ways import Refereed, Way, way_of
 
 _REFEREE_ROUNDS = 12
 
@@ -56,19 +58,19 @@ def plan(
     Raises `InvalidInput` for a budget that is no size, `BudgetInfeasible` when nothing fits.
     """
     levers = levers_named(levers)
-    if exact and allows(levers, Lever.TILE) and levers is not None:
-        raise InvalidInput("exact=True forbids tiles, and levers names them: leave one of the two out")
+    if exact and levers is not None and (forbidden := inexact(levers)):
+        raise InvalidInput(f"exact=True forbids {forbidden[0].noun}, and levers names them: leave one of the two out")
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
     every_way = way_of(trace, effort).ways(levers)
     least = unplanned
     for bits in (None,) if levers is not None else (True,) if exact else (True, False):
-        ways = [way for way in every_way if bits in (None, way.exact)]
+        ways = [way for way in every_way if bits in (None, way.step.is_exact)]
         if not ways:
             continue
         best: Plan | None = None
         for way in ways:
-            if best is None or _cost(best) > way.extra_seconds:
+            if best is None or best.added_seconds > way.step.seconds:
                 best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
         for way in _nested(ways, best, budget_bytes, levers):
             best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
@@ -81,21 +83,17 @@ def plan(
             )
         least = min(least, line, key=lambda each: each.peak_bytes)
     advice = advice_for(trace, least, budget_bytes)
-    if exact and (tiled := [way for way in every_way if not way.exact]):
-        peak_bytes = _lowest(tiled, None)[1].peak_bytes
+    if exact and (others := [way for way in every_way if not way.step.is_exact]):
+        peak_bytes = _lowest(others, None)[1].peak_bytes
         if peak_bytes <= budget_bytes:
-            said = f"without exact=True tiles would take {format_bytes(peak_bytes)}, to rounding but not bit for bit"
+            nouns = " and ".join(each.noun for each in inexact(None))
+            said = f"without exact=True {nouns} would take {format_bytes(peak_bytes)}, to rounding but not bit for bit"
             advice = (said, *advice)
     raise BudgetInfeasible(budget_bytes, least.peak_bytes, advice)
 
 
-def _cost(made: Plan) -> float:
-    """What the plan takes beyond the step itself."""
-    return made.recompute_seconds + made.tile_seconds + made.offload_seconds
-
-
 def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:
-    return min((made for made in (one, other) if made is not None), key=_cost, default=None)
+    return min((made for made in (one, other) if made is not None), key=lambda made: made.added_seconds, default=None)
 
 
 def _best(
@@ -108,7 +106,7 @@ def _best(
         if line.peak_bytes <= budget_bytes:
             nothing = way.choices(dict.fromkeys(model.options, 0))
             return _plan(trace, way, budget_bytes, nothing, line, unplanned, 0.0)
-    if not allows(levers, Lever.RECOMPUTE):
+    if Grant.DROP not in granted(levers):
         return None
     target = budget_bytes
     bound = 0.0
@@ -184,7 +182,7 @@ _WORTH = 0.999
 
 def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Collection[Lever] | None) -> list[Way]:
     """The nestings worth planning with when `found` is the best plan without."""
-    if not (ways and allows(levers, Lever.NEST) and allows(levers, Lever.RECOMPUTE)):
+    if not (ways and Grant.SWEEP | Grant.DROP in granted(levers)):
         return []
     frugal = ways[-1]
     forward = sum(op.seconds for op in frugal.trace.ops if op.phase is Phase.FORWARD and op.unit is not None)
@@ -197,8 +195,9 @@ def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Coll
 def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever | str] | str | None = None) -> Plan:
     """The plan of the lowest peak by any of `levers` (by default all but offload). Its budget is its own peak."""
     levers = levers_named(levers)
-    if not allows(levers, Lever.RECOMPUTE):
-        raise InvalidInput("the lowest peak is looked for by recompute: add Lever.RECOMPUTE to the levers")
+    if Grant.DROP not in granted(levers):
+        needed = next(each for each in every() if Grant.DROP in each.grants)
+        raise InvalidInput(f"the lowest peak is looked for by {needed.noun}: add {needed.lever} to the levers")
     way, line = _lowest(way_of(trace, effort).ways(levers), levers)
     return _plan(
         trace, way, line.peak_bytes, way.lowest.choices, line, simulate_choices(trace, ()), 0.0, way.lowest.how
@@ -207,11 +206,11 @@ def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever 
 
 def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Timeline]:
     """By which of `ways`, or a nesting of it, the lowest peak is found."""
-    if not allows(levers, Lever.RECOMPUTE):
+    if Grant.DROP not in granted(levers):
         lines = [(way, simulate_choices(way.trace, ())) for way in ways]
         return min(lines, key=lambda found: found[1].peak_bytes)
     best = min(ways, key=lambda way: way.lowest.line.peak_bytes)
-    if allows(levers, Lever.NEST):
+    if Grant.SWEEP in granted(levers):
         floors = [nested.floor.peak_bytes for nested in best.nested]
         if floors and min(floors) < best.lowest.line.peak_bytes * _WORTH:
             nested = next(way for way in best.nested if way.floor.peak_bytes * _WORTH <= min(floors))
@@ -238,18 +237,18 @@ def _plan(
     how: Collection[str] = (),
 ) -> Plan:
     """`way` with `choices`, as a plan of `trace`."""
-    lever = way.trace
-    out, back = copy_lanes(lever)
+    step = way.trace
+    out, back = copy_lanes(step)
     offload_seconds = out.waiting_seconds(line.offloaded_bytes) + back.waiting_seconds(line.fetched_bytes)
-    step_seconds = sum(op.seconds for op in trace.ops) + way.extra_seconds + offload_seconds
+    step_seconds = sum(op.seconds for op in trace.ops) + way.step.seconds + offload_seconds
     proven = line.recompute_seconds + offload_seconds <= bound * (1 + 1e-6) + 1e-12
     used = {choice.program for choice in choices if not choice.keeps_all}
-    calls: dict[str, list[Program]] = {unit.path: [] for unit in lever.units}
-    for frame in lever.frames:
-        calls[frame.unit].append(lever.programs[frame.id])
+    calls: dict[str, list[Program]] = {unit.path: [] for unit in step.units}
+    for frame in step.frames:
+        calls[frame.unit].append(step.programs[frame.id])
     programs = {
         unit.digest: program
-        for unit in lever.units
+        for unit in step.units
         if unit.digest in used and (program := shared(calls[unit.path])) is not None
     }
     return Plan(
@@ -272,13 +271,11 @@ def _plan(
         }
         | _solver_version(),
         programs=programs,
-        in_place_loss=way.in_place_loss,
-        tiling=lever.tiling,
-        tile_seconds=way.extra_seconds,
         advances=way.advances,
         offloaded_bytes=line.offloaded_bytes,
         offload_seconds=offload_seconds,
         solved_by=tuple(sorted(how)),
+        **way.step.decided,
     )
 
 

@@ -32,7 +32,7 @@ from tightfit.core import (
     Timeline,
     Trace,
 )
-from tightfit.plan.lever import under
+from tightfit.levers import every
 from tightfit.plan.program import (
     Recipe,
     demanded,
@@ -70,6 +70,14 @@ def simulate(trace: Trace, plan: Plan | None = None) -> Timeline:
             f"the plan was made from trace {plan.trace_digest}, this is trace {trace.digest}; make the plan anew"
         )
     return simulate_choices(under(trace, plan), *(((),) if plan is None else (plan.choices, plan.advances)))
+
+
+def under(trace: Trace, plan: Plan | None) -> Trace:
+    """What the levers of `plan` make of `trace`. Raises `PlanMismatch` where the trace does not know of one."""
+    if plan is not None:
+        for lever in every():
+            trace = lever.under(trace, plan)
+    return trace
 
 
 def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list[tuple[Hashable, int]]]:

@@ -15,13 +15,13 @@ from typing import NamedTuple
 from tightfit.core import (
     Choice,
     Lever,
-    Tiling,
     Timeline,
     Trace,
 )
 from tightfit.device.cost import NOMINAL_CPU, retimed
+from tightfit.levers import allowed, as_recorded, granted
+from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.choose import THOROUGH, Effort, Model, Solution
-from tightfit.plan.lever import with_loss_in_place
 from tightfit.plan.nest import Nesting, nestings
 from tightfit.plan.segments import LENGTHS, Segmented, segmented
 from tightfit.plan.simulate import simulate_choices
@@ -44,10 +44,6 @@ _SEGMENTS_SECONDS = 0.5
 _COARSE = 3
 
 
-def allows(levers: Collection[Lever] | None, lever: Lever) -> bool:
-    return levers is None or lever in levers
-
-
 class Refereed(NamedTuple):
     """Choices, what the referee says of them, and by which ways they were found."""
 
@@ -61,55 +57,48 @@ class Way:
 
     def __init__(
         self,
-        trace: Trace,
+        step: Variant,
         effort: Effort,
         *,
-        in_place_loss: bool = False,
-        extra_seconds: float = 0.0,
         nesting: Nesting | None = None,
         plain: Way | None = None,
-        offload: bool = False,
+        moves: bool = False,
         segments: Segmented | None = None,
     ) -> None:
-        self.offload = offload
+        self.step, self.effort = step, effort
+        self.trace = step.trace
+        self.moves = moves  # may kept values wait off the device?
         self.segments = segments  # of `trace`, planned in its place
-        self.trace, self.effort = trace, effort
-        self.in_place_loss = in_place_loss
-        self.extra_seconds = extra_seconds  # what its tiles cost
         self.nesting, self.plain = nesting, plain  # the same without the nesting
         self.advances = () if nesting is None else nesting.advances
-
-    @property
-    def exact(self) -> bool:
-        return self.trace.tiling is None
+        self._varied: dict[Lever, list[Way]] = {}
 
     def ways(self, levers: Collection[Lever] | None) -> list[Way]:
-        """This trace's step as each of the allowed levers that are no unit's would have it, itself first."""
+        """This trace's step as each of the allowed levers of the step would have it, itself first."""
         found = [self]
-        if self.trace.losses and allows(levers, Lever.LOSS_IN_PLACE):
-            found.append(self.with_loss_in_place)
-        if allows(levers, Lever.TILE):
-            found += self.tiled
-        moving = [way.with_offload for way in found] if levers is not None and Lever.OFFLOAD in levers else []
+        for lever in allowed(levers):
+            found += [varied for way in found for varied in way._by(lever)]
+        moving = [way.moving for way in found] if Grant.MOVE in granted(levers) else []
         return [each for way in found for each in way.in_segments or (way,)] + moving
 
+    def _by(self, lever: LeverDefinition) -> list[Way]:
+        if lever.lever not in self._varied:
+            self._varied[lever.lever] = [Way(step, self.effort) for step in lever.variants(self.step)]
+        return self._varied[lever.lever]
+
     @functools.cached_property
-    def with_offload(self) -> Way:
-        return Way(
-            self.trace, self.effort, in_place_loss=self.in_place_loss, extra_seconds=self.extra_seconds, offload=True
-        )
+    def moving(self) -> Way:
+        """The same with kept values that may wait off the device."""
+        return Way(self.step, self.effort, moves=True)
 
     @functools.cached_property
     def in_segments(self) -> tuple[Way, ...]:
         """The same with long units cut, more and less finely; none where no unit is long."""
         return tuple(
-            Way(
-                self.trace, self.effort, in_place_loss=self.in_place_loss, extra_seconds=self.extra_seconds,
-                segments=segments,
-            )
+            Way(self.step, self.effort, segments=segments)
             for length in LENGTHS
             if (segments := segmented(self.trace, length)) is not None
-        )  # fmt: skip
+        )
 
     @property
     def planned(self) -> Trace:
@@ -129,7 +118,7 @@ class Way:
                 solver_seconds=min(_SEGMENTS_SECONDS, effort.solver_seconds),
                 proves=False,
             )
-        return Model(trace, effort, self.nesting, offload=self.offload)
+        return Model(trace, effort, self.nesting, offload=self.moves)
 
     def choices(self, points: Mapping[str, int], model: Model | None = None) -> tuple[Choice, ...]:
         """`points` of the model's units as choices for the units of the trace."""
@@ -167,12 +156,9 @@ class Way:
         if self.segments is not None:
             return ()
         return tuple(
-            Way(
-                self.trace, self.effort, in_place_loss=self.in_place_loss, extra_seconds=self.extra_seconds,
-                nesting=nesting, plain=self, offload=self.offload,
-            )
+            Way(self.step, self.effort, nesting=nesting, plain=self, moves=self.moves)
             for nesting in itertools.islice(nestings(self.trace), step - 1, None, step)
-        )  # fmt: skip
+        )
 
     @functools.cached_property
     def lowest(self) -> Refereed:
@@ -209,22 +195,6 @@ class Way:
                 best = min((best, changed), key=lambda points: line(points).peak_bytes)
         return Refereed(choices=self.choices(best, model), line=line(best), how=solution.how)
 
-    @functools.cached_property
-    def with_loss_in_place(self) -> Way:
-        return Way(with_loss_in_place(self.trace), self.effort, in_place_loss=True)
-
-    @functools.cached_property
-    def tiled(self) -> list[Way]:
-        def seconds(trace: Trace, tiling: Tiling) -> float:
-            # where only the head is tiled the units' seconds are the same, but for noise
-            return sum(op.seconds for op in trace.ops if op.unit is None or tiling.modules)
-
-        return [
-            Way(variant, self.effort, extra_seconds=max(0.0, seconds(variant, tiling) - seconds(self.trace, tiling)))
-            for variant in self.trace.tiled
-            if (tiling := variant.tiling) is not None
-        ]
-
 
 _latest: Way | None = None
 
@@ -233,5 +203,5 @@ def way_of(trace: Trace, effort: Effort = THOROUGH) -> Way:
     """Kept for the next budget of the same trace."""
     global _latest  # noqa: PLW0603 - one entry of a cache
     if _latest is None or _latest.trace is not trace or _latest.effort != effort:
-        _latest = Way(trace, effort)
+        _latest = Way(as_recorded(trace), effort)
     return _latest

@@ -17,9 +17,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tightfit.core import Action, Forecast, InvalidInput, Measurement, Plan, Row, format_bytes, to_json
+from tightfit.core import Forecast, InvalidInput, Measurement, Plan, Row, format_bytes, to_json
+from tightfit.levers import every
 from tightfit.report.study import Study
-from tightfit.report.text import tiles_said
 
 __all__ = ["forecast_document", "measurement_document", "page", "plan_document", "run_document"]
 
@@ -142,7 +142,7 @@ def _held(gradients: Mapping[str, Any]) -> str:
 
 def plan_document(plan: Plan, model: str, study: Study) -> dict[str, Any]:
     """The page's data of `tightfit plan`."""
-    unplanned = plan.step_seconds - plan.recompute_seconds - plan.tile_seconds - plan.offload_seconds
+    unplanned = plan.step_seconds - plan.added_seconds
     slow = plan.step_seconds / unplanned if unplanned else 1.0
     answer = (
         f"{model} fits into {format_bytes(plan.budget_bytes)}: peak {format_bytes(plan.peak_bytes)} instead of "
@@ -151,10 +151,7 @@ def plan_document(plan: Plan, model: str, study: Study) -> dict[str, Any]:
     facts = {
         "status": plan.status.value, "replays": plan.replays,
         "recompute": _share(plan.recompute_flops, plan.forward_flops) or "0%",
-        "loss in place": "yes" if plan.in_place_loss else "no",
-        "inputs made again by sweeps": sum(Action.RECOMPUTE in choice.inputs for choice in plan.choices) or None,
-        "offloaded": format_bytes(plan.offloaded_bytes) if plan.offloaded_bytes else None,
-        "in tiles": "no" if plan.tiling is None else tiles_said(plan),
+        **dict(fact for lever in every() if (fact := lever.fact(plan)) is not None),
     }  # fmt: skip
     record = to_json(plan)
     record.pop("programs", None)

@@ -106,7 +106,7 @@ def study(trace: Trace, chosen: Plan | None = None, points: int = POINTS, effort
 
     def point(name: str, made: Plan | None) -> StudyPoint:
         line = simulate(trace, made)
-        waits = 0.0 if made is None else made.tile_seconds + made.offload_seconds
+        waits = 0.0 if made is None else made.added_seconds - made.recompute_seconds
         extra_seconds = line.recompute_seconds + waits
         return StudyPoint(
             name=name,

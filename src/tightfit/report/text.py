@@ -29,10 +29,10 @@ from tightfit.core import (
     format_bytes,
     to_json,
 )
-from tightfit.plan.lever import under
+from tightfit.levers import every
 from tightfit.plan.program import kept_values, recipe, shared
 from tightfit.plan.shares import Share, shares
-from tightfit.plan.simulate import simulate
+from tightfit.plan.simulate import simulate, under
 
 __all__ = [
     "doctor_table",
@@ -41,13 +41,14 @@ __all__ = [
     "forecast_report",
     "forecast_table",
     "gpus_table",
+    "how_it_fits",
+    "levers_said",
     "measurement_report",
     "measurement_table",
     "plan_report",
     "proof_table",
     "run_table",
     "sparkline",
-    "tiles_said",
 ]
 
 # --------------------------------------------------------------------------------------------- measurement
@@ -488,10 +489,7 @@ def _why(trace: Trace, plan: Plan) -> list[str]:
         f"the peak is at: {line.peak_owner}",
         "live there: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in at_peak.items() if size),
     ]
-    if plan.in_place_loss:
-        lines.append("the loss makes its gradient in place of what it saved: no recompute, the same bits")
-    if plan.tiling is not None:
-        lines.append(f"tiles: {tiles_said(plan)}")
+    lines += levers_said(plan)
     lines.append(_reason(trace, plan, line.peak_owner))
     lines.append(
         f"recompute: {_recompute(plan.recompute_flops, plan.forward_flops)}, {plan.recompute_seconds:.4f} s of a step "
@@ -501,22 +499,19 @@ def _why(trace: Trace, plan: Plan) -> list[str]:
     return [line for line in lines if line]
 
 
-def tiles_said(plan: Plan) -> str:
-    """What `plan` computes in tiles, at what cost, and what that means for its bits."""
-    tiling = plan.tiling
-    assert tiling is not None
-    said = [] if tiling.head is None else [f"{tiling.head} with its loss, {tiling.rows} rows of logits at a time"]
-    said += [f"every unit's {module.name} in {module.tiles} chunks of tokens" for module in tiling.modules]
-    return (
-        f"{'; '.join(said)}; {plan.tile_seconds:.4f} s; sums are added in another order, so the gradients are not bit "
-        "for bit those of the untiled step: verify holds them against float64"
-    )
+def levers_said(plan: Plan) -> list[str]:
+    """A line on what `plan` does by each lever that has something to say."""
+    return [said for lever in every() if lever.is_used(plan) and (said := lever.said(plan))]
+
+
+def how_it_fits(plan: Plan) -> str:
+    """By which lever a step fits that recomputes nothing."""
+    return next((how for lever in reversed(every()) if lever.is_used(plan) and (how := lever.how(plan))), "as it is")
 
 
 def _reason(trace: Trace, plan: Plan, owner: str) -> str:
     if not plan.replays:
-        how = "in tiles" if not plan.exact else "with the loss in place" if plan.in_place_loss else "as it is"
-        return f"why: the step fits {how}, so nothing is run again"
+        return f"why: the step fits {how_it_fits(plan)}, so nothing is run again"
     if owner.startswith("replay of"):
         return "why: this unit's replay needs room while earlier units' kept values are still held"
     if owner.startswith("optimizer"):

@@ -7,29 +7,27 @@ Invariant: every pass starts from the same state and runs the same ops. Refused:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from tightfit import levers
 from tightfit.core import (
     Category,
     EventKind,
+    Lever,
     Phase,
-    TiledModule,
-    Tiling,
+    Timeline,
     Trace,
     Unsupported,
 )
 from tightfit.device.cost import NOMINAL_CPU, retimed
 from tightfit.levers.loss_in_place.loss import watched
-from tightfit.levers.tile.force import Sought, head_sought, in_force, rows_of_tile
-from tightfit.levers.tile.head import TileStats
-from tightfit.levers.tile.modules import modules_sought
 from tightfit.plan import Effort, every_block
 from tightfit.plan.simulate import simulate_choices
 from tightfit.step.parallel import (
@@ -87,18 +85,21 @@ def first_pass(
     restart: Callable[[], None],
     fake: FakeStep | None,
     census: Census | None = None,
-) -> tuple[Recorder, Sought, list[TiledModule]]:
-    """The dry pass with `modules` for units, and what of it could be tiled."""
+) -> tuple[Recorder, dict[Lever, Any]]:
+    """The dry pass with `modules` for units, and what each lever saw of it."""
     restart()
-    paths = list(modules)
-    with head_sought(model, paths) as sought, modules_sought(model, paths, fake is not None) as token_wise:
+    with contextlib.ExitStack() as watches:
+        paths = list(modules)
+        seen = {
+            each.lever: watches.enter_context(each.watching(model, paths, fake is not None)) for each in levers.every()
+        }
         dry = record_pass(model, batch, loss, modules, restart, dry=True, fake=fake, census=census)
-    return dry, sought, token_wise
+    return dry, seen
 
 
 @dataclass(frozen=True)
 class StepRecording:
-    """What is recorded, once as it is and once more for each way to tile it."""
+    """What is recorded, once as it is and once more for each lever that changes its ops."""
 
     model: nn.Module
     batch: Any
@@ -112,24 +113,30 @@ class StepRecording:
         self.restart()
         return record_pass(self.model, self.batch, self.loss, self.modules, self.restart, dry=True, fake=self.fake)
 
-    def tiled(self, tiling: Tiling) -> tuple[Trace | None, str]:
-        """The trace with `tiling` in force; None where the logits are made whole all the same, and by whom."""
-        stats = TileStats()
-        with in_force(self.model, tiling, stats, list(self.modules)):
+    def again(self, opened: AbstractContextManager[Any], is_refused: Callable[[], bool]) -> Trace | None:
+        """The step recorded with `opened` around it; None where `is_refused` says so after its forward."""
+        with opened:
             dry = self.dry()
-            if tiling.head is not None and (stats.whole or not stats.losses):
-                return None, stats.asked_by or "what is no cross entropy of class indices"
-            return self.recorded(dry, tiling), ""
+            return None if is_refused() else self.recorded(dry, anew=True)
 
-    def recorded(self, dry: Recorder, tiling: Tiling | None) -> Trace:
-        """The trace of the step as it runs now, after its dry pass."""
+    def unplanned(self, trace: Trace) -> Timeline:
+        """The referee's walk of `trace` without a plan."""
+        return simulate_choices(trace, ())
+
+    def every_block(self, trace: Trace) -> Timeline:
+        """The same with every unit recomputed."""
+        effort = Effort(points=4, solver_seconds=0.2, proves=False)
+        return simulate_choices(trace, every_block(trace, effort=effort).choices)
+
+    def recorded(self, dry: Recorder, *, anew: bool = False) -> Trace:
+        """The trace of the step as it runs now, after its dry pass. `anew`: it was recorded before, in another way."""
         model, fake = self.model, self.fake
         self.restart()
         static = static_bytes_by_category(model, self.batch, granule_bytes=1 if fake is None else fake.granule_bytes)
         if fake is not None:
             fake.forget_calls()
         # one pass fewer where the clock need not wait for a device: the same ops are timed elsewhere too
-        at_once = fake is None and tiling is not None and device_of(model).type == "cpu"
+        at_once = fake is None and anew and device_of(model).type == "cpu"
         full = record_pass(
             model, self.batch, self.loss, self.modules, self.restart, dry=False, fake=fake, measured=at_once
         )  # fmt: skip
@@ -154,50 +161,7 @@ class StepRecording:
         trace = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes).trace()
         if fake is not None:
             trace = retimed(trace, fake.target or NOMINAL_CPU)
-        trace = dataclasses.replace(trace, tiling=tiling)
         return trace if self.tail is None else behind(trace, self.tail)
-
-
-#: A loss that is less than this part of the peak is not worth tiles.
-_WORTH_TILES = 0.10
-
-
-def record_tiled(
-    step: StepRecording, recorded: Trace, sought: Sought, token_wise: Sequence[TiledModule]
-) -> tuple[tuple[Trace, ...], tuple[str, ...]]:
-    """The step recorded again with tiles in force, where these can matter; and why not, where they cannot."""
-    line = simulate_choices(recorded, ())
-    loss_bytes = max(line.by_category[Category.LOSS.value], default=0)
-    # about what is left when every unit is recomputed
-    floor_bytes = line.peak_bytes - max(line.by_category[Category.SAVED.value], default=0)
-    found: list[Trace] = []
-    reasons: tuple[str, ...] = ()
-    head = Tiling()
-    if loss_bytes >= _WORTH_TILES * max(1, floor_bytes):
-        if sought.path is not None:
-            tiling = Tiling(head=sought.path, rows=rows_of_tile(sought.rows, sought.row_bytes))
-            variant, asked_by = step.tiled(tiling)
-            if variant is None:
-                reasons = (f"the head and the loss cannot be tiled: the logits are asked for whole, by {asked_by}",)
-            else:
-                head = tiling
-                found.append(variant)
-        elif sought.reason:
-            reasons = (f"the head and the loss cannot be tiled: {sought.reason}",)
-    if token_wise and _unit_owns_peak(found[-1] if found else recorded):
-        variant, _ = step.tiled(dataclasses.replace(head, modules=tuple(token_wise)))
-        if variant is not None:
-            found.append(variant)
-    return tuple(found), reasons
-
-
-def _unit_owns_peak(recorded: Trace) -> bool:
-    """With every unit recomputed, is it one of them that needs the most?"""
-    effort = Effort(points=4, solver_seconds=0.2, proves=False)
-    blocks = dataclasses.replace(recorded, tiled=())
-    line = simulate_choices(blocks, every_block(blocks, effort=effort).choices)
-    paths = {unit.path for unit in recorded.units if not unit.pinned}
-    return any(f" of {path}:" in line.peak_owner for path in paths)
 
 
 def record_pass(

@@ -18,13 +18,13 @@ Refused: steps whose three passes differ (`Unsupported`: the step is not determi
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from tightfit import levers
 from tightfit.core import (
     Device,
     InvalidInput,
@@ -32,7 +32,6 @@ from tightfit.core import (
     Unsupported,
 )
 from tightfit.device.cost import NOMINAL_CUDA
-from tightfit.levers.tile.force import Sought
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.parallel import (
     Strategy,
@@ -48,7 +47,7 @@ from tightfit.step.run import (
 from tightfit.step.snapshot import undisturbed
 from tightfit.trace.fake import FakeStep, faked, refusals_named
 from tightfit.trace.optimizer import record_optimizer
-from tightfit.trace.passes import StepRecording, Unlike, first_pass, record_pass, record_tiled
+from tightfit.trace.passes import StepRecording, Unlike, first_pass, record_pass
 from tightfit.trace.units import Census
 
 #: Wrappers whose steps a dispatch mode cannot see, or whose peaks are not those of one device.
@@ -155,25 +154,24 @@ def _trace(
     # a wrapper of the compiler warns of hooks on every module
     census = Census(inside(model)) if by_bytes and not compiled_entries(model) else None
     with census or contextlib.nullcontext():
-        dry, sought, token_wise = first_pass(model, batch, loss, modules, restart, fake, census)
+        dry, seen = first_pass(model, batch, loss, modules, restart, fake, census)
     if census is not None:
         better = census.divided(modules, {storage.id: storage.size_bytes for storage in dry.storages})
         if better.keys() != modules.keys():
             modules = better
-            dry, sought, token_wise = first_pass(model, batch, loss, modules, restart, fake)
+            dry, seen = first_pass(model, batch, loss, modules, restart, fake)
     if not dry.frames:
-        modules = {"": model}
-        sought, token_wise = Sought(), []
+        modules, seen = {"": model}, {}
         restart()
         dry = record_pass(model, batch, loss, modules, restart, dry=True, fake=fake)
     target = fake.target if fake is not None else None
     tail = None if optimizer is None else record_optimizer(optimizer, target)
     step = StepRecording(model, batch, loss, modules, restart, fake, tail)
     try:
-        recorded = step.recorded(dry, None)
+        recorded = step.recorded(dry)
     except Unlike:  # a model's first forward may do more than its later ones: what it sets up stays
-        recorded = step.recorded(step.dry(), None)
-    if not tiles:
-        return recorded
-    tiled, reasons = record_tiled(step, recorded, sought, token_wise)
-    return dataclasses.replace(recorded, tiled=tiled, notes=(*recorded.notes, *reasons))
+        recorded = step.recorded(step.dry())
+    for each in levers.every():
+        if tiles or each.is_exact:
+            recorded = each.recorded(step, recorded, seen.get(each.lever))
+    return recorded

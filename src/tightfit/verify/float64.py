@@ -18,8 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit.core import Check, Plan
-from tightfit.levers.tile.force import in_force
-from tightfit.levers.tile.head import HeadCall, TileStats
+from tightfit.levers import every
 from tightfit.step.ops import is_random
 from tightfit.step.patches import no_key_value_cache, uncompiled
 from tightfit.step.run import LossFunction, compute_loss
@@ -39,9 +38,6 @@ from tightfit.verify.rounding import (
 
 #: Of a model in float64; a larger one has only its head and loss compared, where all that tiles change happens.
 _FLOAT64_BYTES = 4 * 2**30
-
-
-_HEAD_ROWS = 64
 
 
 class _InFloat64(TorchFunctionMode):
@@ -157,7 +153,7 @@ def float64_checks(
             untiled, tiled, exact = _whole_steps(model, batch, switch, loss, restart)
         else:
             what = "of the head and its loss, from the step's own hidden states"
-            untiled, tiled, exact = _heads(model, batch, switch.plan, loss, restart)
+            untiled, tiled, exact = _pieces(model, batch, switch.plan, loss, restart)
         errors = {name: errors_of(untiled.get(name), tiled.get(name), exact[name]) for name in exact}
         if whole:
             errors = _more_draws(errors, exact, model, batch, switch, loss, restart)
@@ -233,21 +229,20 @@ def _whole_steps(
     return untiled, tiled, exact
 
 
-def _heads(
+def _pieces(
     model: nn.Module, batch: Any, plan: Plan, loss: LossFunction | None, restart: Callable[[], None]
 ) -> tuple[Named, Named, Named]:
-    assert plan.tiling is not None
-    calls: list[HeadCall] = []
-    restart()
-    with in_force(model, plan.tiling, TileStats(witness=calls.append)):
+    """What each inexact lever of `plan` says of its own results."""
+
+    def step() -> None:
+        restart()
         compute_loss(model, batch, loss)
+
     found: tuple[Named, Named, Named] = ({}, {}, {})
-    for number, call in enumerate(calls):
-        twin = _double(call.job.head.module)
-        with _float64():
-            exact = call.in_float64(twin, _HEAD_ROWS)
-        for into, each in zip(found, (call.untiled(), call.tiled(), exact), strict=True):
-            into.update({f"{name} of loss {number + 1}" if number else name: t for name, t in each.items()})
+    for lever in every():
+        if lever.is_used(plan) and not lever.is_exact:
+            for into, each in zip(found, lever.pieces_in_float64(step, model, plan, _double, _float64), strict=True):
+                into.update(each)
     restart()
     return found
 

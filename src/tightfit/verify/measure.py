@@ -25,6 +25,7 @@ from tightfit.core import Lever, Measurement, Plan, Row, Trace, Unsupported, for
 from tightfit.engine import apply
 from tightfit.plan import every_block, simulate
 from tightfit.plan import plan as make_plan
+from tightfit.report.text import how_it_fits
 from tightfit.step.environment import environment
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.ops import op_flops
@@ -213,14 +214,7 @@ def _note(model: nn.Module, rows: list[Row], plan: Plan) -> str:
     if not plan.exact:
         said.append(f"The plan computes the head and the loss in tiles: {TOLERANCE}.")
     if not plan.replays:
-        how = (
-            "in tiles"
-            if not plan.exact
-            else "with the loss's gradient made in place"
-            if plan.in_place_loss
-            else "as it is"
-        )
-        said.append(f"The budget holds the step {how}, so the plan recomputes nothing.")
+        said.append(f"The budget holds the step {how_it_fits(plan)}, so the plan recomputes nothing.")
     return " ".join(said)
 
 

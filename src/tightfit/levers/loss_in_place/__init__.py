@@ -1,1 +1,87 @@
-"""The loss in place."""
+"""The loss in place: cross entropy turns its saved log-probabilities into its gradient, a few rows at a time.
+
+Needs from the trace: the cross entropies outside the units (`Trace.losses`), which the recorder notes while
+`loss.watched` is open.
+Offers the planner: the same step with one tensor of the logits' size instead of three, for nothing. Walked by the
+referee as the rewritten trace. Carried out by `loss.in_place`, which replaces `torch.nn.functional.cross_entropy`.
+Proven bit by bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from tightfit.core import Event, EventKind, Lever, Plan, Trace
+from tightfit.levers.interface import LeverDefinition, Share, Variant, Walked
+
+__all__ = ["DEFINITION", "with_loss_in_place"]
+
+
+class LossInPlace(LeverDefinition):
+    lever = Lever.LOSS_IN_PLACE
+    noun = "the loss in place"
+    summary = "the loss makes its gradient in place of what it saved"
+    is_compiled_around = True
+
+    def variants(self, step: Variant) -> Iterator[Variant]:
+        if step.trace.losses:
+            yield step.by(self, with_loss_in_place(step.trace), in_place_loss=True)
+
+    def under(self, trace: Trace, plan: Plan) -> Trace:
+        return with_loss_in_place(trace) if plan.in_place_loss else trace
+
+    def is_used(self, plan: Plan) -> bool:
+        return plan.in_place_loss
+
+    def in_force(self, model: Any, plan: Plan, stats: Any) -> AbstractContextManager[None]:
+        from tightfit.levers.loss_in_place.loss import in_place
+
+        return in_place()
+
+    def not_compiled(self, plan: Plan, whole: bool) -> str:
+        return "makes the loss's gradient in place of what the loss saved" if plan.in_place_loss and whole else ""
+
+    def share(self, walked: Walked) -> Share | None:
+        if not walked.plan.in_place_loss:
+            return None
+        without = walked.walk(dataclasses.replace(walked.plan, in_place_loss=False))
+        return Share(
+            lever=self.lever,
+            bought_bytes=without.peak_bytes - walked.line.peak_bytes,
+            seconds=0.0,
+            flops=0,
+            what=self.summary,
+        )
+
+    def how(self, plan: Plan) -> str:
+        return "with the loss in place"
+
+    def said(self, plan: Plan) -> str:
+        return f"{self.summary}: no recompute, the same bits"
+
+    def fact(self, plan: Plan) -> tuple[str, str]:
+        return "loss in place", "yes" if plan.in_place_loss else "no"
+
+
+def with_loss_in_place(trace: Trace) -> Trace:
+    """`trace` as it would be with the loss in place: one tensor of the logits' size instead of three."""
+    values, ops, events = list(trace.values), list(trace.ops), list(trace.events)
+    freed = {e.subject: i for i, e in enumerate(events) if e.what is EventKind.FREE}
+    for loss in trace.losses:
+        (of_likelihood,) = (v for v in ops[loss.nll_backward].outputs if v is not None)
+        (of_softmax,) = (v for v in ops[loss.softmax_backward].outputs if v is not None)
+        (saved,) = (v for v in ops[loss.log_softmax].outputs if v is not None)
+        for value in (of_likelihood, of_softmax):
+            values[value] = dataclasses.replace(values[value], size_bytes=0)
+        # the saved bytes live on as the gradient
+        events[freed[saved]] = Event(what=EventKind.FREE, subject=of_softmax)
+        events[freed[of_softmax]] = Event(what=EventKind.FREE, subject=saved)
+        ops[loss.nll_backward] = dataclasses.replace(ops[loss.nll_backward], scratch_bytes=0)
+        ops[loss.softmax_backward] = dataclasses.replace(ops[loss.softmax_backward], scratch_bytes=loss.rows_bytes * 2)
+    return dataclasses.replace(trace, values=tuple(values), ops=tuple(ops), events=tuple(events))
+
+
+DEFINITION = LossInPlace()

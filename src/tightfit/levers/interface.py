@@ -1,0 +1,185 @@
+"""What a lever says of itself: the one interface between levers and planner, referee, engine, proof and reports.
+
+Invariant: no torch here, and no lever's name. A method that a lever does not override does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from tightfit.core import Lever, Plan, Timeline, Trace
+
+
+class Grant(enum.Flag):
+    """What a lever lets the planner do with the values of a unit. The planner and the engine have these mechanisms."""
+
+    NOTHING = 0
+    DROP = enum.auto()  # values need not be kept: what backward asks for is made again
+    SWEEP = enum.auto()  # what a unit is given need not be kept: the units before it make it again
+    MOVE = enum.auto()  # what is kept may wait off the device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """The step as some levers would have it."""
+
+    trace: Trace
+    levers: frozenset[Lever] = frozenset()  # that made it from the recorded step
+    is_exact: bool = True
+    seconds: float = 0.0  # beyond those of the recorded step
+    decided: Mapping[str, Any] = field(default_factory=dict)  # fields of the `Plan` that has it carried out
+
+    def by(self, lever: LeverDefinition, trace: Trace, *, seconds: float = 0.0, **decided: Any) -> Variant:
+        """The step as `lever` would have it, at `seconds` more. `decided`: fields of the plan that say so."""
+        return Variant(
+            trace=trace,
+            levers=self.levers | {lever.lever},
+            is_exact=self.is_exact and lever.is_exact,
+            seconds=self.seconds + seconds,
+            decided={**self.decided, **decided},
+        )
+
+    def with_setting(self, lever: LeverDefinition, trace: Trace, setting: str, *, seconds: float = 0.0) -> Variant:
+        """The same for a lever without fields of its own in `Plan`: its decision is the text `setting`."""
+        settings = {**self.decided.get("settings", {}), lever.lever.value: setting}
+        others = self.decided.get("other_seconds", 0.0) + seconds
+        return self.by(lever, trace, seconds=seconds, settings=settings, other_seconds=others)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one lever does in a plan: `bought_bytes` that the peak would be higher without it, and what it costs."""
+
+    lever: Lever
+    bought_bytes: int
+    seconds: float
+    flops: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Walked:
+    """A plan of a trace, what the referee says of it, and the referee."""
+
+    trace: Trace
+    planned: Trace  # what the levers of the plan make of `trace`
+    plan: Plan
+    line: Timeline
+    walk: Callable[[Plan], Timeline]  # of the same trace under another plan
+
+
+class RecordedStep(Protocol):
+    """The step while it is being recorded; a lever may have it recorded again."""
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def modules(self) -> Mapping[str, Any]:
+        """The units by path."""
+
+    def again(self, opened: AbstractContextManager[Any], is_refused: Callable[[], bool]) -> Trace | None:
+        """The step recorded with `opened` around it; None where `is_refused` says so after its forward."""
+
+    def unplanned(self, trace: Trace) -> Timeline:
+        """The referee's walk of `trace` without a plan."""
+
+    def every_block(self, trace: Trace) -> Timeline:
+        """The same with every unit recomputed."""
+
+
+class LeverDefinition:
+    """One lever. Class attributes say what it is, methods what it does where it is in use."""
+
+    lever: ClassVar[Lever]
+    noun: ClassVar[str]  # in sentences: "exact=True forbids tiles"
+    summary: ClassVar[str]  # one line, for people who choose levers
+    is_exact: ClassVar[bool] = True  # loss and gradients are bit for bit those of the step without it
+    caveat: ClassVar[str] = ""  # of an inexact lever: what its use means for the bits, as "the plan ..."
+    is_default: ClassVar[bool] = True  # a plan may use it that is asked for no levers
+    grants: ClassVar[Grant] = Grant.NOTHING
+    is_compiled: ClassVar[bool] = False  # its plans can be carried out inside compiled code
+    is_compiled_around: ClassVar[bool] = False  # its plans can be carried out around compiled units
+
+    # ------------------------------------------------------------ what it needs from the trace
+
+    def watching(self, model: Any, units: list[str], is_fake: bool) -> AbstractContextManager[Any]:
+        """Open while the first forward of a recording runs. What it yields is passed to `recorded`."""
+        return contextlib.nullcontext()
+
+    def recorded(self, step: RecordedStep, trace: Trace, seen: Any) -> Trace:
+        """`trace` with what the lever needs to know of the step. `seen`: what `watching` yielded; None where the step
+        has no units. Of an inexact lever it is only called where it may be needed, since recording takes long."""
+        return trace
+
+    # -------------------------------------------------------------------- planner and referee
+
+    def variants(self, step: Variant) -> Iterable[Variant]:
+        """Other tellings of `step` for the planner to choose from."""
+        return ()
+
+    def begun(self, trace: Trace) -> Mapping[str, Any]:
+        """Fields of a plan for `trace`, where it was recorded with the lever in force; else empty."""
+        return {}
+
+    def under(self, trace: Trace, plan: Plan) -> Trace:
+        """What the lever makes of `trace` where `plan` uses it. Events keep their places, unless the step was recorded
+        anew. Raises `PlanMismatch` where the trace does not know of it."""
+        return trace
+
+    # ---------------------------------------------------------------------------------- engine
+
+    def is_used(self, plan: Plan) -> bool:
+        """Does `plan` use it?"""
+        raise NotImplementedError
+
+    def in_force(self, model: Any, plan: Plan, stats: Any) -> AbstractContextManager[None]:
+        """Open while `plan`, which uses it, is in force on `model`. `stats`: what `new_stats` gave."""
+        return contextlib.nullcontext()
+
+    def new_stats(self) -> Any:
+        """What it counts while it is in force; None: nothing."""
+        return None
+
+    def not_compiled(self, plan: Plan, whole: bool) -> str:
+        """What of `plan` compiled code cannot do, as the rest of "its plan ..."; empty: nothing. `whole`: the loss is
+        compiled too."""
+        return ""
+
+    # ----------------------------------------------------------------------------------- proof
+
+    def pieces_in_float64(
+        self,
+        step: Callable[[], Any],
+        model: Any,
+        plan: Plan,
+        doubled: Callable[[Any], Any],
+        in_float64: Callable[[], AbstractContextManager[None]],
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Of an inexact lever: its own results without it, with it, and in float64, by name. For models whose whole
+        step has no room in float64. `step` runs the forward and its loss; `doubled` gives a module's float64 twin, which
+        runs inside `in_float64()`."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------ explanation
+
+    def share(self, walked: Walked) -> Share | None:
+        """What it buys in a plan that uses it, at what cost; None where there is nothing to say."""
+        return None
+
+    def how(self, plan: Plan) -> str:
+        """How it makes the step fit, as in "the step fits ..."."""
+        return ""
+
+    def said(self, plan: Plan) -> str:
+        """One line on what `plan` does by it; empty: the table of recomputed units says it."""
+        return ""
+
+    def fact(self, plan: Plan) -> tuple[str, str | int | None] | None:
+        """A row of the page's facts: its name and what `plan` does (None: leave the row out)."""
+        return None
