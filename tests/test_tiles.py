@@ -28,8 +28,9 @@ import tightfit
 from tightfit.core import Lever, TiledModule, Tiling, dumps, loads
 from tightfit.levers.tile import head, modules
 from tightfit.levers.tile.deferred import Deferred
-from tightfit.levers.tile.force import head_sought, in_force
+from tightfit.levers.tile.force import in_force
 from tightfit.levers.tile.head import TileStats
+from tightfit.levers.tile.recording import head_sought
 from tightfit.plan import lowest
 from tightfit.step.run import compute_loss
 from tightfit.verify import float64 as float64_module
@@ -513,8 +514,8 @@ def test_prediction_is_the_measured_peak_and_the_proof_is_float64() -> None:
     assert abs(measured / plan.peak_bytes - 1) < 0.001
     with tightfit.apply(model, plan) as applied:
         compute_loss(model, batch).backward()
-        assert applied.stats().tiled.losses == 1
-        assert not applied.stats().tiled.whole
+        assert applied.stats().levers["tile"].losses == 1
+        assert not applied.stats().levers["tile"].whole
         with pytest.raises(tightfit.InvalidInput, match="plan is in force"):
             tightfit.trace(model, batch)
     assert all("forward" not in vars(module) for module in model.modules())

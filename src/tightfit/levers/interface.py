@@ -162,7 +162,7 @@ class LeverDefinition:
         in_float64: Callable[[], AbstractContextManager[None]],
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Of an inexact lever: its own results without it, with it, and in float64, by name. For models whose whole
-        step has no room in float64. `step` runs the forward and its loss; `doubled` gives a module's float64 twin, which
+        step has no room in float64. `step` runs the loss; `doubled` gives a module's float64 twin, which
         runs inside `in_float64()`."""
         raise NotImplementedError
 
