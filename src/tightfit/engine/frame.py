@@ -12,6 +12,9 @@ Invariants:
   (`engine.checksum`); anything else is `ReplayDiverged`. The unit's buffers and attributes are put back after it.
 - Tensors that were held or are read again are checked for in-place changes in between, as autograd itself does.
 
+One thing because the forward's mode, the replay's mode and the slots are three views of one frame's state, and none of
+them means anything without the others.
+
 Refused: a whole replay of a unit that changes what it is given (`Unsupported`), a replay after the graph was freed
 (torch's own `RuntimeError`).
 """
