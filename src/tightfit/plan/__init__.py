@@ -6,7 +6,8 @@ this package, called.
 | `planning` | the verb `plan`, the lowest peak, the book recipe |
 | `ways` | one way to plan a trace: with which levers, nested or not, in segments or not |
 | `frontier`, `mincut` | one unit, exactly: the least recompute for each number of kept bytes |
-| `choose`, `solver`, `lagrange` | one point of its frontier for each unit, under the budget |
+| `table` | what each option of each unit does to the live bytes of each moment |
+| `choose`, `solver`, `lagrange` | one option for each unit, under the budget |
 | `segments`, `nest` | long units cut into segments; unit inputs that are made again |
 | `program` | what a choice makes a unit's program do |
 | `simulate` | the referee: live bytes through the step under a plan |
@@ -19,9 +20,9 @@ JSON is enough. Refused: budgets under the least feasible peak (`BudgetInfeasibl
 from __future__ import annotations
 
 from tightfit.core import make_verb
-from tightfit.plan.choose import Effort
 from tightfit.plan.planning import every_block, lowest, plan
 from tightfit.plan.simulate import simulate
+from tightfit.plan.table import Effort
 
 __all__ = ["Effort", "every_block", "lowest", "plan", "simulate"]
 

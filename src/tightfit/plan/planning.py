@@ -32,9 +32,9 @@ from tightfit.device.cost import copy_lanes
 from tightfit.levers import every, granted, inexact
 from tightfit.levers.interface import Grant
 from tightfit.plan.advice import advice_for
-from tightfit.plan.choose import THOROUGH, Effort
 from tightfit.plan.program import shared
 from tightfit.plan.simulate import simulate_choices
+from tightfit.plan.table import THOROUGH, Effort
 from tightfit.plan.ways import Refereed, Way, way_of
 
 _REFEREE_ROUNDS = 12

@@ -21,10 +21,11 @@ from tightfit.core import (
 from tightfit.device.cost import NOMINAL_CPU, retimed
 from tightfit.levers import allowed, as_recorded, granted
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
-from tightfit.plan.choose import THOROUGH, Effort, Model, Solution
+from tightfit.plan.choose import Model, Solution
 from tightfit.plan.nest import Nesting, nestings
 from tightfit.plan.segments import LENGTHS, Segmented, segmented
 from tightfit.plan.simulate import simulate_choices
+from tightfit.plan.table import THOROUGH, Effort
 
 # How long the lowest peak is looked for, in what does not depend on the machine: plans tried, events walked.
 _FEWEST_TRIES = 8

@@ -1,0 +1,475 @@
+"""What each option of each unit does to the live bytes of the step, moment by moment.
+
+Idea: the step's marks (one per op) are cut into segments where units begin and end. A unit's choice changes the
+live bytes by an amount that is the same all through the segments of others, and that is known mark by mark in
+its own.
+
+Invariant: written without the referee (`plan.simulate`), which walks the same step in its own way. Refused: nothing;
+a unit that cannot be planned has one option, which keeps everything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tightfit.core import EventKind, Program, Saved, Trace, Unsupported
+from tightfit.plan.frontier import MANY, Frontier, Point, frontier
+from tightfit.plan.nest import Nesting
+from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, reads_copy, recipe, shared
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+SOLVER_SECONDS = 2.0
+
+#: Of a unit's points, so many or not many more are also looked at with what they keep off the device.
+_MOVED = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How long to look for a plan. What is found with less is as right, but recomputes more than it might."""
+
+    points: int = MANY  # of a unit's frontier, or not many more
+    solver_seconds: float = SOLVER_SECONDS  # for each choice across the units
+    proves: bool = True  # also look for the bound
+
+
+THOROUGH = Effort()
+
+
+class Table:
+    """The options of every unit of a trace, and what each does at each moment. Nothing here depends on the budget."""
+
+    def __init__(
+        self, trace: Trace, effort: Effort = THOROUGH, nesting: Nesting | None = None, *, offload: bool = False
+    ) -> None:
+        self.trace, self.effort, self.offload = trace, effort, offload
+        self.nesting = nesting or Nesting(links=(), advances=(), passes={})
+        self._index()
+        self.base = self._base()
+        self.programs: dict[str, Program] = {}  # of units that can be planned: one for all calls
+        self.frontiers: dict[str, Frontier] = {}
+        self.options: dict[str, tuple[Point | None, ...]] = {}  # None: keep everything, no engine in the unit
+        known: dict[str, Frontier] = {}
+        kinds = len({unit.digest for unit in trace.units})
+        for unit in trace.units:
+            frames = self.frames_of[unit.path]
+            points: tuple[Point | None, ...] = (None,)
+            program = shared([trace.programs[f] for f in frames])
+            if program is not None and not unit.pinned and program.needed:
+                self.programs[unit.path] = program
+                if unit.digest not in known:
+                    try:
+                        known[unit.digest] = self._frontier(program, frames, kinds)
+                    except Unsupported:
+                        known[unit.digest] = Frontier(points=())
+                self.frontiers[unit.path] = known[unit.digest]
+                if self.nesting.lends(unit.path):  # the engine has work there even if backward asks for nothing
+                    points = known[unit.digest].points
+                else:
+                    points += tuple(p for p in known[unit.digest].points if self._replays(unit.path, p))
+                if offload:  # before the plain points: the last is the one that keeps the fewest bytes
+                    points = points[:1] + tuple(self._moved(unit.path)) + points[1:]
+            self.options[unit.path] = points
+        self._tabulate()
+
+    # -- the trace, indexed
+
+    def _index(self) -> None:
+        trace = self.trace
+        self.marks = [i for i, e in enumerate(trace.events) if e.what is EventKind.OP]
+        self.op_event = {trace.events[i].subject: i for i in self.marks}
+        self.mark_at = np.searchsorted(np.array(self.marks), np.arange(len(trace.events) + 1))  # first mark at or after
+        self.freed = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.FREE}
+        self.released = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.RELEASE}
+        self.load: dict[int, int] = {}
+        self.enter: dict[int, int] = {}
+        self.exit: dict[int, int] = {}
+        for i, event in enumerate(trace.events):
+            if event.what is EventKind.LOAD:
+                self.load.setdefault(event.subject, i)
+            elif event.what is EventKind.ENTER:
+                self.enter[event.subject] = i
+            elif event.what is EventKind.EXIT:
+                self.exit[event.subject] = i
+        self.frames_of: dict[str, list[int]] = defaultdict(list)
+        for frame in trace.frames:
+            self.frames_of[frame.unit].append(frame.id)
+        self.slots: dict[int, list[int]] = defaultdict(list)
+        self.saved_of: dict[int, list[Saved]] = defaultdict(list)
+        for saved in trace.saved:
+            self.saved_of[saved.value].append(saved)
+        self.kept_elsewhere: dict[int, int] = {}  # value -> last release by a saved tensor of another frame
+        for saved in trace.saved:
+            if saved.frame is not None:
+                self.slots[saved.frame].append(saved.id)
+        self.values: dict[int, dict[int, int]] = defaultdict(dict)
+        self.ops: dict[int, list[int]] = defaultdict(list)
+        for op in trace.ops:
+            if op.frame is not None and op.ordinal is not None:
+                self.ops[op.frame].append(op.id)
+        self.maker: dict[int, int] = {}
+        for value in trace.values:
+            if value.producer is not None and value.ordinal is not None:
+                frame_id = trace.ops[value.producer].frame
+                assert frame_id is not None
+                self.values[frame_id][value.ordinal] = value.id
+                self.maker[value.id] = frame_id
+        end_of_step = len(trace.events)
+        for saved in trace.saved:
+            if saved.value in self.maker and self.maker[saved.value] != saved.frame:
+                end = self.released.get(saved.id, end_of_step)
+                self.kept_elsewhere[saved.value] = max(self.kept_elsewhere.get(saved.value, -1), end)
+
+    def _base(self) -> Floats:
+        """Live bytes at each mark of the step as it was recorded."""
+        trace = self.trace
+        change = np.zeros(len(trace.events) + 1)
+        for i, event in enumerate(trace.events):
+            if event.what is EventKind.ALLOC:
+                change[i] += trace.values[event.subject].size_bytes
+            elif event.what is EventKind.FREE:
+                change[i] -= trace.values[event.subject].size_bytes
+        live = np.cumsum(change) + sum(trace.static_bytes.values())
+        scratch = np.array([trace.ops[trace.events[i].subject].scratch_bytes for i in self.marks])
+        return np.asarray(live[self.marks] + scratch, dtype=np.float64) + self._not_kept()
+
+    def _not_kept(self) -> Floats:
+        """Change of live bytes at each mark from the inputs that sweeps make again."""
+        trace = self.trace
+        change = np.zeros(len(self.marks) + 1)
+        stored_at = {unit: self._first_demand(unit) for unit in (link.user for link in self.nesting.links)}
+        for sweep in self.nesting.advances:
+            stored_at |= {unit: self._first_demand(sweep.target) for unit in sweep.stores}
+        others: dict[int, int] = defaultdict(lambda: -1)
+        borrowed = {link.value: link.user for link in self.nesting.links}
+        for saved in trace.saved:
+            user = borrowed.get(saved.value)
+            if user is not None and (saved.frame is None or trace.frames[saved.frame].unit != user):
+                others[saved.value] = max(others[saved.value], self.released.get(saved.id, len(trace.events)))
+        for link in self.nesting.links:
+            value = trace.values[link.value]
+            end = self.freed.get(value.id, len(trace.events))
+            natural = end if value.natural_end is None else value.natural_end
+            gone, again = max(natural, others[value.id]), min(stored_at[link.user], end)
+            if again > gone:
+                change[self.mark_at[gone + 1]] -= value.size_bytes
+                change[self.mark_at[again]] += value.size_bytes
+        return np.asarray(np.cumsum(change)[: len(self.marks)])
+
+    # -- one unit
+
+    def _frontier(self, program: Program, frames: Sequence[int], kinds: int) -> Frontier:
+        """Frontier of a unit over all its calls; one of `kinds` to be found."""
+        trace = self.trace
+        sizes = [sum(trace.values[self.values[f][v]].size_bytes for f in frames) for v in range(program.values)]
+        seconds = [sum(trace.ops[self.ops[f][i]].seconds for f in frames) for i in range(len(program.steps))]
+        # large units and many different ones (a mixture of experts routes differently in each) get fewer points
+        many = max(
+            min(12, self.effort.points), min(self.effort.points, 8000 // max(1, len(program.steps)), 800 // kinds)
+        )
+        return _found(program, tuple(sizes), tuple(seconds), many)
+
+    def _moved(self, path: str) -> Iterator[Point]:
+        """Points of the unit with its inputs, what it keeps, or both off the device."""
+        program, points = self.programs[path], self.frontiers[path].points
+        inputs = self._movable_inputs(path)
+        for point in points[:: max(1, -(-len(points) // _MOVED))]:
+            runs = self._recipe(path, point).runs
+            again = {v for op in runs for v in program.steps[op].writes}
+            kept = point.kept - again - self.nesting.lends(path) - set(program.held)
+            for away, inputs_away in ((frozenset(), inputs), (kept, frozenset()), (kept, inputs)):
+                if away or inputs_away:
+                    yield dataclasses.replace(point, away=frozenset(away), inputs_away=frozenset(inputs_away))
+
+    def _movable_inputs(self, path: str) -> frozenset[int]:
+        """Places of the inputs that are made in the step and that nobody else holds for backward."""
+        trace = self.trace
+        holders: dict[int, set[str]] = defaultdict(set)
+        for saved in trace.saved:
+            holders[saved.value].add("" if saved.frame is None else trace.frames[saved.frame].unit)
+        frames = [trace.frames[f] for f in self.frames_of[path]]
+        borrowed = self.nesting.borrowed(path)
+        return frozenset(
+            place
+            for place in range(min(len(frame.inputs) for frame in frames))
+            if all(
+                trace.values[v].producer is not None and holders[v] <= {path} and v not in borrowed
+                for v in (frame.inputs[place] for frame in frames)
+            )
+        )
+
+    def _away(self, path: str, frame: int, point: Point) -> frozenset[int]:
+        """Value ids that wait off the device between the frame's forward and its backward."""
+        inputs = self.trace.frames[frame].inputs
+        return frozenset([*(self.values[frame][v] for v in point.away), *(inputs[k] for k in point.inputs_away)])
+
+    def _recipe(self, path: str, point: Point) -> Recipe:
+        lends = self.nesting.lends(path)
+        return recipe(self.programs[path], point.kept - lends, lends)
+
+    def _recipes(self, path: str, point: Point) -> dict[int, Recipe]:
+        """What each call of the unit does when `point` is chosen; calls in which nothing runs again are left out."""
+        found = {}
+        chosen = self._recipe(path, point)
+        for frame in self.frames_of[path]:
+            if (
+                chosen.lends
+                or point.away
+                or point.inputs_away
+                or any(s in self.load for _, s in self._dropped_slots(path, frame, chosen))
+            ):
+                found[frame] = chosen
+        return found
+
+    def _replays(self, path: str, point: Point) -> bool:
+        return bool(self._recipes(path, point))
+
+    def _dropped_slots(self, path: str, frame: int, chosen: Recipe) -> list[tuple[int, int]]:
+        """(ordinal, saved id) of what autograd does not hold."""
+        dropped = dropped_slots(self.programs[path], self.trace.programs[frame], chosen)
+        return [(i, self.slots[frame][i]) for i, _ in dropped]
+
+    def _effect(self, path: str, point: Point) -> tuple[Floats, list[tuple[int, float]], float]:
+        """Of choosing `point`: the change of live bytes at every mark, the spikes (mark, bytes) of the replays
+        themselves, on top of everything else at that mark, and the seconds of the replays."""
+        trace = self.trace
+        change = np.zeros(len(self.marks) + 1)
+        spikes: list[tuple[int, float]] = []
+        seconds = 0.0
+        end_of_step = len(trace.events)
+
+        def live(size: float, after: int, until: int) -> None:
+            """`size` more bytes at the marks between the events `after` and `until`."""
+            if until > after:
+                change[self.mark_at[after + 1]] += size
+                change[self.mark_at[until]] -= size
+
+        state_bytes = trace.random_state_bytes
+        for frame, chosen in self._recipes(path, point).items():
+            values = self.values[frame]
+            program = trace.programs[frame]
+            loads = sorted((self.load[s], i) for i, s in self._dropped_slots(path, frame, chosen) if s in self.load)
+            event_of = {i: event for event, i in loads}
+            batches = [(event_of[i], ops) for i, ops in demanded(program, chosen, tuple(i for _, i in loads))]
+            last_release = max((self.released.get(s, end_of_step) for s in self.slots[frame]), default=-1)
+            away = self._away(path, frame, point)
+            brought = self.nesting.borrowed(path) | away
+            # what the dropped saved tensors held goes at once, and what was made again with the last of them
+            until: dict[int, int] = {}
+            for ordinal, slot in self._dropped_slots(path, frame, chosen):
+                value = trace.values[values[program.slots[ordinal]]]
+                if trace.saved[slot].read:
+                    until[value.id] = max(until.get(value.id, -1), self.released.get(slot, end_of_step))
+                else:
+                    until.setdefault(value.id, -1)
+            for value_id in until:
+                value = trace.values[value_id]
+                end = self.freed.get(value_id, end_of_step)
+                natural = end if value.natural_end is None else value.natural_end
+                live(-value.size_bytes, max(natural, self.kept_elsewhere.get(value_id, -1)), end)
+            runs_at = {self.ops[frame][op]: event for event, ops in batches for op in ops}
+            made = {v for op in chosen.runs for v in self._made_by(self.ops[frame][op])}
+            held: dict[int, int] = {}
+            last_read: dict[int, int] = {}
+            for ordinal in chosen.runs:
+                op_id = self.ops[frame][ordinal]
+                for value_id in trace.ops[op_id].inputs:
+                    own = trace.values[value_id].ordinal if value_id in made else None
+                    if own is not None and reads_copy(program.steps[ordinal], chosen, own):
+                        if op_id != trace.values[value_id].producer:
+                            last_read[value_id] = max(last_read.get(value_id, -1), runs_at.get(op_id, -1))
+                    elif trace.values[value_id].producer is not None and value_id not in brought:
+                        held[value_id] = max(held.get(value_id, -1), runs_at.get(op_id, last_release))
+            for value_id, event in held.items():
+                end = self.freed.get(value_id, end_of_step)
+                live(trace.values[value_id].size_bytes, end, event)
+            for value_id in away:
+                self._waits(frame, value_id, runs_at, live)
+            for event, ops in batches:
+                top, left, spent = self._run_again(frame, ops, event, until, last_read)
+                for value_id in left:
+                    end = max(until.get(value_id, -1), last_read.get(value_id, -1))
+                    live(trace.values[value_id].size_bytes, event - 1, end)
+                spikes.append((int(self.mark_at[event]), top + (state_bytes if chosen.states else 0)))
+                seconds += spent
+            drawn = first_random(program)
+            if drawn is not None:
+                extra = len(chosen.states | {drawn}) * state_bytes
+                live(extra, self.enter[frame], self.exit[frame])
+                live(len(chosen.states) * state_bytes, self.exit[frame], batches[-1][0] if batches else last_release)
+            for lent in chosen.lends:
+                passing = leading_to(program, chosen, lent)
+                once = sum(trace.ops[self.ops[frame][op]].seconds for op in passing)
+                seconds += once * self.nesting.passes.get(path, 0)
+        return np.cumsum(change)[: len(self.marks)], spikes, seconds
+
+    def _waits(
+        self, frame: int, value_id: int, runs_at: Mapping[int, int], live: Callable[[float, int, int], None]
+    ) -> None:
+        """Tell `live` of a value that is off the device until the frame's backward first wants it."""
+        trace = self.trace
+        value, end_of_step = trace.values[value_id], len(trace.events)
+        slots = [s for s in self.slots[frame] if trace.saved[s].value == value_id]
+        reads = [event for op, event in runs_at.items() if value_id in trace.ops[op].inputs]
+        first = min([*(self.load[s] for s in slots if s in self.load), *reads], default=end_of_step)
+        last = max([*(self.released.get(s, end_of_step) for s in slots if s in self.load), *reads], default=-1)
+        end = self.freed.get(value_id, end_of_step)
+        natural = end if value.natural_end is None else value.natural_end
+        others = [self.released.get(s.id, end_of_step) for s in self.saved_of.get(value_id, ()) if s.frame != frame]
+        gone = max(natural, self.exit[frame], *others, -1)
+        live(-value.size_bytes, gone, end)
+        live(value.size_bytes, max(first, gone) - 1, last)
+
+    def _made_by(self, op_id: int) -> list[int]:
+        return [v for v in self.trace.ops[op_id].outputs if v is not None and self.trace.values[v].producer == op_id]
+
+    def _run_again(
+        self, frame: int, ops: Sequence[int], event: int, until: Mapping[int, int], last_read: Mapping[int, int]
+    ) -> tuple[float, list[int], float]:
+        """Of the ops that run before `event`: (most bytes that they add for a while beyond what they leave, the values
+        that they leave, their seconds)."""
+        trace = self.trace
+        left: list[int] = []
+        passing: dict[int, int] = {}  # value -> last op of this batch that reads it
+        for ordinal in ops:
+            op_id = self.ops[frame][ordinal]
+            for value_id in trace.ops[op_id].inputs:
+                if value_id in passing:
+                    passing[value_id] = op_id
+            for value_id in self._made_by(op_id):
+                if max(until.get(value_id, -1), last_read.get(value_id, -1)) > event:
+                    left.append(value_id)
+                else:
+                    passing[value_id] = op_id
+        level = top = seconds = 0.0
+        for ordinal in ops:
+            op = trace.ops[self.ops[frame][ordinal]]
+            level += sum(trace.values[v].size_bytes for v in self._made_by(op.id))
+            top = max(top, level + op.scratch_bytes)
+            level -= sum(trace.values[v].size_bytes for v, last in passing.items() if last == op.id)
+            seconds += op.seconds
+        return top - level, left, seconds
+
+    # -- all units, cut into segments
+
+    def _tabulate(self) -> None:
+        """`table[unit][option, segment]`: what the option adds to the segment's fullest mark."""
+        trace = self.trace
+        cuts = {0}
+        self.spans: dict[int, list[tuple[int, int]]] = {}
+        for frame in trace.frames:
+            forward = (int(self.mark_at[self.enter[frame.id]]), int(self.mark_at[self.exit[frame.id]]))
+            touched = [
+                i for s in self.slots[frame.id] for i in (self.load.get(s), self.released.get(s)) if i is not None
+            ]
+            self.spans[frame.id] = [forward]
+            if touched:
+                self.spans[frame.id].append((int(self.mark_at[min(touched)]), int(self.mark_at[max(touched)]) + 1))
+            for start, end in self.spans[frame.id]:
+                cuts |= {start, end}
+        self.starts = np.array(sorted(c for c in cuts if c < len(self.marks)), dtype=np.int64)
+        self.base_top = np.maximum.reduceat(self.base, self.starts)
+        # a sweep is a row of its own: what is live just before it, and the unit that adds most on the way
+        sweeps = self._sweeps()
+        before = [mark for mark, _ in sweeps]
+        self.away_bytes: dict[str, list[int]] = {}  # that each option moves
+        self.table: dict[str, Floats] = {}
+        self.seconds: dict[str, list[float]] = {}
+        for path, options in self.options.items():
+            rows, spent, moved = [], [], []
+            own = self._own_segments(path)
+            for option in options:
+                moved.append(self._moved_bytes(path, option))
+                if option is None:
+                    rows.append(np.zeros(len(self.starts) + len(sweeps)))
+                    spent.append(0.0)
+                    continue
+                delta, spikes, seconds = self._effect(path, option)
+                # in the unit's own segments its change moves mark by mark: take the fullest mark together with it
+                row = np.maximum.reduceat(delta, self.starts)
+                together = np.maximum.reduceat(self.base + delta, self.starts) - self.base_top
+                row = np.where(own, together, row)
+                for mark, top in spikes:
+                    segment = int(np.searchsorted(self.starts, mark, side="right")) - 1
+                    # live just before the replay begins, plus all that it leaves, plus what it adds for a while
+                    row[segment] = max(row[segment], self._just_before(mark, delta) + top - self.base_top[segment])
+                rows.append(np.concatenate([row, delta[before]]))
+                spent.append(seconds)
+            self.table[path] = np.array(rows)
+            self.seconds[path] = spent
+            self.away_bytes[path] = moved
+        self.base_top = np.concatenate([self.base_top, [self.base[mark] + top for mark, top in sweeps]])
+
+    def _moved_bytes(self, path: str, option: Point | None) -> int:
+        if option is None:
+            return 0
+        moved = (v for f in self.frames_of[path] for v in self._away(path, f, option))
+        return sum(self.trace.values[v].size_bytes for v in moved)
+
+    def _sweeps(self) -> list[tuple[int, float]]:
+        """(mark just before, most bytes that it adds for a while) of each sweep."""
+        units = [unit.path for unit in self.trace.units]
+        tops = {link.unit: self._passing_bytes(link.unit) for link in self.nesting.links}
+        found = []
+        for sweep in self.nesting.advances:
+            way = units[units.index(sweep.base) : units.index(sweep.target)]
+            mark = int(self.mark_at[self._first_demand(sweep.target)])
+            found.append((max(0, mark - 1), max(tops.get(path, 0.0) for path in way)))
+        return found
+
+    def _first_demand(self, path: str) -> int:
+        """Event at which the unit's backward first asks for a saved tensor."""
+        loads = [self.load[s] for f in self.frames_of[path] for s in self.slots[f] if s in self.load]
+        return min(loads, default=len(self.trace.events) - 1)
+
+    def _passing_bytes(self, path: str) -> float:
+        """Most bytes that running through a unit adds, its input and output included, when it keeps nothing."""
+        trace, (frame,) = self.trace, self.frames_of[path]
+        program = self.programs[path]
+        lends = self.nesting.lends(path)
+        chosen = recipe(program, frozenset(program.held) - lends, lends)
+        (lent,) = lends
+        order = [self.ops[frame][op] for op in leading_to(program, chosen, lent)]
+        last = {v: op for op in order for v in trace.ops[op].inputs}
+        level = sum(trace.values[v].size_bytes for v in self.nesting.borrowed(path))
+        top = level
+        for number in order:
+            op = trace.ops[number]
+            level += sum(trace.values[v].size_bytes for v in self._made_by(number))
+            top = max(top, level + op.scratch_bytes)
+            mine = [v for v in dict.fromkeys(op.inputs) if last[v] == number and self.maker.get(v) == frame]
+            level -= sum(trace.values[v].size_bytes for v in mine if trace.values[v].ordinal != lent)
+        return float(top)
+
+    def _just_before(self, mark: int, delta: Floats) -> float:
+        """Live bytes at the replay, the values that it leaves behind included: those of the mark that reads them."""
+        scratch = self.trace.ops[self.trace.events[self.marks[mark]].subject]
+        made = sum(
+            self.trace.values[v].size_bytes
+            for v in scratch.outputs
+            if v is not None and self.trace.values[v].producer == scratch.id
+        )
+        return float(self.base[mark] + delta[mark] - scratch.scratch_bytes - made)
+
+    def _own_segments(self, path: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        own = np.zeros(len(self.starts), dtype=bool)
+        for frame in self.frames_of[path]:
+            for start, end in self.spans[frame]:
+                own |= (self.starts >= start) & (self.starts < end)
+        return own
+
+    # -- the integer program
+
+
+@functools.lru_cache(maxsize=256)
+def _found(program: Program, sizes_bytes: tuple[int, ...], seconds: tuple[float, ...], many: int) -> Frontier:
+    """Solved once for a trace and for what a lever makes of it, which leaves the units as they are."""
+    return frontier(program, sizes_bytes, seconds, many)
