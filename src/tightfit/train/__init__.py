@@ -4,7 +4,8 @@
 |---|---|
 | `options`, `recipe`, `settings` | what may be asked: options, a configuration file |
 | `asked` | what this run does, after the record of an earlier run |
-| `run` | the run itself: model, data, trainer, plan, record |
+| `run` | the run itself: model, data, trainer, plan |
+| `record` | what is known of it, and its folder |
 | `checkpoints` | which checkpoints are whole |
 | `progress` | what is seen while it goes on |
 | `summary` | what came of it |
