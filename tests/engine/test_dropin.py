@@ -497,3 +497,202 @@ def test_a_model_with_regions_is_traced_on_fake_tensors_as_on_real_ones() -> Non
         traced = tightfit.trace(model, batch, loss=lambda model, batch: model(batch).square().mean(), fake=fake)
         peaks.append(tightfit.simulate(traced, None).peak_bytes)
     assert peaks[0] == peaks[1]
+
+
+# ------------------------------------------------------------- what a replay of the Python has to find as it was
+
+
+class Cached(nn.Module):
+    """Fills a cache in its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.table: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.arange(WIDTH).cos()
+        return (self.inner(x) * self.table).sin()
+
+
+def test_a_cache_that_the_forward_filled_is_empty_in_the_replay(checkpoint: Checkpoint) -> None:
+    def step(checkpoint: Checkpoint) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model, given = Cached(), x()
+        checkpoint(model, given).square().sum().backward()
+        assert model.table is not None
+        return [given.grad, model.inner.weight.grad]  # type: ignore[list-item]
+
+    same(checkpoint, step)
+
+
+def test_one_tensor_given_twice_is_one_in_the_replay(checkpoint: Checkpoint) -> None:
+    def step(checkpoint: Checkpoint) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        attention, given = nn.MultiheadAttention(WIDTH, 2, batch_first=True), x()[None]
+        checkpoint(attention, given, given, given)[0].square().sum().backward()
+        return [attention.in_proj_weight.grad, attention.out_proj.weight.grad]  # type: ignore[list-item]
+
+    same(checkpoint, step)
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+def test_arguments_keep_their_types(checkpoint: Checkpoint) -> None:
+    def function(given: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert isinstance(given, Marked) and isinstance(weight, nn.Parameter)
+        return (given.as_subclass(torch.Tensor) @ weight).sin()  # type: ignore[no-any-return]
+
+    def step(checkpoint: Checkpoint) -> list[torch.Tensor]:
+        weight, given = nn.Parameter(x().t().detach().clone()), x()
+        checkpoint(function, given.as_subclass(Marked), weight).sum().backward()
+        return [given.grad, weight.grad]  # type: ignore[list-item]
+
+    same(checkpoint, step)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_gradient_taken_inside_the_region(create_graph: bool, checkpoint: Checkpoint, layer: nn.Linear) -> None:
+    """Forces from an energy, and penalties on gradients."""
+
+    def function(given: torch.Tensor) -> torch.Tensor:
+        place = given if given.requires_grad else given.detach().requires_grad_()
+        energy = layer(place).sin().square().sum()
+        (force,) = torch.autograd.grad(energy, place, create_graph=create_graph, retain_graph=True)
+        return force.square().sum() + energy
+
+    def step(checkpoint: Checkpoint) -> list[torch.Tensor]:
+        layer.zero_grad()
+        given = x()
+        checkpoint(function, given.sin()).backward()
+        return [given.grad, layer.weight.grad.clone()]  # type: ignore[list-item, union-attr]
+
+    same(checkpoint, step)
+
+
+def test_parameters_that_the_region_does_not_read_may_change(checkpoint: Checkpoint) -> None:
+    """A step of the optimizer inside backward, over regions that are methods of one module."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def run(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+            return layer(x).sin()  # type: ignore[no-any-return]
+
+    def step(checkpoint: Checkpoint) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model, given = Two(), x()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(torch.no_grad()(lambda p: p.sub_(0.1 * p.grad)))
+        out = checkpoint(model.run, model.second, checkpoint(model.run, model.first, given))
+        out.sum().backward()
+        return [given.grad, *(p.detach() for p in model.parameters())]  # type: ignore[list-item]
+
+    same(checkpoint, step)
+
+
+def test_a_parameter_that_the_region_reads_may_not(layer: nn.Linear) -> None:
+    out = tightfit.checkpoint(lambda given: layer(given).sin(), x())
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises((RuntimeError, ReplayDiverged), match=r"modified by an inplace|does not do the same twice"):
+        out.sum().backward()
+    out = tightfit.checkpoint(layer, x())
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.square().sum().backward()
+
+
+def test_another_parameter_in_the_replay_is_never_taken_for_the_first() -> None:
+    """The module's own generator of random numbers picks a layer, and moves on."""
+
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+            self.order = iter([2, 0, 3, 1])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers[next(self.order)](x)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    out = tightfit.checkpoint(Picks(), x())
+    with pytest.raises(ReplayDiverged, match="is an argument or a parameter, and is another one in replay"):
+        out.square().sum().backward()
+
+
+def test_parameters_that_are_exchanged_for_the_call(layer: nn.Linear) -> None:
+    """`functional_call` has put the module's own weight back when backward runs; torch's region then uses that."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:
+            return checkpoint(self.layer, x).sin().exp()  # type: ignore[no-any-return]
+
+    def step(checkpoint: Checkpoint) -> list[torch.Tensor]:
+        weight, given = x()[:, :WIDTH].repeat(2, 1).detach().requires_grad_(), x()
+        torch.func.functional_call(Outer(), {"layer.weight": weight.sin()}, (given, checkpoint)).sum().backward()
+        return [given.grad, weight.grad]  # type: ignore[list-item]
+
+    same(tightfit.checkpoint, step)
+
+
+def test_operators_with_functions_of_their_own(checkpoint: Checkpoint) -> None:
+    def function(given: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.cond(
+            given.sum() > 0, lambda given: given.sin().exp(), lambda given: given.cos().exp(), (given,)
+        )
+        return out
+
+    def step(checkpoint: Checkpoint) -> list[torch.Tensor]:
+        given = x()
+        checkpoint(function, given).sum().backward()
+        return [given.grad]  # type: ignore[list-item]
+
+    same(checkpoint, step)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_functions_inside_a_region(
+    backend: str, whole: bool, checkpoint: Checkpoint, layer: nn.Linear
+) -> None:
+    """They run compiled there, and the compiler leaves the engine alone."""
+    torch._dynamo.reset()
+    compiled = torch.compile((lambda y: layer(y).sin().exp()) if whole else (lambda y: y.sin().exp()), backend=backend)
+
+    def step(checkpoint: Checkpoint) -> list[torch.Tensor]:
+        layer.zero_grad()
+        given = x()
+        checkpoint(compiled if whole else lambda y: compiled(layer(y)), given).sum().backward()
+        return [given.grad, layer.weight.grad.clone()]  # type: ignore[list-item, union-attr]
+
+    same(checkpoint, step)
+    torch._dynamo.reset()
+
+
+def test_keep_takes_ops_and_says_what_is_none(layer: nn.Linear) -> None:
+    def gradient(keep: Any) -> torch.Tensor:
+        given = x()
+        tightfit.checkpoint(lambda given: layer(given).sin().exp(), given, keep=keep).sum().backward()
+        assert given.grad is not None
+        return given.grad
+
+    expected = gradient(None)
+    for keep in ([torch.ops.aten.addmm.default], torch.ops.aten.addmm, ["addmm"], "aten.addmm.default"):
+        assert torch.equal(gradient(keep), expected)
+    for keep in (3, 0.5, [3]):
+        with pytest.raises(InvalidInput, match="says nothing of ops"):
+            gradient(keep)
+    for context_fn in (3, lambda: 3, lambda: (3, 4), lambda: (contextlib.nullcontext(),)):
+        with pytest.raises(InvalidInput, match="expected of context_fn"):
+            tightfit.checkpoint(layer, x(), context_fn=context_fn)  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,6 +51,7 @@ from tightfit.engine.source import Source
 from tightfit.engine.tape import NotOnTape, Reference, Tape, Todo, generator_of, spare_running_statistics
 from tightfit.plan.program import expected
 from tightfit.step.ops import BATCH_NORMS, is_random, is_uncounted, op_name
+from tightfit.step.patches import hidden_from_compiler
 from tightfit.step.run import tensors_in
 
 _CAST = torch.ops.aten._to_copy.default
@@ -85,7 +87,9 @@ class _Held:
 class _Slot:
     """A saved tensor that will be made again, by the tape if there is a reference into it."""
 
-    __slots__ = ("__weakref__", "checksum", "counted", "dtype", "frame", "index", "reference", "shape", "tensor")
+    __slots__ = (
+        "__weakref__", "checksum", "counted", "dtype", "frame", "index", "place", "reference", "shape", "tensor",
+    )  # fmt: skip
 
     def __init__(
         self, frame: Frame, index: int, tensor: torch.Tensor, reference: Reference | None = None, counted: bool = False
@@ -95,6 +99,7 @@ class _Slot:
         self.shape, self.dtype = tensor.shape, tensor.dtype
         self.tensor: torch.Tensor | None = None
         self.checksum: torch.Tensor | None = None  # of the forward's tensor, if it is to be compared
+        self.place: tuple[Any, ...] | None = None  # where it lies, if it is an argument or a parameter
 
     def get(self) -> torch.Tensor:
         tensor = self.tensor
@@ -129,8 +134,8 @@ def _unpack(packed: _Held | _Slot) -> torch.Tensor:
     return packed.get()
 
 
-def _never_read(_: Any) -> torch.Tensor:
-    raise RuntimeError("a replay's own graph is never run backward")
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 class Frame:
@@ -172,13 +177,18 @@ class Frame:
         # Addresses can be used again, so this may be later than need be.
         self.saved_addresses: dict[int, list[int]] = {}  # to the slots
         self.further_results: set[int] = set()  # addresses of what an op made besides its first result
+        self.written_to: dict[int, list[weakref.ref[Any]]] = {}  # by op: the storages that it writes
         self.given: set[int] | None = None  # addresses of arguments and parameters, once somebody asks
         self.buffers_after: list[tuple[torch.Tensor, int]] = []  # with their versions when the forward was over
         self.complete_at = 0  # ops to run until every saved tensor has its final content
         self.observe: Callable[[torch.Tensor], None] | None = None  # told of every tensor that is saved
         # entered around the forward and around a whole replay of it
         self.contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] = (nullcontext(), nullcontext())
+        self.is_running = False  # is this its forward?
+        self.replaying = False
         self.stops_early = True  # a whole replay ends with the last saved tensor, not with the function
+        # what the module had in its attributes when the forward began, for a replay of its Python
+        self.module_state = ModuleState(module) if plan is None and module is not None else None
         inputs = tensors_in((args, kwargs))
         kinds = dict.fromkeys(["cpu", *(t.device.type for t in inputs if t.device.type != "meta")])
         self.surroundings = AmbientState(list(kinds))
@@ -196,11 +206,16 @@ class Frame:
             self._borrow(self.tape)
         try:
             hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+            self.is_running = True
             with activated(), hooks, _Watch(self):
                 out = called_in(self.contexts[0], self.name, self.forward, self.args, self.kwargs)
         except BaseException:
             self.tape = None  # it holds tensors whose history holds it
             raise
+        finally:
+            self.is_running = False
+        if self.replayed and self.tape is None:
+            self._empty_slots()
         if self.tape is not None:
             assert self.plan is not None
             if self.count != len(self.plan.names):
@@ -229,6 +244,14 @@ class Frame:
         if self.module is not None:
             self.buffers_after = [(buffer, _version(buffer)) for buffer in self.module.buffers()]
         return out
+
+    def _empty_slots(self) -> None:
+        """A backward inside the forward had saved tensors made again: what later ones need is made once more then."""
+        self.replayed = False
+        for reference in self.slots.values():
+            slot = reference()
+            if slot is not None and slot.reference is None:
+                slot.tensor = None
 
     def _borrow(self, tape: Tape) -> None:
         """Give the tape a source for each input that is not to be held."""
@@ -274,6 +297,7 @@ class Frame:
         self.funcs = self.plan.funcs[:count]
         self.complete_at = sys.maxsize  # which saved tensors were written later was not looked at
 
+    @hidden_from_compiler
     def _pack(self, tensor: torch.Tensor) -> _Held | _Slot:
         index = len(self.packed_at)
         plan = self.plan
@@ -310,13 +334,15 @@ class Frame:
             if self.observe is not None:
                 self.observe(tensor)
             slot = _Slot(self, index, tensor)
-            if tensor.numel() and address not in self.further_results and not self._is_given(address):
+            if self._is_given(address):
+                slot.place = _place(tensor)
+            elif tensor.numel() and address not in self.further_results:
                 slot.checksum = checksum(tensor)
         self.slots[index] = weakref.ref(slot)
         return slot
 
     def _is_given(self, address: int) -> bool:
-        """Is this an argument or a parameter? Their versions are compared, which costs less."""
+        """Is this an argument or a parameter? Then it is enough that the replay saves the same one, unchanged."""
         if self.given is None:
             self.given = {_address(tensor) for tensor, _ in self.versions}
         return address in self.given
@@ -377,6 +403,8 @@ class Frame:
 
     def saved(self, slot: _Slot, kept: bool) -> torch.Tensor:
         """The tensor of an empty slot; `kept`: the graph will be walked once more."""
+        if self.is_running and self.tape is not None:  # a backward inside the forward
+            self.leave_plan(self.count)
         tape = self.tape
         if tape is None or slot.reference is None:
             self._replay_whole()
@@ -423,18 +451,17 @@ class Frame:
                 f"{self.name}: trying to backward through the graph a second time, after its inputs were freed; use "
                 "retain_graph=True for the first backward"
             )
-        for tensor, version in self.versions:
-            if _version(tensor) != version:
-                raise RuntimeError(
-                    f"{self.name}: one of the variables needed for gradient computation has been modified by an "
-                    f"inplace operation between forward and backward: shape {list(tensor.shape)} is at version "
-                    f"{_version(tensor)}; expected version {version}"
-                )
         self.stats.replays += 1
         if self.plan is not None:
             self.stats.fallbacks += 1
-        self._replay()
-        if not _graph_is_kept():
+        self.replaying = True
+        try:
+            self._replay()
+        finally:
+            self.replaying = False
+        if self.is_running:
+            self.replayed = True
+        elif not _graph_is_kept():
             self.release()
 
     def release(self) -> None:
@@ -442,6 +469,8 @@ class Frame:
         self.released = True
         self.args, self.kwargs = (), {}
         self.versions, self.funcs, self.first_states = [], [], []
+        self.module_state = None
+        self.written_to = {}
         self.saved_addresses, self.further_results, self.given, self.buffers_after = {}, set(), None, []
 
     def _replay(self) -> None:
@@ -453,9 +482,10 @@ class Frame:
         mode = _Replay(self)
         refilled = 0
         # an op that comes out anew each time says nothing about the module
-        compare = not any(torch.Tag.nondeterministic_bitwise in func.tags for func in self.funcs)
+        compare = not any(torch.Tag.nondeterministic_bitwise in getattr(func, "tags", ()) for func in self.funcs)
 
-        def refill(tensor: torch.Tensor) -> int:
+        @hidden_from_compiler
+        def refill(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal refilled
             index = refilled
             refilled += 1
@@ -468,6 +498,14 @@ class Frame:
                         f"{self.name}: saved tensor {index} was {tuple(slot.shape)} {slot.dtype} in forward and is "
                         f"{tuple(tensor.shape)} {tensor.dtype} in replay"
                     )
+                if mode.stale:
+                    mode.refuse_stale(tensor)
+                if slot.place is not None and slot.place != _place(tensor):
+                    raise ReplayDiverged(
+                        f"{self.name} does not do the same twice: saved tensor {index}, of shape {list(tensor.shape)}, "
+                        "is an argument or a parameter, and is another one in replay; its gradients would be wrong, so "
+                        "backward stops here"
+                    )
                 if compare and slot.checksum is not None and differs(tensor, slot.checksum):
                     raise ReplayDiverged(
                         f"{self.name} does not do the same twice: saved tensor {index}, of shape "
@@ -478,14 +516,23 @@ class Frame:
                 slot.tensor = tensor.detach()
                 mode.filled = not waiting
                 mode.stop_if_done()
-            return 0
+            return tensor.detach()  # for a backward inside the function, which runs again as well
 
-        args, kwargs = pytree.tree_map_only(torch.Tensor, _cut_off, (self.args, self.kwargs))
+        cuts: dict[int, torch.Tensor] = {}  # a tensor that is given twice is one tensor in replay, too
+
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in cuts:
+                cuts[id(tensor)] = _cut_off(tensor)
+            return cuts[id(tensor)]
+
+        args, kwargs = pytree.tree_map_only(torch.Tensor, cut, (self.args, self.kwargs))
         generators = list(dict.fromkeys(generator for generator, _ in self.first_states))
         saved_states = [generator.get_state() for generator in generators]
         foreign = foreign_random_states() if self.foreign else {}
-        hooks = torch.autograd.graph.saved_tensors_hooks(refill, _never_read)
+        hooks = torch.autograd.graph.saved_tensors_hooks(refill, _as_it_is)
         module_state = ModuleState(self.module)
+        if self.module_state is not None:  # a cache that the forward filled is empty again
+            self.module_state.put_back()
         try:
             with activated(), torch.enable_grad(), self.surroundings.restored(), hooks, mode, self.contexts[1]:
                 restore_foreign_random_states(self.foreign)
@@ -548,10 +595,12 @@ class _Cut(torch.autograd.Function):
 def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
     """The same data without its history, so that the replay's graph ends at the unit's inputs.
 
-    Not a leaf where it was none: autocast, and so `is_uncounted`, would take it for a weight.
+    A leaf has none, and stays what it is. So does a tensor of a subclass, which a custom function would make plain; its
+    history is never run. Not a leaf where it was none: autocast, and so `is_uncounted`, would take it
+    for a weight.
     """
-    if tensor.is_leaf or not tensor.requires_grad:
-        return tensor.detach().requires_grad_() if tensor.requires_grad else tensor
+    if tensor.is_leaf or not tensor.requires_grad or type(tensor) is not torch.Tensor:
+        return tensor
     with torch.enable_grad():
         cut: torch.Tensor = _Cut.apply(tensor.detach(), torch.empty(0, requires_grad=True))
     return cut
@@ -560,16 +609,23 @@ def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
 class _Watch(TorchDispatchMode):
     """A frame's forward: compare the ops with the plan and take the live ones down, or just note what there is."""
 
+    supports_higher_order_operators = True
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No wrapper that hides this from the compiler: it takes as long as all the rest, and the compiler does not run
-        under a mode anyway."""
+        """No wrapper that hides this from the compiler: it takes as long as all the rest."""
         return False
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Functions that are compiled run compiled inside a unit, too."""
+        return True
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
         self.frame = frame
 
+    @hidden_from_compiler
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         frame = self.frame
         tape, index = frame.tape, frame.count
@@ -582,6 +638,14 @@ class _Watch(TorchDispatchMode):
                 if todo.plain:
                     return func(*args, **kwargs) if kwargs else func(*args)
                 return self._taken_down(todo, tape, index, args, kwargs or {})
+        if frame.replaying:  # a backward inside the forward asks for what it saved: none of the forward's own ops
+            return func(*args, **(kwargs or {}))
+        if isinstance(func, HigherOrderOperator):
+            if tape is not None:
+                frame.leave_plan(index)
+            frame.count = index + 1
+            frame.funcs.append(func)
+            return func(*args, **(kwargs or {}))
         if is_uncounted(func, args, kwargs or {}):
             out = func(*args, **(kwargs or {}))
             if func is _CAST:
@@ -645,6 +709,7 @@ class _Watch(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func._schema.is_mutable:
             for tensor in tensors_in(_written_arguments(func, args, kwargs)):
+                frame.written_to.setdefault(index, []).append(weakref.ref(_storage(tensor)))
                 if frame.written_after_saving(_address(tensor)):
                     frame.complete_at = max(frame.complete_at, index + 1)
         elif op_name(func) in BATCH_NORMS:  # it writes its running statistics, which autograd saved before
@@ -662,6 +727,16 @@ class _Watch(TorchDispatchMode):
 class _Replay(TorchDispatchMode):
     """A whole replay: run every op again, refuse another op sequence, and write nothing outside twice."""
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `_Watch`
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True
+
     def __init__(self, frame: Frame) -> None:
         super().__init__()
         self.frame = frame
@@ -670,15 +745,20 @@ class _Replay(TorchDispatchMode):
         self.drawn: set[int] = set()
         # buffers that nobody has written since the forward was over; a write that is left out counts as a version, too
         self.as_left = {_address(buffer) for buffer, version in frame.buffers_after if _version(buffer) == version}
+        # arguments and parameters that were changed since the forward: reading one would make other values
+        self.stale = {
+            _address(tensor): (tensor, version) for tensor, version in frame.versions if _version(tensor) != version
+        }
         # what it learns about storages as it runs
         self.made: set[int] = set()
         self.read: set[int] = set()
         self.changed: set[int] = set()
 
+    @hidden_from_compiler
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         frame = self.frame
-        if is_uncounted(func, args, kwargs):
+        if not isinstance(func, HigherOrderOperator) and is_uncounted(func, args, kwargs):
             if func is _CAST and (seen := frame.casts.get((id(args[0]), kwargs["dtype"]))) is not None:
                 cast = seen.cast()
                 if cast is not None and seen.source() is args[0] and _version(cast) == seen.version:
@@ -692,16 +772,34 @@ class _Replay(TorchDispatchMode):
         if index >= len(frame.funcs) or frame.funcs[index] is not func:
             expected = op_name(frame.funcs[index]) if index < len(frame.funcs) else "the end"
             raise _Differs(f"op {index} was {expected} in forward and is {op_name(func)} in replay")
+        if self.stale:
+            self.refuse_stale((args, kwargs))
         out = self._result(func, args, kwargs)
         self.stop_if_done()
         return out
 
+    def refuse_stale(self, read: Any) -> None:
+        """Raise torch's own error for an argument or a parameter that is not what it was in forward."""
+        for tensor in tensors_in(read):
+            changed, version = self.stale.get(_address(tensor), (None, 0))
+            if changed is not None:
+                raise RuntimeError(
+                    f"{self.frame.name}: one of the variables needed for gradient computation has been modified by an "
+                    f"inplace operation between forward and backward: shape {list(changed.shape)} is at version "
+                    f"{_version(changed)}; expected version {version}"
+                )
+
     def stop_if_done(self) -> None:
         """End the replay once every slot is filled and nothing more is written to what fills them."""
-        if self.filled and self.count >= self.frame.complete_at and self.frame.stops_early:
+        early = self.frame.stops_early or self.frame.is_running
+        if self.filled and self.count >= self.frame.complete_at and early:
             raise _Stop
 
     def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            out = func(*args, **kwargs)
+            self.made.update(_address(t) for t in tensors_in(out))
+            return out
         if is_random(func, args, kwargs):
             self._rewind(generator_of(args, kwargs))
         self.ran += 1
@@ -729,6 +827,11 @@ class _Replay(TorchDispatchMode):
         written: set[int] = set()
         if func._schema.is_mutable:
             written = {_address(t) for t in tensors_in(_written_arguments(func, args, kwargs))} - self.made
+            wrote = self.frame.written_to.get(self.count - 1)
+            if written and wrote and all(storage() is None for storage in wrote):
+                # compiled code makes buffers that no mode sees; what the forward wrote was its own, since it is gone
+                self.made |= written
+                written = set()
         outside = addresses - self.made
         read_after = (self.changed & outside) - written
         if written & self.read or not read_after <= self.as_left:
@@ -747,6 +850,17 @@ class _Replay(TorchDispatchMode):
             return arguments[0] if len(func._schema.returns) == 1 else tuple(arguments)
         self.read |= outside
         return None
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """Storage, offset and strides; None for a tensor that has none of its own."""
+    if tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, nn.Parameter):
+        return None
+    return _address(tensor), tensor.storage_offset(), tensor.stride()
+
+
+def _storage(tensor: torch.Tensor) -> Any:
+    return tensor.untyped_storage() if tensor.layout is torch.strided else tensor
 
 
 def _address(tensor: torch.Tensor) -> int:

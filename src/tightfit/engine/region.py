@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.utils.checkpoint
@@ -52,9 +52,9 @@ def checkpoint(
 ) -> T:
     """`function(*args, **kwargs)`, holding only its inputs and what `keep` names until backward.
 
-    `keep`: op names (`"aten.mm.default"`, `"aten.mm"` or `"mm"`), or a predicate on the full name. Raises
-    `InvalidInput` when it matches no op; in backward `ReplayDiverged` when the function does not do the same
-    twice. In compiled code the compiler does it, by names only, and none of them need match.
+    `keep`: ops (`torch.ops.aten.mm`), their names (`"aten.mm.default"`, `"aten.mm"`, `"mm"`), or a predicate on the
+    full name. Raises `InvalidInput` when it matches no op; in backward `ReplayDiverged` when the function does not do
+    the same twice. In compiled code the compiler does it, by names only, and none of them need match.
 
     The other keywords are those of `torch.utils.checkpoint.checkpoint`, and are not passed to `function`:
 
@@ -72,6 +72,7 @@ def checkpoint(
     do there.
     """
     _refuse(use_reentrant, determinism_check, keep is not None and context_fn is not None)
+    keep = None if keep is None else _asked_to_keep(keep)
     if torch.compiler.is_compiling():
         if callable(keep):
             refuse_compiled("a compiled region has a function for keep, not the names of ops")
@@ -125,6 +126,21 @@ def _refuse(use_reentrant: bool | None, determinism_check: str, both: bool) -> N
         raise InvalidInput("keep and context_fn are two ways to treat the ops of a region: give one of them")
 
 
+def _asked_to_keep(keep: Any) -> Keep:
+    """Ops by name, as `torch.ops.aten.mm` and its overloads have them. Raises `InvalidInput` for what is none."""
+    ops = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+    if isinstance(keep, (str, *ops)):
+        return {str(keep)}
+    if isinstance(keep, Collection) and all(isinstance(name, (str, *ops)) for name in keep):
+        return {str(name) for name in keep}
+    if callable(keep):
+        return cast(Keep, keep)
+    raise InvalidInput(
+        f"keep={keep!r} says nothing of ops: give names, as in keep=['mm'], or a function of an op's full name; an "
+        "argument of the function that is called keep has to be bound to it first, by functools.partial"
+    )
+
+
 def _switched(name: str, said: bool) -> bool:
     """What a keyword is where torch's switch for all regions is not set (or this release has none)."""
     switch = getattr(torch.utils.checkpoint, name, None)
@@ -136,13 +152,23 @@ def _contexts(
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     if context_fn is None:
         return nullcontext(), nullcontext()
-    forward, replay = context_fn()
+    found = context_fn() if callable(context_fn) else None
+    if not (isinstance(found, (tuple, list)) and len(found) == 2 and all(map(_is_context, found))):
+        raise InvalidInput(
+            "expected of context_fn a function of no arguments that gives two context managers, for the forward and "
+            f"for the replay, found {type(found).__name__ if callable(context_fn) else repr(context_fn)}"
+        )
+    forward, replay = found
     if any(kind.__module__ == "torch.utils.checkpoint" for kind in (*type(forward).__mro__, *type(replay).__mro__)):
         raise Unsupported(
             "context_fn is torch's selective checkpointing, which hides ops from the comparison of the replay: name "
             'the ops whose results are to be held with keep, as in keep=["mm"]'
         )
     return forward, replay
+
+
+def _is_context(found: Any) -> bool:
+    return hasattr(found, "__enter__") and hasattr(found, "__exit__")
 
 
 def _key(function: Callable[..., Any], args: Any, kwargs: Any, keep: Keep) -> Any:

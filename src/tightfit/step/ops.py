@@ -40,6 +40,18 @@ METADATA_ONLY = frozenset(
 )  # fmt: skip
 
 
+#: Allocate, and leave the content to whoever writes it.
+UNWRITTEN = frozenset(
+    getattr(packet, overload)
+    for packet in (
+        _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.empty_permuted, _aten.new_empty,
+        _aten.new_empty_strided,
+    )
+    for overload in packet.overloads()
+    if overload != "out"
+)  # fmt: skip
+
+
 def op_name(func: Any) -> str:
     """`aten.mm.default` and the like: stable across processes and releases of the same op."""
     name = _NAMES.get(func)

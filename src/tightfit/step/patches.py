@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from tightfit.core import Unsupported
 from tightfit.step.modules import plain_path, unwrapped
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @contextlib.contextmanager
@@ -40,6 +42,23 @@ def compiled_entries(model: nn.Module) -> dict[str, nn.Module]:
         for path, module in model.named_modules()
         if unwrapped(module) is not module or vars(module).get("_compiled_call_impl") is not None
     }
+
+
+def compiled_functions(model: nn.Module) -> list[str]:
+    """Names of compiled functions (`torch.compile(function)`) that modules of `model` hold, or that their forward finds
+    in its own module. What runs in them cannot be seen op by op."""
+    found = []
+    for path, module in model.named_modules():
+        forward: Any = type(module).forward
+        code, names = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+        held = {**vars(type(module)), **vars(module)}
+        if code is not None:
+            held |= {name: names[name] for name in code.co_names if name in names}
+        for name, value in held.items():
+            is_function = callable(value) and not isinstance(value, (nn.Module, type)) and name != "forward"
+            if is_function and getattr(value, "_torchdynamo_orig_callable", None) is not None:
+                found.append(f"{plain_path(path)}.{name}".lstrip("."))
+    return found
 
 
 def refuse_compiled(what: str) -> None:
@@ -67,6 +86,22 @@ def own_checkpointing_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.gradient_checkpointing = True
+
+
+def hidden_from_compiler(function: _F) -> _F:
+    """`function`, and what it calls, never compiled: torch's compiler looks at every Python frame that runs inside a
+    compiled call, hooks and dispatch modes too.
+
+    A strategy on the code object costs nothing at a call; torch's own wrapper costs as much as a dispatch mode's work.
+    """
+    eval_frame: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
+    try:
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))  # type: ignore[attr-defined]
+    except AttributeError:  # another release of torch
+        disabled: Any = torch._disable_dynamo(function, recursive=True)  # type: ignore[attr-defined]
+        return cast(_F, disabled)
+    return function
 
 
 @contextlib.contextmanager

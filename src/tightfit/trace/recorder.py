@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tightfit.core import (
@@ -24,7 +25,7 @@ from tightfit.core import (
     Unsupported,
 )
 from tightfit.levers.loss_in_place.loss import rows_at_once
-from tightfit.step.ops import BATCH_NORMS, METADATA_ONLY, is_random, is_uncounted, op_flops, op_name
+from tightfit.step.ops import BATCH_NORMS, METADATA_ONLY, UNWRITTEN, is_random, is_uncounted, op_flops, op_name
 from tightfit.step.parallel import (
     local_of,
 )
@@ -110,12 +111,15 @@ class _Holder:
 class Recorder(TorchDispatchMode):
     """Records one pass. `dry` throws saved tensors away."""
 
+    supports_higher_order_operators = True  # to be refused with a reason
+
     def __init__(self, *, dry: bool, fake: FakeStep | None = None) -> None:
         super().__init__()
         self.dry, self.fake = dry, fake
         self.granule_bytes = 1 if fake is None else fake.granule_bytes
         self.marks = False  # name each op to the profiler
         self.recording = True
+        self.unwritten: dict[int, Call] = {}  # values that were allocated and that no op has written yet
         self.phase = Phase.FORWARD
         self.storages: list[_Storage] = []
         self.live: dict[int, int] = {}  # storage address -> value id
@@ -232,6 +236,11 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            raise Unsupported(
+                f"the model calls {func}, an operator that runs functions of its own, in which nothing can be seen: "
+                "leave it out of eager steps, or mark the parts around it with tightfit.checkpoint"
+            )
         if func is _aten.detach.default:
             out = func(*args, **kwargs)
             if self.fake is not None:
@@ -247,6 +256,8 @@ class Recorder(TorchDispatchMode):
             value, _ = self.value_of(tensor)
             if value is not None and func not in METADATA_ONLY:
                 reads.append((value, self.storages[value].version))
+                if not func.is_view and not schema.is_mutable:
+                    self._read_unwritten(value)
         if self.restart is not None:
             self.restart.before(func, args, kwargs)
         started = time.perf_counter()
@@ -278,6 +289,8 @@ class Recorder(TorchDispatchMode):
             if fresh and value is not None:
                 call.fresh.append(value)
                 call.out_bytes += self.storages[value].size_bytes
+                if func in UNWRITTEN and frame is not None:
+                    self.unwritten[value] = call
         self.open = outside
         if not flat:
             call.outputs.append(None)
@@ -290,6 +303,7 @@ class Recorder(TorchDispatchMode):
                         if written is not None:
                             call.writes.append(written)
                             self.storages[written].version += 1
+                            self.unwritten.pop(written, None)
         if self.in_cross_entropy and func is _aten._log_softmax.default:
             rows, classes = out.shape
             row_bytes = classes * out.element_size()
@@ -321,6 +335,14 @@ class Recorder(TorchDispatchMode):
         sum_in_place(self, summed_by_engine(profiler, len(calls)))
         for call, rise in zip(calls, risen, strict=True):
             call.scratch_bytes = max(0, rise - call.out_bytes)
+
+    def _read_unwritten(self, value: int) -> None:
+        """Something reads what no op has written. A kernel that no mode sees has written it, so making it again needs
+        more than the op that allocated it."""
+        maker = self.unwritten.pop(value, None)
+        if maker is not None and self.storages[value].size_bytes:
+            maker.kind = Kind.OPAQUE
+            maker.rerunnable = False
 
     def _classify(self, call: Call, func: Any, args: Any, kwargs: Any, frame: FrameRecord | None) -> None:
         random = is_random(func, args, kwargs)
@@ -359,6 +381,7 @@ class Recorder(TorchDispatchMode):
                 value = self.live.get(tensor._values().untyped_storage()._cdata)
         if value is None:
             raise Unsupported(f"autograd saves a {tensor.layout} tensor, which has no storage to plan for")
+        self._read_unwritten(value)
         if self.census is not None:
             self.census.saved(value)
         saved = len(self.saved)

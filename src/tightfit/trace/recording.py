@@ -39,7 +39,13 @@ from tightfit.step.parallel import (
     strategy_of,
     unsynchronised,
 )
-from tightfit.step.patches import compiled_entries, no_key_value_cache, own_checkpointing_off, uncompiled
+from tightfit.step.patches import (
+    compiled_entries,
+    compiled_functions,
+    no_key_value_cache,
+    own_checkpointing_off,
+    uncompiled,
+)
 from tightfit.step.run import (
     LossFunction,
     check_trainable,
@@ -99,6 +105,11 @@ def trace(
     for path, module in model.named_modules():
         if type(module).__name__ in _NOT_OURS:
             raise Unsupported(f"{path or 'the model'} is a {type(module).__name__}: {_NOT_OURS[type(module).__name__]}")
+    if functions := compiled_functions(model):
+        raise Unsupported(
+            f"the model calls a function that is compiled ({functions[0]}), and what a compiled function does cannot "
+            "be planned op by op: compile the whole block instead (block.compile()), or leave the function uncompiled"
+        )
     if not torch.is_grad_enabled():
         raise InvalidInput("gradients are switched off here (torch.no_grad): there is no training step to trace")
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
