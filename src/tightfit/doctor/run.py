@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,10 +151,32 @@ def read_run(path: str | Path, trainer: str | None = None) -> Run:
             f"read as a run of TRL's {trainer.upper()} trainer"
             + (f", since it has {only_dpo[0]}" if only_dpo else "; for another give --trainer")
         )
+        if not only_dpo and (other := _another_trainer(set(values) - every)):
+            name, key = other
+            raise Unsupported(
+                f"{str(path)!r} is a run of TRL's {name} (it has {key}), whose step is not forecast: doctor reads runs "
+                f"of {', '.join(_TRAINERS)}; with --trainer it is read as one of those"
+            )
     unknown = sorted(set(values) - every)
     if unknown:
         notes.append(f"not looked at, since TRL and transformers do not know it: {', '.join(unknown)}")
     return Run(source=str(path), trainer=trainer, values=values, notes=tuple(notes))
+
+
+def _another_trainer(keys: Collection[str]) -> tuple[str, str] | None:
+    """The trainer of TRL whose arguments have one of `keys`, and that key; None where none has."""
+    try:
+        import trl
+    except ImportError:
+        return None
+    for name in sorted(keys):
+        for config in sorted(each for each in dir(trl) if each.endswith("Config")):
+            cls = getattr(trl, config, None)
+            if dataclasses.is_dataclass(cls) and name in {each.name for each in dataclasses.fields(cls)}:
+                trainer = config.removesuffix("Config") + "Trainer"
+                if hasattr(trl, trainer):
+                    return trainer, name
+    return None
 
 
 def _kind(value: Any) -> str:
@@ -206,6 +228,14 @@ def setup_of(run: Run) -> tuple[Setup | None, tuple[str, ...]]:
         settings=_settings(run) if run.trainer == "sft" else (),
     )
     return setup.checked(), tuple(notes)
+
+
+#: What a run may ask for that changes its step, and that its forecast leaves out.
+_NOT_FORECAST = {
+    "deepspeed": "deepspeed: its shards and its offload are not forecast; the peak is that of one device without it",
+    "fsdp": "fsdp: the peak is that of one device without shards; tightfit check --strategy fsdp2 forecasts shards",
+    "torch_compile": "torch_compile: the peak is that of the step without it; a compiled step has other temporaries",
+}
 
 
 def _hub_kernels(run: Run) -> bool:
@@ -287,6 +317,8 @@ def case_of(asked: str, *, trainer: str | None = None, **changed: Any) -> Case:
             raise InvalidInput(f"{asked!r} names no model, so there is no step to change")
         if setup is not None and is_true(run.get("use_liger_kernel")):
             setup, notes = None, (*notes, "Liger's kernels run on a GPU alone, so the peak is not looked at here")
+        if setup is not None:
+            notes = (*notes, *(note for key, note in _NOT_FORECAST.items() if run.get(key)))
         if _hub_kernels(run):
             notes = (
                 *notes,

@@ -44,6 +44,8 @@ def longest_length(path: str | Path) -> tuple[int, str]:
         ) from None
     if not lengths or max(lengths) < 1:
         raise InvalidInput(f"{str(path)!r} holds no lengths")
+    if min(lengths) < 0:
+        raise InvalidInput(f"{str(path)!r} holds a length of {min(lengths)}: a length is a number of tokens")
     total = sum(lengths.values())
     mean = sum(length * count for length, count in lengths.items()) / total
     longest = max(lengths)
