@@ -849,12 +849,12 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Trace and plan", "tightfit.trace", ("trace",)),
     ("", "tightfit.plan", ("plan", "lowest", "every_block")),
     ("", "tightfit.plan.simulate", ("simulate",)),
-    ("Apply and verify", "tightfit.fitting", ("fit", "Longer")),
+    ("Apply and verify", "tightfit.fitting.fit", ("fit", "Longer")),
     ("", "tightfit.engine", ("apply", "Applied")),
     ("", "tightfit.engine.region", ("checkpoint",)),
     ("", "tightfit.verify", ("verify",)),
-    ("", "tightfit.measure", ("measure",)),
-    ("Switches", "tightfit.switches", ("enable", "active", "disable", "Activity")),
+    ("", "tightfit.verify.measure", ("measure",)),
+    ("Switches", "tightfit.fitting.switches", ("enable", "active", "disable", "Activity")),
     ("Integrations", "tightfit.integrations.trainer", ("TightfitCallback", "PeakCallback")),
     ("", "tightfit.integrations.recovery", ("Recovery", "Retry", "OutOfMemory", "TornStep")),
     ("", "tightfit.integrations.transformers", ("load_model", "random_batch")),
@@ -872,9 +872,13 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 def _definition(module: str, name: str) -> ast.FunctionDef | ast.ClassDef:
     base = ROOT / "src" / Path(*module.split("."))
     path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    for node in body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
             return node
+    for node in ast.walk(ast.Module(body=body, type_ignores=[])):  # a package's face has it from one of its modules
+        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == name for alias in node.names):
+            return _definition(node.module, name)
     raise SystemExit(f"{path} defines no {name}: mend PUBLIC in docs/generate.py")
 
 
