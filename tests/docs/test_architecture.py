@@ -1,4 +1,4 @@
-"""What docs/architecture.md and CONTRIBUTING.md name in the source is there, in the file that they say."""
+"""What the pages about the source name in it is there, in the file that they say."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "tightfit"
-PAGES = ("docs/architecture.md",)
+PAGES = ("docs/architecture.md", "docs/stability.md", "CONTRIBUTING.md")
 
 CODE = re.compile(r"`([^`\n]+)`")
-FILE = re.compile(r"[\w/.]+\.(?:py|toml|md|svg|yml)")
+FILE = re.compile(r"[\w/.]+\.(?:py|toml|md|svg|yml|txt|json)")
 NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?")
+#: What runs and plans write, and no file or name of the source.
+WRITTEN = frozenset({"plan.json", "record.json", "schema_version"})
 PLACED = re.compile(r"`([A-Za-z_][\w.]*)`\s+\(`([\w/]+\.py)`\)")
 
 
@@ -42,20 +44,23 @@ def defined(path: Path) -> frozenset[str]:
 
 
 def known() -> set[str]:
-    files = sorted(SOURCE.rglob("*.py"))
+    files = [*sorted(SOURCE.rglob("*.py")), ROOT / "docs" / "generate.py"]
     packages = {path.name for path in SOURCE.iterdir() if path.is_dir()} | {"tightfit"}
     return packages.union(*map(defined, files)) | {path.stem for path in files}
 
 
 def place(name: str) -> Path | None:
     """The file that a page means: seen from the package, the checkout, or one of its folders with tests and docs."""
-    return next((folder / name for folder in (SOURCE, ROOT, ROOT / "docs") if (folder / name).exists()), None)
+    folders = (SOURCE, ROOT, SOURCE / "catalog", ROOT / "docs", ROOT / "benchmarks")
+    return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_names_and_files_are_there(page: str) -> None:
     text = re.sub(r"(?ms)^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"))
-    wrong = [name for name in CODE.findall(text) if FILE.fullmatch(name) and "NAME" not in name and place(name) is None]
+    wrong = [
+        name for name in CODE.findall(text) if FILE.fullmatch(name) and name not in WRITTEN and place(name) is None
+    ]
     names = known()
     looked_up = [name for name in CODE.findall(text) if NAME.fullmatch(name) and not FILE.fullmatch(name)]
     wrong += [name for name in looked_up if name not in names and ("_" in name or "." in name) and not is_other(name)]
@@ -68,7 +73,9 @@ def test_names_and_files_are_there(page: str) -> None:
 def is_other(name: str) -> bool:
     """`tightfit.core` and the like, a name of another library, or one of the page's own examples."""
     first, _, rest = name.partition(".")
-    return first in ("torch", "transformers", "my_lever") or (first == "tightfit" and rest in known())
+    return (
+        name in WRITTEN or first in ("torch", "transformers", "my_lever") or (first == "tightfit" and rest in known())
+    )
 
 
 def test_every_walk_names_its_files() -> None:
