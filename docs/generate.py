@@ -1,6 +1,6 @@
-"""Write `docs/cli.md` from the program's own `--help`, `docs/reference.md` from its docstrings; `docs/peers.md`,
-`docs/zoo.md`, `docs/forecast.md`, `docs/traps.md`, `docs/switches.md` and every page's measured parts from
-`benchmarks/results`.
+"""Write `docs/cli.md` from the program's own `--help`, `docs/reference.md` from its docstrings, `docs/architecture.svg`
+and the table of packages beside it from its imports; `docs/peers.md`, `docs/zoo.md`, `docs/forecast.md`,
+`docs/traps.md`, `docs/switches.md` and every page's measured parts from `benchmarks/results`.
 
 Invariant: the page depends on the program alone, not on the terminal: the width is fixed and colour is off; every
 figure in a measured part (between `<!-- measured: NAME; written by docs/generate.py -->` and `<!-- measured: end -->`)
@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import html
 import inspect
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,11 @@ SEVERAL_GPUS = Path(__file__).with_name("several_gpus_measured.md")
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 REFERENCE = Path(__file__).with_name("reference.md")
+ARCHITECTURE = Path(__file__).with_name("architecture.svg")
 MEASURED = re.compile(
-    r"(<!-- measured: (?P<name>[a-z0-9-]+); written by docs/generate\.py -->\n).*?(<!-- measured: end -->\n)", re.DOTALL
+    r"(<!-- (?P<kind>measured|generated): (?P<name>[a-z0-9-]+); written by docs/generate\.py -->\n)"
+    r".*?(<!-- (?P=kind): end -->\n)",
+    re.DOTALL,
 )
 WIDTH = 100
 HEAD = """\
@@ -816,8 +822,258 @@ def _compiled_cells(row: dict[str, Any], whole: int) -> str:
     return f"{row['peak_bytes']:,} B | {row['recompute_flops'] / whole:.1%} | {row['recomputed_ops']} | {dropout}"
 
 
-#: Measured parts by the name that a page gives them.
+# -------------------------------------------------------------------------------------------- the packages
+
+#: What stands in a package's box under its name.
+IN_A_WORD = {
+    "core": "the nouns",
+    "catalog": "GPUs and model shapes",
+    "device": "what a device costs",
+    "step": "one training step",
+    "levers": "what a plan may do",
+    "plan": "decides what is kept",
+    "report": "text, JSON, pages",
+    "trace": "records a step",
+    "engine": "carries out a plan",
+    "verify": "proves a plan",
+    "fitting": "fit, enable",
+    "tightfit": "the public names",
+    "integrations": "one file per framework",
+    "forecast": "will it run?",
+    "train": "tightfit train",
+    "doctor": "the known traps",
+    "cli": "the command line",
+}
+
+
+@dataclass(frozen=True)
+class Packages:
+    """The packages of `src/tightfit` and who imports whom, from every import statement in them.
+
+    `__init__.py` of tightfit itself is the package `tightfit`, and `__main__.py` belongs to `cli`.
+    """
+
+    imports: dict[str, frozenset[str]]  # what each imports of the others, wherever the statement stands
+    at_once: dict[str, frozenset[str]]  # the part of it that is imported when a module is loaded
+    torch: dict[str, str]  # "none" of its modules loads torch when it is imported, "some" do, or "all" do
+    said: dict[str, str]  # the first sentence of its docstring
+
+    @classmethod
+    def read(cls) -> Packages:
+        source = ROOT / "src" / "tightfit"
+        modules = {}
+        for path in sorted(source.rglob("*.py")):
+            parts = path.relative_to(source).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            modules[".".join(("tightfit", *parts))] = ast.parse(path.read_text(encoding="utf-8"))
+        imports: dict[str, set[str]] = {_package(module): set() for module in modules}
+        at_once: dict[str, set[str]] = {package: set() for package in imports}
+        needs: dict[str, set[str]] = {}  # by module: modules that are loaded with it, and torch
+        for module, tree in modules.items():
+            needs[module] = {".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 1)}
+            for name, is_at_once in _imports(tree):
+                target = name if name in modules else name.rpartition(".")[0]
+                if target in modules:
+                    imports[_package(module)].add(_package(target))
+                if is_at_once:
+                    needs[module].add("torch" if name.partition(".")[0] == "torch" else target)
+                    if target in modules:
+                        at_once[_package(module)].add(_package(target))
+        torch: dict[str, str] = {}
+        for package in imports:
+            own = [module for module in modules if _package(module) == package]
+            inner = [module for module in own if module != f"tightfit.{package}"]  # not the face, where there is more
+            loads = [_reaches(module, needs, "torch") for module in inner or own]
+            torch[package] = "all" if all(loads) else "some" if any(loads) else "none"
+        said = {}
+        for package in imports:
+            face = modules["tightfit" if package == "tightfit" else f"tightfit.{package}"]
+            said[package] = re.split(r"(?<=[.;])\s", " ".join((ast.get_docstring(face) or "").split()))[0]
+        return cls(
+            imports={package: frozenset(found - {package}) for package, found in imports.items()},
+            at_once={package: frozenset(found - {package}) for package, found in at_once.items()},
+            torch=torch,
+            said=said,
+        )
+
+    def rows(self) -> list[list[str]]:
+        """The packages in layers, from the bottom: each as low as what it imports allows. Refuses a circle."""
+        row: dict[str, int] = {}
+        while len(row) < len(self.imports):
+            ready = sorted(p for p, found in self.imports.items() if p not in row and found <= row.keys())
+            if not ready:
+                left = ", ".join(sorted(self.imports.keys() - row.keys()))
+                raise SystemExit(f"packages import one another in a circle: it is among {left}")
+            row |= {package: 1 + max((row[each] for each in self.imports[package]), default=-1) for package in ready}
+        return [sorted(p for p in row if row[p] == height) for height in range(max(row.values()) + 1)]
+
+    def arrows(self) -> list[tuple[str, str]]:
+        """Who imports whom, without what follows from other arrows."""
+        below: dict[str, set[str]] = {}
+        for row in self.rows():
+            for package in row:
+                below[package] = set().union(*({each} | below[each] for each in self.imports[package]))
+        return sorted(
+            (package, target)
+            for package, found in self.imports.items()
+            for target in found
+            if not any(target in below[other] for other in found)
+        )
+
+
+def _package(module: str) -> str:
+    parts = module.split(".")
+    return "tightfit" if len(parts) == 1 else "cli" if parts[1] == "__main__" else parts[1]
+
+
+def _imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    """(dotted name, is it imported when the module is loaded?) of every import statement; those are all absolute."""
+    pending: list[tuple[ast.AST, bool]] = [(tree, True)]
+    while pending:
+        node, at_once = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, at_once) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((f"{node.module}.{alias.name}", at_once) for alias in node.names)
+        later = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
+        pending += [(child, at_once and not later) for child in ast.iter_child_nodes(node)]
+
+
+def _reaches(module: str, needs: dict[str, set[str]], wanted: str) -> bool:
+    seen: set[str] = set()
+    pending = [module]
+    while pending:
+        each = pending.pop()
+        if each not in seen:
+            seen.add(each)
+            pending += needs.get(each, ())
+    return wanted in seen
+
+
+def packages_part() -> str:
+    """architecture.md's table: one line for each package, from the bottom."""
+    packages = Packages.read()
+    lines = ["| package | what it is | imports | torch |", "|---|---|---|---|"]
+    order = [package for row in packages.rows() for package in row]
+    needed = {"none": "no", "some": "in part", "all": "yes"}
+    for package in order:
+        found = ", ".join(f"`{each}`" for each in order if each in packages.imports[package])
+        said = packages.said[package].rstrip(".;")
+        name = f"`{package}`"
+        if package == "tightfit":
+            name, said = "`tightfit` itself", "The public names; what needs torch is loaded when it is first used"
+        lines.append(f"| {name} | {said} | {found or 'nothing'} | {needed[packages.torch[package]]} |")
+    return "\n".join(lines) + "\n"
+
+
+#: Sizes of the drawing in pixels. Names are set in a typeface of fixed width, 0.6 of its size for each letter.
+BOX_WIDTH, BOX_HEIGHT, GAP, GUTTER, MARGIN = 190, 46, 34, 50, 46
+NAME_SIZE, WORD_SIZE = 15, 12
+FILLS = {"none": "#dff0e3", "some": "#fdf3d6", "all": "#e4e9f7"}
+LEGEND = (("none", "needs no torch"), ("some", "in part"), ("all", "needs torch"))
+
+
+def architecture_svg() -> str:
+    """docs/architecture.svg: the packages in layers, with arrows down to what they import."""
+    packages = Packages.read()
+    if unnamed := sorted(packages.imports.keys() ^ IN_A_WORD.keys()):
+        raise SystemExit(f"IN_A_WORD in docs/generate.py and the packages of src/tightfit differ: {', '.join(unnamed)}")
+    rows = packages.rows()
+    columns = max(3, *(len(row) for row in rows))
+    width = 2 * MARGIN + columns * BOX_WIDTH + (columns - 1) * GUTTER
+    top = 76
+    height = top + len(rows) * BOX_HEIGHT + (len(rows) - 1) * GAP + 20
+    boxes: dict[str, tuple[int, int]] = {}  # left and upper edge
+    for place, row in enumerate(rows):
+        upper = top + (len(rows) - 1 - place) * (BOX_HEIGHT + GAP)
+        spread = {1: [(columns - 1) / 2], 2: [0, columns - 1]}.get(len(row), list(range(columns)))
+        for package, column in zip(row, spread, strict=False):
+            boxes[package] = (MARGIN + round(column * (BOX_WIDTH + GUTTER)), upper)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'role="img" aria-label="The packages of tightfit in layers, with arrows down to what they import">',
+        "<!-- Written by docs/generate.py (`make docs`) from the imports of src/tightfit; do not edit. -->",
+        f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
+    ]
+    for place, (kind, said) in enumerate(LEGEND):
+        left = MARGIN + place * (BOX_WIDTH + GUTTER)
+        parts.append(f'<rect x="{left}" y="14" width="16" height="16" rx="3" fill="{FILLS[kind]}" stroke="#8a93a3"/>')
+        parts.append(_text(left + 24, 27, said, WORD_SIZE, anchor="start"))
+    for place, (dashed, said) in enumerate(
+        ((False, "imports when it is loaded"), (True, "imports only when it has to"))
+    ):
+        left = MARGIN + place * (BOX_WIDTH + GUTTER)
+        parts.append(_arrow([(left, 48), (left + 26, 48)], dashed=dashed))
+        parts.append(_text(left + 34, 52, said, WORD_SIZE, anchor="start"))
+    for package, target in packages.arrows():
+        route = _route(boxes, package, target, width)
+        parts.append(_arrow(route, dashed=target not in packages.at_once[package]))
+    for package in (package for row in rows for package in row):
+        left, upper = boxes[package]
+        parts.append(
+            f'<rect x="{left}" y="{upper}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6" '
+            f'fill="{FILLS[packages.torch[package]]}" stroke="#5b6472"/>'
+        )
+        for text, size, below in ((package, NAME_SIZE, 20), (IN_A_WORD[package], WORD_SIZE, 37)):
+            if len(text) * size * 0.6 > BOX_WIDTH - 12:
+                raise SystemExit(f"{text!r} is too long for its box in docs/architecture.svg: say it in fewer words")
+            parts.append(_text(left + BOX_WIDTH // 2, upper + below, text, size, bold=size == NAME_SIZE))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _arrow(points: list[tuple[int, int]], *, dashed: bool) -> str:
+    (x, y), (tip_x, tip_y) = points[-2:]
+    length = math.hypot(tip_x - x, tip_y - y)
+    along, across = (tip_x - x) / length, (tip_y - y) / length
+    wings = [
+        f"{tip_x - 8 * along - 4 * side * across:.1f} {tip_y - 8 * across + 4 * side * along:.1f}" for side in (1, -1)
+    ]
+    line = "M" + " L".join(f"{x} {y}" for x, y in points)
+    dashes = ' stroke-dasharray="5 4"' if dashed else ""
+    return (
+        f'<path d="{line}" fill="none" stroke="#5b6472" stroke-width="1.4"{dashes}/>'
+        f'<path d="M{tip_x} {tip_y} L{wings[0]} L{wings[1]} z" fill="#5b6472"/>'
+    )
+
+
+def _text(x: int, y: int, text: str, size: int, *, bold: bool = False, anchor: str = "middle") -> str:
+    weight = ' font-weight="bold"' if bold else ""
+    return (
+        f'<text x="{x}" y="{y}" font-family="monospace" font-size="{size}"{weight} text-anchor="{anchor}" '
+        f'fill="#1c222b">{html.escape(text)}</text>'
+    )
+
+
+def _route(boxes: dict[str, tuple[int, int]], package: str, target: str, width: int) -> list[tuple[int, int]]:
+    """Points of the line from one box down to another: straight, or around what stands in between by a gutter."""
+    (left, upper), (to_left, to_upper) = boxes[package], boxes[target]
+    # lines that leave or meet a box in the same place are told apart by the side on which their other end lies
+    side = (to_left > left) - (to_left < left)
+    start = (left + BOX_WIDTH // 2 + side * 30, upper + BOX_HEIGHT)
+    end = (to_left + BOX_WIDTH // 2 - side * 30, to_upper)
+    between = [box for name, box in boxes.items() if name not in (package, target) and upper < box[1] < to_upper]
+    if not any(_crosses(start, end, box) for box in between):
+        return [start, end]
+    lanes = range(MARGIN - GUTTER // 2, width, BOX_WIDTH + GUTTER)
+    x = min(lanes, key=lambda lane: (abs(lane - start[0]) + abs(lane - end[0]), lane))
+    first, last = start[1] + GAP // 2, end[1] - GAP // 2
+    return [start, (x, first), (x, last), end]
+
+
+def _crosses(start: tuple[int, int], end: tuple[int, int], box: tuple[int, int]) -> bool:
+    """Does the line go through the box, or nearer to it than 8 pixels?"""
+    for y in range(box[1] - 8, box[1] + BOX_HEIGHT + 9):
+        x = start[0] + (end[0] - start[0]) * (y - start[1]) / (end[1] - start[1])
+        if box[0] - 8 <= x <= box[0] + BOX_WIDTH + 8:
+            return True
+    return False
+
+
+#: Measured and generated parts by the name that a page gives them.
 PARTS: dict[str, Callable[[], str]] = {
+    "packages": packages_part,
     "compiled": compiled_part,
     "readme": measured,
     "gpt2": gpt2_part,
@@ -833,12 +1089,13 @@ def with_measured(path: Path) -> str:
     def part(match: re.Match[str]) -> str:
         if match["name"] not in PARTS:
             raise SystemExit(f"{path}: no measured part is called {match['name']!r}; there are {', '.join(PARTS)}")
-        return f"{match[1]}\n{PARTS[match['name']]()}\n{match[3]}"
+        return f"{match[1]}\n{PARTS[match['name']]()}\n{match[4]}"
 
     text = path.read_text(encoding="utf-8")
     written, count = MEASURED.subn(part, text)
-    if count != text.count("<!-- measured: end -->") or count != text.count("; written by docs/generate.py -->"):
-        raise SystemExit(f"{path}: a measured part is not opened or not closed")
+    ends = text.count("<!-- measured: end -->") + text.count("<!-- generated: end -->")
+    if count != ends or count != text.count("; written by docs/generate.py -->"):
+        raise SystemExit(f"{path}: a measured or generated part is not opened or not closed")
     return written
 
 
@@ -849,12 +1106,12 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Trace and plan", "tightfit.trace", ("trace",)),
     ("", "tightfit.plan", ("plan", "lowest", "every_block")),
     ("", "tightfit.plan.simulate", ("simulate",)),
-    ("Apply and verify", "tightfit.fitting", ("fit", "Longer")),
+    ("Apply and verify", "tightfit.fitting.fit", ("fit", "Longer")),
     ("", "tightfit.engine", ("apply", "Applied")),
     ("", "tightfit.engine.region", ("checkpoint",)),
     ("", "tightfit.verify", ("verify",)),
-    ("", "tightfit.measure", ("measure",)),
-    ("Switches", "tightfit.switches", ("enable", "active", "disable", "Activity")),
+    ("", "tightfit.verify.measure", ("measure",)),
+    ("Switches", "tightfit.fitting.switches", ("enable", "active", "disable", "Activity")),
     ("Integrations", "tightfit.integrations.trainer", ("TightfitCallback", "PeakCallback")),
     ("", "tightfit.integrations.recovery", ("Recovery", "Retry", "OutOfMemory", "TornStep")),
     ("", "tightfit.integrations.transformers", ("load_model", "random_batch")),
@@ -872,9 +1129,13 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 def _definition(module: str, name: str) -> ast.FunctionDef | ast.ClassDef:
     base = ROOT / "src" / Path(*module.split("."))
     path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    for node in body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
             return node
+    for node in ast.walk(ast.Module(body=body, type_ignores=[])):  # a package's face has it from one of its modules
+        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == name for alias in node.names):
+            return _definition(node.module, name)
     raise SystemExit(f"{path} defines no {name}: mend PUBLIC in docs/generate.py")
 
 
@@ -977,7 +1238,7 @@ def main() -> int:
     pages = [
         (PAGE, render()), (PEERS, peers_page()), (ZOO, zoo_page()), (FORECAST, forecast_page()),
         (TRAPS, traps_page()), (SWITCHES, switches_page()), (LEVERS, levers_page()),
-        (SEVERAL_GPUS, several_gpus_page()), (REFERENCE, reference_page()),
+        (SEVERAL_GPUS, several_gpus_page()), (REFERENCE, reference_page()), (ARCHITECTURE, architecture_svg()),
     ]  # fmt: skip
     written = {page for page, _ in pages}
     others = [README, *sorted(page for page in README.with_name("docs").rglob("*.md") if page not in written)]

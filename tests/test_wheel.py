@@ -64,7 +64,10 @@ def test_what_is_in_the_wheel(built: Path) -> None:
 def test_what_is_in_the_sdist(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for needed in ("pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt", "tests/test_wheel.py"):
+    for needed in (
+        "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "constraints.txt",
+        "tests/test_wheel.py",
+    ):  # fmt: skip
         assert needed in names
 
 

@@ -1,4 +1,5 @@
-"""README.md and every page of docs/ are executed: their Python runs, their commands run, what is not run says why.
+"""README.md, CONTRIBUTING.md and every page of docs/ are executed: their Python runs, their commands run, and what is
+not run says why.
 
 A page is one story, told in order: its ```python blocks are one program, its ```sh and ```console blocks run after it,
 in one temporary folder. A block with `title="sft.yaml"` is a file of that folder. `tightfit` and `python` lines run (a
@@ -31,7 +32,7 @@ import pytest
 from torch.distributed.fsdp import FSDPModule
 
 ROOT = Path(__file__).parents[2]
-FOUND = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+FOUND = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in FOUND}
 
 PYTHON = frozenset({"python", "py"})
