@@ -1,7 +1,7 @@
 """Named model shapes and GPUs, each with the place where its figures were published.
 
 A model's name such as `llama-2-7b` stands for the shape alone; whoever builds it gets random weights, which is all that
-memory and time depend on. A user's own file (`TIGHTFIT_CATALOG`, or `--catalog`) has the tables `[models.NAME]` and
+memory and time depend on. A user's own file (`TIGHTFIT_CATALOG`) has the tables `[models.NAME]` and
 `[gpus.NAME]` with the same fields and goes before the catalog's entries.
 
 Invariant: reading the catalog imports no torch, opens no connection and runs no code; every entry has a source.

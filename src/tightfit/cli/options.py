@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tightfit.core import Lever
+
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A name in the catalog, a folder with config.json, or a hub id owner/name."),
@@ -37,7 +39,7 @@ Budget = Annotated[str, typer.Option(help="A size (22GiB), or a percentage of th
 Levers = Annotated[
     str,
     typer.Option(
-        help="What the plan may use: recompute, loss_in_place, tile, nest, offload; all; all,-tile for all but one.",
+        help=f"What the plan may use: {', '.join(lever.value for lever in Lever)}; all; all,-tile for all but one.",
         show_default="all that give the same bits, tiles where nothing else fits; no offload",
     ),
 ]

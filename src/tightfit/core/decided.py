@@ -83,6 +83,7 @@ class Plan:
     tile_seconds: float = 0.0  # what the tiles cost
     settings: Mapping[str, str] = field(default_factory=dict)  # of levers without a field of their own, by name
     other_seconds: float = 0.0  # what those levers cost
+    inexact: tuple[str, ...] = ()  # levers in use that do not give the same bits
     offloaded_bytes: int = 0  # that wait off the device
     offload_seconds: float = 0.0  # that the step waits for copies, estimated
     solved_by: tuple[str, ...] = ()  # the solver and the ways that found the points and chose among them
@@ -95,7 +96,7 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Are loss and gradients bit for bit those of the step without the plan? Tiles add sums in another order."""
-        return self.tiling is None
+        return self.tiling is None and not self.inexact
 
     @property
     def decisions(self) -> str:

@@ -161,7 +161,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """A cross entropy outside the units whose gradient can be made in place (`tightfit.loss`); op ids."""
+    """A cross entropy outside the units whose gradient can be made in place (`levers.loss_in_place`); op ids."""
 
     log_softmax: int
     nll_backward: int
@@ -179,7 +179,7 @@ class TiledModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """What of a step is computed a tile of rows at a time (`tightfit.tiles`)."""
+    """What of a step is computed a tile of rows at a time (`levers.tile`)."""
 
     head: str | None = None  # path of the head module; none: the head is not tiled
     rows: int = 0  # of a tile of logits

@@ -27,7 +27,7 @@ from tightfit.engine.frame import Frame
 from tightfit.engine.frame_plan import Comparison, FramePlan, Stats
 from tightfit.engine.offload import Pool
 from tightfit.engine.region import checkpoint
-from tightfit.levers import every
+from tightfit.levers import every, require_known
 from tightfit.plan.program import kept_values, offloaded_values, recipe
 from tightfit.step.modules import modules_of
 from tightfit.step.parallel import inside
@@ -69,6 +69,7 @@ class Applied:
         Several ranks compare their plans first, unless they have `agreed` on this one before.
         """
         self.plan, self.trace = plan, trace
+        require_known(plan)
         self._decisions.clear()
         if are_several(self.model) and not agreed:
             _agree(plan)

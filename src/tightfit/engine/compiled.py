@@ -66,7 +66,7 @@ def inexpressible(plan: Plan, whole: bool) -> str:
         return ""
     return (
         f"the model is compiled, and its plan {found}, which tags for the compiler cannot say: make the plan with "
-        "levers={Lever.RECOMPUTE}, or run the model without torch.compile"
+        f"levers={[each.lever.value for each in every() if each.is_compiled]}, or run the model without torch.compile"
     )
 
 

@@ -252,7 +252,7 @@ class Shipment:
 
 
 class Parked:
-    """Brings back a tensor that the plan offloads (`engine.stash.Source`)."""
+    """Brings back a tensor that the plan offloads (`engine.source.Source`)."""
 
     __slots__ = ("__weakref__", "parcel", "shipment", "tensor", "version")
 

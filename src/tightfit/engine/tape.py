@@ -7,7 +7,7 @@ a dropped value, the tape runs the ops that lead to it and no others, in their o
 value after its last reader. No Python of the model runs again: no module code, no hooks, no branch that could
 turn out differently, and everything else (dead ops, views) costs nothing at all.
 
-A tensor that comes from outside, or a kept one, may also have a *source* (`engine.stash`) instead of staying: it then
+A tensor that comes from outside, or a kept one, may also have a *source* (`engine.source`) instead of staying: it then
 comes back when an op, or autograd, first wants it. And what a unit hands on can be made for others (`produce`), as
 often as they ask.
 

@@ -120,7 +120,7 @@ def _mode(name: str, recorded: Trace, line: Timeline, made: Plan | None, room: i
         reserved = min(reserved, within)  # on this card the allocator gives free segments back before it fails
     at_peak = {category: rows[line.peak_event] for category, rows in line.by_category.items()}
     step_seconds = sum(op.seconds for op in recorded.ops) + line.recompute_seconds
-    step_seconds += 0.0 if made is None else made.tile_seconds + made.other_seconds
+    step_seconds += 0.0 if made is None else made.added_seconds - made.recompute_seconds
     phase = line.peak_owner.split()[0]
     return Mode(
         mode=name,

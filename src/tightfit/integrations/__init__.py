@@ -1,1 +1,1 @@
-"""One file per framework; each imports its framework when it is imported, and nothing else in tightfit imports them."""
+"""One file per framework. Each imports its framework when it is imported; `train`, `forecast`, `doctor` and `cli` use them."""

@@ -17,10 +17,10 @@ import functools
 import importlib
 from collections.abc import Collection
 
-from tightfit.core import Lever, Trace
+from tightfit.core import Lever, Plan, PlanMismatch, Trace
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 
-__all__ = ["allowed", "as_recorded", "defined", "every", "exact_only", "granted", "inexact"]
+__all__ = ["allowed", "as_recorded", "defined", "every", "exact_only", "granted", "inexact", "require_known"]
 
 
 @functools.cache
@@ -49,6 +49,14 @@ def as_recorded(trace: Trace) -> Variant:
         is_exact=all(each.is_exact for each, fields in begun.items() if fields),
         decided={name: value for fields in begun.values() for name, value in fields.items()},
     )
+
+
+def require_known(plan: Plan) -> None:
+    """Raises `PlanMismatch` for a plan by a lever that this release does not have."""
+    if unknown := sorted(set(plan.settings).union(plan.inexact) - {lever.value for lever in Lever}):
+        raise PlanMismatch(
+            f"the plan uses the lever {unknown[0]!r}, which this release of tightfit does not have: make it anew"
+        )
 
 
 def granted(levers: Collection[Lever] | None) -> Grant:

@@ -197,7 +197,7 @@ def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever 
     levers = levers_named(levers)
     if Grant.DROP not in granted(levers):
         needed = next(each for each in every() if Grant.DROP in each.grants)
-        raise InvalidInput(f"the lowest peak is looked for by {needed.noun}: add {needed.lever} to the levers")
+        raise InvalidInput(f"the lowest peak is looked for by {needed.noun}: add {needed.lever.value} to the levers")
     way, line = _lowest(way_of(trace, effort).ways(levers), levers)
     return _plan(
         trace, way, line.peak_bytes, way.lowest.choices, line, simulate_choices(trace, ()), 0.0, way.lowest.how
@@ -275,6 +275,7 @@ def _plan(
         offloaded_bytes=line.offloaded_bytes,
         offload_seconds=offload_seconds,
         solved_by=tuple(sorted(how)),
+        inexact=tuple(each.lever.value for each in inexact(way.step.levers)),
         **way.step.decided,
     )
 

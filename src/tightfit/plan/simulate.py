@@ -32,7 +32,7 @@ from tightfit.core import (
     Timeline,
     Trace,
 )
-from tightfit.levers import every
+from tightfit.levers import every, require_known
 from tightfit.plan.program import (
     Recipe,
     demanded,
@@ -75,6 +75,7 @@ def simulate(trace: Trace, plan: Plan | None = None) -> Timeline:
 def under(trace: Trace, plan: Plan | None) -> Trace:
     """What the levers of `plan` make of `trace`. Raises `PlanMismatch` where the trace does not know of one."""
     if plan is not None:
+        require_known(plan)
         for lever in every():
             trace = lever.under(trace, plan)
     return trace

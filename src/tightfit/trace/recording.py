@@ -76,10 +76,10 @@ def trace(
 
     `loss(model, batch)` gives the scalar; by default the output's `.loss`, or the output itself. With an
     `optimizer` its state and its step are part of the trace. Gradients that exist when `trace` is called
-    are taken to exist at every step (accumulation). `units` as in `step.find_units`; by default other modules are taken
-    where they hold more of what autograd saves (`tightfit.units`).
+    are taken to exist at every step (accumulation). `units` as in `step.modules.find_units`; by default other modules are taken
+    where they hold more of what autograd saves (`trace.units`).
 
-    `fake=True` runs the step on fake tensors (`tightfit.fake`): the model may live on `meta`, nothing is allocated and
+    `fake=True` runs the step on fake tensors (`trace.fake`): the model may live on `meta`, nothing is allocated and
     seconds are estimated. Then `device` is the target: a `Device` of the catalog, or `"cuda"` for CUDA's kernels in
     general. Otherwise `device` only moves `batch`.
 

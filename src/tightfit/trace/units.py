@@ -1,6 +1,6 @@
 """Which modules to plan as units, by the bytes that autograd saves in them.
 
-Idea: containers (`ModuleList`, `Sequential`) show the blocks of most models, and `step.find_units` takes those. Where
+Idea: containers (`ModuleList`, `Sequential`) show the blocks of most models, and `step.modules.find_units` takes those. Where
 other modules make most of what is saved (blocks in a `ModuleDict`, in attributes, in a loop), the first pass over the
 step has seen whose calls made each saved value. The module tree is divided from the root for as long as the parts hold
 what the whole does.
