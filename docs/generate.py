@@ -849,12 +849,12 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Trace and plan", "tightfit.trace", ("trace",)),
     ("", "tightfit.plan", ("plan", "lowest", "every_block")),
     ("", "tightfit.plan.simulate", ("simulate",)),
-    ("Apply and verify", "tightfit.fitting", ("fit", "Longer")),
+    ("Apply and verify", "tightfit.fitting.fit", ("fit", "Longer")),
     ("", "tightfit.engine", ("apply", "Applied")),
     ("", "tightfit.engine.region", ("checkpoint",)),
     ("", "tightfit.verify", ("verify",)),
-    ("", "tightfit.measure", ("measure",)),
-    ("Switches", "tightfit.switches", ("enable", "active", "disable", "Activity")),
+    ("", "tightfit.verify.measure", ("measure",)),
+    ("Switches", "tightfit.fitting.switches", ("enable", "active", "disable", "Activity")),
     ("Integrations", "tightfit.integrations.trainer", ("TightfitCallback", "PeakCallback")),
     ("", "tightfit.integrations.recovery", ("Recovery", "Retry", "OutOfMemory", "TornStep")),
     ("", "tightfit.integrations.transformers", ("load_model", "random_batch")),
@@ -870,11 +870,18 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def _definition(module: str, name: str) -> ast.FunctionDef | ast.ClassDef:
+    """Where `module` defines `name`, or the module that it imports `name` from."""
     base = ROOT / "src" / Path(*module.split("."))
     path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
             return node
+    for imported in ast.walk(tree):
+        if isinstance(imported, ast.ImportFrom) and imported.module and imported.module.startswith("tightfit."):
+            for alias in imported.names:
+                if (alias.asname or alias.name) == name:
+                    return _definition(imported.module, alias.name)
     raise SystemExit(f"{path} defines no {name}: mend PUBLIC in docs/generate.py")
 
 
