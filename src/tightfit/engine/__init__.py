@@ -1,7 +1,7 @@
 """Carry out a plan on a real model, and take it off again.
 
-`apply` replaces the `forward` of each planned unit; units that keep everything are not touched, so a plan that
-keeps all costs nothing. `checkpoint` is the same engine for one region that the user marks by hand.
+`apply` replaces the `forward` of each planned unit. A unit that keeps everything is not touched, so a plan that keeps
+everything costs nothing. `checkpoint` uses the same engine for one region that the user marks by hand.
 
 Invariant: `remove` puts back exactly what was there. Refused: a plan for another model (`PlanMismatch`).
 """

@@ -1,5 +1,5 @@
-"""The state around a call that a replay must find again: autocast, grad mode, default device and dtype, random states,
-buffers and attributes of the module.
+"""The state around a call that its replay must find again: autocast, grad mode, default device and dtype, random
+states, and the buffers and attributes of the module.
 
 Invariant: what is entered for a replay is left again, also when the replay raises.
 """

@@ -1,11 +1,12 @@
-"""Where a tensor is between forward and backward when the device does not hold it.
+"""Unit inputs that are not kept: where the tape of a unit finds them again in backward.
 
-Idea: to a tape such a tensor is a value with a *source*. A `Chained` one is what the unit before handed on, and is
-made again by that unit's tape, which may have to ask the unit before: a sweep over units from the last input that is
-there. Which inputs on the way stay for their own backward is decided by the plan (`core.Advance`).
+Idea: to a tape, a tensor that may be gone is a value with a *source* (`engine.source`). Here the source is the unit
+before. A `Chained` input is what that unit handed on, and that unit's tape makes it again. To do so, the tape may have
+to ask the unit before it in turn. This gives a sweep over units, from the last input that is there. The plan decides
+which inputs on the way stay for their own backward (`core.Advance`).
 
-Invariant: a tensor is only taken for what a unit handed on when it is the same storage in the same version; in any
-other case it is held as ever, which costs bytes and never a gradient. Refused: nothing.
+Invariant: a tensor counts as what a unit handed on only if it is the same storage in the same version. In any other
+case it is held as without a plan. That costs bytes, but never a gradient. Refused: nothing.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""All bits of a tensor in eight bytes, so that a value made again can be compared with the one that was there.
+"""Eight bytes that depend on all bits of a tensor, to compare a value that was made again with the original.
 
-Idea: torch has no such hash that minds positions and needs no copy. So the tensor's memory is laid out as a grid
-with rows of odd length, the grid is summed along each direction, and the sums, each of them mixed and multiplied by
-a weight of its own, are summed once more. What moves inside the tensor changes a row or a column; with odd rows a
-change that is the same everywhere (another constant, a flipped sign) does not cancel itself.
+Idea: torch has no hash that depends on positions and needs no copy. So the tensor's memory is laid out as a grid with
+rows of odd length. The grid is summed along each direction. The sums are mixed, each is multiplied by a weight of its
+own, and all are summed once more. If something moves inside the tensor, a row or a column changes. Because the rows are
+odd, a change that is the same everywhere (another constant, a flipped sign) does not cancel itself.
 
-Invariant: besides a few vectors of about the square root of the tensor's size nothing is allocated.
+Invariant: nothing is allocated but a few vectors of about the square root of the tensor's size.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""A plan in compiled code: tags on ops that the compiler's partitioner honours.
+"""A plan in compiled code: tags on ops, which the compiler's partitioner follows.
 
-Idea: in code that `torch.compile` compiles, saved-tensor hooks and dispatch modes are gone; what is saved for backward
-is decided by the partitioner, from a tag on each op. So a planned unit is handed to the compiler as a region of
-selective checkpointing (`torch.utils.checkpoint`), and its tags say what the plan says: ops that make dropped values
-must run again, matrix products and random ops whose values are kept must not. Everything cheap that the plan keeps is
+Idea: in code that `torch.compile` compiles there are no saved-tensor hooks and no dispatch modes. The partitioner
+decides what is saved for backward, by a tag on each op. So a planned unit is handed to the compiler as a region of
+selective checkpointing (`torch.utils.checkpoint`), with tags that say what the plan says. Ops that make dropped values
+must run again. Matrix products and random ops whose values are kept must not. Everything cheap that the plan keeps is
 left to the compiler, which makes it again inside a fused kernel where that is free.
 
-The compiler does not see the ops that the plan was made of: a dropout is one op, masks are made elsewhere, copies come
-and go. The two sequences are aligned, and the alignment is checked: every op that costs FLOPs or draws random numbers
-must have its counterpart, fed by the counterparts of what feeds it.
+The compiler sees other ops than those that the plan was made of: a dropout is one op, masks are made elsewhere, copies
+come and go. So the two sequences of ops are aligned, and the alignment is checked. Every op that costs FLOPs or draws
+random numbers must have a counterpart, whose inputs come from the counterparts of its inputs.
 
-Invariant: what runs again is decided by tags, and random numbers are the compiler's business (it keeps the generator's
-state, or the seed, of each tagged op), so a wrong tag could cost bytes or FLOPs and never a gradient.
+Invariant: tags decide what runs again, and the compiler takes care of random numbers (it keeps the generator's state,
+or the seed, of each tagged op). So a wrong tag could cost bytes or FLOPs, but never a gradient.
 Refused (`Unsupported`): ops that cannot be aligned, a graph break inside a unit, `activation_memory_budget` beside a
 plan, and what tags cannot express: offload, nesting, tiles, the loss's gradient in place.
 

@@ -1,19 +1,23 @@
-"""One call of a unit: run it once holding less, make what is missing again when backward asks.
+"""One call of a unit: run its forward while holding less, and make again what is missing when backward asks.
 
-Idea: autograd's own graph stays as it is. Saved-tensor hooks hand it either the tensor (held) or an empty slot.
-A frame with a plan takes its live ops down on a tape (`engine.tape`) while they run, and a slot that backward
-asks for has the tape make its value again. A frame without a plan, or whose forward turns out not to be the
-planned one, runs the unit's Python again, whole, as `torch.utils.checkpoint` does: the first slot that is asked
-for fills all of them, in the order in which they were made.
+Idea: autograd's own graph stays as it is. In forward, saved-tensor hooks give autograd either the tensor itself (it is
+held) or an empty slot. There are two ways to fill a slot in backward:
+
+- A frame with a plan records its live ops on a tape while they run (`engine.tape`). When backward asks for a slot, the
+  tape makes that value again.
+- A frame without a plan, or whose forward turns out not to be the planned one, runs the unit's Python again, whole, as
+  `torch.utils.checkpoint` does. The first slot that backward asks for fills all of them, in the order in which they
+  were saved.
 
 Invariants:
-- The forward's ops are compared with the plan one by one; any difference means a whole replay, counted in `Stats`.
-- In a whole replay a slot is only filled with what the same op sequence made, bit for bit what the forward saved
-  (`engine.checksum`); anything else is `ReplayDiverged`. The unit's buffers and attributes are put back after it.
+- The forward's ops are compared with the plan one by one. Any difference means a whole replay, counted in `Stats`.
+- In a whole replay a slot is only filled with a tensor that the same sequence of ops made, and that is bit for bit what
+  the forward saved (`engine.checksum`). Anything else is `ReplayDiverged`. Afterwards the unit's buffers and attributes
+  are put back.
 - Tensors that were held or are read again are checked for in-place changes in between, as autograd itself does.
 
-Refused: a whole replay of a unit that changes what it is given (`Unsupported`), a replay after the graph was freed
-(torch's own `RuntimeError`).
+Refused: a whole replay of a unit that changes its inputs in place (`Unsupported`), and a replay after the graph was
+freed (torch's own `RuntimeError`).
 """
 
 from __future__ import annotations

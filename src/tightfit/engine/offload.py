@@ -1,20 +1,22 @@
 """Tensors that wait off the device: a bounded pool of host memory, or a file, and copies both ways.
 
-Idea: when a unit's forward is over, the storages that its plan offloads are copied to the pool, and the device lets go
-of them as soon as nobody else holds them. On CUDA the pool is pinned, copies run on two streams of their own beside the
-compute, and when backward enters a unit the parcels of the unit before it are already on their way. On other devices
-a copy is a copy. On the CPU the pool lies outside torch's allocator, so it is what another device would be: a budget
-counts what torch allocates, not the pool.
+Idea: when a unit's forward is over, the storages that its plan offloads are copied to the pool. The device frees each
+of them as soon as nobody else holds it. On CUDA the pool is pinned, and copies run on two streams of their own beside
+the compute. When backward enters a unit, the parcels of the unit before it are already being copied back. On other
+devices the copies run in turn with the compute. On the CPU the pool lies outside torch's allocator. A budget counts
+what torch allocates and not the pool, so the pool stands for another device there.
 
-Invariants: a parcel holds the bytes of the whole storage, so views of it come back as views of one storage; a buffer is
-written again only after the last copy out of it; a tensor that was changed in place after it was taken down stays on
-the device, where reading it is the error that autograd makes of it. Where the pool is full the tensor stays, too,
-counted in `Stats.held`.
+Invariants:
+- A parcel holds the bytes of a whole storage, so views of it come back as views of one storage.
+- A buffer is written again only after the last copy out of it.
+- A tensor that was changed in place after it was recorded stays on the device. Reading it raises the same error as in
+  autograd.
+- Where the pool is full a tensor stays too, counted in `Stats.held`.
 
 Refused: a file system without room for what is to be spilled (`TightfitError`, before anything is overwritten). The
-file has no name, so it is gone with the process, however that ends.
+file has no name, so it is gone with the process, however the process ends.
 
-The CUDA streams follow torch's rules for memory that is used on several streams (`Tensor.record_stream`); no GPU has
+The CUDA streams follow torch's rules for memory that is used on several streams (`Tensor.record_stream`). No GPU has
 run them yet.
 """
 

@@ -1,10 +1,10 @@
 """One region of a custom model, marked by hand: `checkpoint(function, *args, keep=...)`.
 
-Without `keep` a region holds its inputs and runs whole again in backward. With `keep` it holds the outputs of
-the named ops and reruns only what backward needs besides: the first call of a region learns its program, calls
-after that follow the recipe.
+Without `keep` a region holds its inputs and runs whole again in backward. With `keep` it holds the outputs of the named
+ops and reruns only what backward needs besides. The first call of a region learns its program; later calls follow the
+recipe made from it.
 
-Invariant: usable wherever `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)` is, with the same
+Invariant: it can be used wherever `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)` can, with the same
 gradients. Refused: a `keep` that names no op of the region (`InvalidInput`).
 """
 

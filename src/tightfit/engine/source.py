@@ -1,4 +1,5 @@
-"""How a tape gets back a value that it does not hold."""
+"""A source brings back a value that a tape does not hold: from the unit before (`engine.chain`), or from the pool
+(`engine.offload`)."""
 
 from __future__ import annotations
 

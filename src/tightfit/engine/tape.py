@@ -1,25 +1,26 @@
-"""The ops of one frame that backward will want again, with the arguments they had.
+"""The ops of one frame that backward will need again, with the arguments that they had.
 
-Idea: a frame's forward notes each *live* op below autograd: the op, its plain arguments, and for each tensor
-either the tensor itself (it stays: a kept value, a parameter, something from outside the unit) or a *reference*
-to a value that another live op makes, with the shape and strides that were read of it. When backward asks for
-a dropped value, the tape runs the ops that lead to it and no others, in their old order, and lets go of each
-value after its last reader. No Python of the model runs again: no module code, no hooks, no branch that could
-turn out differently, and everything else (dead ops, views) costs nothing at all.
+Idea: while the forward runs, the tape records each *live* op below autograd: the op, its plain arguments, and its
+tensor arguments. A tensor argument is recorded in one of two ways. Either it is the tensor itself, which stays: a kept
+value, a parameter, something from outside the unit. Or it is a *reference* to a value that another live op makes, with
+the shape and strides that were read of it. When backward asks for a dropped value, the tape runs the ops that lead to
+it and no others, in their old order, and frees each value after its last reader. No Python of the model runs again: no
+module code, no hooks, and no branch that could turn out differently. Everything else (dead ops, views) costs nothing at
+all.
 
-A tensor that comes from outside, or a kept one, may also have a *source* (`engine.stash`) instead of staying: it then
-comes back when an op, or autograd, first wants it. And what a unit hands on can be made for others (`produce`), as
-often as they ask.
+A tensor from outside the unit, or a kept one, may have a *source* (`engine.source`) instead of staying. The source
+brings it back when an op, or autograd, first wants it. And the tape can make what a unit hands on for other units
+(`produce`), as often as they ask.
 
 Invariants:
-- What a reference means is decided by the identity of the storage that the forward really read, not by the plan.
-  A tensor that is not known to come from a live op is held, so confusion costs bytes and never a gradient.
-- Ops run again in an order in which each reads what it read in forward: ops that write the same value, and ops
-  that read it in between, run together in their old order.
-- A tensor on the tape that was changed in place since is an error, as it is in autograd.
+- The storage that the forward really read decides what a reference means; the plan does not. A tensor that is not known
+  to come from a live op is held. So a mistake costs bytes, but never a gradient.
+- Each op that runs again reads what it read in forward. To ensure this, ops that write the same value, and ops that
+  read it in between, run together in their old order.
+- If a tensor on the tape was changed in place after it was recorded, that is an error, as in autograd.
 
-Refused: sparse and subclassed tensors made by live ops, and live ops that write what they did not make
-(`NotOnTape`; the frame then does without the tape).
+Refused: sparse and subclassed tensors made by live ops, and live ops that write what they did not make (`NotOnTape`;
+the frame then does without the tape and replays the unit whole).
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
-"""One point per unit, so that the whole step fits: an integer program over the units' frontiers.
+"""Choose one point of its frontier for each unit, so that the whole step fits: an integer program over the units.
 
-Idea: the step's marks (one per op) are cut into segments where units begin and end. A unit's choice changes the
-live bytes by an amount that is the same all through the segments of others, and that is known mark by mark in
-its own. So "the peak stays under the budget" is one linear constraint per segment.
+Idea: the live bytes of the step are looked at after each of its ops. Such a moment is a *mark*. The marks are cut into
+segments wherever a unit's forward or backward begins or ends. (These segments are stretches of the whole step, other
+than those of `plan.segments`.) A unit's choice changes the live bytes. In the segments of other units the change is the
+same at every mark of a segment. In the unit's own segments the change is known mark by mark. So one linear constraint
+for each segment is enough to say that the peak stays under the budget.
 
-Invariant: the constraints are never weaker than the model says; whether they hold for the step is for
-`plan.simulate` to decide, which the caller asks. The bound comes from a relaxation in which every unit may
-take the least of everything, so no plan of this kind takes fewer seconds.
+Invariant: a choice that satisfies the constraints stays under the budget as this model counts bytes. The model is
+simpler than the step, so the caller asks the referee (`plan.simulate`) whether the choice holds. The bound comes from a
+relaxation. In it a unit never needs more bytes than any of its kept sets of about the same seconds would need, so no
+plan of this kind takes fewer seconds than the bound.
 """
 
 from __future__ import annotations

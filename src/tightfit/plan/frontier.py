@@ -1,14 +1,17 @@
-"""The exact trade-off of one unit: kept bytes against seconds of replay.
+"""The exact trade-off of one unit: kept bytes against the seconds of recompute.
 
-Idea: keep values, rerun clusters of ops (`plan.program.clusters`). An integer program per point: every needed
-value is kept or its cluster reruns; a rerun cluster's inputs are kept or rerun too. Going down from the most
-bytes, each point is solved twice: the least seconds within the bytes, then the least bytes at those seconds.
+Idea: a unit keeps some of its values and reruns some of its ops. Ops that write the same value run together, as a
+cluster (`plan.program.clusters`). An integer program finds one point of the trade-off. It says that every needed value
+is kept or its cluster reruns, and that every input of a rerun cluster is kept or made by a rerun cluster too. The
+points are found from the most kept bytes down. Each is solved twice: first for the least seconds within the bytes, then
+for the fewest bytes at those seconds.
 
-Where the solver has no answer (`plan.solver`) the next corner of the convex hull stands in (`plan.mincut`): a kept set
-that no price of memory beats, though one between two corners may have fewer seconds within the same bytes.
+Where the solver has no answer (`plan.solver`), `plan.mincut` gives the next corner of the convex hull of bytes against
+seconds instead. Whatever price is put on memory, no kept set beats all corners. Between two corners there may be a kept
+set with fewer seconds within the same bytes, and that one is then missed.
 
-Invariant: points are in order of falling bytes and rising seconds, and no kept set beats one of them in both by
-more than `step_bytes`.
+Invariant: the points are in order of falling bytes and rising seconds. No kept set beats one of them in seconds and
+also in bytes by more than `step_bytes`.
 """
 
 from __future__ import annotations

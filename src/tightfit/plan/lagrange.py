@@ -1,12 +1,13 @@
-"""One option for each unit without a solver: Lagrangian prices, repair, and descent.
+"""Choose one option for each unit without a solver, by Lagrangian prices, repair and descent.
 
-Idea: put a price on the bytes of every moment of the step. Each unit then chooses alone, and what all of them cost
-together is a bound on every choice that fits (Fisher, Management Science 27(1), 1981). The prices follow the moments
-that are too full (a subgradient, with Polyak's step). A choice that does not fit is repaired by the exchange that frees
-most bytes for a second, and one that fits is improved by any exchange that still does.
+Idea: put a price on the bytes of every moment of the step. Each unit then chooses the option that is cheapest for
+itself alone. The sum of these costs is a lower bound for every choice that fits (Fisher, Management Science 27(1),
+1981). Prices rise at moments that are too full and fall at others (a subgradient method, with Polyak's step length). A
+choice that does not fit is repaired by exchanging the option that frees the most bytes for a second. A choice that fits
+is improved by any exchange after which it still fits.
 
-Invariant: a choice that is returned fits; the bound is below every choice that fits.
-Refused: proof that nothing fits. `plan.choose` asks here where the solver has no answer.
+Invariant: a choice that is returned fits. The bound is not above the cost of any choice that fits.
+Refused: a proof that nothing fits. `plan.choose` calls this module where the solver has no answer.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Points of a unit's trade-off without a solver: minimum cuts for a price of memory.
+"""Points of a unit's trade-off without a solver, by minimum cuts for a price of memory.
 
-Idea: put a price on every kept byte. Which values to keep and which clusters to rerun at the least seconds plus price
-is then a minimum cut, as in project selection (Picard, Management Science 22(11), 1976): a rerun cluster costs its
-seconds, a wanted value whose cluster does not rerun costs its price. Raising the price where two known points balance
-finds every corner of the lower convex hull (Eisner and Severance, J. ACM 23(4), 1976).
+Idea: put a price on every kept byte. The question which values to keep and which clusters of ops to rerun, at the least
+seconds plus price, is then a minimum cut, as in project selection (Picard, Management Science 22(11), 1976). A cluster
+that reruns costs its seconds. A wanted value whose cluster does not rerun must be kept and costs its price. To find a
+new corner between two known points, set the price at which these two cost the same, and cut again. In this way every
+corner of the lower convex hull is found (Eisner and Severance, J. ACM 23(4), 1976).
 
-Invariant: no kept set lies below the line through two neighbouring corners. Arithmetic is in whole numbers, so ties and
-roundings cannot move a corner.
-Refused: points off the hull, which a price cannot find. `plan.frontier` asks here where the solver has no answer.
+Invariant: no kept set lies below the line through two neighbouring corners. The arithmetic is in whole numbers, so ties
+and rounding cannot move a corner.
+Refused: points off the hull, which no price finds. `plan.frontier` calls this module where the solver has no answer.
 """
 
 from __future__ import annotations

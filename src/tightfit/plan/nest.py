@@ -1,18 +1,20 @@
-"""Nested recompute: keep only some units' inputs and make the others again by sweeps over the units before them.
+"""Nested recompute: keep only some units' inputs, and make the others again by sweeps over the units before them.
 
-Idea: a chain of units, each of which hands one value to the next. With `slots` inputs besides the first unit's stored
-at once, backward takes the chain from the right: a sweep from the last stored input up to the unit whose turn it is
-makes its input again and stores others on the way. Which, is the classic problem of reversing a chain in little memory;
-the table below solves it exactly for units of different cost, by the recursion
+Idea: take a chain of units, each of which hands one value to the next. Besides the first unit's input, `slots` inputs
+can be stored at once. Backward needs the units from right to left. When it comes to a unit whose input is gone, a
+*sweep* starts from the last stored input, runs through the units between, and so makes the missing input again. On the
+way it stores other inputs in the free slots. Which inputs to store is the classic problem of reversing a chain in
+little memory. The table below solves it exactly, also for units of different cost, by the recursion
 
     P(a, b, s) = min over m of  seconds(a..m) + P(m, b, s - 1) + P(a, m, s)
     P(a, b, 0) = sum of seconds(a..j) over a < j < b
 
-for the units a to b - 1 when the input of a is there and s slots are free. The forward itself is the first sweep and
-costs nothing, but the input of the last unit it passes is gone when backward begins, unless it has a slot.
+P(a, b, s) is the cost of the backward of the units a to b - 1, when the input of a is there and s slots are free. The
+forward is the first sweep and costs nothing. But the input of the last unit that it passes is gone when backward
+begins, unless it has a slot.
 
-Invariant: `schedule` takes the least seconds of any schedule with so many slots; with equal units the count is that of
-Griewank and Walther. Refused: nothing; a step without such a chain has no nestings. No torch here.
+Invariant: `schedule` takes the least seconds of all schedules with as many slots. With equal units it takes as many
+steps as Griewank and Walther's. Refused: nothing; a step without such a chain has no nestings. No torch here.
 
 Sources: Griewank and Walther, "Algorithm 799: revolve", ACM TOMS 26(1), 2000; Chen, Xu, Zhang, Guestrin, "Training deep
 nets with sublinear memory cost", arXiv:1604.06174; Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal

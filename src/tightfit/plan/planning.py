@@ -1,10 +1,11 @@
-"""Decide which values each unit keeps, so that the step fits its budget with the least recompute.
+"""The verbs of planning: `plan` for a budget, `lowest` for the lowest peak, `every_block` for the book recipe.
 
-`plan.frontier` solves one unit exactly, `plan.choose` chooses one point per unit, `plan.simulate` referees. A
-plan is returned only after the referee has found it under the budget.
+`plan.ways` lists the ways to plan a trace. In each way `plan.frontier` solves every unit exactly, `plan.choose` chooses
+one point for each unit, and `plan.simulate` referees. The best plan of all ways is returned.
 
-Refused: budgets under the least feasible peak (`BudgetInfeasible`, with that peak and what would help).
-No torch here: a trace read from JSON is enough.
+Invariant: a plan is returned only after the referee has found it under the budget.
+Refused: a budget below the least feasible peak (`BudgetInfeasible`, which says that peak and what would lower it).
+No torch here: a trace that was read from JSON is enough.
 """
 
 from __future__ import annotations

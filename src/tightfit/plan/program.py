@@ -1,10 +1,10 @@
-"""From "these values are kept" to what each op of a unit does in replay.
+"""From "these values are kept" to what each op of a unit does in backward.
 
-Idea: backward needs some values; a kept one is there, any other must be made again, and so must whatever its
-making reads, down to kept values and the unit's inputs. Ops outside that closure are *dead*: their results are
-stood in for by ghosts.
+Idea: backward needs some of the unit's values. A kept one is there. Any other must be made again, and so must every
+value that its making reads, back to kept values and the unit's inputs. The ops of this closure are *live*: they run
+again. All other ops are *dead*: nothing reads their results, so they do not run again.
 
-Invariant: `recipe` is the least closure, so the number of ops rerun is decided by the kept set alone.
+Invariant: `recipe` is the smallest such closure, so the kept set alone decides how many ops rerun.
 Refused: a kept set whose closure holds an op that must not run twice (`Unsupported`).
 """
 

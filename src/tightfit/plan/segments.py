@@ -1,13 +1,16 @@
-"""A long unit as a row of short ones: the planner's view of a loop in Python, or of a forward that is written flat.
+"""Cut a long unit into a row of short ones: how the planner treats a Python loop, or a forward that is written flat.
 
-Idea: the points of a unit are found by the bytes that it keeps, and what its own backward holds for a moment is not
-among them. That is right for a block of a few dozen ops. A unit of a thousand ops has its peak inside its own backward.
-So its op sequence is cut where few bytes cross, each segment is planned as if it were a unit, and the choices are put
-together again: what a segment that runs again reads of another segment is kept. The engine needs to know nothing of
-this, since its tape makes every value again on demand (`engine.tape`).
+Idea: the points of a unit's frontier differ in the bytes that the unit keeps. What its own backward holds for a moment
+is not part of a point. For a block of a few dozen ops that does not matter. But a unit of a thousand ops has its peak
+inside its own backward. So its ops are cut into segments, where few bytes are read across the cut. Each segment is
+planned as if it were a unit, and then the choices are joined: what a segment that runs again reads of another segment
+is kept. The engine needs to know nothing of segments, because its tape makes every single value again on demand
+(`engine.tape`).
 
-Invariant: the segmented trace holds the same ops, values and events in the same order; only whose they are differs.
-Refused: units that are called more than once (one plan serves all calls), and cuts between ops that change one value.
+Invariant: the segmented trace holds the same ops, values and events in the same order. Only the unit that owns them
+differs.
+Refused: units that are called more than once, because one plan serves all calls; cuts between ops that change one
+value.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Which lever of a plan buys which bytes, at which cost.
+"""Which lever of a plan buys which bytes, and at which cost.
 
-Idea: take one lever out of the plan, leave the others as they are, and have the referee walk the step again: the peak
-rises by what the lever buys. Shares need not add up, since two levers may each be needed for the same bytes.
+Idea: take one lever out of the plan, leave the others as they are, and have the referee walk through the step again.
+The peak rises by the bytes that the lever buys. The shares need not add up to the whole, because the same bytes may
+need two levers at once.
 
 Invariant: the figures are the referee's. Refused: nothing.
 """

@@ -1,12 +1,12 @@
-"""Referee of plans: what a step does to memory under a plan, from the trace alone.
+"""The referee of plans: what a step does to memory under a plan, computed from the trace alone.
 
-Idea: every storage lives from its making until the last of its holders lets go. Python holds it up to its
-natural end; each saved tensor holds it up to its release. A plan takes away some of these holders (dropped
-saved tensors), adds others (what the tape's ops will read, until they have run) and inserts the ops that run
-again before the first backward read that needs them. Walking the events in order and adding up gives the live
-bytes after each.
+Idea: a storage is live from its making until the last of its holders lets go. Python holds it until its natural end.
+Each saved tensor holds it until autograd releases that saved tensor. A plan removes some holders (the saved tensors
+that it drops). It adds others (the tape holds what its ops will read, until they have run). And it inserts the ops that
+run again, just before the first backward read that needs them. The referee walks through the events in order and adds
+up the live bytes after each.
 
-Invariant: written without the planner's model; with `plan=None` the result is the recorded step itself.
+Invariant: nothing of the planner's model is used here. With `plan=None` the result is the recorded step itself.
 Refused: a plan that was made from another trace (`PlanMismatch`).
 """
 

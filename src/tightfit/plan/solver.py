@@ -1,12 +1,13 @@
-"""Mixed-integer programs, solved in such a way that no plan is lost to the solver.
+"""Solve mixed-integer programs in such a way that a fault of the solver costs no plan.
 
-Idea: a solver's answer is a claim. A point is believed when it satisfies the rows, which is checked here, in plain
-arithmetic. After an error, or a point that breaks its own rows, the same program is put again: rows rescaled, then
-rescaled and without presolve. What is left unsolved then is for the caller, whose own method knows the problem.
+Idea: a solver's answer is only a claim. A point is believed if it satisfies the program's rows, which is checked here
+in plain arithmetic. After an error, or after a point that breaks its own rows, the same program is solved again: first
+with its rows rescaled, then rescaled and without presolve. If that fails too, the program counts as unsolved, and the
+caller uses a method of its own that knows the problem.
 
 Invariant: `Answer.values` satisfies every row, every bound and the integrality to `TOLERANCE`, whatever the solver
-said. `Answer.bound` is the solver's, and never above the cost of a point that is known.
-Refused: nothing. A solver that cannot be imported, raises, or hangs past its time is an unsolved program.
+said. `Answer.bound` is the solver's, but never above the cost of a known point.
+Refused: nothing. If a solver cannot be imported, raises, or runs past its time, the program is unsolved.
 
 Solver: HiGHS (Huangfu and Hall, Math. Prog. Comp. 10, 2018).
 """

@@ -1,7 +1,10 @@
-"""One way to plan a trace: the step as the allowed levers would have it, and what of its planning does not depend on
-the budget.
+"""One way to plan a trace, with everything of its planning that does not depend on the budget.
 
-Invariant: what a way says of a set of choices is the referee's word (`plan.simulate`).
+A way says which step is planned (the recorded one, or what levers of the step make of it), whether kept values may wait
+off the device, whether long units are cut into segments, and whether the units are nested. It is kept, so that the next
+budget for the same trace costs less.
+
+Invariant: what a way says of a set of choices is what the referee says (`plan.simulate`).
 """
 
 from __future__ import annotations

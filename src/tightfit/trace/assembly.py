@@ -1,6 +1,6 @@
-"""From what two passes took down to a `Trace`.
+"""Make a `Trace` from two recorded passes: the dry pass and the full pass.
 
-Invariant: the ids of ops, values, saved tensors and frames are their positions.
+Invariant: the ids of ops, values, saved tensors and frames are their positions in the trace.
 """
 
 from __future__ import annotations

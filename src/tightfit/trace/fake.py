@@ -1,17 +1,19 @@
-"""The step on fake tensors: shapes, strides and dtypes of the real one, none of its bytes.
+"""The step on fake tensors: they have the shapes, strides and dtypes of the real step, and none of its bytes.
 
-Idea: the model's parameters are swapped for fake CPU tensors, so that a step of any size runs in seconds. Three
-things that fake tensors alone get wrong are put right:
+Idea: the model's parameters are swapped for fake CPU tensors, so that a step of any size runs in seconds. Three things
+would be wrong with fake tensors alone, and are put right here:
 
 * *Known values.* Token ids, positions and masks steer control flow (transformers asks whether sequences are packed).
-  Small integer and boolean tensors are computed for real beside the fake ones, so such questions get true answers.
-* *The target's kernels.* For a CUDA target the attention kernel that CUDA would choose is called by name, dropout
-  keeps a boolean mask, layer norm keeps float32 statistics, and every block is rounded as the caching allocator does.
-* *Scratch*, what a kernel holds only while it runs. On the CPU each distinct kernel is run once on tensors of its own
-  shape under the allocator's count; for CUDA the sizes are computed from the kernels' sources.
+  Small integer and boolean tensors are therefore computed for real beside the fake ones, so that such questions get
+  true answers.
+* *The target's kernels.* For a CUDA target, the attention kernel that CUDA would choose is called by name, dropout
+  keeps a boolean mask, layer norm keeps float32 statistics, and every allocation is rounded as the caching allocator
+  does.
+* *Scratch*, which a kernel holds only while it runs. On the CPU, each distinct kernel is run once on real tensors of
+  the same shapes, under the allocator's count. For CUDA, the sizes are computed from the kernels' sources.
 
-Invariant: the model is given back with its own tensors, and no random state moves. Refused: control flow that depends
-on a value that is not known, and ops without a fake kernel (`Unsupported`, with the op's name).
+Invariant: the model gets its own tensors back, and no random state moves. Refused: control flow that depends on a value
+that is not known, and ops without a fake kernel (`Unsupported`, with the op's name).
 """
 
 from __future__ import annotations

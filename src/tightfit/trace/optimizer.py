@@ -1,6 +1,6 @@
-"""The optimizer's step, recorded on fake copies of the parameters and put behind the trace.
+"""Record the optimizer's step on fake copies of the parameters, and put it behind the trace.
 
-Invariant: nothing is updated and nothing is copied.
+Invariant: no parameter is updated, and no data is copied.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The passes over one step: dry, full and measured, and once more for each way to tile it.
+"""The passes over one step: dry, full and measured, and once more for each lever that changes the step's ops (tiles).
 
 Invariant: every pass starts from the same state and runs the same ops. Refused: steps of which that is not true
 (`Unsupported`).

@@ -1,6 +1,6 @@
 """What torch's profiler tells of a step: bytes by the allocator's own count, and which sums autograd's engine made.
 
-Invariant: where the profiler lost events the answer is zero or no, never a guess.
+Invariant: where the profiler lost events, the answer is zero or no. It is never a guess.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The program of one frame: its ops in order and what autograd saves, free of sizes."""
+"""The program of one frame: its ops in order and what autograd saves, without any sizes."""
 
 from __future__ import annotations
 

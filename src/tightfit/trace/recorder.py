@@ -1,7 +1,7 @@
-"""The dispatch mode that takes a step down: ops, storages and their lives, what autograd saves and reads.
+"""The dispatch mode that records a step: its ops, its storages and their lives, what autograd saves and reads.
 
-Invariant: one `_Recorder` sees one pass; the mode changes nothing of what runs, except that autograd's engine sums no
-gradients in place under it, which `sum_in_place` puts back.
+Invariant: one `Recorder` sees one pass. The mode changes nothing of what runs, with one exception: under a dispatch
+mode, autograd's engine sums no gradients in place. `sum_in_place` corrects the record for that.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
 """Record one training step below autograd: every op, every storage's life, every tensor that autograd saves.
 
-Idea: a dispatch mode sees each op after autograd has decomposed it, weak references tell when a storage dies,
-and saved-tensor hooks tell what autograd holds, when backward reads it and when it lets go. Three passes over
-the same step (same random state, same buffers, same gradients at the start):
+Idea: three things are watched. A dispatch mode sees each op after autograd has decomposed it. Weak references tell when
+a storage dies. Saved-tensor hooks tell what autograd holds, when backward reads it and when autograd lets go of it.
+Three passes run over the same step, from the same random state, buffers and gradients:
 
-1. *dry*: forward only, with every saved tensor thrown away at once. A storage that dies here dies when Python
-   lets go of it; this is how long a recomputed value lives in forward.
+1. *dry*: forward only, and every saved tensor is thrown away at once. A storage that dies here dies when Python lets go
+   of it. This is how long a value lives in forward when it is not kept for backward.
 2. *full*: forward and backward, recorded in order.
-3. *scratch*: the same once more under the allocator's own recording, for the bytes that kernels use inside.
+3. *measured*: the same once more under the allocator's own recording, for seconds and for the bytes that kernels use
+   inside.
 
 The optimizer's step is recorded on fake copies of the parameters, so nothing is updated and nothing is copied.
 
 Invariant: the model, its gradients, its buffers and every random state are left as they were found.
-Refused: steps whose three passes differ (`Unsupported`: the step is not deterministic, so no plan can be trusted).
+Refused: steps whose passes differ (`Unsupported`). Such a step is not deterministic, so no plan can be trusted.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Which modules to plan as units, by the bytes that autograd saves in them.
 
-Idea: containers (`ModuleList`, `Sequential`) show the blocks of most models, and `step.find_units` takes those. Where
-other modules make most of what is saved (blocks in a `ModuleDict`, in attributes, in a loop), the first pass over the
-step has seen whose calls made each saved value. The module tree is divided from the root for as long as the parts hold
-what the whole does.
+Idea: containers (`ModuleList`, `Sequential`) show the blocks of most models, and `step.modules.find_units` takes those.
+In some models other modules make most of what is saved: blocks in a `ModuleDict`, in attributes, or in a loop. The
+first pass over the step sees whose calls made each saved value. From the root of the module tree, a module is divided
+into its parts for as long as the parts together make what the whole makes.
 
-Invariant: units never lie inside one another, and blocks that containers show stay units.
-Refused: dividing a module whose parts are called more often than it is, since one plan would have to serve all of
-their calls; it is one unit, which the planner cuts into segments of ops (`plan.segments`).
+Invariant: no unit lies inside another, and blocks that containers show stay units.
+Refused: to divide a module whose parts are called more often than itself, since one plan would have to serve all of
+their calls. Such a module is one unit, which the planner cuts into segments of ops (`plan.segments`).
 """
 
 from __future__ import annotations

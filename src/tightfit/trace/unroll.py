@@ -1,13 +1,13 @@
 """A deep model's trace from a shallow one's: repeat the blocks that do the same.
 
-Idea: the blocks of a decoder do the same to their neighbours, so the trace of eighty differs from the trace of four
-only in how often the middle is repeated. What a block does is written down relative to it (this block's third value,
-the block before's last), the notes of two neighbours are compared, and only when they are equal is the first one
-repeated between them. A trace of any depth then costs the time of a few blocks.
+Idea: each block of a decoder does the same to its neighbours. So the trace of eighty blocks differs from the trace of
+four only in how often the middle is repeated. What a block does is written down relative to the block itself ("this
+block's third value", "the last value of the block before"). These notes are compared for two neighbours. Only if they
+are equal, the first of the two is repeated between them. A trace of any depth then costs the time of a few blocks.
 
 Invariant: the result is the trace that the deep model itself would give, entry by entry (the tests compare them).
-Refused: blocks that differ, that reach over their neighbours, or whose order in backward is not the reverse; the
-answer is then `None`, and the deep model has to be traced itself. No torch here.
+Refused: blocks that differ, blocks that reach past their neighbours, and blocks whose order in backward is not the
+reverse of forward. The answer is then `None`, and the deep model itself has to be traced. No torch here.
 """
 
 from __future__ import annotations
