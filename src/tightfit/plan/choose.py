@@ -50,7 +50,7 @@ _MOVED = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How long to look for a plan. What is found with less is as right, but recomputes more than it might."""
+    """How long to look for a plan. A plan found with less effort is as right, but may recompute more than it must."""
 
     points: int = MANY  # of a unit's frontier, or not many more
     solver_seconds: float = SOLVER_SECONDS  # for each choice across the units
@@ -69,7 +69,7 @@ class Solution:
 
 
 class Model:
-    """Everything about a trace that does not depend on the budget."""
+    """What planning needs to know of a trace, apart from the budget."""
 
     def __init__(
         self, trace: Trace, effort: Effort = THOROUGH, nesting: Nesting | None = None, *, offload: bool = False
@@ -166,7 +166,7 @@ class Model:
         return np.asarray(live[self.marks] + scratch, dtype=np.float64) + self._not_kept()
 
     def _not_kept(self) -> Floats:
-        """Change of live bytes at each mark from the inputs that sweeps make again."""
+        """How the live bytes change at each mark because some unit inputs are not kept, and sweeps make them again."""
         trace = self.trace
         change = np.zeros(len(self.marks) + 1)
         stored_at = {unit: self._first_demand(unit) for unit in (link.user for link in self.nesting.links)}
@@ -191,7 +191,8 @@ class Model:
     # -- one unit
 
     def _frontier(self, program: Program, frames: Sequence[int], kinds: int) -> Frontier:
-        """Frontier of a unit over all its calls; one of `kinds` to be found."""
+        """The frontier of a unit over all its calls. `kinds` frontiers have to be found in all, so each gets fewer
+        points where they are many."""
         trace = self.trace
         sizes = [sum(trace.values[self.values[f][v]].size_bytes for f in frames) for v in range(program.values)]
         seconds = [sum(trace.ops[self.ops[f][i]].seconds for f in frames) for i in range(len(program.steps))]
@@ -202,7 +203,7 @@ class Model:
         return _found(program, tuple(sizes), tuple(seconds), many)
 
     def _moved(self, path: str) -> Iterator[Point]:
-        """Points of the unit with its inputs, what it keeps, or both off the device."""
+        """Points of the unit with its inputs, with what it keeps, or with both waiting off the device."""
         program, points = self.programs[path], self.frontiers[path].points
         inputs = self._movable_inputs(path)
         for point in points[:: max(1, -(-len(points) // _MOVED))]:
@@ -214,7 +215,8 @@ class Model:
                     yield dataclasses.replace(point, away=frozenset(away), inputs_away=frozenset(inputs_away))
 
     def _movable_inputs(self, path: str) -> frozenset[int]:
-        """Places of the inputs that are made in the step and that nobody else holds for backward."""
+        """Which inputs may wait off the device, by place: those that are made in the step and that no other unit holds
+        for backward."""
         trace = self.trace
         holders: dict[int, set[str]] = defaultdict(set)
         for saved in trace.saved:
@@ -257,13 +259,13 @@ class Model:
         return bool(self._recipes(path, point))
 
     def _dropped_slots(self, path: str, frame: int, chosen: Recipe) -> list[tuple[int, int]]:
-        """(ordinal, saved id) of what autograd does not hold."""
+        """Saved tensors that autograd does not hold when `chosen` is chosen: pairs of (ordinal, saved id)."""
         dropped = dropped_slots(self.programs[path], self.trace.programs[frame], chosen)
         return [(i, self.slots[frame][i]) for i, _ in dropped]
 
     def _effect(self, path: str, point: Point) -> tuple[Floats, list[tuple[int, float]], float]:
-        """Of choosing `point`: the change of live bytes at every mark, the spikes (mark, bytes) of the replays
-        themselves, on top of everything else at that mark, and the seconds of the replays."""
+        """What choosing `point` does: the change of live bytes at every mark; the spikes (mark, bytes), which replays
+        add for a while on top of everything else at that mark; and the seconds of the replays."""
         trace = self.trace
         change = np.zeros(len(self.marks) + 1)
         spikes: list[tuple[int, float]] = []
@@ -338,7 +340,7 @@ class Model:
     def _waits(
         self, frame: int, value_id: int, runs_at: Mapping[int, int], live: Callable[[float, int, int], None]
     ) -> None:
-        """Tell `live` of a value that is off the device until the frame's backward first wants it."""
+        """Tell `live` that a value is off the device until the frame's backward first wants it."""
         trace = self.trace
         value, end_of_step = trace.values[value_id], len(trace.events)
         slots = [s for s in self.slots[frame] if trace.saved[s].value == value_id]
@@ -358,8 +360,8 @@ class Model:
     def _run_again(
         self, frame: int, ops: Sequence[int], event: int, until: Mapping[int, int], last_read: Mapping[int, int]
     ) -> tuple[float, list[int], float]:
-        """Of the ops that run before `event`: (most bytes that they add for a while beyond what they leave, the values
-        that they leave, their seconds)."""
+        """What the ops do that run before `event`: (the most bytes that they add for a while beyond the values that
+        they leave, those values, the ops' seconds)."""
         trace = self.trace
         left: list[int] = []
         passing: dict[int, int] = {}  # value -> last op of this batch that reads it
@@ -385,7 +387,7 @@ class Model:
     # -- all units, cut into segments
 
     def _tabulate(self) -> None:
-        """`table[unit][option, segment]`: what the option adds to the segment's fullest mark."""
+        """Fill `table[unit][option, segment]`: the bytes that the option adds to the segment's fullest mark."""
         trace = self.trace
         cuts = {0}
         self.spans: dict[int, list[tuple[int, int]]] = {}
@@ -439,7 +441,7 @@ class Model:
         return sum(self.trace.values[v].size_bytes for v in moved)
 
     def _sweeps(self) -> list[tuple[int, float]]:
-        """(mark just before, most bytes that it adds for a while) of each sweep."""
+        """For each sweep: (the mark just before it, the most bytes that it adds for a while)."""
         units = [unit.path for unit in self.trace.units]
         tops = {link.unit: self._passing_bytes(link.unit) for link in self.nesting.links}
         found = []
@@ -455,7 +457,7 @@ class Model:
         return min(loads, default=len(self.trace.events) - 1)
 
     def _passing_bytes(self, path: str) -> float:
-        """Most bytes that running through a unit adds, its input and output included, when it keeps nothing."""
+        """The most bytes that running through a unit adds when it keeps nothing, its input and output included."""
         trace, (frame,) = self.trace, self.frames_of[path]
         program = self.programs[path]
         lends = self.nesting.lends(path)
@@ -474,7 +476,8 @@ class Model:
         return float(top)
 
     def _just_before(self, mark: int, delta: Floats) -> float:
-        """Live bytes at the replay, the values that it leaves behind included: those of the mark that reads them."""
+        """Live bytes when a replay begins, with the values that it will leave behind: the live bytes of the mark that
+        reads them, without what that mark's op itself makes and holds."""
         scratch = self.trace.ops[self.trace.events[self.marks[mark]].subject]
         made = sum(
             self.trace.values[v].size_bytes
@@ -493,13 +496,15 @@ class Model:
     # -- the integer program
 
     def peak_bytes(self, points: Mapping[str, int]) -> int:
-        """The peak of the options `points`, as the model sees it."""
+        """The peak when these options are chosen, as the model computes it. `points`: unit path -> index of its
+        option."""
         return int((self.base_top + sum(self.table[path][index] for path, index in points.items())).max())
 
     def solve(self, budget_bytes: int | None, *, proves: bool = True) -> Solution | None:
-        """The cheapest options within the budget, or with None those of the lowest peak. None: nothing fits.
+        """The cheapest options within the budget; with `None` as the budget, the options of the lowest peak. The answer
+        is None when nothing fits.
 
-        Without `proves` no bound is looked for.
+        With `proves=False` no bound is looked for.
         """
         answer = self._solve(budget_bytes, self.table)
         if answer is None:
@@ -516,11 +521,12 @@ class Model:
         return Solution(points=answer.chosen, seconds=answer.seconds, bound_seconds=bound, how=how)
 
     def _relaxed(self) -> dict[str, Floats]:
-        """A table that is nowhere above what any kept set of at least these seconds would cost.
+        """A table for the bound: for each option, bytes that are nowhere above those of any kept set with at least the
+        option's seconds.
 
-        Inside its own segments a unit lacks, at most, what backward has not yet asked for and what it has already let
-        go of. Outside them it holds its kept bytes besides, but for those of values that are there anyway or not yet
-        made.
+        Inside its own segments a unit lacks, at most, the values that backward has not yet asked for and those that it
+        has already let go of. Outside them it also holds its kept bytes, except those of values that are there anyway
+        or are not made yet.
         """
         tables = {}
         for path, options in self.options.items():
@@ -543,9 +549,10 @@ class Model:
         return tables
 
     def _least_inside(self, path: str) -> Floats:
-        """At every mark, no less than the change of live bytes that dropping everything droppable could make there.
+        """At every mark, a lower bound of the change of live bytes there: the change if everything that the unit could
+        drop were dropped.
 
-        From its first read to its last release a value is alive whether it was kept or made again.
+        From its first read to its last release in backward a value is live, whether it was kept or made again.
         """
         trace = self.trace
         change = np.zeros(len(self.marks) + 1)
@@ -573,8 +580,8 @@ class Model:
         return np.asarray(np.cumsum(change)[: len(self.marks)])
 
     def _absent(self, path: str) -> Floats:
-        """At every mark, the bytes of what the unit could keep that no keeping adds there: of values that Python or
-        another frame holds yet, that are not made yet, or whose backward has begun."""
+        """At every mark, the bytes of values that the unit could keep but whose keeping adds nothing there: Python or
+        another frame holds them anyway, they are not made yet, or their backward has begun."""
         trace = self.trace
         change = np.zeros(len(self.marks) + 1)
         for frame in self.frames_of[path] if path in self.programs else ():
@@ -594,8 +601,8 @@ class Model:
         return np.asarray(np.cumsum(change)[: len(self.marks)])
 
     def _solve(self, budget_bytes: int | None, table: Mapping[str, Floats]) -> _Found | None:
-        """The cheapest options by `table`, or without a budget those of the lowest peak. None: nothing fits, or nothing
-        was found in time."""
+        """The cheapest options by `table`; without a budget, the options of the lowest peak. The answer is None when
+        nothing fits, or when nothing was found in time."""
         paths = list(self.options)
         columns = [(path, i) for path in paths for i in range(len(self.options[path]))]
         groups: list[slice] = []
@@ -660,7 +667,8 @@ class Model:
         costs: Floats,
         groups: Sequence[slice],
     ) -> MixedProgram:
-        """A column per option, a row per moment, one option per unit; without a budget a last column for the peak."""
+        """The integer program: a column for each option and a row for each moment; one option must be chosen for each
+        unit. Without a budget a last column stands for the peak."""
         scale = solver.scale_of(float(np.abs(usage).max(initial=0.0)))
         lowest = budget_bytes is None
         count = len(costs) + lowest
@@ -689,7 +697,7 @@ class Model:
     # -- the answer as data
 
     def choices(self, points: Mapping[str, int]) -> tuple[Choice, ...]:
-        """`points`: unit path -> index of its option."""
+        """The chosen options as `Choice`s. `points`: unit path -> index of its option."""
         return tuple(self._choice(path, self.options[path][index]) for path, index in points.items())
 
     def _choice(self, path: str, point: Point | None) -> Choice:
@@ -723,8 +731,8 @@ def _by_prices(
 ) -> tuple[list[int] | None, float]:
     """The choice of `plan.lagrange`, and its bound in seconds.
 
-    With `lowest` that of the lowest peak over `top`; else one that stays below zero over `top`, which may not exist. A
-    solver's claim that there is none is contradicted only by one.
+    With `lowest`, it is the choice of the lowest peak over `top`. Otherwise it is a choice that stays below zero over
+    `top`, which may not exist. If a solver claims that none exists, the claim stands unless such a choice is found.
     """
     fewest = lagrange.lowest(seconds, usage, top, groups)
     if lowest:
@@ -737,10 +745,11 @@ def _by_prices(
 
 
 def _with_lanes(program: MixedProgram, away: Floats, lanes: Sequence[tuple[float, float]], cost: float) -> MixedProgram:
-    """`program` with a column behind the others for each lane, at `cost`: what the step waits for its copies.
+    """`program` with one more column for each lane, at `cost`: the time that the step waits for the lane's copies.
 
-    `away`: bytes that each option moves. A lane is (bytes that it copies in one unit of time, units of time that it
-    copies beside the compute)."""
+    `away`: bytes that each option moves. A lane is (bytes that it copies in one unit of time, units of time in which it
+    copies beside the compute).
+    """
     for per_unit, beside in lanes:
         moving = [i for i, size in enumerate(away) if size]
         program = program.extended(
@@ -751,12 +760,13 @@ def _with_lanes(program: MixedProgram, away: Floats, lanes: Sequence[tuple[float
 
 @functools.lru_cache(maxsize=256)
 def _found(program: Program, sizes_bytes: tuple[int, ...], seconds: tuple[float, ...], many: int) -> Frontier:
-    """Solved once for a trace and for what a lever makes of it, which leaves the units as they are."""
+    """The frontier, solved only once for a trace and for the variants that levers of the step make of it, since these
+    leave the units as they are."""
     return frontier(program, sizes_bytes, seconds, many)
 
 
 def _undominated(usage: Floats, room: Floats, rows: Sequence[int]) -> list[int]:
-    """Constraints that another one does not imply; equal blocks make many copies of the same."""
+    """The rows that no other row implies. Equal blocks make many copies of the same row."""
     seen: dict[bytes, int] = {}
     for s in rows:
         key = np.round(usage[s], 0).tobytes()

@@ -42,7 +42,7 @@ MINIMUM_CUTS = "minimum cuts"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One way to run a unit. `kept_bytes` counts the kept values that keeping makes live longer.
+    """One way to run a unit. `kept_bytes` counts only kept values that live longer because they are kept.
 
     Every kept set that takes less time than the next point holds more than `kept_bytes - passed_bytes`.
     """
@@ -67,10 +67,11 @@ class Frontier:
 
 
 def frontier(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float], many: int = MANY) -> Frontier:
-    """The Pareto frontier of a unit, with `many` points or not many more.
+    """The Pareto frontier of a unit, with `many` points or a few more.
 
-    `sizes_bytes[v]` per value ordinal; `seconds[i]` per op ordinal. Values in `program.held` cost nothing to
-    keep. Solver or none, the first point is the fastest and the last one keeps the fewest bytes.
+    `sizes_bytes[v]` is the size of the value with ordinal v, `seconds[i]` the time of the op with ordinal i. Values in
+    `program.held` cost nothing to keep. With or without a solver, the first point is the fastest and the last one keeps
+    the fewest bytes.
     """
     model = _Model(program, sizes_bytes, seconds)
     total = sum(sizes_bytes[v] for v in model.candidates)
@@ -79,7 +80,8 @@ def frontier(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[flo
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """Without points that a later one equals in seconds or beats; floating-point ties can leave such."""
+    """The points without those that a later point equals or beats in seconds. Floating-point ties can leave such
+    points."""
     best: list[Point] = []
     for point in points:
         while best and best[-1].seconds >= point.seconds:
@@ -162,11 +164,12 @@ class _Model:
 
     @functools.cached_property
     def corners(self) -> list[frozenset[int]]:
-        """The hull's kept sets from the most bytes down. The last keeps the fewest bytes that are possible."""
+        """The kept sets at the corners of the hull, from the most bytes down. The last keeps the fewest bytes that are
+        possible."""
         return [self.used(kept | self.free) for kept in hull(self.program, self.sizes, self.seconds, MANY)]
 
     def enumerate(self, total: int, many: int) -> list[Point]:
-        """Points from the most bytes down to keeping nothing (or the least that is possible)."""
+        """Points from the most bytes down to keeping nothing, or to the fewest bytes that are possible."""
         step = max(1, math.ceil(total * max(FINENESS, 0.1 / many)))
         points: list[Point] = []
         limit = total
@@ -190,7 +193,8 @@ class _Model:
         return points
 
     def solve(self, limit_bytes: int) -> frozenset[int] | None:
-        """The kept set of least seconds within `limit_bytes`, with the fewest bytes of those; None: there is none."""
+        """The kept set of the fewest seconds within `limit_bytes`, and of the fewest bytes among those. None: no kept
+        set is within the limit."""
         program = self._within(self.bytes_row, limit_bytes / self.scale, self.mixed)
         fastest = solver.solve(program, seconds=POINT_SECONDS)
         if fastest.verdict is Verdict.OPTIMAL:
@@ -216,7 +220,7 @@ class _Model:
         return self.used(chosen | self.free)
 
     def used(self, kept: frozenset[int]) -> frozenset[int]:
-        """`kept` without what neither backward nor the replay would read."""
+        """`kept` without the values that neither backward nor the replay would read."""
         groups, program = clusters(self.program), self.program
         read = set(program.needed)
         for cluster in live_clusters(program, kept):

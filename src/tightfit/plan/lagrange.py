@@ -27,9 +27,11 @@ _ROUNDS, _REPAIRS_EVERY = 300, 25
 
 
 def cheapest(seconds: Floats, usage: Floats, room: Floats, groups: Sequence[slice]) -> tuple[list[int] | None, float]:
-    """A column of each group, few seconds in all, `usage[:, columns].sum() <= room` in every row; and a bound.
+    """One column of each group, of few seconds in all, such that `usage[:, columns].sum() <= room` in every row; and a
+    lower bound of the seconds.
 
-    `seconds`: (columns,); `usage`: bytes, (rows, columns); `room`: bytes, (rows,). None: no choice was found.
+    `seconds`: (columns,); `usage`: bytes, (rows, columns); `room`: bytes, (rows,). The columns are None when no choice
+    was found.
     """
     scale = float(max(1.0, np.abs(usage).max(initial=0.0)))
     usage, room = usage / scale, room / scale
@@ -64,9 +66,10 @@ def cheapest(seconds: Floats, usage: Floats, room: Floats, groups: Sequence[slic
 
 
 def lowest(seconds: Floats, usage: Floats, base: Floats, groups: Sequence[slice]) -> list[int]:
-    """A column of each group, so that the largest of `base + usage[:, columns].sum()` is low.
+    """One column of each group, such that the largest of `base + usage[:, columns].sum()` is low.
 
-    By descent, unit by unit, from the last column of each. Of equal ones that of the fewest `seconds`.
+    Found by descent, unit by unit, from the last column of each group. Among equally low columns the one of the fewest
+    `seconds` is taken.
     """
     chosen = [group.stop - 1 for group in groups]
     level = base + usage[:, chosen].sum(axis=1)
@@ -86,7 +89,7 @@ def lowest(seconds: Floats, usage: Floats, base: Floats, groups: Sequence[slice]
 def _repaired(
     seconds: Floats, usage: Floats, room: Floats, groups: Sequence[slice], start: Sequence[int]
 ) -> list[int] | None:
-    """A choice near `start` that fits, improved; None: none was found."""
+    """A choice near `start` that fits, improved as far as exchanges improve it. None: none was found."""
     chosen = list(start)
     group_of = np.concatenate([np.full(group.stop - group.start, i) for i, group in enumerate(groups)])
     over = usage[:, chosen].sum(axis=1) - room

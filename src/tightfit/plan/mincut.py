@@ -26,9 +26,10 @@ _PER_SECOND = 10**12
 
 
 def hull(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float], many: int) -> list[frozenset[int]]:
-    """Kept sets at the corners of the hull, from the most bytes to the fewest, `many` or not many more.
+    """The kept sets at the corners of the hull, from the most bytes to the fewest: `many`, or a few more.
 
-    `sizes_bytes[v]` per value ordinal, `seconds[i]` per op ordinal. Values in `program.held` are not in the sets.
+    `sizes_bytes[v]` is the size of the value with ordinal v, `seconds[i]` the time of the op with ordinal i. Values in
+    `program.held` are not in the sets.
     """
     network = _Network(program, sizes_bytes, seconds)
     fastest, smallest = network.cut(1, network.total_bytes + 1), network.smallest()
@@ -48,7 +49,7 @@ def hull(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float],
 
 
 def fewest(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float]) -> frozenset[int]:
-    """The kept set of the fewest bytes that are possible, and of the least seconds among those."""
+    """The kept set of the fewest bytes that are possible, and of the fewest seconds among those."""
     return _Network(program, sizes_bytes, seconds).smallest().kept
 
 
@@ -60,7 +61,8 @@ class _Corner:
 
 
 class _Network:
-    """Nodes: source, sink, one per cluster ("it reruns"), one per value ("it is wanted"). On the source's side: yes."""
+    """The network of the cut. Its nodes are source, sink, one for each cluster ("it reruns") and one for each value
+    ("it is wanted"). A node on the source's side of the cut means yes."""
 
     def __init__(self, program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float]) -> None:
         groups, self.owner = clusters(program), cluster_of(program)

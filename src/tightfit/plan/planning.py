@@ -51,10 +51,11 @@ def plan(
 ) -> Plan:
     """The plan of least recompute whose simulated peak is within `budget`.
 
-    `budget`: bytes, a size, or a percentage of the unplanned step's peak. `levers`: those that the plan may use. By
-    default all but `Lever.OFFLOAD`, which needs room elsewhere and has not been measured on a GPU; and tiles, which do
-    not give the same bits, only where nothing exact fits (`Plan.exact` says so). A collection that names `Lever.TILE`
-    has them compete on seconds. `exact=True` forbids them. Levers are given as `Lever`s or by their names.
+    `budget` is a number of bytes, a size such as `"22GiB"`, or a percentage of the unplanned step's peak. `levers` are
+    those that the plan may use, as `Lever`s or by their names. By default a plan may use every lever but
+    `Lever.OFFLOAD`, which needs room elsewhere and has not been measured on a GPU. By default it uses tiles only where
+    nothing exact fits, because tiles do not give the same bits (`Plan.exact` says so). If `levers` names `Lever.TILE`,
+    tiles compete with the other levers on seconds. `exact=True` forbids them.
 
     Raises `InvalidInput` for a budget that is no size, `BudgetInfeasible` when nothing fits.
     """
@@ -100,7 +101,8 @@ def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:
 def _best(
     trace: Trace, way: Way, budget_bytes: int, unplanned: Timeline, levers: Collection[Lever] | None
 ) -> Plan | None:
-    """The best plan by `way`, that of `trace` or of what a lever makes of it; None: it finds none."""
+    """The best plan for `trace` by `way`, whose step is the trace's own or a variant of it. None: this way finds no
+    plan."""
     model = way.model
     if way.nesting is None:
         line = simulate_choices(way.trace, ())
@@ -137,10 +139,11 @@ def _best(
 
 
 def _unhurried(way: Way, budget_bytes: int, target_bytes: int, found: Refereed) -> Refereed:
-    """`found`, which the model gave for `target_bytes`, or what has fewer seconds where the model was too careful.
+    """`found`, or choices of fewer seconds. The model gave `found` for `target_bytes`, and it may have been too
+    careful.
 
-    Units that read one value in backward each count it as held for them. So the referee's peak may lie well below the
-    model's, and then the model is asked for as much more.
+    Where several units read one value in backward, the model counts the value as held for each of them. So the
+    referee's peak may lie well below the model's. The model is then asked again, with as many bytes more.
     """
     too_high = None
     for _ in range(_CAREFUL_ROUNDS if way.effort.proves else 1):
@@ -182,7 +185,7 @@ _WORTH = 0.999
 
 
 def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Collection[Lever] | None) -> list[Way]:
-    """The nestings worth planning with when `found` is the best plan without."""
+    """The nestings that are worth planning with, when `found` is the best plan without one."""
     if not (ways and Grant.SWEEP | Grant.DROP in granted(levers)):
         return []
     frugal = ways[-1]
@@ -194,7 +197,8 @@ def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Coll
 
 
 def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever | str] | str | None = None) -> Plan:
-    """The plan of the lowest peak by any of `levers` (by default all but offload). Its budget is its own peak."""
+    """The plan of the lowest peak that any of `levers` reaches (by default all but offload). Its budget is its own
+    peak."""
     levers = levers_named(levers)
     if Grant.DROP not in granted(levers):
         needed = next(each for each in every() if Grant.DROP in each.grants)
@@ -206,7 +210,7 @@ def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever 
 
 
 def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Timeline]:
-    """By which of `ways`, or a nesting of it, the lowest peak is found."""
+    """The way by which the lowest peak is found, one of `ways` or a nesting of it, with the referee's word."""
     if Grant.DROP not in granted(levers):
         lines = [(way, simulate_choices(way.trace, ())) for way in ways]
         return min(lines, key=lambda found: found[1].peak_bytes)
@@ -237,7 +241,7 @@ def _plan(
     bound: float,
     how: Collection[str] = (),
 ) -> Plan:
-    """`way` with `choices`, as a plan of `trace`."""
+    """`choices`, found by `way`, as a plan of `trace`."""
     step = way.trace
     out, back = copy_lanes(step)
     offload_seconds = out.waiting_seconds(line.offloaded_bytes) + back.waiting_seconds(line.fetched_bytes)

@@ -50,7 +50,8 @@ LENGTHS = (32, 128)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Segment:
-    """Ops of a unit from `start` on. `values`: ordinals, in the unit, of what they make."""
+    """The ops of a unit from `start` on, up to the next segment. `values`: ordinals, in the unit, of the values that
+    they make."""
 
     path: str
     start: int
@@ -60,7 +61,7 @@ class _Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segmented:
-    """A trace whose long units are cut, and the way back."""
+    """A trace whose long units are cut, and how its choices become choices for the whole units."""
 
     trace: Trace
     whole: Trace
@@ -121,7 +122,8 @@ def _sizes(trace: Trace, frame: int) -> list[int]:
 
 
 def _cuts(program: Program, sizes_bytes: Sequence[int], length: int) -> list[int]:
-    """Op ordinals at which a segment begins, 0 first: where the fewest bytes are read from before to after."""
+    """Op ordinals at which a segment begins, 0 first. The cuts lie where ops after the cut read the fewest bytes from
+    before it."""
     count = len(program.steps)
     made: dict[int, int] = {}
     read: dict[int, int] = {}
@@ -160,7 +162,7 @@ def _cuts(program: Program, sizes_bytes: Sequence[int], length: int) -> list[int
 
 
 class _Cutter:
-    """Makes the segmented trace. Every id of an op, a value and a saved tensor stays; frames are numbered anew."""
+    """Makes the segmented trace. Ops, values and saved tensors keep their ids; frames are numbered anew."""
 
     def __init__(self, trace: Trace, cuts: dict[int, list[int]]) -> None:
         self.trace, self.cuts = trace, cuts
@@ -293,7 +295,7 @@ class _Cutter:
         return dataclasses.replace(value, natural_end=end, ordinal=place[1], unit=self.frames[place[0]].unit)
 
     def _events(self) -> tuple[list[Event], list[int]]:
-        """The events with the segments' borders among them, and where each of the old ones is now."""
+        """The events with the borders of the segments among them, and the new place of each old event."""
         trace = self.trace
         border: dict[int, int] = {}  # last op of a segment -> the frame that begins behind it
         for frame, begins in self.cuts.items():
@@ -321,7 +323,7 @@ class _Cutter:
 
 
 def _within(step: Step, own: dict[int, int]) -> Step:
-    """`step` in the numbers of its segment; what other segments make comes from outside."""
+    """`step` in the numbers of its segment. What other segments make counts as coming from outside."""
     return Step(
         name=step.name,
         kind=step.kind,

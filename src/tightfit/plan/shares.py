@@ -18,7 +18,7 @@ __all__ = ["Share", "shares"]
 
 
 def shares(trace: Trace, plan: Plan) -> tuple[Share, ...]:
-    """One entry for each lever that `plan` uses, in the order of `Lever`."""
+    """What each lever that `plan` uses buys and costs, in the order of `Lever`."""
     walked = Walked(
         trace=trace,
         planned=under(trace, plan),

@@ -48,7 +48,7 @@ _COARSE = 3
 
 
 class Refereed(NamedTuple):
-    """Choices, what the referee says of them, and by which ways they were found."""
+    """Choices, what the referee says of them, and how they were found."""
 
     choices: tuple[Choice, ...]
     line: Timeline
@@ -56,7 +56,7 @@ class Refereed(NamedTuple):
 
 
 class Way:
-    """What of a trace does not depend on the budget, made when first asked for."""
+    """What planning a trace in one way needs, apart from the budget. Each part is made when it is first asked for."""
 
     def __init__(
         self,
@@ -77,7 +77,8 @@ class Way:
         self._varied: dict[Lever, list[Way]] = {}
 
     def ways(self, levers: Collection[Lever] | None) -> list[Way]:
-        """This trace's step as each of the allowed levers of the step would have it, itself first."""
+        """All ways to plan this step with the levers: as it is (first), and as each lever of the step would have it; in
+        segments where units are long; and with values off the device where a lever allows that."""
         found = [self]
         for lever in allowed(levers):
             found += [varied for way in found for varied in way._by(lever)]
@@ -91,12 +92,12 @@ class Way:
 
     @functools.cached_property
     def moving(self) -> Way:
-        """The same with kept values that may wait off the device."""
+        """The same way, with kept values that may wait off the device."""
         return Way(self.step, self.effort, moves=True)
 
     @functools.cached_property
     def in_segments(self) -> tuple[Way, ...]:
-        """The same with long units cut, more and less finely; none where no unit is long."""
+        """The same way with long units cut, once more finely and once less. There is none where no unit is long."""
         return tuple(
             Way(self.step, self.effort, segments=segments)
             for length in LENGTHS
@@ -105,7 +106,7 @@ class Way:
 
     @property
     def planned(self) -> Trace:
-        """The trace as the model sees it."""
+        """The trace that the model plans: the step's own, or the segmented one."""
         return self.trace if self.segments is None else self.segments.trace
 
     @functools.cached_property
@@ -129,12 +130,13 @@ class Way:
         return chosen if self.segments is None else self.segments.joined(chosen)
 
     def refereed(self, points: Mapping[str, int]) -> tuple[tuple[Choice, ...], Timeline]:
-        """The choice of one point for each unit, and what the referee says of it."""
+        """The choices that `points` stand for, and what the referee says of them."""
         choices = self.choices(points)
         return choices, simulate_choices(self.trace, choices, self.advances)
 
     def proven(self, solution: Solution) -> float:
-        """The bound of `solution`. What holds for segments says nothing of kept sets that are no choice of theirs."""
+        """The bound of `solution`. For segments there is none, because a unit may keep sets of values that no choice
+        for its segments stands for."""
         return solution.bound_seconds if self.segments is None else 0.0
 
     @functools.cached_property
@@ -145,14 +147,15 @@ class Way:
 
     @functools.cached_property
     def floor(self) -> Timeline:
-        """With the fewest bytes kept in each unit; what a nesting can do, at the cost of one walk."""
+        """The referee's word when each unit keeps the fewest bytes. It shows what a nesting can reach, at the cost of
+        one walk."""
         assert self.nesting is not None and self.plain is not None
         choices = tuple(self.nesting.on(choice) for choice in self.plain.fewest)
         return simulate_choices(self.trace, choices, self.advances)
 
     @functools.cached_property
     def nested(self) -> tuple[Way, ...]:
-        """The same with fewer and fewer inputs kept; without much effort only some of them."""
+        """The same way with fewer and fewer inputs kept. With little effort only some of these are tried."""
         step = 1 if self.effort.proves else _COARSE
         if self.trace.resharded:  # a sweep through earlier units would need weights that are gone
             return ()
@@ -165,10 +168,12 @@ class Way:
 
     @functools.cached_property
     def lowest(self) -> Refereed:
-        """The lowest peak that is found, and how: what is said to be feasible must be so again on the next run.
+        """The lowest peak that is found, and how it was found. What is said to be feasible must be feasible again on
+        the next run.
 
-        Measured seconds move the points of the frontiers and so the lowest peak among them; estimated ones do not. The
-        model's lowest is not always the referee's, so the referee is asked about the units one step this way or that.
+        The frontiers' points depend on the ops' seconds, and so does the lowest peak among them. Measured seconds vary
+        from run to run, so estimated ones are used here. The model's lowest peak is not always the referee's, so the
+        referee is also asked about choices that differ by one step in a unit.
         """
         model = self._model(retimed(self.planned, NOMINAL_CPU))
         solution = model.solve(None)
@@ -203,7 +208,7 @@ _latest: Way | None = None
 
 
 def way_of(trace: Trace, effort: Effort = THOROUGH) -> Way:
-    """Kept for the next budget of the same trace."""
+    """The way to plan `trace`. It is kept for the next budget of the same trace."""
     global _latest  # noqa: PLW0603 - one entry of a cache
     if _latest is None or _latest.trace is not trace or _latest.effort != effort:
         _latest = Way(as_recorded(trace), effort)
