@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Chain:
-    """What the units of one plan have handed on, while it is alive, and how far sweeps go."""
+    """What the units of one plan have handed on, for as long as it is alive; and which inputs each sweep stores."""
 
     def __init__(self, stores: Mapping[tuple[str, str], frozenset[str]], stats: Stats) -> None:
         self.stats = stats  # counts the ops that sweeps run
@@ -32,14 +32,14 @@ class Chain:
         self._lent: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, weakref.ref[Tape], int, str]] = {}
 
     def lend(self, tensor: torch.Tensor, unit: str, tape: Tape, value: int) -> None:
-        """`unit` hands on `tensor`, which its tape can make again as `value`."""
+        """`unit` hands on `tensor`. Its tape can make it again, as its value `value`."""
         storage = tensor.untyped_storage()
         address = int(storage._cdata)
         known = weakref.ref(storage, lambda _: self._lent.pop(address, None))
         self._lent[address] = (known, tensor._version, weakref.ref(tape), value, unit)
 
     def borrowed(self, tensor: torch.Tensor, unit: str) -> Chained | None:
-        """A source for an input of `unit`; None when nobody handed it on as it is now."""
+        """A source for an input of `unit`. None: no unit handed on this tensor as it is now."""
         storage = tensor.untyped_storage()
         found = self._lent.get(int(storage._cdata))
         if found is None:
@@ -51,12 +51,12 @@ class Chain:
         return Chained(self, unit, producer, alive, value)
 
     def stored(self, base: str, target: str, way: tuple[str, ...]) -> frozenset[str]:
-        """Units among those on the `way` whose inputs stay; where the plan says nothing, all."""
+        """The units on the `way` whose inputs the sweep stores. Where the plan says nothing, these are all of them."""
         return self._stores.get((base, target), frozenset(way))
 
 
 class Chained:
-    """An input that the unit before makes again."""
+    """A source for an input that the unit before makes again."""
 
     __slots__ = ("chain", "producer", "stays", "stored", "tape", "unit", "value")
 
@@ -66,7 +66,7 @@ class Chained:
         self.stays = False
 
     def seal(self) -> None:
-        """Nothing to do: the other tape has it all."""
+        """Nothing to do: the tape of the unit before has all that is needed."""
 
     def take(self, keep: bool) -> torch.Tensor:
         tensor = self.stored
@@ -97,7 +97,7 @@ class Chained:
         return next((s for s in self.tape.sources.values() if isinstance(s, Chained)), None)
 
     def _decide(self) -> None:
-        """Mark the inputs on the way that will stay."""
+        """Mark the inputs on the way that the sweep will store."""
         way = []
         base = self.producer
         link = self._previous()

@@ -57,7 +57,7 @@ _CAST = torch.ops.aten._to_copy.default
 
 
 class _Stop(BaseException):
-    """Ends a replay whose work is done. No `Exception`, so that the model's own handlers do not catch it."""
+    """Ends a replay whose work is done. It is no `Exception`, so that the model's own handlers do not catch it."""
 
 
 class _Differs(Exception):
@@ -65,7 +65,7 @@ class _Differs(Exception):
 
 
 class _Held:
-    """A saved tensor that the plan keeps, with the version that it had."""
+    """A saved tensor that the plan keeps, with the version that it had when it was saved."""
 
     __slots__ = ("tensor", "version")
 
@@ -84,7 +84,8 @@ class _Held:
 
 
 class _Slot:
-    """A saved tensor that will be made again, by the tape if there is a reference into it."""
+    """A saved tensor that will be made again: by the tape if there is a reference to it there, else by a whole
+    replay."""
 
     __slots__ = ("__weakref__", "checksum", "counted", "dtype", "frame", "index", "reference", "shape", "tensor")
 
@@ -108,7 +109,7 @@ class _Slot:
 
 
 class _CastSeen(NamedTuple):
-    """A copy that the forward made of a weight, as it was then."""
+    """A copy that the forward made of a weight in another dtype, with the weight's version at that time."""
 
     source: weakref.ref[torch.Tensor]
     cast: weakref.ref[torch.Tensor]
@@ -120,7 +121,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _graph_is_kept() -> bool:
-    """Will there be another backward through the graph that is asking? Outside backward: it may be."""
+    """Will there be another backward through the graph that is asking now? Outside of backward there may be."""
     if torch._C._current_graph_task_id() == -1:
         return True
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
@@ -135,7 +136,7 @@ def _never_read(_: Any) -> torch.Tensor:
 
 
 class Frame:
-    """One call of a unit. `plan=None` means: hold nothing but the inputs, replay everything."""
+    """One call of a unit. With `plan=None` the frame holds nothing but its inputs, and everything is replayed."""
 
     def __init__(
         self,
@@ -189,7 +190,8 @@ class Frame:
     # -- forward
 
     def run(self) -> Any:
-        """The unit's output, with autograd holding slots instead of what the plan drops."""
+        """Run the forward and return the unit's output. Autograd gets slots in place of the tensors that the plan
+        drops."""
         self.stats.frames += 1
         if self.plan is None:  # planned units that draw from Python or NumPy are pinned, so only regions need this
             self.foreign = foreign_random_states()
@@ -250,7 +252,7 @@ class Frame:
                 self.stats.held += 1
 
     def park(self, tape: Tape, todo: Todo, out: Any) -> None:
-        """An op has made what is to leave the device."""
+        """An op has just made values that are to leave the device: give the tape a source for each."""
         assert self.plan is not None and self.shipment is not None
         for tensor, value in zip([out] if type(out) is torch.Tensor else tensors_in(out), todo.outputs, strict=False):
             if value in self.plan.offload and value not in tape.sources:
@@ -258,7 +260,7 @@ class Frame:
                 tape.adopt(value, tensor, self.shipment.park(tensor, being_written=todo.mutates))
 
     def _lend(self, tape: Tape, out: Any) -> None:
-        """Let later units have what this one hands on made again."""
+        """Let later units have the output of this one made again."""
         plan = self.plan
         assert plan is not None
         if plan.lends and self.chain is not None:
@@ -268,7 +270,7 @@ class Frame:
                     self.chain.lend(tensor, self.name, tape, value)
 
     def leave_plan(self, count: int) -> None:
-        """This forward is not the one that was planned: hold what is held, replay the whole unit later."""
+        """This forward is not the planned one. Keep holding what is held, and replay the whole unit later."""
         assert self.plan is not None and self.tape is not None
         self._compare_whole(self.tape)
         self.tape = None
@@ -317,14 +319,15 @@ class Frame:
         return slot
 
     def _is_given(self, address: int) -> bool:
-        """Is this an argument or a parameter? Their versions are compared, which costs less."""
+        """Is this an argument or a parameter? For these it is enough to compare versions, which costs less."""
         if self.given is None:
             self.given = {_address(tensor) for tensor, _ in self.versions}
         return address in self.given
 
     def _forgo_checksums(self, tape: Tape) -> None:
-        """Those of tensors that were written again after autograd saved them, of an op's further outputs (workspaces,
-        statistics: parts of them may never be written), and of ops that come out anew each time."""
+        """Drop the checksums of saved tensors that cannot be compared. These are tensors that were written again after
+        autograd saved them; an op's further outputs, such as workspaces and statistics, of which parts may never be
+        written; and outputs of ops that come out anew each time."""
         results = _first_results(tape)
         for slot in self._tape_slots():
             steady = _is_steady(slot.reference, tape, results)
@@ -340,9 +343,9 @@ class Frame:
                 yield slot
 
     def _compare_whole(self, tape: Tape) -> None:
-        """The forward leaves the plan: have what the tape was to make again compared in the whole replay.
+        """The forward leaves the plan: make sure that the whole replay compares what the tape was to make again.
 
-        What was saved so far may be gone and have no checksum, but the tape can make it once more, this one time.
+        What was saved so far may be gone and have no checksum. The tape can make it once more, this one time.
         """
         if self.scrutiny is not None:
             self.scrutiny.leaves = True
@@ -364,7 +367,7 @@ class Frame:
         self.stats.rerun_ops += tape.ran - ran
 
     def written_after_saving(self, address: int) -> bool:
-        """An op writes at `address`: what autograd has saved of it is not yet what backward will read."""
+        """An op writes at `address`. What autograd has saved of it is not yet what backward will read."""
         found = self.saved_addresses.get(address)
         if found is None:
             return False
@@ -377,7 +380,7 @@ class Frame:
     # -- backward
 
     def saved(self, slot: _Slot, kept: bool) -> torch.Tensor:
-        """The tensor of an empty slot; `kept`: the graph will be walked once more."""
+        """The tensor of an empty slot. `kept`: another backward will walk through the graph."""
         tape = self.tape
         if tape is None or slot.reference is None:
             self._replay_whole()
@@ -439,7 +442,7 @@ class Frame:
             self.release()
 
     def release(self) -> None:
-        """Let go of everything but the slots and the tape."""
+        """Let go of everything except the slots and the tape."""
         self.released = True
         self.args, self.kwargs = (), {}
         self.versions, self.funcs, self.first_states = [], [], []
@@ -511,7 +514,7 @@ class Frame:
 
 
 def _distinct(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """One tensor for each storage, in order; as the trace counts inputs."""
+    """One tensor for each storage, in order, as the trace counts inputs."""
     found: dict[int, torch.Tensor] = {}
     for tensor in tensors:
         if tensor.layout is torch.strided:
@@ -521,7 +524,8 @@ def _distinct(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _first_results(tape: Tape) -> set[int]:
-    """Values that are the first result of a live op; none where an op comes out anew each time."""
+    """The values that are the first result of a live op, or that a source brings. Empty if any live op is not
+    deterministic."""
     entries = tape.entries.values()
     if any(torch.Tag.nondeterministic_bitwise in entry.func.tags for entry in entries):
         return set()
@@ -530,12 +534,12 @@ def _first_results(tape: Tape) -> set[int]:
 
 
 def _is_steady(reference: Reference | None, tape: Tape, results: set[int]) -> bool:
-    """Is what autograd saved there its value's last state, and does making it again give the same?"""
+    """Is what autograd saved the last state of its value, and does making it again give the same bits?"""
     return reference is not None and reference.value in results and reference.state == tape.written[reference.value]
 
 
 class _Cut(torch.autograd.Function):
-    """The same data with a history that leads nowhere."""
+    """The same data, with a history that leads nowhere."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
@@ -549,7 +553,7 @@ class _Cut(torch.autograd.Function):
 def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
     """The same data without its history, so that the replay's graph ends at the unit's inputs.
 
-    Not a leaf where it was none: autocast, and so `is_uncounted`, would take it for a weight.
+    The result is no leaf if the tensor was none. Autocast, and so `is_uncounted`, would take a leaf for a weight.
     """
     if tensor.is_leaf or not tensor.requires_grad:
         return tensor.detach().requires_grad_() if tensor.requires_grad else tensor
@@ -559,12 +563,13 @@ def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Watch(TorchDispatchMode):
-    """A frame's forward: compare the ops with the plan and take the live ones down, or just note what there is."""
+    """A dispatch mode for a frame's forward. With a plan it compares the ops with the planned ones and records the live
+    ones; without a plan it only notes the ops."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No wrapper that hides this from the compiler: it takes as long as all the rest, and the compiler does not run
-        under a mode anyway."""
+        """There is no wrapper here that hides this method from the compiler. Such a wrapper would take as long as all
+        the rest, and the compiler does not run under a mode anyway."""
         return False
 
     def __init__(self, frame: Frame) -> None:
@@ -661,7 +666,8 @@ class _Watch(TorchDispatchMode):
 
 
 class _Replay(TorchDispatchMode):
-    """A whole replay: run every op again, refuse another op sequence, and write nothing outside twice."""
+    """A dispatch mode for a whole replay. It runs every op again, refuses another sequence of ops, and writes nothing
+    outside the unit twice."""
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
@@ -698,7 +704,7 @@ class _Replay(TorchDispatchMode):
         return out
 
     def stop_if_done(self) -> None:
-        """End the replay once every slot is filled and nothing more is written to what fills them."""
+        """End the replay once every slot is filled, and nothing more is written to the tensors that fill them."""
         if self.filled and self.count >= self.frame.complete_at and self.frame.stops_early:
             raise _Stop
 
@@ -721,10 +727,10 @@ class _Replay(TorchDispatchMode):
                 generator.set_state(state)
 
     def _outside_effect(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What an op that writes outside storage returns, without writing it again.
+        """What an op that writes to outside storage returns, without writing it again.
 
-        None when the op writes nothing from outside. Raises `ReplayDiverged` when the unit also reads what it
-        writes there, since the value that it read is gone; but for a buffer that it reads after its last write.
+        None when the op writes nothing outside. Raises `ReplayDiverged` when the unit also reads what it writes there,
+        since the value that it read is gone. A buffer that the unit reads only after its last write is no such case.
         """
         addresses = {_address(t) for t in tensors_in((args, kwargs))}
         written: set[int] = set()

@@ -40,8 +40,8 @@ _GRANULE_BYTES = mmap.PAGESIZE
 
 
 class Pool:
-    """Room for parcels off the device: at most `capacity_bytes` (none: unbounded) of host memory, or of a file in the
-    folder `spill`. Buffers are used again for parcels of the same size."""
+    """Room for parcels off the device: at most `capacity_bytes` of host memory, or of a file in the folder `spill`
+    (None: no limit). A buffer is used again for a parcel of the same size."""
 
     def __init__(self, capacity_bytes: int | None = None, spill: Path | None = None, ahead: int | None = None) -> None:
         if spill is not None and not spill.is_dir():
@@ -57,7 +57,7 @@ class Pool:
         self._shipments: list[weakref.ref[Shipment]] = []
 
     def store(self, tensor: torch.Tensor) -> Parcel | None:
-        """A parcel with the bytes of the tensor's storage; None when there is no room left."""
+        """Copy the tensor's storage into a parcel. None: there is no room left."""
         storage = tensor.untyped_storage()
         device = storage.device
         size_bytes = -(-storage.nbytes() // _GRANULE_BYTES) * _GRANULE_BYTES
@@ -86,7 +86,7 @@ class Pool:
         self._free[parcel.device, parcel.buffer.numel()].append((parcel.buffer, last_read))
 
     def lanes(self, device: torch.device) -> _Lanes | None:
-        """The streams that copy beside the compute; None where there are none."""
+        """The streams that copy beside the compute. None: the device has none."""
         if device.type != "cuda":
             return None
         if device not in self._lanes:
@@ -99,7 +99,7 @@ class Pool:
         self._shipments.append(weakref.ref(shipment))
 
     def opened(self, shipment: Shipment) -> None:
-        """Backward has come to the unit of `shipment`: have those before it on their way."""
+        """Backward has come to the unit of `shipment`: begin to fetch the shipments before it."""
         alive = [each for known in self._shipments if (each := known()) is not None]
         if shipment not in alive:
             return
@@ -117,7 +117,7 @@ class Pool:
 
 
 def _mapped_file(folder: Path, size_bytes: int) -> mmap.mmap:
-    """A file without a name, its blocks allocated, so that writing to the map cannot fail later."""
+    """A file without a name, whose blocks are allocated, so that writing to the map cannot fail later."""
     handle = -1
     try:
         handle, name = tempfile.mkstemp(dir=folder, prefix=".tightfit-")
@@ -146,7 +146,7 @@ class _Lanes:
         self.outward, self.inward = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def out(self, source: torch.Tensor, buffer: torch.Tensor, last_read: Any) -> Any:
-        """Copy off the device, after what computes `source` and after the last copy out of `buffer`."""
+        """Copy off the device: after the op that computes `source`, and after the last copy out of `buffer`."""
         self.outward.wait_stream(torch.cuda.current_stream(self.device))
         if last_read is not None:
             self.outward.wait_event(last_read)
@@ -169,7 +169,7 @@ class _Lanes:
 
 
 class Parcel:
-    """The bytes of one storage in the pool."""
+    """The bytes of one storage, in the pool."""
 
     def __init__(self, pool: Pool, buffer: torch.Tensor, size_bytes: int, device: torch.device, written: Any) -> None:
         self.pool, self.buffer, self.size_bytes, self.device, self.written = pool, buffer, size_bytes, device, written
@@ -178,7 +178,7 @@ class Parcel:
         self._last_read: Any = None
 
     def prefetch(self) -> None:
-        """Begin to copy back, if nobody has."""
+        """Begin to copy back, if that has not begun."""
         if self._coming is not None or self._is_given_back:
             return
         lanes = self.pool.lanes(self.device)
@@ -201,7 +201,7 @@ class Parcel:
         return fresh
 
     def give_back(self) -> None:
-        """Nobody will fetch it again."""
+        """Return the buffer to the pool: the parcel will not be fetched again."""
         if self._is_given_back:
             return
         self._is_given_back = True
@@ -214,7 +214,7 @@ class Parcel:
 
 
 class Shipment:
-    """What one frame offloads."""
+    """All that one frame offloads."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -224,7 +224,8 @@ class Shipment:
         self.held = 0  # tensors that stayed on the device after all
 
     def park(self, tensor: torch.Tensor, *, being_written: bool = False) -> Parked:
-        """`being_written`: by an op that changes it in place, which autograd will count when the op is over."""
+        """A source for `tensor`, which is to leave the device. `being_written`: an op is changing it in place, and
+        autograd will count that change only when the op is over."""
         found = Parked(self, tensor, None if being_written else tensor._version)
         self._parked.append(weakref.ref(found))
         return found
@@ -242,7 +243,7 @@ class Shipment:
         self.pool.ship(self)
 
     def open(self) -> None:
-        """Backward is about to take something from it."""
+        """Backward is about to take something out of it."""
         if not self.is_open:
             self.is_open = True
             self.pool.opened(self)
@@ -254,7 +255,7 @@ class Shipment:
 
 
 class Parked:
-    """Brings back a tensor that the plan offloads (`engine.stash.Source`)."""
+    """Brings back a tensor that the plan offloads; a source (`engine.source.Source`)."""
 
     __slots__ = ("__weakref__", "parcel", "shipment", "tensor", "version")
 
@@ -265,7 +266,7 @@ class Parked:
         self.parcel: Parcel | None = None
 
     def settle(self) -> None:
-        """Autograd saves it as it is now."""
+        """Autograd saves the tensor as it is now."""
         if self.version is None and self.tensor is not None:
             self.version = self.tensor._version
 
@@ -300,4 +301,4 @@ class Parked:
         return fresh
 
     def forget(self) -> None:
-        """Nothing to forget: what was fetched was handed over."""
+        """Nothing to forget, because what was fetched was handed over."""

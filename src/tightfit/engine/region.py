@@ -108,7 +108,7 @@ def checkpoint(
 
 
 def _refuse(use_reentrant: bool | None, determinism_check: str, both: bool) -> None:
-    """Raise for what is no way to checkpoint here."""
+    """Raise for keywords that ask for what this `checkpoint` cannot do."""
     if use_reentrant:
         raise Unsupported(
             "use_reentrant=True runs backward inside of backward and loses hooks and keyword arguments; tightfit's "
@@ -126,7 +126,8 @@ def _refuse(use_reentrant: bool | None, determinism_check: str, both: bool) -> N
 
 
 def _switched(name: str, said: bool) -> bool:
-    """What a keyword is where torch's switch for all regions is not set (or this release has none)."""
+    """The value of a keyword: that of torch's switch for all regions where it is set, else the keyword's own. Some
+    torch releases have no such switch."""
     switch = getattr(torch.utils.checkpoint, name, None)
     return said if switch is None else bool(switch)
 
@@ -156,7 +157,7 @@ def _key(function: Callable[..., Any], args: Any, kwargs: Any, keep: Keep) -> An
 def _learn(
     name: str, function: Callable[..., T], args: Any, kwargs: Any, owner: torch.nn.Module | None
 ) -> tuple[Program, T]:
-    """Run the region whole, recording its program on the side."""
+    """Run the region, which is to be replayed whole this time, and record its program on the side."""
     frame = Frame(name, function, args, kwargs, None, region_stats, owner)
     with ProgramRecorder() as recorder:
         frame.observe = recorder.saw

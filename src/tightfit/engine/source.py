@@ -15,7 +15,7 @@ class Source(Protocol):
         """The forward of the tape's unit is over."""
 
     def take(self, keep: bool) -> torch.Tensor:
-        """The value, as a tensor on its whole storage. `keep`: it will be asked for again."""
+        """The value, as a tensor on its whole storage. `keep`: the value will be asked for again."""
 
     def forget(self) -> None:
-        """Let go of what can be brought once more."""
+        """Let go of what the source can bring once more."""

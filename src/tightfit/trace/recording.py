@@ -67,21 +67,22 @@ def trace(
     device: Device | torch.device | str | None = None,
     tiles: bool = True,
 ) -> Trace:
-    """One step of `model` on `batch`, recorded.
+    """Record one step of `model` on `batch`.
 
-    `loss(model, batch)` gives the scalar; by default the output's `.loss`, or the output itself. With an
-    `optimizer` its state and its step are part of the trace. Gradients that exist when `trace` is called
-    are taken to exist at every step (accumulation). `units` as in `step.find_units`; by default other modules are taken
-    where they hold more of what autograd saves (`tightfit.units`).
+    `loss(model, batch)` gives the scalar loss. By default it is the output's `.loss`, or the output itself. With an
+    `optimizer` its state and its step are part of the trace. Gradients that exist when `trace` is called are taken to
+    exist at the start of every step (accumulation). `units` names the units, as in `step.modules.find_units`. By
+    default other modules are taken where they hold more of what autograd saves (`trace.units`).
 
-    `fake=True` runs the step on fake tensors (`tightfit.fake`): the model may live on `meta`, nothing is allocated and
-    seconds are estimated. Then `device` is the target: a `Device` of the catalog, or `"cuda"` for CUDA's kernels in
+    `fake=True` runs the step on fake tensors (`trace.fake`). The model may then live on `meta`, nothing is allocated,
+    and seconds are estimated. `device` is then the target: a `Device` of the catalog, or `"cuda"` for CUDA's kernels in
     general. Otherwise `device` only moves `batch`.
 
-    `tiles`: where the loss, or the largest unit, is a large part of what cannot be recomputed, record the step again
-    with tiles in force, for plans that need them; a recording takes as long as a step, so up to twice the time.
+    `tiles`: where the loss, or the largest unit, is a large part of what cannot be recomputed, the step is recorded
+    again with tiles in force, for plans that need them. A recording takes as long as a step, so this takes up to twice
+    the time.
 
-    Checkpointing of the model's own (`gradient_checkpointing_enable`) is off meanwhile, as it is under a plan.
+    The model's own checkpointing (`gradient_checkpointing_enable`) is off meanwhile, as it is under a plan.
 
     Raises `InvalidInput` (batch, loss, units), `Unsupported` (a step that cannot be recorded).
     """
@@ -146,7 +147,7 @@ def _trace(
     tiles: bool,
     by_bytes: bool,
 ) -> Trace:
-    """`by_bytes`: the first pass may show better units than `modules`."""
+    """Record the step with `modules` as units. `by_bytes`: the first pass may show better units than `modules`."""
     if strategy_of(model) is Strategy.FSDP2:
         # its first forward makes what the later ones fill again; and tiles would compute where no weights are
         restart()

@@ -35,7 +35,7 @@ _Call = tuple[str, int]
 
 
 class Census:
-    """Which modules were running when values were made and saved. A context manager around a forward."""
+    """Notes which modules were running when values were made and saved. A context manager around a forward."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -80,7 +80,7 @@ class Census:
         self._holders[value] = before[:shared]
 
     def divided(self, units: Mapping[str, nn.Module], sizes_bytes: Mapping[int, int]) -> dict[str, nn.Module]:
-        """`units`, or others that hold clearly more of what is saved; `sizes_bytes` by value."""
+        """`units`, or other units if these hold clearly more of what is saved. `sizes_bytes` is by value."""
         held: dict[str, int] = defaultdict(int)
         total = 0
         for value, calls in self._holders.items():
@@ -112,7 +112,7 @@ class Census:
                 yield from self._parts(part, child, held, total, blocks)
 
     def _called(self, module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        """The outermost modules in `module` that were called; containers are looked into."""
+        """The outermost modules in `module` that were called. A container counts as its parts."""
         for name, child in children_of(module):
             child_path = f"{path}.{name}" if path else name
             if self.calls.get(child_path):

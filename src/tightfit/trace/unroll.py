@@ -25,7 +25,8 @@ __all__ = ["LEAST_BLOCKS", "trace_digest", "unroll"]
 
 
 def trace_digest(units: Iterable[Unit], ops: Iterable[Op], values: Iterable[Value]) -> str:
-    """What a plan is bound to: the units' programs and parameters, every op's name and the bytes that it makes."""
+    """What a plan is bound to: the units' programs and parameters, every op's name, and the bytes that each op
+    makes."""
     made: dict[int, int] = defaultdict(int)
     for value in values:
         if value.producer is not None:
@@ -35,11 +36,11 @@ def trace_digest(units: Iterable[Unit], ops: Iterable[Op], values: Iterable[Valu
 
 
 def unroll(trace: Trace, paths: Sequence[str], period: int = 1) -> Trace | None:
-    """`trace` as that of the model whose units are `paths`, of which the traced units are a shallow excerpt.
+    """The trace of the model whose units are `paths`, made from `trace`, whose units are a shallow excerpt of them.
 
-    `period`: how many neighbouring units make one block. The third block is repeated until there are as many units
-    as `paths` names. `None` when the trace has less than five blocks, no two equal ones in its middle, or is otherwise
-    not of that kind.
+    `period`: how many neighbouring units make one block. The third block is repeated until there are as many units as
+    `paths` names. The answer is `None` when the trace has less than five blocks, has no two equal blocks in its middle,
+    or is of another kind.
     """
     missing = len(paths) - len(trace.units)
     if missing == 0:
@@ -92,7 +93,7 @@ _NEIGHBOURS = 3
 
 
 class _Blocks:
-    """A trace cut into blocks: which events are whose forward and backward, and who owns what."""
+    """A trace cut into blocks: which events belong to each block's forward and backward, and which block owns what."""
 
     def __init__(self, trace: Trace, period: int, forward: list[int], backward: list[int]) -> None:
         self.trace, self.period = trace, period
@@ -256,7 +257,7 @@ _KIND = {
 
 
 class _Build:
-    """Numbers everything anew; `sources[position]` is the block that the new block repeats."""
+    """Builds the new trace and numbers everything anew. `sources[position]` is the block that the new block repeats."""
 
     def __init__(self, blocks: _Blocks, sources: list[int], block: int, times: int, paths: Sequence[str]) -> None:
         self.blocks, self.sources, self.block, self.times, self.paths = blocks, sources, block, times, paths
@@ -516,7 +517,7 @@ class _Build:
 
 
 def _distances(detail: Any) -> Iterable[int]:
-    """How far the references in a template entry reach."""
+    """How many blocks away the references in a template entry reach."""
     if isinstance(detail, tuple):
         if len(detail) == 3 and detail[0] in ("own", "unit"):
             yield detail[1]
