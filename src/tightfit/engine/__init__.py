@@ -38,7 +38,7 @@ from tightfit.step.signature import signature_of
 __all__ = ["Applied", "Stats", "applied_to", "apply", "checkpoint"]
 
 
-#: What has been compared with its forward already: by module, and hash of op sequence and of what of it runs again.
+#: What has been compared with its forward already: by module, and by a hash of its ops and of those that run again.
 _checked: weakref.WeakKeyDictionary[nn.Module, dict[int, Comparison]] = weakref.WeakKeyDictionary()
 
 

@@ -2,9 +2,9 @@
 
 Idea: torch has no hash that depends on positions and needs no copy. So the tensor's memory is laid out as a grid with
 rows of odd length. The grid is summed along each direction (numbers narrower than 64 bits are combined by
-`torch.hash_tensor` instead). The sums are mixed, each is multiplied by a weight of its own, and all are summed once more.
-If something moves inside the tensor, a row or a column changes. Because the rows are odd, a change that is the same
-everywhere (another constant, a flipped sign) does not cancel itself.
+`torch.hash_tensor` instead). The sums are mixed, each is multiplied by a weight of its own, and all are summed once
+more. If something moves inside the tensor, a row or a column changes. Because the rows are odd, a change that is the
+same everywhere (another constant, a flipped sign) does not cancel itself.
 
 Invariant: nothing is allocated but a few vectors of about the square root of the tensor's size.
 """

@@ -60,7 +60,7 @@ class Tagged:
 
 def inexpressible(plan: Plan, whole: bool) -> str:
     """Why compiled code cannot carry out `plan`; empty where it can. `whole`: is the loss compiled too?"""
-    # in the order in which they change more and more of the step
+    # in order: each changes more of the step than the one before
     found = next((why for lever in reversed(every()) if (why := lever.not_compiled(plan, whole))), "")
     if not found:
         return ""
@@ -256,7 +256,7 @@ class _Region(TorchDispatchMode):
         twins = _twins(decision.name, decision.program, self.seen)
         chosen = recipe(decision.program, decision.kept)
         tags, decision.tagged = _tags(decision.program, chosen, self.seen, twins)
-        # sizes that are worked out on the way are nodes too, which torch does not tag
+        # computed sizes are nodes of the graph too, and torch does not tag them
         nodes = [(node, tag) for each, tag in zip(self.seen, tags, strict=True) for node in each.nodes]
         tagged = [(node, tag) for node, tag in nodes if "recompute" in node.meta]
         if nodes and not tagged:
@@ -329,7 +329,7 @@ def _differs(name: str, how: str) -> Unsupported:
     )
 
 
-#: Ops that read nothing of what they are given but its shape; a plan's steps do not count it as read.
+#: Ops that read only the shape of their input. A plan's steps do not count the input as read.
 _SHAPE_ONLY = frozenset(map(op_name, METADATA_ONLY))
 
 

@@ -456,7 +456,7 @@ class Frame:
                 waiting[index] = slot
         mode = _Replay(self)
         refilled = 0
-        # an op that comes out anew each time says nothing about the module
+        # if an op is not deterministic, a difference says nothing about the module
         compare = not any(torch.Tag.nondeterministic_bitwise in func.tags for func in self.funcs)
 
         def refill(tensor: torch.Tensor) -> int:

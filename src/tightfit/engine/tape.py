@@ -396,7 +396,7 @@ class Tape:
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
             for index in wanted:
                 entry = self.entries[index]
-                # no loop that would hold on to the last tensor
+                # not a `for` loop, whose variable would keep the last tensor alive
                 made.update((v, tensor) for v, tensor in self._executed(entry, made, keep=True) if left.get(v))
                 for reference in entry.reads:
                     left[reference.value] -= 1

@@ -35,16 +35,16 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 SOLVER_SECONDS = 2.0
 
-#: How options were chosen that the solver had no answer for.
+#: The name of the way in which options are chosen where the solver has no answer.
 LAGRANGE = "Lagrangian prices"
 
-#: Of equally low peaks the faster: what a second weighs against the peak where that is what is minimised.
+#: Where the peak is minimised, a second weighs this much against it, so that the faster of equally low choices wins.
 _TIE = 1e-6
 
-#: Of equally fast choices the one of fewer bytes, whatever release of the solver chooses.
+#: Bytes weigh this much against seconds, so that every release of the solver prefers the same of equally fast choices.
 _HAIR = 1e-7
 
-#: Of a unit's points, so many or not many more are also looked at with what they keep off the device.
+#: About so many of a unit's points are also tried with the kept values off the device.
 _MOVED = 8
 
 
@@ -288,7 +288,7 @@ class Model:
             last_release = max((self.released.get(s, end_of_step) for s in self.slots[frame]), default=-1)
             away = self._away(path, frame, point)
             brought = self.nesting.borrowed(path) | away
-            # what the dropped saved tensors held goes at once, and what was made again with the last of them
+            # what dropped saved tensors held is freed at once; what is made again is freed with the last of them
             until: dict[int, int] = {}
             for ordinal, slot in self._dropped_slots(path, frame, chosen):
                 value = trace.values[values[program.slots[ordinal]]]
@@ -403,7 +403,7 @@ class Model:
                 cuts |= {start, end}
         self.starts = np.array(sorted(c for c in cuts if c < len(self.marks)), dtype=np.int64)
         self.base_top = np.maximum.reduceat(self.base, self.starts)
-        # a sweep is a row of its own: what is live just before it, and the unit that adds most on the way
+        # each sweep has a row of its own: the live bytes just before it, and what the largest unit on the way adds
         sweeps = self._sweeps()
         before = [mark for mark, _ in sweeps]
         self.away_bytes: dict[str, list[int]] = {}  # that each option moves
@@ -419,7 +419,7 @@ class Model:
                     spent.append(0.0)
                     continue
                 delta, spikes, seconds = self._effect(path, option)
-                # in the unit's own segments its change moves mark by mark: take the fullest mark together with it
+                # in the unit's own segments the change differs from mark to mark: take the fullest mark with the change
                 row = np.maximum.reduceat(delta, self.starts)
                 together = np.maximum.reduceat(self.base + delta, self.starts) - self.base_top
                 row = np.where(own, together, row)
@@ -640,7 +640,7 @@ class Model:
         if answer.values is not None:
             chosen = [group.start + int(np.argmax(answer.values[group])) for group in groups]
         if answer.verdict is not Verdict.OPTIMAL:
-            # as if nothing were copied beside the compute
+            # the seconds as if no copy ran beside the compute
             priced = unit_seconds + sum((away / lane.bytes_per_second for lane in lanes), np.zeros(len(columns)))
             top = self.base_top[rows] if budget_bytes is None else -room
             ours, proven = _by_prices(priced, usage, top, groups, answer.verdict, lowest=budget_bytes is None)

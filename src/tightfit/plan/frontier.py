@@ -30,13 +30,13 @@ from tightfit.plan.mincut import fewest, hull
 from tightfit.plan.program import cluster_of, clusters, demands, live_clusters, rerunnable
 from tightfit.plan.solver import MixedProgram, Verdict
 
-#: Points nearer together than this part of the unit's bytes are not told apart; a LoRA block has hundreds of such.
+#: Points nearer together than this part of the unit's bytes count as one. A LoRA block has hundreds of such points.
 FINENESS = 1e-3
-#: Past so many points they are looked for more coarsely, so that the time stays in proportion.
+#: About so many points are looked for. Past half of them the steps between points are wider, to bound the time.
 MANY = 120
-#: One point takes hundredths of a second. One that takes as long as this is looked for on the hull instead.
+#: A point normally takes hundredths of a second. After this many seconds a corner of the hull is taken instead.
 POINT_SECONDS = 5.0
-#: How a point was found that the solver had no answer for.
+#: The name of the way in which a point is found where the solver has no answer.
 MINIMUM_CUTS = "minimum cuts"
 
 
@@ -145,7 +145,7 @@ class _Model:
         )  # as of bytes: see `solver.scale_of`
         self.costs = np.zeros(count)
         self.costs[self.offset :] = [s / self.second_scale for s in self.cluster_seconds]
-        # a hair for every rerun op, so that no op reruns for nothing
+        # every rerun cluster costs a tiny amount more, so that none reruns for nothing
         self.costs[self.offset :] += 1e-6
         self.weights = np.zeros(count)
         for index, weight in weights.items():

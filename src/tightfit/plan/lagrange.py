@@ -22,7 +22,7 @@ __all__ = ["cheapest", "lowest"]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Whole = np.ndarray[Any, np.dtype[np.int64]]
 
-#: Prices are changed so often, and a choice is repaired after every so many changes.
+#: How often prices are changed, and after how many changes a choice is repaired.
 _ROUNDS, _REPAIRS_EVERY = 300, 25
 
 
@@ -55,7 +55,7 @@ def cheapest(seconds: Floats, usage: Floats, room: Floats, groups: Sequence[slic
                 best, best_seconds = fitting, float(seconds[fitting].sum())
         if best_seconds - bound <= 1e-12 + 1e-9 * abs(bound):
             break
-        # a row with room left and no price would only pull the length of the step
+        # a row with room left and no price stays as it is, so it must not count in the step's length
         steep = np.where((over > 0) | (prices > 0), over, 0.0)
         length = float(steep @ steep)
         if length < 1e-18:

@@ -68,7 +68,7 @@ class _Network:
         groups, self.owner = clusters(program), cluster_of(program)
         self.sizes = [int(size) for size in sizes_bytes]
         self.times = [round(sum(seconds[op] for op in ops) * _PER_SECOND) for ops in groups]
-        # a hair for every cluster, so that none reruns for nothing
+        # every cluster costs a tiny amount more, so that none reruns for nothing
         self.times = [time * (len(groups) + 1) + 1 for time in self.times]
         self.clusters, self.values = len(groups), program.values
         self.fixed = [not rerunnable(program, cluster) for cluster in range(self.clusters)]

@@ -231,7 +231,7 @@ class _Tables:
                 cost[s, rows, rows + length] = totals[rows, best]
                 self.splits[s, rows, rows + length] = middles[rows, best]
         self.cost = cost
-        # of the forward itself, which has passed every unit by the time backward begins
+        # the split of the forward itself, which has passed every unit when backward begins
         self.forward = np.zeros((slots + 1, count))
         self.firsts = np.zeros((slots + 1, count), dtype=np.int64)
         self.forward[0] = cost[0, :count, count]

@@ -123,7 +123,7 @@ def _best(
             found = Refereed(choices, line, solution.how)
             choices, line, how = _unhurried(way, budget_bytes, target, found)
             return _plan(trace, way, budget_bytes, choices, line, unplanned, bound, how)
-        # the model was too hopeful by this much; ask it for that much less
+        # the model's peak was too low by this many bytes: ask it for as many bytes less
         target -= max(1, line.peak_bytes - budget_bytes)
     solution = model.solve(None)
     assert solution is not None
@@ -165,22 +165,22 @@ def _unhurried(way: Way, budget_bytes: int, target_bytes: int, found: Refereed) 
     return found
 
 
-#: Nested recompute runs units a second time, so it is looked at when a plan without it reruns this part of the forward.
+#: Nesting runs units once more. It is tried when a plan without it reruns at least this part of the forward.
 _DEAR = 0.75
 
 
-#: Of the nestings that can fit, in the order of what they sweep, so many are planned with.
+#: How many nestings are planned with: the first of those that can fit, from the least sweeping to the most.
 _NESTINGS = 3
 
 
-#: Where a plan stays this part below its budget, others are looked for that come nearer, so many times.
+#: Where a plan stays this part of its budget below it, a plan that comes nearer is looked for, so many times.
 _SLACK = 0.01
 
 
 _CAREFUL_ROUNDS = 4
 
 
-#: Nothing is swept for less than this part of the peak.
+#: A nesting is only tried for the lowest peak if it takes the peak to less than this part of it.
 _WORTH = 0.999
 
 

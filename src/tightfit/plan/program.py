@@ -129,12 +129,12 @@ def recipe(program: Program, kept: frozenset[int], lends: frozenset[int] = froze
     groups = clusters(program)
     live_ops = {op for cluster in live for op in groups[cluster]}
     made = {v for cluster in live for op in groups[cluster] for v in program.steps[op].writes}
-    # a kept value that an op reads as it was left is read where it lies, even if it is made again for an earlier state
+    # an op that reads the final state of a kept value reads the original, even if live ops make an earlier state again
     captured = frozenset(v for op in live_ops for v in program.steps[op].reads if v in kept)
     needed = set(program.needed)
     return Recipe(
         runs=frozenset(live_ops),
-        # what is neither kept nor made again is something that backward never read: held, should it ever be
+        # a value that is neither kept nor made again was never read by backward; it is held in case backward reads it
         drop=tuple(value in made and value not in kept for value in program.slots),
         again=frozenset(made - kept),
         states=frozenset(i for i in live_ops if program.steps[i].kind is Kind.RANDOM),

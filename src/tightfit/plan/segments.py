@@ -42,7 +42,7 @@ from tightfit.plan.program import kept_values, recipe
 
 #: A unit of fewer ops than this is planned as it is, exactly: a transformer block with adapters has half as many.
 LONG = 256
-#: And one that has a smaller part of the units' ops: what its own backward holds is then a small part of the step's.
+#: So is a unit with less than this part of all units' ops: what its own backward holds is a small part of the step's.
 _PART = 1 / 12
 #: How many ops a segment has, about: at least a third of this, at most twice as many.
 LENGTHS = (32, 128)

@@ -196,7 +196,7 @@ class _Walk:
             parked |= {self.values_of[frame.id][v] for v in offloaded_values(choice.actions)}
             fetched = frozenset(swept | parked)
             dropped = [(slots[frame.id][i], counted) for i, counted in dropped_slots(planned, program, chosen)]
-            # without loads in this frame nothing of its own runs again
+            # if backward reads no dropped tensor of this frame, nothing runs again for the frame itself
             loads = sorted((load_event[s.id], s.ordinal) for s, _ in dropped if s.id in load_event)
             from_outside = [s for s in slots[frame.id] if s.value in fetched]
             if not loads and not fetched and not choice.lends:
@@ -279,7 +279,7 @@ class _Walk:
             for value_id in made:
                 value = trace.values[value_id]
                 holders = [
-                    # one that nobody comes to read leaves the value on the tape, which goes with the graph
+                    # if nobody reads the saved tensor, the value stays on the tape, which is freed with the graph
                     released.get(s.id, end_of_step) if s.read else last_release
                     for s, counted in replayed.slots
                     if s.value == value_id and (s.read or counted)
@@ -332,7 +332,7 @@ class _Walk:
         for replayed in self.replays.values():
             for event_index, value_id in replayed.fetches:
                 wanted[event_index].append((replayed.frame, value_id))
-        # a list by place, since this loop is the planner's and the searches' innermost
+        # a list by place: this is the innermost loop of the planner and of the searches, and a list is fast
         self.level = [int(trace.static_bytes.get(c.value, 0)) if c in _STATIC else 0 for c in Category]
         self.total = sum(self.level)
         self.totals: list[int] = []

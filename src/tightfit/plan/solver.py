@@ -221,7 +221,7 @@ def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> 
     )
 
 
-#: What is asked; tests put saboteurs here.
+#: The solver. Tests put faulty ones here.
 engine: Callable[[MixedProgram, float, float, bool], Claim] = highs
 
 

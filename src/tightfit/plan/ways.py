@@ -29,21 +29,21 @@ from tightfit.plan.nest import Nesting, nestings
 from tightfit.plan.segments import LENGTHS, Segmented, segmented
 from tightfit.plan.simulate import simulate_choices
 
-# How long the lowest peak is looked for, in what does not depend on the machine: plans tried, events walked.
+# How long the lowest peak is looked for. Counted in plans and events and not in seconds, so that no machine differs.
 _FEWEST_TRIES = 8
 
 
 _EVENTS_TO_TRY = 200_000
 
 
-#: Segments are small and many: points of each, and seconds for each choice across them.
+#: Segments are small and many, so each gets fewer points, and each choice across them fewer seconds.
 _SEGMENT_POINTS = 40
 
 
 _SEGMENTS_SECONDS = 0.5
 
 
-#: In a quick search every third number of slots is looked at.
+#: In a quick search only every third nesting is tried.
 _COARSE = 3
 
 
@@ -114,7 +114,7 @@ class Way:
         return self._model(self.planned)
 
     def _model(self, trace: Trace) -> Model:
-        # of segments no bound is looked for: see `proven`
+        # for segments no bound is looked for: see `proven`
         effort = self.effort
         if self.segments is not None:
             effort = Effort(

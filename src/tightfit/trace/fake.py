@@ -60,7 +60,7 @@ def _steers(tensor: torch.Tensor) -> bool:
     return tensor.numel() <= (_KNOWN_TOKENS if tensor.dim() <= 2 else _KNOWN_ELEMENTS)
 
 
-#: No kernel is tried out on operands larger than this, or for longer.
+#: To measure scratch, no kernel is run on operands of more bytes, or for more FLOPs, than this.
 _PROBE_BYTES, _PROBE_FLOPS = 1 << 28, 4_000_000_000
 
 
@@ -459,7 +459,7 @@ def _kernels_of(step: FakeStep) -> Iterator[None]:
         state_bytes = 0 if step.cuda else torch.get_rng_state().numel()
     for owner in (torch, torch.random):
         patches += [
-            # a saved state is memory of the host, which counts when that is the device
+            # a saved state is host memory, which only counts when the host is the device
             (owner, "get_rng_state", lambda: torch.empty(state_bytes, dtype=torch.uint8)),
             (owner, "set_rng_state", lambda _: None),
         ]

@@ -136,7 +136,7 @@ class StepRecording:
         static = static_bytes_by_category(model, self.batch, granule_bytes=1 if fake is None else fake.granule_bytes)
         if fake is not None:
             fake.forget_calls()
-        # one pass fewer where the clock need not wait for a device: the same ops are timed elsewhere too
+        # on the CPU a step that is recorded anew needs no measured pass of its own: its ops are timed elsewhere too
         at_once = fake is None and anew and device_of(model).type == "cpu"
         full = record_pass(
             model, self.batch, self.loss, self.modules, self.restart, dry=False, fake=fake, measured=at_once

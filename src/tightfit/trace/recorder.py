@@ -430,7 +430,7 @@ def _foreign_random_state() -> tuple[int, int]:
     return mark, hash((state[1].tobytes(), state[2]))
 
 
-#: Ask a fake tensor about itself; a real step has no such ops.
+#: Ops that only ask a fake tensor about itself. A real step has no such ops.
 _QUERIES = frozenset({torch.ops.prim.device.default})
 
 
@@ -457,7 +457,7 @@ def sum_in_place(full: Recorder, summed: list[bool]) -> None:
         if dies is None or full.storages[old].size_bytes != full.storages[new].size_bytes:
             continue
         made = full.events.index((EventKind.ALLOC, new), max(0, at - 4))
-        # neither move changes the position of an op's own event by more than the two entries swap
+        # the two moves together shift the op's own event by one place
         del full.events[dies]
         full.events.insert(made, (EventKind.FREE, old))
         position[call.id] = at + 1

@@ -149,11 +149,11 @@ def _trace(
 ) -> Trace:
     """Record the step with `modules` as units. `by_bytes`: the first pass may show better units than `modules`."""
     if strategy_of(model) is Strategy.FSDP2:
-        # its first forward makes what the later ones fill again; and tiles would compute where no weights are
+        # FSDP2's first forward makes storages that later ones fill again; tiles would compute where weights are missing
         restart()
         record_pass(model, batch, loss, modules, restart, dry=True, fake=fake)
         tiles = by_bytes = False
-    # a wrapper of the compiler warns of hooks on every module
+    # no census on compiled models: the compiler's wrapper would warn of hooks on every module
     census = Census(inside(model)) if by_bytes and not compiled_entries(model) else None
     with census or contextlib.nullcontext():
         dry, seen = first_pass(model, batch, loss, modules, restart, fake, census)

@@ -21,11 +21,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from tightfit.step.modules import children_of, modules_of, repeated_blocks
 
-#: A module that holds less than this part of the saved bytes is not divided: a block of a model of a dozen.
+#: A module that holds less than this part of the saved bytes is not divided; it is like one block of a dozen.
 _GRAIN = 1 / 12
-#: Parts that hold this much of what their whole does stand for it; of the model itself, whose loss is nobody's part.
+#: A module is divided if its parts hold this much of what it holds; for the model itself less, as the loss is no part.
 _WHOLE, _WHOLE_MODEL = 0.85, 0.5
-#: A module that holds less is not worth an engine of its own.
+#: A module that holds less than this is not worth planning.
 _LEAST = 1 / 500
 #: Other units must hold so much more of the saved bytes than the containers' blocks, and may hold so much less than
 #: other modules that the tree suggests.
@@ -90,7 +90,7 @@ class Census:
         blocks = repeated_blocks(self.model)
         found = set(self._parts(self.model, "", held, total, blocks))
         now = sum(held[path] for path in units)
-        # what is no block of a container is a guess by the tree alone
+        # a unit that is no block of a container was only guessed from the module tree
         ahead = _BETTER if units.keys() == blocks.keys() else -_BETTER
         if not total or sum(held[path] for path in found) < now + ahead * total:
             return dict(units)

@@ -59,11 +59,11 @@ def unroll(trace: Trace, paths: Sequence[str], period: int = 1) -> Trace | None:
     return dataclasses.replace(whole, tiled=tuple(variant for variant in tiled if variant is not None))
 
 
-#: The first and the last are like no other, the second hands its gradient to the first, and two must be compared.
+#: The first and the last block are special, the second hands its gradient to the first, and two must be compared.
 LEAST_BLOCKS = 5
 
 
-#: What FSDP2 does between two blocks' backward, for the later of them: it fills the weights, and looks at them.
+#: What FSDP2 does before a block's backward: it fills the block's weights, and looks at them.
 _GATHERS = frozenset({"storage.resize_", "fsdp.split_with_sizes_copy.default"})
 _LOOKS = frozenset({"aten.view.default", "aten.as_strided.default", "aten.detach.default", "aten.slice.Tensor"})
 
@@ -104,7 +104,7 @@ class _Blocks:
         self.spans: dict[tuple[str, int], range] = {}
         for k in range(self.count):
             self.spans["forward", k] = range(forward[k], forward[k + 1])
-            # backward runs the blocks in reverse; where the first one's ends nobody says, so it counts as outside
+            # backward runs the blocks in reverse; nothing marks the end of the first block's, so it counts as outside
             self.spans["backward", k] = range(backward[k], backward[k - 1]) if k else range(0)
         for (_, k), span in self.spans.items():
             for i in span:
@@ -289,7 +289,7 @@ class _Build:
     def _number(self) -> None:
         blocks, trace = self.blocks, self.blocks.trace
         for kind, count in (("value", len(trace.values)), ("saved", len(trace.saved)), ("frame", len(trace.frames))):
-            # what belongs to no block comes in its old order; blocks follow one another
+            # what belongs to no block keeps its old order; the blocks follow one another
             fresh = iter(range(count * (self.times + 2)))
             before = [i for i in range(count) if i not in blocks.owner[kind]]
             for subject in before:
