@@ -2,7 +2,8 @@
 
 Idea: backward needs some of the unit's values. A kept one is there. Any other must be made again, and so must every
 value that its making reads, back to kept values and the unit's inputs. The ops of this closure are *live*: they run
-again. All other ops are *dead*: nothing reads their results, so they do not run again.
+again. All other ops are *dead*: their results are kept, or neither backward nor a live op reads them. They do not run
+again.
 
 Invariant: `recipe` is the smallest such closure, so the kept set alone decides how many ops rerun.
 Refused: a kept set whose closure holds an op that must not run twice (`Unsupported`).
