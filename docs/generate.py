@@ -97,16 +97,15 @@ def measured() -> str:
         counts = json.loads(zoo.read_text(encoding="utf-8"))["counts"]
         trained = sum(n for status, n in counts.items() if not status.startswith("cannot"))
         parts.append(
-            f"Of the {trained} transformers architectures that could be built small and trained, "
-            f"{counts['ok']} gave "
-            "the same gradients bit for bit within their budgets (`benchmarks/zoo.py`; each of them, with the reason "
-            "where it could not be built or did not pass, is in [docs/zoo.md](docs/zoo.md)).\n"
+            f"{trained} transformers architectures could be built small and trained. {counts['ok']} of them gave the "
+            "same gradients bit for bit within their budgets (`benchmarks/zoo.py`). [docs/zoo.md](docs/zoo.md) lists "
+            "every architecture, with the reason where one could not be built or did not pass.\n"
         )
     if cases.exists():
         tally = json.loads(cases.read_text(encoding="utf-8"))
         parts.append(
-            f"Random modules under random plans (`benchmarks/random_modules.py`): {tally['cases']:,} cases, "
-            f"{tally['replays']:,} replays, {len(tally['failures'])} with a different gradient.\n"
+            f"Random modules ran under random plans (`benchmarks/random_modules.py`): {tally['cases']:,} cases with "
+            f"{tally['replays']:,} replays, of which {len(tally['failures'])} gave a different gradient.\n"
         )
     if step.exists():
         parts.append(_reached(json.loads(step.read_text(encoding="utf-8"))))
@@ -144,13 +143,14 @@ def _against_peers(found: dict[str, Any]) -> str:
         if row["seq"] == min(r["seq"] for r in rows) and row["model"] == "gpt2-lora" and row["peer"] in README_PEERS
     ]
     return (
-        "At each peer's own measured peak (`benchmarks/peers.py`; activation peak as part of the unplanned one, extra "
-        f"FLOPs of a step; four of the {len(rows)} rows, all of them in [docs/peers.md](docs/peers.md)):\n\n"
+        "Each peer was measured first, and its peak was then given to tightfit as the budget (`benchmarks/peers.py`). "
+        "The peak is the activation peak as a part of the unplanned one; the extra FLOPs are those of a step. These "
+        f"are four of the {len(rows)} rows; all of them are in [docs/peers.md](docs/peers.md):\n\n"
         + _peer_table(shown)
         + "\n![peak against recompute](docs/peers.png)\n\n"
-        f"Of {len(rows)} comparisons, {len(good)} need at most 0.9 of the peer's extra FLOPs; of the {len(timed)} that "
-        f"were timed, {len(slower)} are slower than the peer by more than 3 %; {len(wrong)} have other gradients than "
-        "the plain step.\n"
+        f"In {len(good)} of {len(rows)} comparisons tightfit needs at most 0.9 of the peer's extra FLOPs. "
+        f"{len(timed)} comparisons were timed; in {len(slower)} of them tightfit is slower than the peer by more than "
+        f"3 %. In {len(wrong)} comparisons its gradients differ from the plain step's.\n"
     )
 
 
@@ -182,10 +182,12 @@ def peers_page() -> str:
     )
     return (
         "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# Peers\n\n"
-        "Each peer's step was measured, then tightfit was given the peer's peak as its budget. Activation peak of "
-        "forward and backward by the allocator's count, as part of the unplanned step's; FLOPs of matrix products and "
-        "attention beyond the plain step's; step time as a ratio to the plain step in the same run. Written from "
-        "`benchmarks/results/peers.json`.\n\n"
+        "Each peer's step was measured; then tightfit was given the peer's peak as its budget. The columns are:\n\n"
+        "- peak: the activation peak of forward and backward by the allocator's count, as a part of the unplanned "
+        "step's;\n"
+        "- extra FLOPs: those of matrix products and attention beyond the plain step's;\n"
+        "- step time: the ratio to the plain step in the same run.\n\n"
+        "The table is written from `benchmarks/results/peers.json`.\n\n"
         + _peer_table(_compared(found))
         + ("\nNot compared:\n\n" + notes if notes else "")
         + "\n"
@@ -203,8 +205,8 @@ def _by_hand(found: dict[str, Any]) -> str:
     rows = [
         "## Checkpointed by hand",
         "",
-        "Peak of the step's activations, and FLOPs that run again as a part of the forward's. Written from "
-        "`benchmarks/results/by_hand.json`; every plan's gradients were identical.",
+        "Each cell gives the peak of the step's activations, and the FLOPs that run again as a part of the forward's. "
+        "The table is written from `benchmarks/results/by_hand.json`. Every plan's gradients were identical.",
         "",
         "| model, by hand | no plan | by hand | tightfit at that peak | tightfit's lowest |",
         "|---|---|---|---|---|",
@@ -224,9 +226,10 @@ def zoo_page() -> str:
     found = json.loads((RESULTS / "zoo.json").read_text(encoding="utf-8"))
     lines = [
         "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# Architectures\n",
-        "Tiny models with random weights, made from the configs that transformers ships. Gradients bit for bit at two "
-        "budgets (75 % and 50 % of the activation peak, or the least that is feasible), the allocator's peak against "
-        "the budget, removal. Written from `benchmarks/results/zoo.json`: "
+        "These are tiny models with random weights, made from the configs that transformers ships. Each was tested at "
+        "two budgets: 75 % and 50 % of the activation peak, or the least that is feasible. The tests compare the "
+        "gradients bit for bit, compare the allocator's peak with the budget, and remove the plan again. The table is "
+        "written from `benchmarks/results/zoo.json`: "
         + ", ".join(f"{number} {status}" for status, number in found["counts"].items())
         + ".\n",
         "| architecture | outcome | units | budgets, of the activation peak | recompute, of the forward's FLOPs "
@@ -252,12 +255,16 @@ def traps_page() -> str:
     machine = found["environment"]
     parts = [
         "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# Traps\n",
-        "What goes wrong around activation checkpointing in this stack, most of it without an error. `tightfit doctor` "
-        "probes each on the versions that are installed; `tightfit doctor run.yaml` (or a model) says which bite there "
-        "and who owns the peak; `tightfit.doctor.examine(model, batch)` looks at a live model. A probe does the thing "
-        "on a tiny model and looks at the outcome, so a release without the trap is told as such.\n",
-        f"Seen on {found['date']} with Python {machine['python']} on {machine['platform']}, by `python "
-        "benchmarks/traps.py`.\n",
+        "These are things that go wrong around activation checkpointing in this stack, most of them without an "
+        "error.\n",
+        "- `tightfit doctor` probes each trap on the installed versions.\n"
+        "- `tightfit doctor run.yaml`, or `tightfit doctor` with a model, says which traps affect that run and what "
+        "owns its peak.\n"
+        "- `tightfit.doctor.examine(model, batch)` examines a live model.\n",
+        "A probe runs the trap on a tiny model and looks at the outcome. If a release no longer has the trap, the "
+        "probe therefore says so.\n",
+        f"These outcomes were seen on {found['date']} with Python {machine['python']} on {machine['platform']}, by "
+        "`python benchmarks/traps.py`.\n",
     ]
     for row in found["rows"]:
         seen = [row["quick"], *([row["deep"]] if "deep" in row else [])]
@@ -274,11 +281,11 @@ def traps_page() -> str:
 def _forecast(found: dict[str, Any]) -> str:
     said = found["summary"]
     return (
-        f"`tightfit check` against the CPU allocator's count (`benchmarks/forecast.py`): {said['cases']} steps of 8 "
-        f"architectures, full, LoRA and QLoRA, with and without checkpointing and plans: off by "
-        f"{said['mean_error']:.4%} in the mean and {said['worst_error']:.4%} at worst; by phase (forward, backward, "
-        f"optimizer) at worst {said['worst_phase_error']:.4%}. On a GPU it was not measured yet. "
-        "More in [docs/forecast.md](docs/forecast.md).\n"
+        f"The forecast of `tightfit check` was compared with the CPU allocator's count (`benchmarks/forecast.py`). "
+        f"There are {said['cases']} steps of 8 architectures: full, LoRA and QLoRA, with and without checkpointing and "
+        f"plans. The forecast is off by {said['mean_error']:.4%} in the mean and {said['worst_error']:.4%} at worst. "
+        f"For a single phase (forward, backward, optimizer) it is off by {said['worst_phase_error']:.4%} at worst. On "
+        "a GPU it was not measured yet. More is in [docs/forecast.md](docs/forecast.md).\n"
     )
 
 
@@ -290,9 +297,10 @@ def forecast_page() -> str:
         "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# The forecast\n",
         (Path(__file__).with_name("forecast_head.md")).read_text(encoding="utf-8"),
         "## How far it is off\n",
-        f"{said['cases']} real steps on the CPU (`benchmarks/forecast.py`, seed {cases['seed']}; other seeds draw "
-        f"other cases): mean error {said['mean_error']:.4%}, worst {said['worst_error']:.4%}; peaks of "
-        f"{said['phases']} phases: mean {said['mean_phase_error']:.4%}, worst {said['worst_phase_error']:.4%}.\n",
+        f"The forecast was compared with {said['cases']} real steps on the CPU (`benchmarks/forecast.py`, seed "
+        f"{cases['seed']}; other seeds draw other cases). Its mean error is {said['mean_error']:.4%}, its worst "
+        f"{said['worst_error']:.4%}. For the peaks of {said['phases']} single phases the mean error is "
+        f"{said['mean_phase_error']:.4%}, the worst {said['worst_phase_error']:.4%}.\n",
         "![forecast against measured](forecast.png)\n",
         "| architecture | method | dtype | batch x length | optimizer | way | measured | off by | worst phase |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -306,8 +314,9 @@ def forecast_page() -> str:
         )
     parts.append("\n## The standard question\n")
     parts.append(
-        "Llama-2-7B in 16 bits, batch 1, no checkpointing: from which length on do activations (the peak without "
-        "weights, gradients and optimizer state) pass 20 GB? In steps of 64 tokens, kernels of an H100:\n"
+        "From which length on do the activations of Llama-2-7B pass 20 GB, in 16 bits, at batch 1, without "
+        "checkpointing? Activations are here the peak without weights, gradients and optimizer state. The lengths were "
+        "tried in steps of 64 tokens, with the kernels of an H100:\n"
     )
     parts += ["| method | first length over 20 GB | its activations | one step below |", "|---|---|---|---|"]
     for answer in scaling["standard_question"]:
@@ -318,14 +327,16 @@ def forecast_page() -> str:
             + (f"{below['seq']}: {below['activation_bytes'] / 1e9:.2f} GB |" if below else "|")
         )
     parts.append(
-        "\nThe command for one length: `tightfit check llama-2-7b --method full --seq 3136 --gpu h100-sxm "
-        "--optimizer none --no-search`; the table is `python benchmarks/scaling.py`. LoRA needs more than full "
-        "fine-tuning because PEFT keeps its adapters in float32, and a float32 copy of every adapted layer's input.\n"
+        "\nThe command for one length is `tightfit check llama-2-7b --method full --seq 3136 --gpu h100-sxm "
+        "--optimizer none --no-search`. `python benchmarks/scaling.py` makes the table. LoRA needs more than full "
+        "fine-tuning because PEFT keeps its adapters in float32, and with them a float32 copy of every adapted layer's "
+        "input.\n"
     )
     parts.append("## From GPT-2 to 70B\n")
     parts.append(
-        "bf16, batch 1, an H100's kernels, forecast. Activation peak: what the step adds to what lives through it "
-        "(gradients included). Recompute: of the forward's FLOPs. Slowdown: estimated.\n\n"
+        "All figures are forecast, for bf16, batch 1 and an H100's kernels. The activation peak is what the step adds "
+        "to what lives throughout it, gradients included. Recompute is a part of the forward's FLOPs. The slowdown is "
+        "estimated.\n\n"
         "![saving and slowdown by size](scaling.png)\n"
     )
     parts += [
@@ -354,9 +365,10 @@ def forecast_page() -> str:
 
 def _overhead(found: dict[str, Any]) -> str:
     return (
-        f"The engine's own work per op, on tensors so small that only it is left (`benchmarks/overhead.py`): "
-        f"{found['ratio']['step_microseconds_per_op']:.2f} of selective checkpointing's in a whole step, "
-        f"{found['ratio']['forward_microseconds_per_op']:.2f} in its forward, the same values kept.\n"
+        "The engine's own work per op was measured on tensors so small that little else takes time "
+        "(`benchmarks/overhead.py`). With the same values kept, it takes "
+        f"{found['ratio']['step_microseconds_per_op']:.2f} of the time of torch's selective checkpointing in a whole "
+        f"step, and {found['ratio']['forward_microseconds_per_op']:.2f} in the forward.\n"
     )
 
 
@@ -365,11 +377,15 @@ def _planning(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         by_model.setdefault(row["model"], []).append(row)
     told = "; ".join(
-        f"{model}: at most {max(r['plan_seconds'] for r in rows):.1f} s a plan after {rows[0]['trace_seconds']:.0f} s "
-        f"of fake trace, within {max(r.get('gap_of_step', 0) for r in rows):.1%} of the step's bound"
+        f"for {model} a plan takes at most {max(r['plan_seconds'] for r in rows):.1f} s after a fake trace of "
+        f"{rows[0]['trace_seconds']:.0f} s, and its step is within {max(r.get('gap_of_step', 0) for r in rows):.1%} of "
+        "the proven bound"
         for model, rows in by_model.items()
     )
-    return f"Planning (`benchmarks/planning.py`; LoRA, bf16, 2,048 tokens, no weights in memory): {told}.\n"
+    return (
+        "Planning was timed for LoRA in bf16 with 2,048 tokens and no weights in memory (`benchmarks/planning.py`): "
+        f"{told}.\n"
+    )
 
 
 def _measured_table(name: str, found: dict[str, Any]) -> str:
@@ -396,10 +412,11 @@ def _measured_table(name: str, found: dict[str, Any]) -> str:
     line("gradients", lambda r: r["gradients"])
     lines += [
         "",
-        "On this machine a step that allocates less is faster than one that recomputes nothing: fresh pages cost more "
-        "than the recompute. Bytes and FLOPs carry over to other machines, the ratio of seconds does not."
+        "On this machine a step that allocates less is faster than one that recomputes nothing, because fresh memory "
+        "pages cost more time than the recompute. Bytes and FLOPs carry over to other machines. The ratio of "
+        "seconds does not."
         if rows[1]["step_seconds"] < rows[0]["step_seconds"]
-        else "Bytes and FLOPs carry over to other machines, the ratio of seconds does not.",
+        else "Bytes and FLOPs carry over to other machines. The ratio of seconds does not.",
         "",
     ]
     return "\n".join(lines)
@@ -414,10 +431,11 @@ def _reached(found: dict[str, Any]) -> str:
         for name, points in found["frontier"].items()
     )
     return (
-        f"Predicted against the allocator's count in {len(rows)} cases (gpt2 and a LoRA Llama; fp32, bf16, autocast; "
-        f"`benchmarks/step.py`): off by at most {worst:.4%}, over budget by at most {max(over, 0):.4%}, gradients "
-        f"identical in {sum(row['passed'] for row in rows)}. Seconds rerun, of a block's forward, for the part "
-        f"of what backward needs that is kept: {shares}.\n"
+        f"The predicted peak was compared with the allocator's count in {len(rows)} cases (gpt2 and a LoRA Llama; "
+        f"fp32, bf16, autocast; `benchmarks/step.py`). It is off by at most {worst:.4%} and over the budget by at most "
+        f"{max(over, 0):.4%}. The gradients are identical in {sum(row['passed'] for row in rows)} cases. For each part "
+        "of what backward needs that is kept, these are the seconds that run again, as a part of a block's forward: "
+        f"{shares}.\n"
     )
 
 
@@ -445,8 +463,9 @@ tightfit.disable(model)
 assert not tightfit.active(model)
 ```
 
-A transformers model is switched through its own flags, so `model.is_activation_checkpointing` says what is on; while
-ours is on, `model.activation_checkpointing_enable()` and `model.gradient_checkpointing_enable()` switch ours.
+A transformers model is switched through its own flags, so `model.is_activation_checkpointing` says what is on. While
+tightfit's checkpointing is on, `model.activation_checkpointing_enable()` and `model.gradient_checkpointing_enable()`
+switch it instead of the model's own.
 """
 
 
@@ -465,8 +484,8 @@ def switches_page() -> str:
 def _tutorial(found: dict[str, Any]) -> str:
     lines = [
         "## What the usual tutorial says, measured (`benchmarks/switches.py`)\n",
-        '**"`get_memory_footprint()` shows the saving."** It adds up parameters and buffers, which no checkpointing '
-        "changes. The same model, the same step:\n",
+        '**"`get_memory_footprint()` shows the saving."** It does not: it adds up parameters and buffers, which no '
+        "checkpointing changes. These are the figures of one model and one step:\n",
         "| switched on | footprint | really saved of the step's peak |",
         "|---|---|---|",
     ]
@@ -483,10 +502,10 @@ def _tutorial(found: dict[str, Any]) -> str:
     saved, extra = [row["saved"] for row in rows], [row["extra_flops"] for row in rows]
     inside = sum(0.5 <= row["saved"] <= 0.7 and 0.2 <= row["extra_flops"] <= 0.3 for row in rows)
     lines += [
-        '**"It saves 50 to 70 % for 20 to 30 % more time."** That depends on the shape. Every block checkpointed, '
-        "whole steps with AdamW, peaks by the allocator's count, extra work in FLOPs of a forward and backward: from "
-        f"{min(saved):.0%} to {max(saved):.0%} saved for {min(extra):.0%} to {max(extra):.0%} more; {inside} of "
-        f"{len(rows)} shapes lie where the sentence puts all.\n",
+        '**"It saves 50 to 70 % for 20 to 30 % more time."** That depends on the shape. Whole steps with AdamW were '
+        "measured with every block checkpointed. The peaks are the allocator's count, the extra work is in FLOPs of a "
+        f"forward and backward. The steps save {min(saved):.0%} to {max(saved):.0%} for {min(extra):.0%} to "
+        f"{max(extra):.0%} more work. {inside} of {len(rows)} shapes lie in the ranges that the sentence claims.\n",
         "| shape | batch x seq | peak | every block | saved | extra FLOPs |",
         "|---|---|---|---|---|---|",
     ]
@@ -501,7 +520,8 @@ def _tutorial(found: dict[str, Any]) -> str:
 def _callback(found: dict[str, Any]) -> str:
     lines = [
         "## What `TightfitCallback` costs once it has planned (`benchmarks/callback.py`)\n",
-        f"Per optimizer step of {found['accumulated_batches']} accumulated batches, steps after the second:\n",
+        f"The counts are for an optimizer step of {found['accumulated_batches']} accumulated batches, in the steps "
+        "after the second:\n",
         "| run | ops | views | forwards of the model | replays | ops run again | forwards before the first step |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -521,17 +541,17 @@ def levers_page() -> str:
     found = json.loads((RESULTS / "levers.json").read_text(encoding="utf-8"))
     parts = [
         "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# Levers, measured\n",
-        "What a plan may use, and what each adds. All figures are from `python benchmarks/levers.py`; what the levers "
-        "are is in [concepts](concepts.md).\n",
+        "This page shows how far each set of levers takes the peak down, and at what cost. All figures are from "
+        "`python benchmarks/levers.py`. What the levers are is in [levers](levers.md) and [concepts](concepts.md).\n",
     ]
     if "floor" in found:
         floor = found["floor"]["result"]
         parts.append("## Measured: GPT-2 on the CPU\n")
         parts.append(
-            f"{floor['model']}, {floor['batch']} x {floor['seq']:,} tokens, full fine-tuning, fp32, dropout on; the "
-            "gradients of an earlier micro-batch are there before the step, so that the activation peak (the "
-            "allocator's count minus what was live before the step) holds none of their bytes. The lowest plan by each "
-            "set of levers:\n"
+            f"The step is {floor['model']}'s: {floor['batch']} x {floor['seq']:,} tokens, full fine-tuning, fp32, "
+            "dropout on. The gradients of an earlier micro-batch are there before the step. The activation peak is the "
+            "allocator's count minus what was live before the step, so it holds none of their bytes. Each row is the "
+            "plan of the lowest peak by one set of levers:\n"
         )
         parts += [
             "| levers | activation peak | of every block's | predicted peak off by | recompute, of the forward's FLOPs "
@@ -551,8 +571,9 @@ def levers_page() -> str:
         wide = found["forecast"]["result"]
         parts.append("\n## Forecast: Llama-3-8B, 8,192 tokens\n")
         parts.append(
-            f"{wide['model']}'s shape, {wide['method']}, {wide['batch']} x {wide['seq']:,} tokens, an H100's kernels, "
-            "no GPU; the lowest plan by each set of levers, whatever it costs:\n"
+            f"The forecast is for {wide['model']}'s shape, {wide['method']}, {wide['batch']} x {wide['seq']:,} tokens "
+            "and an H100's kernels. No GPU was used. Each row is the plan of the lowest peak by one set of levers, "
+            "whatever it costs:\n"
         )
         parts += [
             "| levers | peak of the step | of every block's | recompute | slowdown, estimated | the peak is at |",
@@ -563,7 +584,7 @@ def levers_page() -> str:
                 f"| {row['levers']} | {row['peak_bytes'] / 2**30:.2f} GiB | {row['of_every_block']:.2f} "
                 f"| {row['recompute_of_forward']:.0%} | {row['slowdown_estimated']:.2f} x | {row['owner']} |"
             )
-        parts.append("\nWhat the levers of the last row buy there (the peak would be so much higher without):\n")
+        parts.append("\nFor each lever of the last row, this is how much higher the peak would be without it:\n")
         parts += ["| lever | bytes | seconds, estimated | how |", "|---|---|---|---|"]
         for share in wide["shares"]:
             parts.append(
@@ -573,8 +594,8 @@ def levers_page() -> str:
     if "curves" in found:
         parts.append("\n## From keep-everything to the floor\n")
         parts.append(
-            "Plans by all levers, an H100's kernels; activation peak as a part of the unplanned one, slowdown "
-            "estimated. The last column is the best of the smaller sets of levers at the same budget.\n"
+            "The plans may use all levers, with an H100's kernels. The activation peak is a part of the unplanned one, "
+            "the slowdown is estimated. The last column is the best of the smaller sets of levers at the same budget.\n"
         )
         for curve in found["curves"]["result"]:
             parts.append(f"### {curve['model']}, {curve['method']}, {curve['batch']} x {curve['seq']:,}\n")
@@ -600,17 +621,18 @@ def several_gpus_page() -> str:
     found = json.loads((RESULTS / "several_gpus.json").read_text(encoding="utf-8"))
     parts = [
         "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# Several GPUs, measured\n",
-        "All figures are from `python benchmarks/several_gpus.py`; how to use it is in "
-        "[several GPUs](how_to/several_gpus.md).\n",
+        "All figures are from `python benchmarks/several_gpus.py`. [Several GPUs](how_to/several_gpus.md) says how to "
+        "use tightfit there.\n",
     ]
     if "measured" in found:
         rows = found["measured"]["result"]
         parts += [
             "## Measured: processes on gloo\n",
-            "A small Llama with attention dropout, fp32, on a two-core CPU; peak of the rank that holds most, by the "
-            "allocator's own count. The forecast is made in one process by fake collectives. Steps are timed side by "
-            "side in one run; more processes than cores, so the ratios say little about GPUs. The gradient's error is "
-            "against the same ranks without checkpointing; 0 is bit for bit.\n",
+            "The model is a small Llama with attention dropout in fp32, on a two-core CPU. The peak is that of the "
+            "rank that holds most, by the allocator's own count. The forecast is made in one process with fake "
+            "collectives. The steps were timed side by side in one run. There are more processes than cores, so the "
+            "ratios say little about GPUs. The gradient's error is against the same ranks without checkpointing; 0 "
+            "means bit for bit.\n",
             "| ranks | how | | peak of a rank | forecast | off by | step | gradient error |",
             "|---|---|---|---|---|---|---|---|",
         ]
@@ -625,17 +647,17 @@ def several_gpus_page() -> str:
         if wrong:
             parts.append(
                 f"\nIn {len(wrong)} of {sum(row['mode'].startswith('accelerate') for row in rows)} rows accelerate's "
-                "checkpointing gives other gradients: it does not restore the random state, so dropout is drawn anew "
-                "in the recompute.\n"
+                "checkpointing gives other gradients. It does not restore the random state, so the recompute draws "
+                "another dropout mask.\n"
             )
     if "scale" in found:
         parts += [
             "\n## Forecast: from 8 to 1,024 H100s\n",
-            "A rank's step of 1 x 4,096 tokens, bf16, AdamW. The peak is of the plan where one fits, else of the least "
-            "there is. Communication is what a rank receives and sends, over an assumed link: 450 GB/s within a node "
-            "of eight, 50 GB/s a GPU between nodes; FSDP2 overlaps it with the compute, so a step takes at least the "
-            "larger of the two. Keeping the gathered weights until backward (`--no-reshard`) gathers half as much, for "
-            "the bytes of all weights.\n",
+            "The step of a rank has 1 x 4,096 tokens in bf16, with AdamW. The peak is that of the plan if one fits, "
+            "and otherwise the lowest that any plan reaches. Communication is what a rank receives and sends over an "
+            "assumed link: 450 GB/s within a node of eight, 50 GB/s a GPU between nodes. FSDP2 overlaps it with the "
+            "compute, so a step takes at least the larger of the two. `--no-reshard` keeps the gathered weights until "
+            "backward: it gathers half as much, and costs the bytes of all weights.\n",
             "| model | how | GPUs | without a plan | every block | plan | recompute | compute | communication "
             "| planned in |",
             "|---|---|---|---|---|---|---|---|---|---|",
@@ -685,15 +707,16 @@ def peers_of(kind: str) -> str:
     nothing = [row for row in rows if row["peer_peak"] >= 1]
     other = [row["peer_gradients"] for row in rows if row["peer_gradients"] != "identical"]
     lines = [
-        f"{len(rows)} comparisons on {', '.join(dict.fromkeys(row['model'] for row in rows))}; at the same peak "
-        f"tightfit reruns more than the peer in {len(lost)} of them"
+        f"There are {len(rows)} comparisons on {', '.join(dict.fromkeys(row['model'] for row in rows))}. At the same "
+        f"peak tightfit reruns more than the peer in {len(lost)} of them"
         + (f" ({'; '.join(_in_words(row) for row in lost)})" if lost else "")
-        + f". Peaks above no checkpointing at all: {len(nothing)}. "
+        + f". The peer's peak is above that of no checkpointing at all in {len(nothing)}. "
         + (
-            f"Gradients other than the plain step's: {len(other)} (relative error up to {max(other):.1g}; "
+            f"The peer's gradients differ from the plain step's in {len(other)} (relative error up to "
+            f"{max(other):.1g}; "
             f"{', '.join(dict.fromkeys(row['model'] for row in rows if row['peer_gradients'] != 'identical'))})."
             if other
-            else "Gradients other than the plain step's: none."
+            else "The peer's gradients are the plain step's in all of them."
         ),
         "",
         "| setting | its peak | its extra | tightfit's extra | its time | tightfit's time |",
@@ -731,17 +754,21 @@ def timeline_part() -> str:
 
     return (
         f"One step of {found['model']} ({found['batch']} x {found['seq']} tokens, full fine-tuning, AdamW, fp32), "
-        "drawn from its trace (`benchmarks/timeline.py`). Without checkpointing what autograd saves grows through the "
-        "forward and is freed through the backward; logits and loss stand on top of it. In the middle no block keeps "
-        "anything but its input; on the right a plan keeps what fits.\n\n"
+        "drawn from its trace (`benchmarks/timeline.py`). On the left there is no checkpointing: what autograd saves "
+        "grows during the forward and is freed during the backward, and logits and loss are on top of it. In the "
+        "middle each block keeps only its input. On the right a plan keeps what fits.\n\n"
         "![live bytes through one step: no checkpointing, nothing kept in any block, a plan](timeline.png)\n\n"
-        "From left to right: the forward, the loss, the backward and the optimizer's step. Measured beside it, by the "
-        f"allocator's own count: no checkpointing {told('none')}; every block (`torch.utils.checkpoint`) "
-        f"{told('every-block')}; a plan for 60 % {told('chosen')}. The first and the last are drawn within "
-        f"{off:.5%} of what was measured; torch's own checkpointing holds and reruns more than the plan in the middle, "
-        "which reruns only what is needed, when it is needed.\n\n"
-        "Between keeping everything and the floor lies a curve; a budget is a point on it, and how far every block "
-        "stands above it is the part of recompute that buys nothing.\n\n"
+        "Each panel shows, from left to right, the forward, the loss, the backward and the optimizer's step. The same "
+        "three steps were measured by the allocator's own count:\n\n"
+        f"- no checkpointing: {told('none')};\n"
+        f"- every block (`torch.utils.checkpoint`): {told('every-block')};\n"
+        f"- a plan for 60 %: {told('chosen')}.\n\n"
+        f"The left and the right panel are drawn within {off:.5%} of what was measured. The middle panel is a plan of "
+        "tightfit, which reruns only what backward needs, when backward needs it. torch's own checkpointing, as "
+        "measured, holds and reruns more.\n\n"
+        "The next picture shows the whole trade-off. Each budget is a point on the curve from keeping everything to "
+        "the lowest peak. Every-block checkpointing lies above the curve. The distance is recompute that saves no "
+        "bytes.\n\n"
         "![peak against recompute of the same step](tradeoff.png)\n"
     )
 
@@ -753,10 +780,9 @@ def page_part() -> str:
     key = max(ms for row in found["loads"] for ms in row["key_ms"])
     return (
         f"The page of {found['model']} with LoRA (32 layers, {found['seq']:,} tokens) is "
-        f"{found['page_bytes'] / 1e6:.2f} MB. In {len(found['loads'])} loads by {found['browser']} on 2 CPU cores, "
-        f"other work beside it (load {found['load_average_at_start']:.0f}), it was drawn and ready after at most "
-        f"{ready / 1e3:.2f} s, and every place of the slider was drawn within {key / 1e3:.2f} s "
-        "(`benchmarks/page.py`).\n\n"
+        f"{found['page_bytes'] / 1e6:.2f} MB. It was loaded {len(found['loads'])} times by {found['browser']} on 2 CPU "
+        f"cores, beside other work (load {found['load_average_at_start']:.0f}). It was drawn and ready after at most "
+        f"{ready / 1e3:.2f} s. Every place of the slider was drawn within {key / 1e3:.2f} s (`benchmarks/page.py`).\n\n"
         "![milliseconds until the page is ready, and from the slider to the next frame](../page.png)"
     )
 
@@ -800,14 +826,14 @@ def compiled_part() -> str:
     more = sum(mine["recompute_flops"] > theirs["recompute_flops"] for theirs, mine in pairs)
     wrong = sum(theirs["dropout"] == "wrong" for theirs, _ in pairs)
     parts.append(
-        f"In no more than that peak tightfit recomputes less in {less} of {len(pairs)} cases and more in {more}; "
-        f"the compiler's own budget gives wrong gradients in {wrong}.\n"
+        f"Within the same peak tightfit recomputes less than the compiler's own budget in {less} of {len(pairs)} "
+        f"cases, and more in {more}. The compiler's own budget gives wrong gradients in {wrong} cases.\n"
     )
     proofs = [row["proof"] for case in found["cases"] for row in case["rows"] if "proof" in row]
     passed = sum(all(proof.values()) for proof in proofs)
     parts.append(
-        "*Extra* is FLOPs of the compiler's two graphs beyond those without a budget, in parts of the step; *ops "
-        "again* are the forward's ops that are in the backward graph too. `tightfit.verify` passed on "
+        "*Extra* is the FLOPs of the compiler's two graphs beyond those without a budget, as a part of the step's. "
+        "*Ops again* counts the forward's ops that are in the backward graph too. `tightfit.verify` passed on "
         f"{passed} of {len(proofs)} plans.\n"
     )
     return "\n".join(parts)
@@ -1127,6 +1153,7 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def _definition(module: str, name: str) -> ast.FunctionDef | ast.ClassDef:
+    """Where `module` defines `name`, or the module that it imports `name` from."""
     base = ROOT / "src" / Path(*module.split("."))
     path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
     body = ast.parse(path.read_text(encoding="utf-8")).body

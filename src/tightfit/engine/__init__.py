@@ -1,7 +1,7 @@
 """Carry out a plan on a real model, and take it off again.
 
-`apply` replaces the `forward` of each planned unit; units that keep everything are not touched, so a plan that
-keeps all costs nothing. `checkpoint` is the same engine for one region that the user marks by hand.
+`apply` replaces the `forward` of each planned unit. A unit that keeps everything is not touched, so a plan that keeps
+everything costs nothing. `checkpoint` uses the same engine for one region that the user marks by hand.
 
 Invariant: `remove` puts back exactly what was there. Refused: a plan for another model (`PlanMismatch`).
 """
@@ -38,12 +38,12 @@ from tightfit.step.signature import signature_of
 __all__ = ["Applied", "Stats", "applied_to", "apply", "checkpoint"]
 
 
-#: What has been compared with its forward already: by module, and hash of op sequence and of what of it runs again.
+#: What has been compared with its forward already: by module, and by a hash of its ops and of those that run again.
 _checked: weakref.WeakKeyDictionary[nn.Module, dict[int, Comparison]] = weakref.WeakKeyDictionary()
 
 
 def applied_to(model: nn.Module) -> Applied | None:
-    """The plan that runs in `model`'s units, whoever applied it; None: there is none."""
+    """The plan that is in force in `model`'s units, whoever applied it. None: no plan is."""
     found = (getattr(module.forward, "__tightfit__", None) for module in model.modules())
     return next((applied for applied in found if applied is not None), None)
 
@@ -64,7 +64,7 @@ class Applied:
         self.resume(plan, trace)
 
     def resume(self, plan: Plan, trace: Trace | None = None, *, agreed: bool = False) -> None:
-        """Put `plan` in force; on a suspended handle, which goes on counting.
+        """Put `plan` in force. A suspended handle goes on counting.
 
         Several ranks compare their plans first, unless they have `agreed` on this one before.
         """
@@ -94,17 +94,18 @@ class Applied:
             raise
 
     def suspend(self) -> None:
-        """Restore the model until `resume`. Graphs made before stay valid."""
+        """Restore the model until `resume`. Graphs that were made before stay valid."""
         while self._patches:
             self._patches.pop().undo()
         self._switches.close()
 
     def on_remove(self, run: Callable[[], None]) -> None:
-        """Have `remove` call `run` too."""
+        """Make `remove` call `run` too."""
         self._on_remove.append(run)
 
     def _patched(self, choice: Choice, module: nn.Module, frame_plan: FramePlan) -> ForwardPatch:
-        """The patch that did this before, if there is one: the compiler looks at its identity."""
+        """The patch that did this before, if there is one. The same one is used again because the compiler looks at its
+        identity."""
         decision = self._decisions[choice.unit] = Decision.of(module, self.plan, choice)
         known = self._known.get((choice, decision.key))
         if known is None or known.module is not module or not known.redo():
@@ -140,18 +141,18 @@ class Applied:
 
     @property
     def tagged(self) -> dict[str, Tagged]:
-        """By unit: what the compiler was told when it last compiled one like it. Units of which none was compiled are
-        not there."""
+        """What the compiler was told about each unit, when it last compiled one like it. Units are missing of which
+        none was compiled."""
         return {path: known.tagged for path, known in self._decisions.items() if known.tagged is not None}
 
     @property
     def active_units(self) -> tuple[str, ...]:
-        """Paths of the units that the engine runs in; those that keep everything are not among them."""
+        """Paths of the units in which the engine runs. Units that keep everything are not among them."""
         paths = {id(m): p for p, m in modules_of(inside(self.model)).items()}
         return tuple(paths.get(id(patch.module), "") for patch in self._patches)
 
     def remove(self) -> None:
-        """Restore every `forward`. Harmless when called twice; graphs made before stay valid."""
+        """Restore every `forward`. A second call does nothing. Graphs that were made before stay valid."""
         self.suspend()
         self._known.clear()  # they know this handle, and nobody should have to look for the cycle
         while self._on_remove:
@@ -178,17 +179,18 @@ def _agree(plan: Plan) -> None:
 def apply(
     model: nn.Module, plan: Plan, *, spill: str | Path | None = None, host_bytes: str | int | None = None
 ) -> Applied:
-    """Put `plan` in force on `model`. Raises `PlanMismatch` naming the first unit that is another.
+    """Put `plan` in force on `model`. Raises `PlanMismatch`, which names the first unit that differs, for a plan of
+    another model.
 
-    What the plan offloads goes to host memory, of which it takes `host_bytes` at most (what finds no room stays on the
-    device), or with `spill` to a file in that folder.
+    What the plan offloads goes to host memory, of which it takes at most `host_bytes`; what finds no room stays on the
+    device. With `spill` it goes to a file in that folder.
     """
     capacity = None if host_bytes is None else parse_bytes(host_bytes)
     return Applied(model, plan, pool=Pool(capacity, None if spill is None else Path(spill)))
 
 
 def _frame_plan(plan: Plan, choice: Choice) -> FramePlan | None:
-    """None for a unit in which nothing is made again."""
+    """What the plan says of a frame of this unit. None: nothing is made again in it."""
     if choice.keeps_all:
         return None
     program = plan.programs.get(choice.program)
@@ -225,7 +227,8 @@ def _matched(model: nn.Module, plan: Plan) -> list[tuple[Choice, nn.Module]]:
 
 
 def _check_compiled(model: nn.Module, plan: Plan) -> None:
-    """Raise `Unsupported` for what is compiled in `model` already and cannot be planned, so that no step is lost."""
+    """Raise `Unsupported` for what is compiled in `model` already and cannot be planned. It is found here, so that no
+    training step fails."""
     entries = compiled_entries(model)
     if not entries:
         return

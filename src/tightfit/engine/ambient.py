@@ -1,5 +1,5 @@
-"""The state around a call that a replay must find again: autocast, grad mode, default device and dtype, random states,
-buffers and attributes of the module.
+"""The state around a call that its replay must find again: autocast, grad mode, default device and dtype, random
+states, and the buffers and attributes of the module.
 
 Invariant: what is entered for a replay is left again, also when the replay raises.
 """
@@ -30,7 +30,7 @@ _active = _Active()
 
 
 def is_active() -> bool:
-    """Is this thread inside a frame's forward or replay? Then inner units run as they are."""
+    """Is this thread inside a frame's forward or replay? If it is, units inside that frame run as they are."""
     return _active.depth > 0
 
 
@@ -49,7 +49,8 @@ _NOTHING = object()
 def called_in(
     context: AbstractContextManager[Any], name: str, function: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    """`function(*args, **kwargs)` within `context`, which may not swallow the function's error: there is no result."""
+    """`function(*args, **kwargs)` within `context`. The context must not swallow the function's error, because there
+    would be no result."""
     out: Any = _NOTHING
     with context:
         out = function(*args, **kwargs)
@@ -111,10 +112,10 @@ class AmbientState:
 
 
 class ModuleState:
-    """The buffers and attributes of a unit and of all modules in it: a whole replay must not move them on.
+    """The buffers and attributes of a unit and of all modules in it, which a whole replay must not change.
 
-    What is reassigned is put back, and so is what a list, dict or set held. Tensors that ops change in place are
-    left alone by the replay itself.
+    What is reassigned is put back, and so is what a list, dict or set held. Tensors that ops change in place are not
+    put back here: the replay itself does not write them again.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
@@ -142,7 +143,7 @@ class ModuleState:
 
 
 def _is_same(container: Any, before: Any) -> bool:
-    """By identity: what lies in a container may refuse to be compared."""
+    """Compared by identity, because what lies in a container may refuse to be compared."""
     if len(container) != len(before):
         return False
     if type(container) is dict:

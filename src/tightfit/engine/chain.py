@@ -1,11 +1,12 @@
-"""Where a tensor is between forward and backward when the device does not hold it.
+"""Unit inputs that are not kept: where the tape of a unit finds them again in backward.
 
-Idea: to a tape such a tensor is a value with a *source*. A `Chained` one is what the unit before handed on, and is
-made again by that unit's tape, which may have to ask the unit before: a sweep over units from the last input that is
-there. Which inputs on the way stay for their own backward is decided by the plan (`core.Advance`).
+Idea: to a tape, a tensor that may be gone is a value with a *source* (`engine.source`). Here the source is the unit
+before. A `Chained` input is what that unit handed on, and that unit's tape makes it again. To do so, the tape may have
+to ask the unit before it in turn. This gives a sweep over units, from the last input that is there. The plan decides
+which inputs on the way stay for their own backward (`core.Advance`).
 
-Invariant: a tensor is only taken for what a unit handed on when it is the same storage in the same version; in any
-other case it is held as ever, which costs bytes and never a gradient. Refused: nothing.
+Invariant: a tensor counts as what a unit handed on only if it is the same storage in the same version. In any other
+case it is held as without a plan. That costs bytes, but never a gradient. Refused: nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Chain:
-    """What the units of one plan have handed on, while it is alive, and how far sweeps go."""
+    """What the units of one plan have handed on, for as long as it is alive; and which inputs each sweep stores."""
 
     def __init__(self, stores: Mapping[tuple[str, str], frozenset[str]], stats: Stats) -> None:
         self.stats = stats  # counts the ops that sweeps run
@@ -31,14 +32,14 @@ class Chain:
         self._lent: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, weakref.ref[Tape], int, str]] = {}
 
     def lend(self, tensor: torch.Tensor, unit: str, tape: Tape, value: int) -> None:
-        """`unit` hands on `tensor`, which its tape can make again as `value`."""
+        """`unit` hands on `tensor`. Its tape can make it again, as its value `value`."""
         storage = tensor.untyped_storage()
         address = int(storage._cdata)
         known = weakref.ref(storage, lambda _: self._lent.pop(address, None))
         self._lent[address] = (known, tensor._version, weakref.ref(tape), value, unit)
 
     def borrowed(self, tensor: torch.Tensor, unit: str) -> Chained | None:
-        """A source for an input of `unit`; None when nobody handed it on as it is now."""
+        """A source for an input of `unit`. None: no unit handed on this tensor as it is now."""
         storage = tensor.untyped_storage()
         found = self._lent.get(int(storage._cdata))
         if found is None:
@@ -50,12 +51,12 @@ class Chain:
         return Chained(self, unit, producer, alive, value)
 
     def stored(self, base: str, target: str, way: tuple[str, ...]) -> frozenset[str]:
-        """Units among those on the `way` whose inputs stay; where the plan says nothing, all."""
+        """The units on the `way` whose inputs the sweep stores. Where the plan says nothing, these are all of them."""
         return self._stores.get((base, target), frozenset(way))
 
 
 class Chained:
-    """An input that the unit before makes again."""
+    """A source for an input that the unit before makes again."""
 
     __slots__ = ("chain", "producer", "stays", "stored", "tape", "unit", "value")
 
@@ -65,7 +66,7 @@ class Chained:
         self.stays = False
 
     def seal(self) -> None:
-        """Nothing to do: the other tape has it all."""
+        """Nothing to do: the tape of the unit before has all that is needed."""
 
     def take(self, keep: bool) -> torch.Tensor:
         tensor = self.stored
@@ -96,7 +97,7 @@ class Chained:
         return next((s for s in self.tape.sources.values() if isinstance(s, Chained)), None)
 
     def _decide(self) -> None:
-        """Mark the inputs on the way that will stay."""
+        """Mark the inputs on the way that the sweep will store."""
         way = []
         base = self.producer
         link = self._previous()

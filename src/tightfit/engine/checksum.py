@@ -1,11 +1,12 @@
-"""All bits of a tensor in eight bytes, so that a value made again can be compared with the one that was there.
+"""Eight bytes that depend on all bits of a tensor, to compare a value that was made again with the original.
 
-Idea: torch has no such hash that minds positions and needs no copy. So the tensor's memory is laid out as a grid
-with rows of odd length, the grid is summed along each direction, and the sums, each of them mixed and multiplied by
-a weight of its own, are summed once more. What moves inside the tensor changes a row or a column; with odd rows a
-change that is the same everywhere (another constant, a flipped sign) does not cancel itself.
+Idea: torch has no hash that depends on positions and needs no copy. So the tensor's memory is laid out as a grid with
+rows of odd length. The grid is summed along each direction (numbers narrower than 64 bits are combined by
+`torch.hash_tensor` instead). The sums are mixed, each is multiplied by a weight of its own, and all are summed once
+more. If something moves inside the tensor, a row or a column changes. Because the rows are odd, a change that is the
+same everywhere (another constant, a flipped sign) does not cancel itself.
 
-Invariant: besides a few vectors of about the square root of the tensor's size nothing is allocated.
+Invariant: nothing is allocated but a few vectors of about the square root of the tensor's size.
 """
 
 from __future__ import annotations
@@ -23,10 +24,8 @@ _SHIFT = 31  # brings a word's sign, which a product keeps in the highest bit, d
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A mark of every bit of `tensor` and of its place; None for a kind of tensor whose bits cannot be read.
-
-    On `meta` and in fake tensors there are none.
-    """
+    """A mark that depends on every bit of `tensor` and on its place. None for a kind of tensor whose bits cannot be
+    read, as on `meta` and in fake tensors."""
     if tensor.is_meta or isinstance(tensor, FakeTensor):
         return None
     with _disable_current_modes(), torch.no_grad():
@@ -39,14 +38,14 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def differs(tensor: torch.Tensor, mark: torch.Tensor) -> bool:
-    """Is this another tensor than the one that `mark` is of?"""
+    """Does `tensor` differ from the one that `mark` was made of?"""
     found = checksum(tensor)
     with _disable_current_modes():
         return found is not None and bool(found != mark)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as whole numbers, each element (and each dimension that only repeats) once."""
+    """The same memory as whole numbers, with each element once. A dimension that only repeats is taken once."""
     tensor = tensor.detach()
     if tensor.is_conj():
         tensor = tensor.conj()
@@ -80,7 +79,7 @@ def _sums(bits: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _is_dense(bits: torch.Tensor) -> bool:
-    """Does `bits` fill a stretch of memory, each place once?"""
+    """Does `bits` fill a stretch of memory, with each place used once?"""
     expected = 1
     for stride, size in sorted(zip(bits.stride(), bits.shape, strict=True)):
         if size != 1:
@@ -91,7 +90,7 @@ def _is_dense(bits: torch.Tensor) -> bool:
 
 
 def _marginals(bits: torch.Tensor) -> list[torch.Tensor]:
-    """For each dimension, one number per index of it, of all that has this index."""
+    """For each dimension, one number for each index along it: the sum over everything that has this index."""
     dims = range(bits.dim())
     if bits.dim() < 2:
         return [bits.reshape(-1)]

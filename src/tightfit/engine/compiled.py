@@ -1,17 +1,17 @@
-"""A plan in compiled code: tags on ops that the compiler's partitioner honours.
+"""A plan in compiled code: tags on ops, which the compiler's partitioner follows.
 
-Idea: in code that `torch.compile` compiles, saved-tensor hooks and dispatch modes are gone; what is saved for backward
-is decided by the partitioner, from a tag on each op. So a planned unit is handed to the compiler as a region of
-selective checkpointing (`torch.utils.checkpoint`), and its tags say what the plan says: ops that make dropped values
-must run again, matrix products and random ops whose values are kept must not. Everything cheap that the plan keeps is
+Idea: in code that `torch.compile` compiles there are no saved-tensor hooks and no dispatch modes. The partitioner
+decides what is saved for backward, by a tag on each op. So a planned unit is handed to the compiler as a region of
+selective checkpointing (`torch.utils.checkpoint`), with tags that say what the plan says. Ops that make dropped values
+must run again. Matrix products and random ops whose values are kept must not. Everything cheap that the plan keeps is
 left to the compiler, which makes it again inside a fused kernel where that is free.
 
-The compiler does not see the ops that the plan was made of: a dropout is one op, masks are made elsewhere, copies come
-and go. The two sequences are aligned, and the alignment is checked: every op that costs FLOPs or draws random numbers
-must have its counterpart, fed by the counterparts of what feeds it.
+The compiler sees other ops than those that the plan was made of: a dropout is one op, masks are made elsewhere, copies
+come and go. So the two sequences of ops are aligned, and the alignment is checked. Every op that costs FLOPs or draws
+random numbers must have a counterpart, whose inputs come from the counterparts of its inputs.
 
-Invariant: what runs again is decided by tags, and random numbers are the compiler's business (it keeps the generator's
-state, or the seed, of each tagged op), so a wrong tag could cost bytes or FLOPs and never a gradient.
+Invariant: tags decide what runs again, and the compiler takes care of random numbers (it keeps the generator's state,
+or the seed, of each tagged op). So a wrong tag could cost bytes or FLOPs, but never a gradient.
 Refused (`Unsupported`): ops that cannot be aligned, a graph break inside a unit, `activation_memory_budget` beside a
 plan, and what tags cannot express: offload, nesting, tiles, the loss's gradient in place.
 
@@ -46,7 +46,7 @@ __all__ = ["Decision", "Tagged", "doors", "require_expressible", "run_again"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tagged:
-    """What became of a unit's plan when the compiler took it."""
+    """What the compiler was told about a unit when it compiled it."""
 
     recomputed: int  # ops that must run again
     saved: int  # ops that must not
@@ -59,8 +59,8 @@ class Tagged:
 
 
 def inexpressible(plan: Plan, whole: bool) -> str:
-    """Why compiled code cannot carry `plan` out; empty where it can. `whole`: is the loss compiled too?"""
-    # in the order in which they change more and more of the step
+    """Why compiled code cannot carry out `plan`; empty where it can. `whole`: is the loss compiled too?"""
+    # in order: each changes more of the step than the one before
     found = next((why for lever in reversed(every()) if (why := lever.not_compiled(plan, whole))), "")
     if not found:
         return ""
@@ -91,7 +91,7 @@ def _require_no_budget_of_its_own() -> None:
 
 
 class Decision:
-    """What one kind of unit keeps. One object for all units alike, so that the compiler compiles them once."""
+    """What one kind of unit keeps. Equal units share one object, so that the compiler compiles them once."""
 
     def __init__(self, name: str, program: Program, kept: frozenset[int], refusal: str) -> None:
         self.name, self.program, self.kept, self.refusal = name, program, kept, refusal
@@ -106,7 +106,7 @@ class Decision:
         return _decision(type(module).__name__, program, kept_values(choice.actions), inexpressible(plan, whole=False))
 
     def region(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """`original` as the compiler is to take it; called while it traces, and in no other case."""
+        """`original` as the compiler is to take it. It is called only while the compiler traces."""
         key = self.key
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -125,7 +125,8 @@ def _decision(name: str, program: Program, kept: frozenset[int], refusal: str) -
 
 
 def _contexts(key: str) -> tuple[Any, Any]:
-    """What `torch.utils.checkpoint` runs a unit's forward in, as the compiler traces it, and its second run."""
+    """The two contexts in which `torch.utils.checkpoint` runs a unit's forward while the compiler traces it: one for
+    the forward, one for its second run."""
     decision = _decisions[key]
     if torch._guards.TracingContext.try_get() is None:
         raise Unsupported(
@@ -141,7 +142,7 @@ def _contexts(key: str) -> tuple[Any, Any]:
 
 
 def run_again(function: Callable[..., T], args: Any, kwargs: Any, keep: Collection[str] | None = None) -> T:
-    """`function` as a region that the compiler runs again in backward, but for the ops that `keep` names."""
+    """`function` as a region that the compiler runs again in backward, except the ops that `keep` names."""
     if keep is None:
         out: T = checkpoint(function, *args, use_reentrant=False, **kwargs)
     else:
@@ -162,8 +163,9 @@ def _keeping(names: tuple[str, ...]) -> Any:
 
 
 def _make_room() -> None:
-    """Units that keep different values are compiled one by one, under one code object: the compiler's limit on that is
-    for code that it cannot settle on, and past it runs everything uncompiled."""
+    """Raise the compiler's limit on compilations of one code object. Units that keep different values are compiled one
+    by one under one code object. The limit is meant for code that the compiler cannot settle on; past it everything
+    runs uncompiled."""
     import torch._dynamo.config as dynamo_config
 
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 8 + len(_decisions))
@@ -181,10 +183,11 @@ class _Seen:
 
 
 class _Region(TorchDispatchMode):
-    """Watches one tracing of a unit; when it is over, aligns what was seen with the plan and sets the tags.
+    """Watches the compiler trace a unit once. Afterwards it aligns the ops that it saw with the plan, and sets the
+    tags.
 
-    Offline, because an op's counterpart is only known once the whole sequence is. The tags are where torch's own
-    selective checkpointing puts them (`node.meta["recompute"]`), and it must have put its own there before.
+    The tags are set afterwards because an op's counterpart is only known once the whole sequence is. They are put where
+    torch's own selective checkpointing puts them (`node.meta["recompute"]`), which must have put its own there before.
     """
 
     @classmethod
@@ -253,7 +256,7 @@ class _Region(TorchDispatchMode):
         twins = _twins(decision.name, decision.program, self.seen)
         chosen = recipe(decision.program, decision.kept)
         tags, decision.tagged = _tags(decision.program, chosen, self.seen, twins)
-        # sizes that are worked out on the way are nodes too, which torch does not tag
+        # computed sizes are nodes of the graph too, and torch does not tag them
         nodes = [(node, tag) for each, tag in zip(self.seen, tags, strict=True) for node in each.nodes]
         tagged = [(node, tag) for node, tag in nodes if "recompute" in node.meta]
         if nodes and not tagged:
@@ -300,7 +303,8 @@ def _tokens(program: Program) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _twins(name: str, program: Program, seen: Sequence[_Seen]) -> dict[int, tuple[int, ...]]:
-    """For each op of `seen` that has counterparts in the plan, their ordinals. Raises `Unsupported`."""
+    """For each op of `seen` that has counterparts in the plan, the ordinals of these. Raises `Unsupported` where an op
+    has none but needs one."""
     tokens = _tokens(program)
     candidates = [i for i, each in enumerate(seen) if not each.view]
     planned = tuple(token for token, _ in tokens)
@@ -325,12 +329,13 @@ def _differs(name: str, how: str) -> Unsupported:
     )
 
 
-#: Ops that read nothing of what they are given but its shape; a plan's steps do not count it as read.
+#: Ops that read only the shape of their input. A plan's steps do not count the input as read.
 _SHAPE_ONLY = frozenset(map(op_name, METADATA_ONLY))
 
 
 def _check_wiring(name: str, program: Program, seen: Sequence[_Seen], twins: dict[int, tuple[int, ...]]) -> None:
-    """Are the ops that weigh fed by the counterparts of what feeds them in the plan?"""
+    """Check that the inputs of each op that weighs (it costs FLOPs or draws random numbers) come from the counterparts
+    of its inputs in the plan."""
     feeds: list[frozenset[int]] = []  # per planned op: the ops that weigh behind what it reads
     drawing = {i for i, step in enumerate(program.steps) if step.kind is Kind.RANDOM}
     behind: dict[int, frozenset[int]] = {}  # value -> ops that weigh behind it
@@ -356,7 +361,8 @@ def _check_wiring(name: str, program: Program, seen: Sequence[_Seen], twins: dic
 
 @functools.lru_cache(maxsize=256)
 def _aligned(planned: tuple[str, ...], compiled: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """Pairs of equal names in order: as many ops that cost FLOPs as can be, then as many others."""
+    """Pairs of equal names, in order. The alignment pairs as many ops that cost FLOPs as it can, and then as many other
+    ops as it can."""
     weight = {name: 1000 if costs_flops(name) or name == _FUSED_DROPOUT else 1 for name in {*planned, *compiled}}
     rows, columns = len(planned), len(compiled)
     best = [[0] * (columns + 1) for _ in range(rows + 1)]
@@ -410,7 +416,8 @@ def _tags(
 
 
 class _Door:
-    """Where compiled code is entered from outside: `before` runs first, and our own errors come out as they are."""
+    """An entry into compiled code from outside. `before` runs first, and tightfit's own errors leave it as they are,
+    not wrapped by the compiler."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Any], before: Callable[..., Any] | None) -> None:
         self.module, self.call, self.before = module, call, before
@@ -429,7 +436,7 @@ class _Door:
 
 
 def _ours(error: BaseException | None) -> TightfitError | None:
-    """The error of ours that the compiler has wrapped in `error`."""
+    """The error of tightfit that the compiler has wrapped in `error`."""
     known: set[int] = set()
     while error is not None and id(error) not in known:
         known.add(id(error))
@@ -441,7 +448,8 @@ def _ours(error: BaseException | None) -> TightfitError | None:
 
 @contextlib.contextmanager
 def doors(model: nn.Module, before: Callable[..., Any] | None = None) -> Iterator[None]:
-    """While open, every entry into compiled code of `model` is a `_Door`; `before` at that of the model itself."""
+    """While open, every entry into compiled code of `model` is a `_Door`. `before` runs at the entry of the model
+    itself."""
     undo: list[Callable[[], None]] = []
     for path, module in compiled_entries(model).items():
         attribute = "_compiled_call_impl" if "_compiled_call_impl" in vars(module) else "forward"

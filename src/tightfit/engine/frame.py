@@ -1,22 +1,26 @@
-"""One call of a unit: run it once holding less, make what is missing again when backward asks.
+"""One call of a unit: run its forward while holding less, and make again what is missing when backward asks.
 
-Idea: autograd's own graph stays as it is. Saved-tensor hooks hand it either the tensor (held) or an empty slot.
-A frame with a plan takes its live ops down on a tape (`engine.tape`) while they run, and a slot that backward
-asks for has the tape make its value again. A frame without a plan, or whose forward turns out not to be the
-planned one, runs the unit's Python again, whole, as `torch.utils.checkpoint` does: the first slot that is asked
-for fills all of them, in the order in which they were made.
+Idea: autograd's own graph stays as it is. In forward, saved-tensor hooks give autograd either the tensor itself (it is
+held) or an empty slot. There are two ways to fill a slot in backward:
+
+- A frame with a plan records its live ops on a tape while they run (`engine.tape`). When backward asks for a slot, the
+  tape makes that value again.
+- A frame without a plan, or whose forward turns out not to be the planned one, runs the unit's Python again, whole, as
+  `torch.utils.checkpoint` does. The first slot that backward asks for fills all of them, in the order in which they
+  were saved.
 
 Invariants:
-- The forward's ops are compared with the plan one by one; any difference means a whole replay, counted in `Stats`.
-- In a whole replay a slot is only filled with what the same op sequence made, bit for bit what the forward saved
-  (`engine.checksum`); anything else is `ReplayDiverged`. The unit's buffers and attributes are put back after it.
+- The forward's ops are compared with the plan one by one. Any difference means a whole replay, counted in `Stats`.
+- In a whole replay a slot is only filled with a tensor that the same sequence of ops made, and that is bit for bit what
+  the forward saved (`engine.checksum`). Anything else is `ReplayDiverged`. Afterwards the unit's buffers and attributes
+  are put back.
 - Tensors that were held or are read again are checked for in-place changes in between, as autograd itself does.
 
 One thing because the forward's mode, the replay's mode and the slots are three views of one frame's state, and none of
 them means anything without the others.
 
-Refused: a whole replay of a unit that changes what it is given (`Unsupported`), a replay after the graph was freed
-(torch's own `RuntimeError`).
+Refused: a whole replay of a unit that changes its inputs in place (`Unsupported`), and a replay after the graph was
+freed (torch's own `RuntimeError`).
 """
 
 from __future__ import annotations
@@ -58,7 +62,7 @@ _CAST = torch.ops.aten._to_copy.default
 
 
 class _Stop(BaseException):
-    """Ends a replay whose work is done. No `Exception`, so that the model's own handlers do not catch it."""
+    """Ends a replay whose work is done. It is no `Exception`, so that the model's own handlers do not catch it."""
 
 
 class _Differs(Exception):
@@ -66,7 +70,7 @@ class _Differs(Exception):
 
 
 class _Held:
-    """A saved tensor that the plan keeps, with the version that it had."""
+    """A saved tensor that the plan keeps, with the version that it had when it was saved."""
 
     __slots__ = ("tensor", "version")
 
@@ -85,7 +89,8 @@ class _Held:
 
 
 class _Slot:
-    """A saved tensor that will be made again, by the tape if there is a reference into it."""
+    """A saved tensor that will be made again: by the tape if there is a reference to it there, else by a whole
+    replay."""
 
     __slots__ = (
         "__weakref__", "checksum", "counted", "dtype", "frame", "index", "place", "reference", "shape", "tensor",
@@ -112,7 +117,7 @@ class _Slot:
 
 
 class _CastSeen(NamedTuple):
-    """A copy that the forward made of a weight, as it was then."""
+    """A copy that the forward made of a weight in another dtype, with the weight's version at that time."""
 
     source: weakref.ref[torch.Tensor]
     cast: weakref.ref[torch.Tensor]
@@ -124,7 +129,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _graph_is_kept() -> bool:
-    """Will there be another backward through the graph that is asking? Outside backward: it may be."""
+    """Will there be another backward through the graph that is asking now? Outside of backward there may be."""
     if torch._C._current_graph_task_id() == -1:
         return True
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
@@ -139,7 +144,7 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Frame:
-    """One call of a unit. `plan=None` means: hold nothing but the inputs, replay everything."""
+    """One call of a unit. With `plan=None` the frame holds nothing but its inputs, and everything is replayed."""
 
     def __init__(
         self,
@@ -198,7 +203,8 @@ class Frame:
     # -- forward
 
     def run(self) -> Any:
-        """The unit's output, with autograd holding slots instead of what the plan drops."""
+        """Run the forward and return the unit's output. Autograd gets slots in place of the tensors that the plan
+        drops."""
         self.stats.frames += 1
         if self.plan is None:  # planned units that draw from Python or NumPy are pinned, so only regions need this
             self.foreign = foreign_random_states()
@@ -272,7 +278,7 @@ class Frame:
                 self.stats.held += 1
 
     def park(self, tape: Tape, todo: Todo, out: Any) -> None:
-        """An op has made what is to leave the device."""
+        """An op has just made values that are to leave the device: give the tape a source for each."""
         assert self.plan is not None and self.shipment is not None
         for tensor, value in zip([out] if type(out) is torch.Tensor else tensors_in(out), todo.outputs, strict=False):
             if value in self.plan.offload and value not in tape.sources:
@@ -280,7 +286,7 @@ class Frame:
                 tape.adopt(value, tensor, self.shipment.park(tensor, being_written=todo.mutates))
 
     def _lend(self, tape: Tape, out: Any) -> None:
-        """Let later units have what this one hands on made again."""
+        """Let later units have the output of this one made again."""
         plan = self.plan
         assert plan is not None
         if plan.lends and self.chain is not None:
@@ -290,7 +296,7 @@ class Frame:
                     self.chain.lend(tensor, self.name, tape, value)
 
     def leave_plan(self, count: int) -> None:
-        """This forward is not the one that was planned: hold what is held, replay the whole unit later."""
+        """This forward is not the planned one. Keep holding what is held, and replay the whole unit later."""
         assert self.plan is not None and self.tape is not None
         self._compare_whole(self.tape)
         self.tape = None
@@ -348,8 +354,9 @@ class Frame:
         return address in self.given
 
     def _forgo_checksums(self, tape: Tape) -> None:
-        """Those of tensors that were written again after autograd saved them, of an op's further outputs (workspaces,
-        statistics: parts of them may never be written), and of ops that come out anew each time."""
+        """Drop the checksums of saved tensors that cannot be compared. These are tensors that were written again after
+        autograd saved them; an op's further outputs, such as workspaces and statistics, of which parts may never be
+        written; and outputs of ops that come out anew each time."""
         results = _first_results(tape)
         for slot in self._tape_slots():
             steady = _is_steady(slot.reference, tape, results)
@@ -365,9 +372,9 @@ class Frame:
                 yield slot
 
     def _compare_whole(self, tape: Tape) -> None:
-        """The forward leaves the plan: have what the tape was to make again compared in the whole replay.
+        """The forward leaves the plan: make sure that the whole replay compares what the tape was to make again.
 
-        What was saved so far may be gone and have no checksum, but the tape can make it once more, this one time.
+        What was saved so far may be gone and have no checksum. The tape can make it once more, this one time.
         """
         if self.scrutiny is not None:
             self.scrutiny.leaves = True
@@ -389,7 +396,7 @@ class Frame:
         self.stats.rerun_ops += tape.ran - ran
 
     def written_after_saving(self, address: int) -> bool:
-        """An op writes at `address`: what autograd has saved of it is not yet what backward will read."""
+        """An op writes at `address`. What autograd has saved of it is not yet what backward will read."""
         found = self.saved_addresses.get(address)
         if found is None:
             return False
@@ -402,7 +409,7 @@ class Frame:
     # -- backward
 
     def saved(self, slot: _Slot, kept: bool) -> torch.Tensor:
-        """The tensor of an empty slot; `kept`: the graph will be walked once more."""
+        """The tensor of an empty slot. `kept`: another backward will walk through the graph."""
         if self.is_running and self.tape is not None:  # a backward inside the forward
             self.leave_plan(self.count)
         tape = self.tape
@@ -465,7 +472,7 @@ class Frame:
             self.release()
 
     def release(self) -> None:
-        """Let go of everything but the slots and the tape."""
+        """Let go of everything except the slots and the tape."""
         self.released = True
         self.args, self.kwargs = (), {}
         self.versions, self.funcs, self.first_states = [], [], []
@@ -481,7 +488,7 @@ class Frame:
                 waiting[index] = slot
         mode = _Replay(self)
         refilled = 0
-        # an op that comes out anew each time says nothing about the module
+        # if an op is not deterministic, a difference says nothing about the module
         compare = not any(torch.Tag.nondeterministic_bitwise in getattr(func, "tags", ()) for func in self.funcs)
 
         @hidden_from_compiler
@@ -557,7 +564,7 @@ class Frame:
 
 
 def _distinct(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """One tensor for each storage, in order; as the trace counts inputs."""
+    """One tensor for each storage, in order, as the trace counts inputs."""
     found: dict[int, torch.Tensor] = {}
     for tensor in tensors:
         if tensor.layout is torch.strided:
@@ -567,7 +574,8 @@ def _distinct(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _first_results(tape: Tape) -> set[int]:
-    """Values that are the first result of a live op; none where an op comes out anew each time."""
+    """The values that are the first result of a live op, or that a source brings. Empty if any live op is not
+    deterministic."""
     entries = tape.entries.values()
     if any(torch.Tag.nondeterministic_bitwise in entry.func.tags for entry in entries):
         return set()
@@ -576,12 +584,12 @@ def _first_results(tape: Tape) -> set[int]:
 
 
 def _is_steady(reference: Reference | None, tape: Tape, results: set[int]) -> bool:
-    """Is what autograd saved there its value's last state, and does making it again give the same?"""
+    """Is what autograd saved the last state of its value, and does making it again give the same bits?"""
     return reference is not None and reference.value in results and reference.state == tape.written[reference.value]
 
 
 class _Cut(torch.autograd.Function):
-    """The same data with a history that leads nowhere."""
+    """The same data, with a history that leads nowhere."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
@@ -596,8 +604,8 @@ def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
     """The same data without its history, so that the replay's graph ends at the unit's inputs.
 
     A leaf has none, and stays what it is. So does a tensor of a subclass, which a custom function would make plain; its
-    history is never run. Not a leaf where it was none: autocast, and so `is_uncounted`, would take it
-    for a weight.
+    history is never run. Of another tensor the result is no leaf either: autocast, and so `is_uncounted`, would take a
+    leaf for a weight.
     """
     if tensor.is_leaf or not tensor.requires_grad or type(tensor) is not torch.Tensor:
         return tensor
@@ -607,13 +615,14 @@ def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Watch(TorchDispatchMode):
-    """A frame's forward: compare the ops with the plan and take the live ones down, or just note what there is."""
+    """A dispatch mode for a frame's forward. With a plan it compares the ops with the planned ones and records the live
+    ones; without a plan it only notes the ops."""
 
     supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No wrapper that hides this from the compiler: it takes as long as all the rest."""
+        """There is no wrapper here that hides this method from the compiler: it would take as long as all the rest."""
         return False
 
     @classmethod
@@ -725,7 +734,8 @@ class _Watch(TorchDispatchMode):
 
 
 class _Replay(TorchDispatchMode):
-    """A whole replay: run every op again, refuse another op sequence, and write nothing outside twice."""
+    """A dispatch mode for a whole replay. It runs every op again, refuses another sequence of ops, and writes nothing
+    outside the unit twice."""
 
     supports_higher_order_operators = True
 
@@ -790,7 +800,7 @@ class _Replay(TorchDispatchMode):
                 )
 
     def stop_if_done(self) -> None:
-        """End the replay once every slot is filled and nothing more is written to what fills them."""
+        """End the replay once every slot is filled, and nothing more is written to the tensors that fill them."""
         early = self.frame.stops_early or self.frame.is_running
         if self.filled and self.count >= self.frame.complete_at and early:
             raise _Stop
@@ -818,10 +828,10 @@ class _Replay(TorchDispatchMode):
                 generator.set_state(state)
 
     def _outside_effect(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What an op that writes outside storage returns, without writing it again.
+        """What an op that writes to outside storage returns, without writing it again.
 
-        None when the op writes nothing from outside. Raises `ReplayDiverged` when the unit also reads what it
-        writes there, since the value that it read is gone; but for a buffer that it reads after its last write.
+        None when the op writes nothing outside. Raises `ReplayDiverged` when the unit also reads what it writes there,
+        since the value that it read is gone. A buffer that the unit reads only after its last write is no such case.
         """
         addresses = {_address(t) for t in tensors_in((args, kwargs))}
         written: set[int] = set()

@@ -36,7 +36,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FramePlan:
-    """A unit's program with its recipe, in the form that the forward reads."""
+    """A unit's program with its recipe, in the form that the frame's forward reads."""
 
     names: tuple[str, ...]
     outputs: tuple[tuple[int | None, ...], ...]
@@ -97,7 +97,8 @@ class FramePlan:
 
 
 class Comparison:
-    """What of a planned unit's replays has been compared with its forwards. One object for all frames of a plan."""
+    """Which of a unit's saved tensors have been compared with what its forwards saved. All frames of one unit under one
+    plan share it."""
 
     __slots__ = ("compared", "leaves")
 

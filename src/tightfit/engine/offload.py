@@ -1,20 +1,22 @@
 """Tensors that wait off the device: a bounded pool of host memory, or a file, and copies both ways.
 
-Idea: when a unit's forward is over, the storages that its plan offloads are copied to the pool, and the device lets go
-of them as soon as nobody else holds them. On CUDA the pool is pinned, copies run on two streams of their own beside the
-compute, and when backward enters a unit the parcels of the unit before it are already on their way. On other devices
-a copy is a copy. On the CPU the pool lies outside torch's allocator, so it is what another device would be: a budget
-counts what torch allocates, not the pool.
+Idea: when a unit's forward is over, the storages that its plan offloads are copied to the pool. The device frees each
+of them as soon as nobody else holds it. On CUDA the pool is pinned, and copies run on two streams of their own beside
+the compute. When backward enters a unit, the parcels of the unit before it are already being copied back. On other
+devices the copies run in turn with the compute. On the CPU the pool lies outside torch's allocator. A budget counts
+what torch allocates and not the pool, so the pool stands for another device there.
 
-Invariants: a parcel holds the bytes of the whole storage, so views of it come back as views of one storage; a buffer is
-written again only after the last copy out of it; a tensor that was changed in place after it was taken down stays on
-the device, where reading it is the error that autograd makes of it. Where the pool is full the tensor stays, too,
-counted in `Stats.held`.
+Invariants:
+- A parcel holds the bytes of a whole storage, so views of it come back as views of one storage.
+- A buffer is written again only after the last copy out of it.
+- A tensor that was changed in place after it was recorded stays on the device. Reading it raises the same error as in
+  autograd.
+- Where the pool is full a tensor stays too, counted in `Stats.held`.
 
 Refused: a file system without room for what is to be spilled (`TightfitError`, before anything is overwritten). The
-file has no name, so it is gone with the process, however that ends.
+file has no name, so it is gone with the process, however the process ends.
 
-The CUDA streams follow torch's rules for memory that is used on several streams (`Tensor.record_stream`); no GPU has
+The CUDA streams follow torch's rules for memory that is used on several streams (`Tensor.record_stream`). No GPU has
 run them yet.
 """
 
@@ -38,8 +40,8 @@ _GRANULE_BYTES = mmap.PAGESIZE
 
 
 class Pool:
-    """Room for parcels off the device: at most `capacity_bytes` (none: unbounded) of host memory, or of a file in the
-    folder `spill`. Buffers are used again for parcels of the same size."""
+    """Room for parcels off the device: at most `capacity_bytes` of host memory, or of a file in the folder `spill`
+    (None: no limit). A buffer is used again for a parcel of the same size."""
 
     def __init__(self, capacity_bytes: int | None = None, spill: Path | None = None, ahead: int | None = None) -> None:
         if spill is not None and not spill.is_dir():
@@ -55,7 +57,7 @@ class Pool:
         self._shipments: list[weakref.ref[Shipment]] = []
 
     def store(self, tensor: torch.Tensor) -> Parcel | None:
-        """A parcel with the bytes of the tensor's storage; None when there is no room left."""
+        """Copy the tensor's storage into a parcel. None: there is no room left."""
         storage = tensor.untyped_storage()
         device = storage.device
         size_bytes = -(-storage.nbytes() // _GRANULE_BYTES) * _GRANULE_BYTES
@@ -84,7 +86,7 @@ class Pool:
         self._free[parcel.device, parcel.buffer.numel()].append((parcel.buffer, last_read))
 
     def lanes(self, device: torch.device) -> _Lanes | None:
-        """The streams that copy beside the compute; None where there are none."""
+        """The streams that copy beside the compute. None: the device has none."""
         if device.type != "cuda":
             return None
         if device not in self._lanes:
@@ -97,7 +99,7 @@ class Pool:
         self._shipments.append(weakref.ref(shipment))
 
     def opened(self, shipment: Shipment) -> None:
-        """Backward has come to the unit of `shipment`: have those before it on their way."""
+        """Backward has come to the unit of `shipment`: begin to fetch the shipments before it."""
         alive = [each for known in self._shipments if (each := known()) is not None]
         if shipment not in alive:
             return
@@ -115,7 +117,7 @@ class Pool:
 
 
 def _mapped_file(folder: Path, size_bytes: int) -> mmap.mmap:
-    """A file without a name, its blocks allocated, so that writing to the map cannot fail later."""
+    """A file without a name, whose blocks are allocated, so that writing to the map cannot fail later."""
     handle = -1
     try:
         handle, name = tempfile.mkstemp(dir=folder, prefix=".tightfit-")
@@ -144,7 +146,7 @@ class _Lanes:
         self.outward, self.inward = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def out(self, source: torch.Tensor, buffer: torch.Tensor, last_read: Any) -> Any:
-        """Copy off the device, after what computes `source` and after the last copy out of `buffer`."""
+        """Copy off the device: after the op that computes `source`, and after the last copy out of `buffer`."""
         self.outward.wait_stream(torch.cuda.current_stream(self.device))
         if last_read is not None:
             self.outward.wait_event(last_read)
@@ -167,7 +169,7 @@ class _Lanes:
 
 
 class Parcel:
-    """The bytes of one storage in the pool."""
+    """The bytes of one storage, in the pool."""
 
     def __init__(self, pool: Pool, buffer: torch.Tensor, size_bytes: int, device: torch.device, written: Any) -> None:
         self.pool, self.buffer, self.size_bytes, self.device, self.written = pool, buffer, size_bytes, device, written
@@ -176,7 +178,7 @@ class Parcel:
         self._last_read: Any = None
 
     def prefetch(self) -> None:
-        """Begin to copy back, if nobody has."""
+        """Begin to copy back, if that has not begun."""
         if self._coming is not None or self._is_given_back:
             return
         lanes = self.pool.lanes(self.device)
@@ -199,7 +201,7 @@ class Parcel:
         return fresh
 
     def give_back(self) -> None:
-        """Nobody will fetch it again."""
+        """Return the buffer to the pool: the parcel will not be fetched again."""
         if self._is_given_back:
             return
         self._is_given_back = True
@@ -212,7 +214,7 @@ class Parcel:
 
 
 class Shipment:
-    """What one frame offloads."""
+    """All that one frame offloads."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -222,7 +224,8 @@ class Shipment:
         self.held = 0  # tensors that stayed on the device after all
 
     def park(self, tensor: torch.Tensor, *, being_written: bool = False) -> Parked:
-        """`being_written`: by an op that changes it in place, which autograd will count when the op is over."""
+        """A source for `tensor`, which is to leave the device. `being_written`: an op is changing it in place, and
+        autograd will count that change only when the op is over."""
         found = Parked(self, tensor, None if being_written else tensor._version)
         self._parked.append(weakref.ref(found))
         return found
@@ -240,7 +243,7 @@ class Shipment:
         self.pool.ship(self)
 
     def open(self) -> None:
-        """Backward is about to take something from it."""
+        """Backward is about to take something out of it."""
         if not self.is_open:
             self.is_open = True
             self.pool.opened(self)
@@ -252,7 +255,7 @@ class Shipment:
 
 
 class Parked:
-    """Brings back a tensor that the plan offloads (`engine.source.Source`)."""
+    """Brings back a tensor that the plan offloads; a source (`engine.source.Source`)."""
 
     __slots__ = ("__weakref__", "parcel", "shipment", "tensor", "version")
 
@@ -263,7 +266,7 @@ class Parked:
         self.parcel: Parcel | None = None
 
     def settle(self) -> None:
-        """Autograd saves it as it is now."""
+        """Autograd saves the tensor as it is now."""
         if self.version is None and self.tensor is not None:
             self.version = self.tensor._version
 
@@ -298,4 +301,4 @@ class Parked:
         return fresh
 
     def forget(self) -> None:
-        """Nothing to forget: what was fetched was handed over."""
+        """Nothing to forget, because what was fetched was handed over."""

@@ -1,10 +1,10 @@
 """One region of a custom model, marked by hand: `checkpoint(function, *args, keep=...)`.
 
-Without `keep` a region holds its inputs and runs whole again in backward. With `keep` it holds the outputs of
-the named ops and reruns only what backward needs besides: the first call of a region learns its program, calls
-after that follow the recipe.
+Without `keep` a region holds its inputs and runs whole again in backward. With `keep` it holds the outputs of the named
+ops and reruns only what backward needs besides. The first call of a region learns its program; later calls follow the
+recipe made from it.
 
-Invariant: usable wherever `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)` is, with the same
+Invariant: it can be used wherever `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)` can, with the same
 gradients. Refused: a `keep` that names no op of the region (`InvalidInput`).
 """
 
@@ -109,7 +109,7 @@ def checkpoint(
 
 
 def _refuse(use_reentrant: bool | None, determinism_check: str, both: bool) -> None:
-    """Raise for what is no way to checkpoint here."""
+    """Raise for keywords that ask for what this `checkpoint` cannot do."""
     if use_reentrant:
         raise Unsupported(
             "use_reentrant=True runs backward inside of backward and loses hooks and keyword arguments; tightfit's "
@@ -142,7 +142,8 @@ def _asked_to_keep(keep: Any) -> Keep:
 
 
 def _switched(name: str, said: bool) -> bool:
-    """What a keyword is where torch's switch for all regions is not set (or this release has none)."""
+    """The value of a keyword: that of torch's switch for all regions where it is set, else the keyword's own. Some
+    torch releases have no such switch."""
     switch = getattr(torch.utils.checkpoint, name, None)
     return said if switch is None else bool(switch)
 
@@ -182,7 +183,7 @@ def _key(function: Callable[..., Any], args: Any, kwargs: Any, keep: Keep) -> An
 def _learn(
     name: str, function: Callable[..., T], args: Any, kwargs: Any, owner: torch.nn.Module | None
 ) -> tuple[Program, T]:
-    """Run the region whole, recording its program on the side."""
+    """Run the region, which is to be replayed whole this time, and record its program on the side."""
     frame = Frame(name, function, args, kwargs, None, region_stats, owner)
     with ProgramRecorder() as recorder:
         frame.observe = recorder.saw

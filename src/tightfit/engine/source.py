@@ -1,4 +1,5 @@
-"""How a tape gets back a value that it does not hold."""
+"""A source brings back a value that a tape does not hold: from the unit before (`engine.chain`), or from the pool
+(`engine.offload`)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ class Source(Protocol):
         """The forward of the tape's unit is over."""
 
     def take(self, keep: bool) -> torch.Tensor:
-        """The value, as a tensor on its whole storage. `keep`: it will be asked for again."""
+        """The value, as a tensor on its whole storage. `keep`: the value will be asked for again."""
 
     def forget(self) -> None:
-        """Let go of what can be brought once more."""
+        """Let go of what the source can bring once more."""

@@ -1,25 +1,26 @@
-"""The ops of one frame that backward will want again, with the arguments they had.
+"""The ops of one frame that backward will need again, with the arguments that they had.
 
-Idea: a frame's forward notes each *live* op below autograd: the op, its plain arguments, and for each tensor
-either the tensor itself (it stays: a kept value, a parameter, something from outside the unit) or a *reference*
-to a value that another live op makes, with the shape and strides that were read of it. When backward asks for
-a dropped value, the tape runs the ops that lead to it and no others, in their old order, and lets go of each
-value after its last reader. No Python of the model runs again: no module code, no hooks, no branch that could
-turn out differently, and everything else (dead ops, views) costs nothing at all.
+Idea: while the forward runs, the tape records each *live* op below autograd: the op, its plain arguments, and its
+tensor arguments. A tensor argument is recorded in one of two ways. Either it is the tensor itself, which stays: a kept
+value, a parameter, something from outside the unit. Or it is a *reference* to a value that another live op makes, with
+the shape and strides that were read of it. When backward asks for a dropped value, the tape runs the ops that lead to
+it and no others, in their old order, and frees each value after its last reader. No Python of the model runs again: no
+module code, no hooks, and no branch that could turn out differently. Everything else (dead ops, views) costs nothing at
+all.
 
-A tensor that comes from outside, or a kept one, may also have a *source* (`engine.source`) instead of staying: it then
-comes back when an op, or autograd, first wants it. And what a unit hands on can be made for others (`produce`), as
-often as they ask.
+A tensor from outside the unit, or a kept one, may have a *source* (`engine.source`) instead of staying. The source
+brings it back when an op, or autograd, first wants it. And the tape can make what a unit hands on for other units
+(`produce`), as often as they ask.
 
 Invariants:
-- What a reference means is decided by the identity of the storage that the forward really read, not by the plan.
-  A tensor that is not known to come from a live op is held, so confusion costs bytes and never a gradient.
-- Ops run again in an order in which each reads what it read in forward: ops that write the same value, and ops
-  that read it in between, run together in their old order.
-- A tensor on the tape that was changed in place since is an error, as it is in autograd.
+- The storage that the forward really read decides what a reference means; the plan does not. A tensor that is not known
+  to come from a live op is held. So a mistake costs bytes, but never a gradient.
+- Each op that runs again reads what it read in forward. To ensure this, ops that write the same value, and ops that
+  read it in between, run together in their old order.
+- If a tensor on the tape was changed in place after it was recorded, that is an error, as in autograd.
 
-Refused: sparse and subclassed tensors made by live ops, and live ops that write what they did not make
-(`NotOnTape`; the frame then does without the tape).
+Refused: sparse and subclassed tensors made by live ops, and live ops that write what they did not make (`NotOnTape`;
+the frame then does without the tape and replays the unit whole).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tightfit.step.run import tensors_in
 
 
 class NotOnTape(Exception):
-    """This forward cannot be taken down; whoever runs it falls back to running the module again."""
+    """This forward cannot be recorded on a tape. Whoever runs it falls back to running the module again."""
 
 
 class Geometry(NamedTuple):
@@ -74,7 +75,7 @@ class Geometry(NamedTuple):
 
 
 class Reference:
-    """Stands in an argument list, or in autograd's hands, for a tensor that a live op makes."""
+    """Stands for a tensor that a live op makes, in an argument list or in a slot that autograd holds."""
 
     __slots__ = ("geometry", "state", "value")
 
@@ -85,7 +86,7 @@ class Reference:
 
 
 class _Cast:
-    """Stands for autocast's copy of a weight: the copy while anybody has it, else the cast made anew."""
+    """Stands for autocast's copy of a weight: the copy itself while anybody holds it, otherwise the cast made anew."""
 
     __slots__ = ("args", "func", "geometry", "kwargs", "storage")
 
@@ -149,7 +150,7 @@ class _Entry:
 
 
 class Todo:
-    """What is known about a planned op before it runs; the same for every frame of a unit."""
+    """What is known about a planned op before it runs. It is the same for every frame of a unit."""
 
     __slots__ = (
         "draws", "first_random", "for_others", "func", "is_batch_norm", "live", "mutates", "outputs", "parks", "plain",
@@ -182,7 +183,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 class Tape:
-    """Taken down in a frame's forward, run in pieces in its backward."""
+    """The record of a frame's forward, which backward runs in pieces."""
 
     __slots__ = (
         "__weakref__", "by_value", "entries", "known", "made", "ran", "settled", "sources", "together", "uses",
@@ -206,7 +207,7 @@ class Tape:
     # -- forward
 
     def refer(self, tensor: torch.Tensor) -> Reference | _CastView | None:
-        """What stands for `tensor`, if it lies in a value that a live op made; None: hold it."""
+        """A reference to `tensor`, if it lies in a value that a live op made. None: hold the tensor."""
         try:
             storage = tensor.untyped_storage()
         except NotImplementedError:  # sparse
@@ -226,11 +227,11 @@ class Tape:
         return _CastView(value, geometry)
 
     def address(self, value: int) -> int | None:
-        """Where `value` lies, if anybody has it still; only in forward."""
+        """Where `value` lies in memory, if anybody still holds it. Only valid during the forward."""
         return next((a for a, (alive, known, _) in self.known.items() if known == value and alive() is not None), None)
 
     def holds(self, tensor: torch.Tensor) -> int | None:
-        """The value that `tensor` lies in, if the tape can make it again."""
+        """The value that `tensor` lies in, if the tape can make that value again."""
         found = self.refer(tensor)
         return found.value if isinstance(found, Reference) else None
 
@@ -239,7 +240,7 @@ class Tape:
         return self.holds(tensor) is not None
 
     def slot(self, tensor: torch.Tensor, counted: bool) -> Reference | None:
-        """A reference for autograd to hold; `counted` if backward is expected to follow it."""
+        """A reference for autograd to hold. `counted`: backward is expected to follow it."""
         found = self.refer(tensor)
         if not isinstance(found, Reference):
             return None
@@ -248,7 +249,8 @@ class Tape:
         return found
 
     def adopt(self, value: int, tensor: torch.Tensor, source: Source) -> None:
-        """From here on `tensor`, and every view of it, is `value`, which `source` will bring when it is wanted."""
+        """From here on `tensor`, and every view of it, counts as `value`, which `source` brings back when it is
+        wanted."""
         storage = tensor.untyped_storage()
         self.known[storage._cdata] = (weakref.ref(storage), value, None)
         self.written[value] = 1
@@ -256,12 +258,12 @@ class Tape:
         self.sources[value] = source
 
     def cast(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
-        """Take note of a cast that autocast made of a weight."""
+        """Note that autocast made a cast of a weight."""
         storage = out.untyped_storage()
         self.known[storage._cdata] = (weakref.ref(storage), _Cast(func, args, kwargs, weakref.ref(storage)), None)
 
     def before(self, index: int, todo: Todo, args: Any, kwargs: Any) -> _Entry:
-        """Take down the arguments of live op `index`, which is about to run."""
+        """Record the arguments of live op `index`, which is about to run."""
         func = todo.func
         entry = _Entry(index, func)
         if todo.shape_only:
@@ -335,7 +337,8 @@ class Tape:
         self.entries[entry.index] = entry
 
     def finish(self) -> None:
-        """The forward is over. Raises `NotOnTape` when something on the tape has been changed in place meanwhile."""
+        """The forward is over. Raises `NotOnTape` when something on the tape was changed in place after it was
+        recorded."""
         self.known.clear()
         for entry in self.entries.values():
             for held in entry.held:
@@ -369,7 +372,7 @@ class Tape:
     # -- backward
 
     def follow(self, reference: Reference, *, counted: bool, last: bool) -> torch.Tensor:
-        """The tensor that `reference` stands for; `last`: nobody will follow this reference again."""
+        """The tensor that `reference` stands for. `last`: nobody will follow this reference again."""
         if not counted:
             self.uses[reference.value] = self.uses.get(reference.value, 0) + 1
         if reference.value not in self.made:
@@ -381,7 +384,7 @@ class Tape:
         return tensor
 
     def produce(self, value: int) -> torch.Tensor:
-        """`value`, made for somebody else: the tape stays as it is and can make it again."""
+        """Make `value` for another unit. The tape stays as it is and can make the value again."""
         wanted = self._leading_to(value, self.made)
         if value in self.made:
             return self.made[value]
@@ -393,7 +396,7 @@ class Tape:
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
             for index in wanted:
                 entry = self.entries[index]
-                # no loop that would hold on to the last tensor
+                # not a `for` loop, whose variable would keep the last tensor alive
                 made.update((v, tensor) for v, tensor in self._executed(entry, made, keep=True) if left.get(v))
                 for reference in entry.reads:
                     left[reference.value] -= 1
@@ -402,7 +405,7 @@ class Tape:
         return made[value]
 
     def forget_made(self) -> None:
-        """Drop every value that is there again; they can all be made once more."""
+        """Drop every value that was made again. All of them can be made once more."""
         self.made.clear()
         for source in self.sources.values():
             source.forget()
@@ -439,7 +442,8 @@ class Tape:
         return sorted(wanted)
 
     def _make(self, value: int, keep: bool) -> None:
-        """Run what leads to `value`. `keep`: leave the tape as it is, so that it can all run once more."""
+        """Run the entries that lead to `value`. `keep`: leave the tape as it is, so that all of them can run once
+        more."""
         if value in self.sources:
             self.made[value] = self.sources[value].take(keep)
             return
@@ -461,7 +465,7 @@ class Tape:
             entry.reads = []
 
     def _executed(self, entry: _Entry, made: dict[int, torch.Tensor], keep: bool) -> list[tuple[int, torch.Tensor]]:
-        """Run an entry that finds what it reads in `made`; what it makes, by value."""
+        """Run an entry whose inputs are in `made`, and return what it makes, by value."""
         for held in entry.held:
             if held.version not in (None, _version(held.tensor)):
                 raise RuntimeError(

@@ -1,1 +1,1 @@
-"""One file per framework. Each imports its framework when it is imported; `train`, `forecast`, `doctor` and `cli` use them."""
+"""One file per framework, which each imports when it is imported itself. Nothing below `integrations` needs them."""

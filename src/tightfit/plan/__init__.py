@@ -1,5 +1,6 @@
-"""Decide which values each unit keeps, so that the step fits its budget with the least recompute. `tightfit.plan` is
-this package, called.
+"""Decide which values each unit keeps, so that the step fits its budget with the least recompute.
+
+`tightfit.plan` is this package, called.
 
 | module | what it decides or says |
 |---|---|
@@ -12,9 +13,11 @@ this package, called.
 | `program` | what a choice makes a unit's program do |
 | `simulate` | the referee: live bytes through the step under a plan |
 | `shares` | which lever of a plan buys which bytes |
+| `advice` | what would make a step fit, where no plan does |
 
-Invariant: a plan is returned only after the referee has found it under the budget. No torch here: a trace read from
-JSON is enough. Refused: budgets under the least feasible peak (`BudgetInfeasible`, with that peak and what would help).
+Invariant: a plan is returned only after the referee has found it under the budget. No module here imports torch: a
+trace that was read from JSON is enough. Refused: a budget below the least feasible peak (`BudgetInfeasible`, which says
+that peak and what would lower it).
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from tightfit.core import (
 
 
 def advice_for(trace: Trace, line: Timeline, budget_bytes: int) -> tuple[str, ...]:
-    """What would make it fit, each with its number. Activations and logits grow with the batch and the sequence."""
+    """What would make the step fit, each change with its number. Activations and logits are taken to grow with the
+    batch and the sequence."""
     fixed = sum(trace.static_bytes.values())
     at_peak = {c: rows[line.peak_event] for c, rows in line.by_category.items()}
     gradients = at_peak[Category.GRADIENTS.value] - trace.static_bytes.get(Category.GRADIENTS.value, 0)

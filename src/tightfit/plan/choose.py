@@ -22,13 +22,13 @@ from tightfit.plan.frontier import Point
 from tightfit.plan.solver import MixedProgram, Verdict
 from tightfit.plan.table import Floats, Table
 
-#: How options were chosen that the solver had no answer for.
+#: The name of the way in which options are chosen where the solver has no answer.
 LAGRANGE = "Lagrangian prices"
 
-#: Of equally low peaks the faster: what a second weighs against the peak where that is what is minimised.
+#: Where the peak is minimised, a second weighs this much against it, so that the faster of equally low choices wins.
 _TIE = 1e-6
 
-#: Of equally fast choices the one of fewer bytes, whatever release of the solver chooses.
+#: Bytes weigh this much against seconds, so that every release of the solver prefers the same of equally fast choices.
 _HAIR = 1e-7
 
 
@@ -44,13 +44,15 @@ class Model(Table):
     """The integer program over the options: which of them, so that the step fits."""
 
     def peak_bytes(self, points: Mapping[str, int]) -> int:
-        """The peak of the options `points`, as the model sees it."""
+        """The peak when these options are chosen, as the model computes it. `points`: unit path -> index of its
+        option."""
         return int((self.base_top + sum(self.table[path][index] for path, index in points.items())).max())
 
     def solve(self, budget_bytes: int | None, *, proves: bool = True) -> Solution | None:
-        """The cheapest options within the budget, or with None those of the lowest peak. None: nothing fits.
+        """The cheapest options within the budget; with `None` as the budget, the options of the lowest peak. The answer
+        is None when nothing fits.
 
-        Without `proves` no bound is looked for.
+        With `proves=False` no bound is looked for.
         """
         answer = self._solve(budget_bytes, self.table)
         if answer is None:
@@ -67,11 +69,12 @@ class Model(Table):
         return Solution(points=answer.chosen, seconds=answer.seconds, bound_seconds=bound, how=how)
 
     def _relaxed(self) -> dict[str, Floats]:
-        """A table that is nowhere above what any kept set of at least these seconds would cost.
+        """A table for the bound: for each option, bytes that are nowhere above those of any kept set with at least the
+        option's seconds.
 
-        Inside its own segments a unit lacks, at most, what backward has not yet asked for and what it has already let
-        go of. Outside them it holds its kept bytes besides, but for those of values that are there anyway or not yet
-        made.
+        Inside its own segments a unit lacks, at most, the values that backward has not yet asked for and those that it
+        has already let go of. Outside them it also holds its kept bytes, except those of values that are there anyway
+        or are not made yet.
         """
         tables = {}
         for path, options in self.options.items():
@@ -94,9 +97,10 @@ class Model(Table):
         return tables
 
     def _least_inside(self, path: str) -> Floats:
-        """At every mark, no less than the change of live bytes that dropping everything droppable could make there.
+        """At every mark, a lower bound of the change of live bytes there: the change if everything that the unit could
+        drop were dropped.
 
-        From its first read to its last release a value is alive whether it was kept or made again.
+        From its first read to its last release in backward a value is live, whether it was kept or made again.
         """
         trace = self.trace
         change = np.zeros(len(self.marks) + 1)
@@ -124,8 +128,8 @@ class Model(Table):
         return np.asarray(np.cumsum(change)[: len(self.marks)])
 
     def _absent(self, path: str) -> Floats:
-        """At every mark, the bytes of what the unit could keep that no keeping adds there: of values that Python or
-        another frame holds yet, that are not made yet, or whose backward has begun."""
+        """At every mark, the bytes of values that the unit could keep but whose keeping adds nothing there: Python or
+        another frame holds them anyway, they are not made yet, or their backward has begun."""
         trace = self.trace
         change = np.zeros(len(self.marks) + 1)
         for frame in self.frames_of[path] if path in self.programs else ():
@@ -145,8 +149,8 @@ class Model(Table):
         return np.asarray(np.cumsum(change)[: len(self.marks)])
 
     def _solve(self, budget_bytes: int | None, table: Mapping[str, Floats]) -> _Found | None:
-        """The cheapest options by `table`, or without a budget those of the lowest peak. None: nothing fits, or nothing
-        was found in time."""
+        """The cheapest options by `table`; without a budget, the options of the lowest peak. The answer is None when
+        nothing fits, or when nothing was found in time."""
         paths = list(self.options)
         columns = [(path, i) for path in paths for i in range(len(self.options[path]))]
         groups: list[slice] = []
@@ -184,7 +188,7 @@ class Model(Table):
         if answer.values is not None:
             chosen = [group.start + int(np.argmax(answer.values[group])) for group in groups]
         if answer.verdict is not Verdict.OPTIMAL:
-            # as if nothing were copied beside the compute
+            # the seconds as if no copy ran beside the compute
             priced = unit_seconds + sum((away / lane.bytes_per_second for lane in lanes), np.zeros(len(columns)))
             top = self.base_top[rows] if budget_bytes is None else -room
             ours, proven = _by_prices(priced, usage, top, groups, answer.verdict, lowest=budget_bytes is None)
@@ -211,7 +215,8 @@ class Model(Table):
         costs: Floats,
         groups: Sequence[slice],
     ) -> MixedProgram:
-        """A column per option, a row per moment, one option per unit; without a budget a last column for the peak."""
+        """The integer program: a column for each option and a row for each moment; one option must be chosen for each
+        unit. Without a budget a last column stands for the peak."""
         scale = solver.scale_of(float(np.abs(usage).max(initial=0.0)))
         lowest = budget_bytes is None
         count = len(costs) + lowest
@@ -240,7 +245,7 @@ class Model(Table):
     # -- the answer as data
 
     def choices(self, points: Mapping[str, int]) -> tuple[Choice, ...]:
-        """`points`: unit path -> index of its option."""
+        """The chosen options as `Choice`s. `points`: unit path -> index of its option."""
         return tuple(self._choice(path, self.options[path][index]) for path, index in points.items())
 
     def _choice(self, path: str, point: Point | None) -> Choice:
@@ -274,8 +279,8 @@ def _by_prices(
 ) -> tuple[list[int] | None, float]:
     """The choice of `plan.lagrange`, and its bound in seconds.
 
-    With `lowest` that of the lowest peak over `top`; else one that stays below zero over `top`, which may not exist. A
-    solver's claim that there is none is contradicted only by one.
+    With `lowest`, it is the choice of the lowest peak over `top`. Otherwise it is a choice that stays below zero over
+    `top`, which may not exist. If a solver claims that none exists, the claim stands unless such a choice is found.
     """
     fewest = lagrange.lowest(seconds, usage, top, groups)
     if lowest:
@@ -288,10 +293,11 @@ def _by_prices(
 
 
 def _with_lanes(program: MixedProgram, away: Floats, lanes: Sequence[tuple[float, float]], cost: float) -> MixedProgram:
-    """`program` with a column behind the others for each lane, at `cost`: what the step waits for its copies.
+    """`program` with one more column for each lane, at `cost`: the time that the step waits for the lane's copies.
 
-    `away`: bytes that each option moves. A lane is (bytes that it copies in one unit of time, units of time that it
-    copies beside the compute)."""
+    `away`: bytes that each option moves. A lane is (bytes that it copies in one unit of time, units of time in which it
+    copies beside the compute).
+    """
     for per_unit, beside in lanes:
         moving = [i for i, size in enumerate(away) if size]
         program = program.extended(
@@ -301,7 +307,7 @@ def _with_lanes(program: MixedProgram, away: Floats, lanes: Sequence[tuple[float
 
 
 def _undominated(usage: Floats, room: Floats, rows: Sequence[int]) -> list[int]:
-    """Constraints that another one does not imply; equal blocks make many copies of the same."""
+    """The rows that no other row implies. Equal blocks make many copies of the same row."""
     seen: dict[bytes, int] = {}
     for s in rows:
         key = np.round(usage[s], 0).tobytes()

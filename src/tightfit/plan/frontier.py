@@ -1,14 +1,17 @@
-"""The exact trade-off of one unit: kept bytes against seconds of replay.
+"""The exact trade-off of one unit: kept bytes against the seconds of recompute.
 
-Idea: keep values, rerun clusters of ops (`plan.program.clusters`). An integer program per point: every needed
-value is kept or its cluster reruns; a rerun cluster's inputs are kept or rerun too. Going down from the most
-bytes, each point is solved twice: the least seconds within the bytes, then the least bytes at those seconds.
+Idea: a unit keeps some of its values and reruns some of its ops. Ops that write the same value run together, as a
+cluster (`plan.program.clusters`). An integer program finds one point of the trade-off. It says that every needed value
+is kept or its cluster reruns, and that every input of a rerun cluster is kept or made by a rerun cluster too. The
+points are found from the most kept bytes down. Each is solved twice: first for the least seconds within the bytes, then
+for the fewest bytes at those seconds.
 
-Where the solver has no answer (`plan.solver`) the next corner of the convex hull stands in (`plan.mincut`): a kept set
-that no price of memory beats, though one between two corners may have fewer seconds within the same bytes.
+Where the solver has no answer (`plan.solver`), `plan.mincut` gives the next corner of the convex hull of bytes against
+seconds instead. Whatever price is put on memory, no kept set beats all corners. Between two corners there may be a kept
+set with fewer seconds within the same bytes, and that one is then missed.
 
-Invariant: points are in order of falling bytes and rising seconds, and no kept set beats one of them in both by
-more than `step_bytes`.
+Invariant: the points are in order of falling bytes and rising seconds. No kept set beats one of them in seconds and
+also in bytes by more than `step_bytes`.
 """
 
 from __future__ import annotations
@@ -27,19 +30,19 @@ from tightfit.plan.mincut import fewest, hull
 from tightfit.plan.program import cluster_of, clusters, demands, live_clusters, rerunnable
 from tightfit.plan.solver import MixedProgram, Verdict
 
-#: Points nearer together than this part of the unit's bytes are not told apart; a LoRA block has hundreds of such.
+#: Points nearer together than this part of the unit's bytes count as one. A LoRA block has hundreds of such points.
 FINENESS = 1e-3
-#: Past so many points they are looked for more coarsely, so that the time stays in proportion.
+#: About so many points are looked for. Past half of them the steps between points are wider, to bound the time.
 MANY = 120
-#: One point takes hundredths of a second. One that takes as long as this is looked for on the hull instead.
+#: A point normally takes hundredths of a second. After this many seconds a corner of the hull is taken instead.
 POINT_SECONDS = 5.0
-#: How a point was found that the solver had no answer for.
+#: The name of the way in which a point is found where the solver has no answer.
 MINIMUM_CUTS = "minimum cuts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One way to run a unit. `kept_bytes` counts the kept values that keeping makes live longer.
+    """One way to run a unit. `kept_bytes` counts only kept values that live longer because they are kept.
 
     Every kept set that takes less time than the next point holds more than `kept_bytes - passed_bytes`.
     """
@@ -64,10 +67,11 @@ class Frontier:
 
 
 def frontier(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float], many: int = MANY) -> Frontier:
-    """The Pareto frontier of a unit, with `many` points or not many more.
+    """The Pareto frontier of a unit, with `many` points or a few more.
 
-    `sizes_bytes[v]` per value ordinal; `seconds[i]` per op ordinal. Values in `program.held` cost nothing to
-    keep. Solver or none, the first point is the fastest and the last one keeps the fewest bytes.
+    `sizes_bytes[v]` is the size of the value with ordinal v, `seconds[i]` the time of the op with ordinal i. Values in
+    `program.held` cost nothing to keep. With or without a solver, the first point is the fastest and the last one keeps
+    the fewest bytes.
     """
     model = _Model(program, sizes_bytes, seconds)
     total = sum(sizes_bytes[v] for v in model.candidates)
@@ -76,7 +80,8 @@ def frontier(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[flo
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """Without points that a later one equals in seconds or beats; floating-point ties can leave such."""
+    """The points without those that a later point equals or beats in seconds. Floating-point ties can leave such
+    points."""
     best: list[Point] = []
     for point in points:
         while best and best[-1].seconds >= point.seconds:
@@ -140,7 +145,7 @@ class _Model:
         )  # as of bytes: see `solver.scale_of`
         self.costs = np.zeros(count)
         self.costs[self.offset :] = [s / self.second_scale for s in self.cluster_seconds]
-        # a hair for every rerun op, so that no op reruns for nothing
+        # every rerun cluster costs a tiny amount more, so that none reruns for nothing
         self.costs[self.offset :] += 1e-6
         self.weights = np.zeros(count)
         for index, weight in weights.items():
@@ -159,11 +164,12 @@ class _Model:
 
     @functools.cached_property
     def corners(self) -> list[frozenset[int]]:
-        """The hull's kept sets from the most bytes down. The last keeps the fewest bytes that are possible."""
+        """The kept sets at the corners of the hull, from the most bytes down. The last keeps the fewest bytes that are
+        possible."""
         return [self.used(kept | self.free) for kept in hull(self.program, self.sizes, self.seconds, MANY)]
 
     def enumerate(self, total: int, many: int) -> list[Point]:
-        """Points from the most bytes down to keeping nothing (or the least that is possible)."""
+        """Points from the most bytes down to keeping nothing, or to the fewest bytes that are possible."""
         step = max(1, math.ceil(total * max(FINENESS, 0.1 / many)))
         points: list[Point] = []
         limit = total
@@ -187,7 +193,8 @@ class _Model:
         return points
 
     def solve(self, limit_bytes: int) -> frozenset[int] | None:
-        """The kept set of least seconds within `limit_bytes`, with the fewest bytes of those; None: there is none."""
+        """The kept set of the fewest seconds within `limit_bytes`, and of the fewest bytes among those. None: no kept
+        set is within the limit."""
         program = self._within(self.bytes_row, limit_bytes / self.scale, self.mixed)
         fastest = solver.solve(program, seconds=POINT_SECONDS)
         if fastest.verdict is Verdict.OPTIMAL:
@@ -213,7 +220,7 @@ class _Model:
         return self.used(chosen | self.free)
 
     def used(self, kept: frozenset[int]) -> frozenset[int]:
-        """`kept` without what neither backward nor the replay would read."""
+        """`kept` without the values that neither backward nor the replay would read."""
         groups, program = clusters(self.program), self.program
         read = set(program.needed)
         for cluster in live_clusters(program, kept):

@@ -1,12 +1,13 @@
-"""One option for each unit without a solver: Lagrangian prices, repair, and descent.
+"""Choose one option for each unit without a solver, by Lagrangian prices, repair and descent.
 
-Idea: put a price on the bytes of every moment of the step. Each unit then chooses alone, and what all of them cost
-together is a bound on every choice that fits (Fisher, Management Science 27(1), 1981). The prices follow the moments
-that are too full (a subgradient, with Polyak's step). A choice that does not fit is repaired by the exchange that frees
-most bytes for a second, and one that fits is improved by any exchange that still does.
+Idea: put a price on the bytes of every moment of the step. Each unit then chooses the option that is cheapest for
+itself alone. The sum of these costs is a lower bound for every choice that fits (Fisher, Management Science 27(1),
+1981). Prices rise at moments that are too full and fall at others (a subgradient method, with Polyak's step length). A
+choice that does not fit is repaired by exchanging the option that frees the most bytes for a second. A choice that fits
+is improved by any exchange after which it still fits.
 
-Invariant: a choice that is returned fits; the bound is below every choice that fits.
-Refused: proof that nothing fits. `plan.choose` asks here where the solver has no answer.
+Invariant: a choice that is returned fits. The bound is not above the cost of any choice that fits.
+Refused: a proof that nothing fits. `plan.choose` calls this module where the solver has no answer.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ __all__ = ["cheapest", "lowest"]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Whole = np.ndarray[Any, np.dtype[np.int64]]
 
-#: Prices are changed so often, and a choice is repaired after every so many changes.
+#: How often prices are changed, and after how many changes a choice is repaired.
 _ROUNDS, _REPAIRS_EVERY = 300, 25
 
 
 def cheapest(seconds: Floats, usage: Floats, room: Floats, groups: Sequence[slice]) -> tuple[list[int] | None, float]:
-    """A column of each group, few seconds in all, `usage[:, columns].sum() <= room` in every row; and a bound.
+    """One column of each group, of few seconds in all, such that `usage[:, columns].sum() <= room` in every row; and a
+    lower bound of the seconds.
 
-    `seconds`: (columns,); `usage`: bytes, (rows, columns); `room`: bytes, (rows,). None: no choice was found.
+    `seconds`: (columns,); `usage`: bytes, (rows, columns); `room`: bytes, (rows,). The columns are None when no choice
+    was found.
     """
     scale = float(max(1.0, np.abs(usage).max(initial=0.0)))
     usage, room = usage / scale, room / scale
@@ -52,7 +55,7 @@ def cheapest(seconds: Floats, usage: Floats, room: Floats, groups: Sequence[slic
                 best, best_seconds = fitting, float(seconds[fitting].sum())
         if best_seconds - bound <= 1e-12 + 1e-9 * abs(bound):
             break
-        # a row with room left and no price would only pull the length of the step
+        # a row with room left and no price stays as it is, so it must not count in the step's length
         steep = np.where((over > 0) | (prices > 0), over, 0.0)
         length = float(steep @ steep)
         if length < 1e-18:
@@ -63,9 +66,10 @@ def cheapest(seconds: Floats, usage: Floats, room: Floats, groups: Sequence[slic
 
 
 def lowest(seconds: Floats, usage: Floats, base: Floats, groups: Sequence[slice]) -> list[int]:
-    """A column of each group, so that the largest of `base + usage[:, columns].sum()` is low.
+    """One column of each group, such that the largest of `base + usage[:, columns].sum()` is low.
 
-    By descent, unit by unit, from the last column of each. Of equal ones that of the fewest `seconds`.
+    Found by descent, unit by unit, from the last column of each group. Among equally low columns the one of the fewest
+    `seconds` is taken.
     """
     chosen = [group.stop - 1 for group in groups]
     level = base + usage[:, chosen].sum(axis=1)
@@ -85,7 +89,7 @@ def lowest(seconds: Floats, usage: Floats, base: Floats, groups: Sequence[slice]
 def _repaired(
     seconds: Floats, usage: Floats, room: Floats, groups: Sequence[slice], start: Sequence[int]
 ) -> list[int] | None:
-    """A choice near `start` that fits, improved; None: none was found."""
+    """A choice near `start` that fits, improved as far as exchanges improve it. None: none was found."""
     chosen = list(start)
     group_of = np.concatenate([np.full(group.stop - group.start, i) for i, group in enumerate(groups)])
     over = usage[:, chosen].sum(axis=1) - room

@@ -1,13 +1,14 @@
-"""Points of a unit's trade-off without a solver: minimum cuts for a price of memory.
+"""Points of a unit's trade-off without a solver, by minimum cuts for a price of memory.
 
-Idea: put a price on every kept byte. Which values to keep and which clusters to rerun at the least seconds plus price
-is then a minimum cut, as in project selection (Picard, Management Science 22(11), 1976): a rerun cluster costs its
-seconds, a wanted value whose cluster does not rerun costs its price. Raising the price where two known points balance
-finds every corner of the lower convex hull (Eisner and Severance, J. ACM 23(4), 1976).
+Idea: put a price on every kept byte. The question which values to keep and which clusters of ops to rerun, at the least
+seconds plus price, is then a minimum cut, as in project selection (Picard, Management Science 22(11), 1976). A cluster
+that reruns costs its seconds. A wanted value whose cluster does not rerun must be kept and costs its price. To find a
+new corner between two known points, set the price at which these two cost the same, and cut again. In this way every
+corner of the lower convex hull is found (Eisner and Severance, J. ACM 23(4), 1976).
 
-Invariant: no kept set lies below the line through two neighbouring corners. Arithmetic is in whole numbers, so ties and
-roundings cannot move a corner.
-Refused: points off the hull, which a price cannot find. `plan.frontier` asks here where the solver has no answer.
+Invariant: no kept set lies below the line through two neighbouring corners. The arithmetic is in whole numbers, so ties
+and rounding cannot move a corner.
+Refused: points off the hull, which no price finds. `plan.frontier` calls this module where the solver has no answer.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ _PER_SECOND = 10**12
 
 
 def hull(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float], many: int) -> list[frozenset[int]]:
-    """Kept sets at the corners of the hull, from the most bytes to the fewest, `many` or not many more.
+    """The kept sets at the corners of the hull, from the most bytes to the fewest: `many`, or a few more.
 
-    `sizes_bytes[v]` per value ordinal, `seconds[i]` per op ordinal. Values in `program.held` are not in the sets.
+    `sizes_bytes[v]` is the size of the value with ordinal v, `seconds[i]` the time of the op with ordinal i. Values in
+    `program.held` are not in the sets.
     """
     network = _Network(program, sizes_bytes, seconds)
     fastest, smallest = network.cut(1, network.total_bytes + 1), network.smallest()
@@ -47,7 +49,7 @@ def hull(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float],
 
 
 def fewest(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float]) -> frozenset[int]:
-    """The kept set of the fewest bytes that are possible, and of the least seconds among those."""
+    """The kept set of the fewest bytes that are possible, and of the fewest seconds among those."""
     return _Network(program, sizes_bytes, seconds).smallest().kept
 
 
@@ -59,13 +61,14 @@ class _Corner:
 
 
 class _Network:
-    """Nodes: source, sink, one per cluster ("it reruns"), one per value ("it is wanted"). On the source's side: yes."""
+    """The network of the cut. Its nodes are source, sink, one for each cluster ("it reruns") and one for each value
+    ("it is wanted"). A node on the source's side of the cut means yes."""
 
     def __init__(self, program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float]) -> None:
         groups, self.owner = clusters(program), cluster_of(program)
         self.sizes = [int(size) for size in sizes_bytes]
         self.times = [round(sum(seconds[op] for op in ops) * _PER_SECOND) for ops in groups]
-        # a hair for every cluster, so that none reruns for nothing
+        # every cluster costs a tiny amount more, so that none reruns for nothing
         self.times = [time * (len(groups) + 1) + 1 for time in self.times]
         self.clusters, self.values = len(groups), program.values
         self.fixed = [not rerunnable(program, cluster) for cluster in range(self.clusters)]

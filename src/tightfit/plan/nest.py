@@ -1,18 +1,20 @@
-"""Nested recompute: keep only some units' inputs and make the others again by sweeps over the units before them.
+"""Nested recompute: keep only some units' inputs, and make the others again by sweeps over the units before them.
 
-Idea: a chain of units, each of which hands one value to the next. With `slots` inputs besides the first unit's stored
-at once, backward takes the chain from the right: a sweep from the last stored input up to the unit whose turn it is
-makes its input again and stores others on the way. Which, is the classic problem of reversing a chain in little memory;
-the table below solves it exactly for units of different cost, by the recursion
+Idea: take a chain of units, each of which hands one value to the next. Besides the first unit's input, `slots` inputs
+can be stored at once. Backward needs the units from right to left. When it comes to a unit whose input is gone, a
+*sweep* starts from the last stored input, runs through the units between, and so makes the missing input again. On the
+way it stores other inputs in the free slots. Which inputs to store is the classic problem of reversing a chain in
+little memory. The table below solves it exactly, also for units of different cost, by the recursion
 
     P(a, b, s) = min over m of  seconds(a..m) + P(m, b, s - 1) + P(a, m, s)
     P(a, b, 0) = sum of seconds(a..j) over a < j < b
 
-for the units a to b - 1 when the input of a is there and s slots are free. The forward itself is the first sweep and
-costs nothing, but the input of the last unit it passes is gone when backward begins, unless it has a slot.
+P(a, b, s) is the cost of the backward of the units a to b - 1, when the input of a is there and s slots are free. The
+forward is the first sweep and costs nothing. But the input of the last unit that it passes is gone when backward
+begins, unless it has a slot.
 
-Invariant: `schedule` takes the least seconds of any schedule with so many slots; with equal units the count is that of
-Griewank and Walther. Refused: nothing; a step without such a chain has no nestings. No torch here.
+Invariant: `schedule` takes the least seconds of all schedules with as many slots. With equal units it takes as many
+steps as Griewank and Walther's. Refused: nothing; a step without such a chain has no nestings. No torch here.
 
 Sources: Griewank and Walther, "Algorithm 799: revolve", ACM TOMS 26(1), 2000; Chen, Xu, Zhang, Guestrin, "Training deep
 nets with sublinear memory cost", arXiv:1604.06174; Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal
@@ -49,7 +51,8 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """From the input of unit `base` to that of unit `target`, by place in the chain; `stores` are kept on the way."""
+    """A sweep from the input of unit `base` to the input of unit `target`, by place in the chain. On the way it stores
+    the inputs of the units `stores`."""
 
     base: int
     target: int
@@ -58,7 +61,7 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nesting:
-    """Inputs that are not kept, and the sweeps that make them again."""
+    """The inputs that are not kept, and the sweeps that make them again."""
 
     links: tuple[Link, ...]  # whose values are not kept in forward
     advances: tuple[Advance, ...]
@@ -68,11 +71,11 @@ class Nesting:
         return frozenset(link.ordinal for link in self.links if link.unit == unit)
 
     def borrowed(self, unit: str) -> frozenset[int]:
-        """Value ids that the unit is given and that are not kept for it."""
+        """Ids of the values that the unit is given and that are not kept for it."""
         return frozenset(link.value for link in self.links if link.user == unit)
 
     def on(self, choice: Choice) -> Choice:
-        """`choice` with its part in the nesting."""
+        """`choice` with what the nesting adds to it."""
         places = {link.place for link in self.links if link.user == choice.unit}
         lends = self.lends(choice.unit)
         return dataclasses.replace(
@@ -116,7 +119,7 @@ def chains(trace: Trace) -> tuple[tuple[Link, ...], ...]:
 
 
 def nestings(trace: Trace) -> Iterator[Nesting]:
-    """Ways to keep fewer and fewer inputs; empty for a step without a chain of units."""
+    """Ways to keep fewer and fewer inputs. There are none for a step without a chain of units."""
     found = chains(trace)
     most = max((len(links) for links in found), default=0)
     seconds = {links: [_pass_seconds(trace, link) for link in links] for links in found}
@@ -130,7 +133,7 @@ def nestings(trace: Trace) -> Iterator[Nesting]:
 
 
 def _pass_seconds(trace: Trace, link: Link) -> float:
-    """Of running through `link.unit` when it keeps nothing."""
+    """Seconds of running through `link.unit` when it keeps nothing."""
     frame = next(frame for frame in trace.frames if frame.unit == link.unit)
     program, lends = trace.programs[frame.id], frozenset([link.ordinal])
     chosen = recipe(program, frozenset(), lends)
@@ -140,13 +143,14 @@ def _pass_seconds(trace: Trace, link: Link) -> float:
 
 
 def _slot_counts(units: int) -> tuple[int, ...]:
-    """Numbers of slots worth trying for a chain of `units`, falling: each takes a good part of the inputs away."""
+    """The numbers of slots that are worth trying for a chain of `units`, from the largest down. Each is a good part
+    smaller than the one before."""
     counts = {units - 2, units * 3 // 4, units // 2, units // 3, units // 4, units // 6, units // 8, 3, 2, 1}
     return tuple(sorted((c for c in counts if 0 < c < units - 1), reverse=True))
 
 
 def nesting(links: Sequence[Link], seconds: Sequence[float], slots: int) -> Nesting:
-    """The cheapest way to keep at most `slots` inputs of the chain, besides its first unit's, at once.
+    """The cheapest nesting in which at most `slots` inputs of the chain, besides its first unit's, are kept at once.
 
     `seconds[i]`: of running through the i-th unit, which the i-th link belongs to.
     """
@@ -168,9 +172,10 @@ def nesting(links: Sequence[Link], seconds: Sequence[float], slots: int) -> Nest
 
 @functools.lru_cache(maxsize=256)
 def schedule(seconds: tuple[float, ...], slots: int) -> tuple[frozenset[int], tuple[Sweep, ...]]:
-    """Of a chain of `len(seconds) + 1` units: the places whose inputs are kept in forward, and backward's sweeps.
+    """The schedule of a chain of `len(seconds) + 1` units: the places of the inputs that are kept in forward, and the
+    sweeps of backward.
 
-    `seconds[i]`: of running through unit i; the last unit is never run through.
+    `seconds[i]`: of running through unit i. The last unit is never run through.
     """
     tables = _Tables(seconds, slots)
     kept: list[int] = []
@@ -189,7 +194,7 @@ def schedule(seconds: tuple[float, ...], slots: int) -> tuple[frozenset[int], tu
 
 
 def _reversed(tables: _Tables, begin: int, end: int, slots: int) -> list[Sweep]:
-    """The sweeps that take units `begin` to `end - 1` backward, the input of `begin` being there."""
+    """The sweeps that take the units `begin` to `end - 1` backward, when the input of `begin` is there."""
     if end - begin < 2:
         return []
     spine: list[tuple[int, int, int]] = []
@@ -226,7 +231,7 @@ class _Tables:
                 cost[s, rows, rows + length] = totals[rows, best]
                 self.splits[s, rows, rows + length] = middles[rows, best]
         self.cost = cost
-        # of the forward itself, which has passed every unit by the time backward begins
+        # the split of the forward itself, which has passed every unit when backward begins
         self.forward = np.zeros((slots + 1, count))
         self.firsts = np.zeros((slots + 1, count), dtype=np.int64)
         self.forward[0] = cost[0, :count, count]

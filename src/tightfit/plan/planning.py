@@ -1,10 +1,11 @@
-"""Decide which values each unit keeps, so that the step fits its budget with the least recompute.
+"""The verbs of planning: `plan` for a budget, `lowest` for the lowest peak, `every_block` for the book recipe.
 
-`plan.frontier` solves one unit exactly, `plan.choose` chooses one point per unit, `plan.simulate` referees. A
-plan is returned only after the referee has found it under the budget.
+`plan.ways` lists the ways to plan a trace. In each way `plan.frontier` solves every unit exactly, `plan.choose` chooses
+one point for each unit, and `plan.simulate` referees. The best plan of all ways is returned.
 
-Refused: budgets under the least feasible peak (`BudgetInfeasible`, with that peak and what would help).
-No torch here: a trace read from JSON is enough.
+Invariant: a plan is returned only after the referee has found it under the budget.
+Refused: a budget below the least feasible peak (`BudgetInfeasible`, which says that peak and what would lower it).
+No torch here: a trace that was read from JSON is enough.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ def plan(
 ) -> Plan:
     """The plan of least recompute whose simulated peak is within `budget`.
 
-    `budget`: bytes, a size, or a percentage of the unplanned step's peak. `levers`: those that the plan may use. By
-    default all but `Lever.OFFLOAD`, which needs room elsewhere and has not been measured on a GPU; and tiles, which do
-    not give the same bits, only where nothing exact fits (`Plan.exact` says so). A collection that names `Lever.TILE`
-    has them compete on seconds. `exact=True` forbids them. Levers are given as `Lever`s or by their names.
+    `budget` is a number of bytes, a size such as `"22GiB"`, or a percentage of the unplanned step's peak. `levers` are
+    those that the plan may use, as `Lever`s or by their names. By default a plan may use every lever but
+    `Lever.OFFLOAD`, which needs room elsewhere and has not been measured on a GPU. By default it uses tiles only where
+    nothing exact fits, because tiles do not give the same bits (`Plan.exact` says so). If `levers` names `Lever.TILE`,
+    tiles compete with the other levers on seconds. `exact=True` forbids them.
 
     Raises `InvalidInput` for a budget that is no size, `BudgetInfeasible` when nothing fits.
     """
@@ -99,7 +101,8 @@ def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:
 def _best(
     trace: Trace, way: Way, budget_bytes: int, unplanned: Timeline, levers: Collection[Lever] | None
 ) -> Plan | None:
-    """The best plan by `way`, that of `trace` or of what a lever makes of it; None: it finds none."""
+    """The best plan for `trace` by `way`, whose step is the trace's own or a variant of it. None: this way finds no
+    plan."""
     model = way.model
     if way.nesting is None:
         line = simulate_choices(way.trace, ())
@@ -120,7 +123,7 @@ def _best(
             found = Refereed(choices, line, solution.how)
             choices, line, how = _unhurried(way, budget_bytes, target, found)
             return _plan(trace, way, budget_bytes, choices, line, unplanned, bound, how)
-        # the model was too hopeful by this much; ask it for that much less
+        # the model's peak was too low by this many bytes: ask it for as many bytes less
         target -= max(1, line.peak_bytes - budget_bytes)
     solution = model.solve(None)
     assert solution is not None
@@ -136,10 +139,11 @@ def _best(
 
 
 def _unhurried(way: Way, budget_bytes: int, target_bytes: int, found: Refereed) -> Refereed:
-    """`found`, which the model gave for `target_bytes`, or what has fewer seconds where the model was too careful.
+    """`found`, or choices of fewer seconds. The model gave `found` for `target_bytes`, and it may have been too
+    careful.
 
-    Units that read one value in backward each count it as held for them. So the referee's peak may lie well below the
-    model's, and then the model is asked for as much more.
+    Where several units read one value in backward, the model counts the value as held for each of them. So the
+    referee's peak may lie well below the model's. The model is then asked again, with as many bytes more.
     """
     too_high = None
     for _ in range(_CAREFUL_ROUNDS if way.effort.proves else 1):
@@ -161,27 +165,27 @@ def _unhurried(way: Way, budget_bytes: int, target_bytes: int, found: Refereed) 
     return found
 
 
-#: Nested recompute runs units a second time, so it is looked at when a plan without it reruns this part of the forward.
+#: Nesting runs units once more. It is tried when a plan without it reruns at least this part of the forward.
 _DEAR = 0.75
 
 
-#: Of the nestings that can fit, in the order of what they sweep, so many are planned with.
+#: How many nestings are planned with: the first of those that can fit, from the least sweeping to the most.
 _NESTINGS = 3
 
 
-#: Where a plan stays this part below its budget, others are looked for that come nearer, so many times.
+#: Where a plan stays this part of its budget below it, a plan that comes nearer is looked for, so many times.
 _SLACK = 0.01
 
 
 _CAREFUL_ROUNDS = 4
 
 
-#: Nothing is swept for less than this part of the peak.
+#: A nesting is only tried for the lowest peak if it takes the peak to less than this part of it.
 _WORTH = 0.999
 
 
 def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Collection[Lever] | None) -> list[Way]:
-    """The nestings worth planning with when `found` is the best plan without."""
+    """The nestings that are worth planning with, when `found` is the best plan without one."""
     if not (ways and Grant.SWEEP | Grant.DROP in granted(levers)):
         return []
     frugal = ways[-1]
@@ -193,7 +197,8 @@ def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Coll
 
 
 def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever | str] | str | None = None) -> Plan:
-    """The plan of the lowest peak by any of `levers` (by default all but offload). Its budget is its own peak."""
+    """The plan of the lowest peak that any of `levers` reaches (by default all but offload). Its budget is its own
+    peak."""
     levers = levers_named(levers)
     if Grant.DROP not in granted(levers):
         needed = next(each for each in every() if Grant.DROP in each.grants)
@@ -205,7 +210,7 @@ def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever 
 
 
 def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Timeline]:
-    """By which of `ways`, or a nesting of it, the lowest peak is found."""
+    """The way by which the lowest peak is found, one of `ways` or a nesting of it, with the referee's word."""
     if Grant.DROP not in granted(levers):
         lines = [(way, simulate_choices(way.trace, ())) for way in ways]
         return min(lines, key=lambda found: found[1].peak_bytes)
@@ -236,7 +241,7 @@ def _plan(
     bound: float,
     how: Collection[str] = (),
 ) -> Plan:
-    """`way` with `choices`, as a plan of `trace`."""
+    """`choices`, found by `way`, as a plan of `trace`."""
     step = way.trace
     out, back = copy_lanes(step)
     offload_seconds = out.waiting_seconds(line.offloaded_bytes) + back.waiting_seconds(line.fetched_bytes)

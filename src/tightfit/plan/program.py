@@ -1,10 +1,11 @@
-"""From "these values are kept" to what each op of a unit does in replay.
+"""From "these values are kept" to what each op of a unit does in backward.
 
-Idea: backward needs some values; a kept one is there, any other must be made again, and so must whatever its
-making reads, down to kept values and the unit's inputs. Ops outside that closure are *dead*: their results are
-stood in for by ghosts.
+Idea: backward needs some of the unit's values. A kept one is there. Any other must be made again, and so must every
+value that its making reads, back to kept values and the unit's inputs. The ops of this closure are *live*: they run
+again. All other ops are *dead*: their results are kept, or neither backward nor a live op reads them. They do not run
+again.
 
-Invariant: `recipe` is the least closure, so the number of ops rerun is decided by the kept set alone.
+Invariant: `recipe` is the smallest such closure, so the kept set alone decides how many ops rerun.
 Refused: a kept set whose closure holds an op that must not run twice (`Unsupported`).
 """
 
@@ -19,10 +20,10 @@ from tightfit.core import Action, Kind, Program, Step, Unsupported
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # one object per (program, kept): see `recipe`
 class Recipe:
-    """How to treat one frame of a unit in forward and backward.
+    """What one frame of a unit does in forward and backward.
 
-    `drop[j]` says that saved tensor j is not held, because `runs` make it again; `states` are the random ops among
-    those, which need the generator state that they had.
+    `drop[j]` says that saved tensor j is not held, because `runs` make it again. `states` are the random ops among
+    `runs`; each needs the generator state that it had in forward.
     """
 
     runs: frozenset[int]  # live ops: they run again, each when something first asks for what it makes
@@ -37,9 +38,10 @@ class Recipe:
 
 @functools.lru_cache(maxsize=4096)
 def clusters(program: Program) -> tuple[tuple[int, ...], ...]:
-    """Ops that must run together: those that write the same value. Views belong to none.
+    """Groups of ops that must run together because they write the same value. Views belong to none.
 
-    One entry per cluster, its op ordinals ascending; the clusters in order of their first op.
+    There is one entry for each cluster, with its op ordinals ascending. The clusters are in the order of their first
+    ops.
     """
     leader: dict[int, int] = {}  # value -> op
     parent = list(range(len(program.steps)))
@@ -73,7 +75,8 @@ def cluster_of(program: Program) -> tuple[int | None, ...]:
 
 
 def demands(program: Program, cluster: int) -> tuple[frozenset[int], frozenset[int]]:
-    """Values that running `cluster` reads: (in their final state, in an earlier state); its own excluded."""
+    """Values that running `cluster` reads, without those that it makes itself: (in their final state, in an earlier
+    state)."""
     final: set[int] = set()
     early: set[int] = set()
     own = {value for op in clusters(program)[cluster] for value in program.steps[op].writes}
@@ -85,7 +88,7 @@ def demands(program: Program, cluster: int) -> tuple[frozenset[int], frozenset[i
 
 
 def rerunnable(program: Program, cluster: int) -> bool:
-    """May these ops run twice? Every value that they write must also be one that only they write."""
+    """May these ops run twice? Each must be rerunnable, and none may be opaque."""
     return all(
         program.steps[op].rerunnable and program.steps[op].kind is not Kind.OPAQUE for op in clusters(program)[cluster]
     )
@@ -93,8 +96,8 @@ def rerunnable(program: Program, cluster: int) -> bool:
 
 @functools.lru_cache(maxsize=65536)
 def live_clusters(program: Program, kept: frozenset[int], lends: frozenset[int] = frozenset()) -> frozenset[int]:
-    """Clusters that replay must run when `kept` is kept, and `lends` is asked for from outside. Raises `Unsupported` if
-    one of them may not."""
+    """Clusters that must run again when the values `kept` are kept, and other units ask for the values `lends`. Raises
+    `Unsupported` if one of the clusters must not run twice."""
     owner = cluster_of(program)
     live: set[int] = set()
     pending = [v for v in (*program.needed, *lends) if v not in kept]
@@ -117,7 +120,7 @@ def live_clusters(program: Program, kept: frozenset[int], lends: frozenset[int] 
 
 @functools.lru_cache(maxsize=65536)
 def recipe(program: Program, kept: frozenset[int], lends: frozenset[int] = frozenset()) -> Recipe:
-    """What to do in a frame whose kept values are `kept` and that makes `lends` again when another unit asks.
+    """What to do in a frame that keeps the values `kept`, and that makes `lends` again when another unit asks.
 
     Raises `Unsupported` when that cannot be done, or when a value is to be both kept and lent.
     """
@@ -127,12 +130,12 @@ def recipe(program: Program, kept: frozenset[int], lends: frozenset[int] = froze
     groups = clusters(program)
     live_ops = {op for cluster in live for op in groups[cluster]}
     made = {v for cluster in live for op in groups[cluster] for v in program.steps[op].writes}
-    # a kept value that an op reads as it was left is read where it lies, even if it is made again for an earlier state
+    # an op that reads the final state of a kept value reads the original, even if live ops make an earlier state again
     captured = frozenset(v for op in live_ops for v in program.steps[op].reads if v in kept)
     needed = set(program.needed)
     return Recipe(
         runs=frozenset(live_ops),
-        # what is neither kept nor made again is something that backward never read: held, should it ever be
+        # a value that is neither kept nor made again was never read by backward; it is held in case backward reads it
         drop=tuple(value in made and value not in kept for value in program.slots),
         again=frozenset(made - kept),
         states=frozenset(i for i in live_ops if program.steps[i].kind is Kind.RANDOM),
@@ -152,8 +155,9 @@ def leading_to(program: Program, chosen: Recipe, value: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=65536)
 def demanded(program: Program, chosen: Recipe, loads: tuple[int, ...]) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """What each of `loads` (ordinals of dropped saved tensors, in the order in which backward first reads them) makes
-    run: pairs of (load, op ordinals in the order in which they run); loads that make nothing run are left out.
+    """Which ops run at each of `loads`: pairs of (load, op ordinals in the order in which they run). Loads that make
+    nothing run are left out. `loads` are the ordinals of dropped saved tensors, in the order in which backward first
+    reads them.
 
     An op runs when something first needs what it makes. Ops that change the same value, and live ops that read it in
     between, run together.
@@ -170,7 +174,7 @@ def demanded(program: Program, chosen: Recipe, loads: tuple[int, ...]) -> tuple[
 
 @functools.lru_cache(maxsize=65536)
 def run_for_others(program: Program, chosen: Recipe) -> frozenset[int]:
-    """Live ops that no saved tensor of the unit's own asks for: they only lead to what it lends."""
+    """Live ops that none of the unit's own saved tensors asks for. They run only to make what the unit lends."""
     joined, members = _joined(program, chosen)
     own: set[int] = set()
     done: set[int] = set()
@@ -180,14 +184,14 @@ def run_for_others(program: Program, chosen: Recipe) -> frozenset[int]:
 
 
 def reads_copy(step: Step, chosen: Recipe, value: int) -> bool:
-    """Does a live op read `value`, which live ops make, as it was made again? A kept one it reads where it lies, but
-    for a state that a later op has changed."""
+    """Live ops make `value` again: does this live op then read the copy, and not the original? It reads the original if
+    the value is also kept, unless it reads a state that a later op has changed."""
     return value in chosen.again or value not in step.reads
 
 
 def _joined(program: Program, chosen: Recipe) -> tuple[list[int], dict[int, list[int]]]:
-    """Per live cluster the first of those that run with it, and all of them: ops that change the same value, and live
-    ops that read it in between, run together."""
+    """For each cluster, the first of the clusters that run together with it; and for each such first cluster, all that
+    run with it. Ops that change the same value, and live ops that read it in between, run together."""
     owner, groups = cluster_of(program), clusters(program)
     leader = list(range(len(groups)))
 
@@ -216,7 +220,8 @@ def _closure(
     members: dict[int, list[int]],
     done: set[int],
 ) -> tuple[int, ...]:
-    """The ops that `value` is made by, but for the groups in `done`, which grows by those that were found."""
+    """The ops that must run to make `value`, except the groups in `done`, which have run. The groups that are found are
+    added to `done`."""
     owner, groups = cluster_of(program), clusters(program)
     wanted: set[int] = set()
     pending = [value]
@@ -236,10 +241,11 @@ def _closure(
 
 
 def shared(programs: Collection[Program]) -> Program | None:
-    """One program for several calls of a unit, which one plan is to serve; None: their ops differ, so none can.
+    """One program for all calls of a unit, which one plan is to serve. None: the calls run different ops, so no program
+    can.
 
-    What autograd saves may differ (a call whose input needs no gradient saves less): needed is what any call needs,
-    and only what no call lets go of is there anyway.
+    Autograd may save other tensors in one call than in another (a call whose input needs no gradient saves less). A
+    value is needed if any call needs it. It counts as held only if every call holds it.
     """
     distinct = list(dict.fromkeys(programs))
     longest = max(distinct, key=lambda program: len(program.slots))
@@ -264,10 +270,11 @@ def shared(programs: Collection[Program]) -> Program | None:
 
 
 def expected(slots: Sequence[int], wanted: Sequence[bool], index: int, value: int) -> bool | None:
-    """Is backward expected to read saved tensor `index` of a call, which is `value`? None: nobody has planned for it.
+    """Is backward expected to read saved tensor `index` of a call, which is `value`? None: no plan was made for this
+    tensor.
 
-    The program's own `slots` and `wanted` say, where they have it; in a call that saves others every value that any
-    call reads is expected to be read.
+    Where the program has the same saved tensor, its own `slots` and `wanted` say. In a call that saves others, every
+    value that any call reads is expected to be read.
     """
     if index < len(slots) and slots[index] == value:
         return wanted[index]
@@ -277,7 +284,7 @@ def expected(slots: Sequence[int], wanted: Sequence[bool], index: int, value: in
 @functools.lru_cache(maxsize=65536)
 def dropped_slots(planned: Program, call: Program, chosen: Recipe) -> tuple[tuple[int, bool], ...]:
     """The saved tensors of `call` that are not held under `chosen`, a recipe of the shared program `planned`: their
-    ordinals, and whether backward is expected to read them."""
+    ordinals, each with whether backward is expected to read it."""
     found = []
     for index, value in enumerate(call.slots):
         counted = expected(planned.slots, planned.wanted, index, value) if value in chosen.again else None
@@ -287,15 +294,16 @@ def dropped_slots(planned: Program, call: Program, chosen: Recipe) -> tuple[tupl
 
 
 def kept_values(actions: Collection[Action]) -> frozenset[int]:
-    """Ordinals that are not made again: kept, on the device or elsewhere."""
+    """Ordinals of the values that are not made again: they are kept, on the device or elsewhere."""
     return frozenset(i for i, action in enumerate(actions) if action is not Action.RECOMPUTE)
 
 
 def offloaded_values(actions: Collection[Action]) -> frozenset[int]:
-    """Ordinals that wait elsewhere between forward and backward."""
+    """Ordinals of the values that wait elsewhere between forward and backward."""
     return frozenset(i for i, action in enumerate(actions) if action is Action.OFFLOAD)
 
 
 def first_random(program: Program) -> int | None:
-    """Ordinal of the first op that draws; its generator state is the one the whole unit started with."""
+    """Ordinal of the first op that draws random numbers. Its generator state is the one that the whole unit started
+    with."""
     return next((i for i, step in enumerate(program.steps) if step.kind is Kind.RANDOM), None)

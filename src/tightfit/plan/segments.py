@@ -1,13 +1,16 @@
-"""A long unit as a row of short ones: the planner's view of a loop in Python, or of a forward that is written flat.
+"""Cut a long unit into a row of short ones: how the planner treats a Python loop, or a forward that is written flat.
 
-Idea: the points of a unit are found by the bytes that it keeps, and what its own backward holds for a moment is not
-among them. That is right for a block of a few dozen ops. A unit of a thousand ops has its peak inside its own backward.
-So its op sequence is cut where few bytes cross, each segment is planned as if it were a unit, and the choices are put
-together again: what a segment that runs again reads of another segment is kept. The engine needs to know nothing of
-this, since its tape makes every value again on demand (`engine.tape`).
+Idea: the points of a unit's frontier differ in the bytes that the unit keeps. What its own backward holds for a moment
+is not part of a point. For a block of a few dozen ops that does not matter. But a unit of a thousand ops has its peak
+inside its own backward. So its ops are cut into segments, where few bytes are read across the cut. Each segment is
+planned as if it were a unit, and then the choices are joined: what a segment that runs again reads of another segment
+is kept. The engine needs to know nothing of segments, because its tape makes every single value again on demand
+(`engine.tape`).
 
-Invariant: the segmented trace holds the same ops, values and events in the same order; only whose they are differs.
-Refused: units that are called more than once (one plan serves all calls), and cuts between ops that change one value.
+Invariant: the segmented trace holds the same ops, values and events in the same order. Only the unit that owns them
+differs.
+Refused: units that are called more than once, because one plan serves all calls; cuts between ops that change one
+value.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from tightfit.plan.program import kept_values, recipe
 
 #: A unit of fewer ops than this is planned as it is, exactly: a transformer block with adapters has half as many.
 LONG = 256
-#: And one that has a smaller part of the units' ops: what its own backward holds is then a small part of the step's.
+#: So is a unit with less than this part of all units' ops: what its own backward holds is a small part of the step's.
 _PART = 1 / 12
 #: How many ops a segment has, about: at least a third of this, at most twice as many.
 LENGTHS = (32, 128)
@@ -47,7 +50,8 @@ LENGTHS = (32, 128)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Segment:
-    """Ops of a unit from `start` on. `values`: ordinals, in the unit, of what they make."""
+    """The ops of a unit from `start` on, up to the next segment. `values`: ordinals, in the unit, of the values that
+    they make."""
 
     path: str
     start: int
@@ -57,7 +61,7 @@ class _Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segmented:
-    """A trace whose long units are cut, and the way back."""
+    """A trace whose long units are cut, and how its choices become choices for the whole units."""
 
     trace: Trace
     whole: Trace
@@ -118,7 +122,8 @@ def _sizes(trace: Trace, frame: int) -> list[int]:
 
 
 def _cuts(program: Program, sizes_bytes: Sequence[int], length: int) -> list[int]:
-    """Op ordinals at which a segment begins, 0 first: where the fewest bytes are read from before to after."""
+    """Op ordinals at which a segment begins, 0 first. The cuts lie where ops after the cut read the fewest bytes from
+    before it."""
     count = len(program.steps)
     made: dict[int, int] = {}
     read: dict[int, int] = {}
@@ -157,7 +162,7 @@ def _cuts(program: Program, sizes_bytes: Sequence[int], length: int) -> list[int
 
 
 class _Cutter:
-    """Makes the segmented trace. Every id of an op, a value and a saved tensor stays; frames are numbered anew."""
+    """Makes the segmented trace. Ops, values and saved tensors keep their ids; frames are numbered anew."""
 
     def __init__(self, trace: Trace, cuts: dict[int, list[int]]) -> None:
         self.trace, self.cuts = trace, cuts
@@ -290,7 +295,7 @@ class _Cutter:
         return dataclasses.replace(value, natural_end=end, ordinal=place[1], unit=self.frames[place[0]].unit)
 
     def _events(self) -> tuple[list[Event], list[int]]:
-        """The events with the segments' borders among them, and where each of the old ones is now."""
+        """The events with the borders of the segments among them, and the new place of each old event."""
         trace = self.trace
         border: dict[int, int] = {}  # last op of a segment -> the frame that begins behind it
         for frame, begins in self.cuts.items():
@@ -318,7 +323,7 @@ class _Cutter:
 
 
 def _within(step: Step, own: dict[int, int]) -> Step:
-    """`step` in the numbers of its segment; what other segments make comes from outside."""
+    """`step` in the numbers of its segment. What other segments make counts as coming from outside."""
     return Step(
         name=step.name,
         kind=step.kind,

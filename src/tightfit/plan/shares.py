@@ -1,7 +1,8 @@
-"""Which lever of a plan buys which bytes, at which cost.
+"""Which lever of a plan buys which bytes, and at which cost.
 
-Idea: take one lever out of the plan, leave the others as they are, and have the referee walk the step again: the peak
-rises by what the lever buys. Shares need not add up, since two levers may each be needed for the same bytes.
+Idea: take one lever out of the plan, leave the others as they are, and have the referee walk through the step again.
+The peak rises by the bytes that the lever buys. The shares need not add up to the whole, because the same bytes may
+need two levers at once.
 
 Invariant: the figures are the referee's. Refused: nothing.
 """
@@ -17,7 +18,7 @@ __all__ = ["Share", "shares"]
 
 
 def shares(trace: Trace, plan: Plan) -> tuple[Share, ...]:
-    """One entry for each lever that `plan` uses, in the order of `Lever`."""
+    """What each lever that `plan` uses buys and costs, in the order of `Lever`."""
     walked = Walked(
         trace=trace,
         planned=under(trace, plan),

@@ -1,12 +1,12 @@
-"""Referee of plans: what a step does to memory under a plan, from the trace alone.
+"""The referee of plans: what a step does to memory under a plan, computed from the trace alone.
 
-Idea: every storage lives from its making until the last of its holders lets go. Python holds it up to its
-natural end; each saved tensor holds it up to its release. A plan takes away some of these holders (dropped
-saved tensors), adds others (what the tape's ops will read, until they have run) and inserts the ops that run
-again before the first backward read that needs them. Walking the events in order and adding up gives the live
-bytes after each.
+Idea: a storage is live from its making until the last of its holders lets go. Python holds it until its natural end.
+Each saved tensor holds it until autograd releases that saved tensor. A plan removes some holders (the saved tensors
+that it drops). It adds others (the tape holds what its ops will read, until they have run). And it inserts the ops that
+run again, just before the first backward read that needs them. The referee walks through the events in order and adds
+up the live bytes after each.
 
-Invariant: written without the planner's model; with `plan=None` the result is the recorded step itself.
+Invariant: nothing of the planner's model is used here. With `plan=None` the result is the recorded step itself.
 Refused: a plan that was made from another trace (`PlanMismatch`).
 """
 
@@ -73,7 +73,8 @@ def simulate(trace: Trace, plan: Plan | None = None) -> Timeline:
 
 
 def under(trace: Trace, plan: Plan | None) -> Trace:
-    """What the levers of `plan` make of `trace`. Raises `PlanMismatch` where the trace does not know of one."""
+    """The trace as the levers of `plan` change it. Raises `PlanMismatch` where the trace does not have what a lever
+    needs."""
     if plan is not None:
         require_known(plan)
         for lever in every():
@@ -82,11 +83,12 @@ def under(trace: Trace, plan: Plan | None) -> Trace:
 
 
 def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list[tuple[Hashable, int]]]:
-    """What an allocator sees of the step: sizes of the blocks that live throughout, and (name, bytes) in order, with
-    minus the bytes where a block is given back.
+    """What an allocator sees of the step: the sizes of the blocks that live throughout, and (name, bytes) for each
+    block that is taken later, in order. Where a block is given back, the bytes are negative.
 
-    Blocks throughout are those of the trace's values from before the step; what the static bytes hold beyond them
-    (optimizer state, gradients) is shaped like the trainable parameters' gradients.
+    The blocks that live throughout are those of the trace's values from before the step. The static bytes may hold more
+    than these (optimizer state, gradients). The rest is divided into blocks of the sizes of the trainable parameters'
+    gradients.
     """
     trace = under(trace, plan)
     walk = _Walk(trace, *(((),) if plan is None else (plan.choices, plan.advances)))
@@ -111,7 +113,7 @@ def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list
 
 
 def simulate_choices(trace: Trace, choices: tuple[Choice, ...], advances: tuple[Advance, ...] = ()) -> Timeline:
-    """`simulate` before there is a `Plan`."""
+    """`simulate` for choices of which no `Plan` is made yet."""
     return _Walk(trace, choices, advances).timeline()
 
 
@@ -132,7 +134,7 @@ class _Replayed:
 
 @dataclass
 class _Copy:
-    """A value that is there again."""
+    """A value that backward needs and that is not held for it: made again, or fetched."""
 
     size_bytes: int
     readers: set[int]  # ops that have yet to read it
@@ -195,7 +197,7 @@ class _Walk:
             parked |= {self.values_of[frame.id][v] for v in offloaded_values(choice.actions)}
             fetched = frozenset(swept | parked)
             dropped = [(slots[frame.id][i], counted) for i, counted in dropped_slots(planned, program, chosen)]
-            # without loads in this frame nothing of its own runs again
+            # if backward reads no dropped tensor of this frame, nothing runs again for the frame itself
             loads = sorted((load_event[s.id], s.ordinal) for s, _ in dropped if s.id in load_event)
             from_outside = [s for s in slots[frame.id] if s.value in fetched]
             if not loads and not fetched and not choice.lends:
@@ -216,7 +218,7 @@ class _Walk:
         return found
 
     def _is_lent(self, value_id: int, choices: dict[str, Choice]) -> bool:
-        """Does the unit that made the value make it again for others? Where it does not, the engine holds it."""
+        """Will the unit that made the value make it again for others? If not, the engine holds the value."""
         value = self.trace.values[value_id]
         maker = None if value.unit is None else choices.get(value.unit)
         return maker is not None and value.ordinal in maker.lends
@@ -224,7 +226,7 @@ class _Walk:
     # -- lives
 
     def _lives(self) -> dict[int, list[int]]:
-        """Values to free after each event; a value in none of them lives to the end of the step."""
+        """The values that are freed after each event. A value that stands at no event lives to the end of the step."""
         trace = self.trace
         freed = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.FREE}
         released = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.RELEASE}
@@ -278,7 +280,7 @@ class _Walk:
             for value_id in made:
                 value = trace.values[value_id]
                 holders = [
-                    # one that nobody comes to read leaves the value on the tape, which goes with the graph
+                    # if nobody reads the saved tensor, the value stays on the tape, which is freed with the graph
                     released.get(s.id, end_of_step) if s.read else last_release
                     for s, counted in replayed.slots
                     if s.value == value_id and (s.read or counted)
@@ -331,7 +333,7 @@ class _Walk:
         for replayed in self.replays.values():
             for event_index, value_id in replayed.fetches:
                 wanted[event_index].append((replayed.frame, value_id))
-        # a list by place, since this loop is the planner's and the searches' innermost
+        # a list by place: this is the innermost loop of the planner and of the searches, and a list is fast
         self.level = [int(trace.static_bytes.get(c.value, 0)) if c in _STATIC else 0 for c in Category]
         self.total = sum(self.level)
         self.totals: list[int] = []
@@ -384,24 +386,24 @@ class _Walk:
         )
 
     def _made_by(self, frame: int, ordinal: int) -> list[int]:
-        """Value ids that an op of a frame makes."""
+        """Ids of the values that an op of a frame makes."""
         op = self.ops_of[frame][ordinal]
         return [v for v in op.outputs if v is not None and self.trace.values[v].producer == op.id]
 
     def _reads_copy(self, replayed: _Replayed, ordinal: int, value_id: int) -> bool:
-        """Does the op read a value of its own frame as it was made again?"""
+        """Does the op read the copy of a value of its own frame that was made again?"""
         value = self.trace.values[value_id].ordinal
         assert value is not None
         return reads_copy(self.trace.programs[replayed.frame].steps[ordinal], replayed.recipe, value)
 
     def _drop_copy(self, copy: _Copy, index: int) -> None:
-        """Free `copy` if after event `index` neither autograd nor the tape has any use for it."""
+        """Free `copy` if neither autograd nor the tape needs it after event `index`."""
         if copy.is_live and not copy.readers and (copy.until is None or copy.until <= index):
             self._add(Category.SAVED, -copy.size_bytes, ("copy", id(copy)))
             copy.is_live = False
 
     def _run_again(self, replayed: _Replayed, ops: tuple[int, ...], index: int) -> None:
-        """Walk the ops that run again before event `index`."""
+        """Walk through the ops that run again before event `index`."""
         trace = self.trace
         state_bytes = trace.random_state_bytes
         for ordinal in ops:
@@ -439,7 +441,8 @@ class _Walk:
     # -- sweeps
 
     def _bring(self, frame: int, value_id: int) -> None:
-        """Have what `frame` is about to read in backward there again."""
+        """Make sure that a value is there which `frame` is about to read in backward: fetch it, or make it again by a
+        sweep."""
         copy = self.brought[frame, value_id]
         if copy.is_live:
             return
@@ -460,13 +463,13 @@ class _Walk:
         copy.is_live = True
 
     def _unpack(self, copy: _Copy) -> None:
-        """Walk the copy of something back to the device."""
+        """Walk through the copy of an offloaded value back to the device."""
         self._add(Category.SAVED, copy.size_bytes, ("copy", id(copy)))
         self._mark("fetch of what was offloaded", 0)
         self.fetched_bytes += copy.size_bytes
 
     def _previous(self, value_id: int) -> tuple[int, tuple[int, int] | None]:
-        """The frame that made a value, and which of its own inputs it does not have, by frame and value."""
+        """The frame that made a value; and the input that this frame itself lacks, as (frame, value), or None."""
         frame = self._frame_of(value_id)
         swept = self.replays[frame].fetched - self.replays[frame].parked
         link = next((v for v in self.trace.frames[frame].inputs if v in swept), None)
@@ -480,7 +483,8 @@ class _Walk:
         return frame
 
     def _produce(self, value_id: int, result: _Copy) -> None:
-        """Walk what makes a value again for another unit: `result` is live afterwards, and what led to it is not."""
+        """Walk through making a value again for another unit. Afterwards `result` is live, and the values that led to
+        it are not."""
         trace = self.trace
         frame = self._frame_of(value_id)
         replayed = self.replays[frame]

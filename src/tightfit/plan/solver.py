@@ -1,12 +1,13 @@
-"""Mixed-integer programs, solved in such a way that no plan is lost to the solver.
+"""Solve mixed-integer programs in such a way that a fault of the solver costs no plan.
 
-Idea: a solver's answer is a claim. A point is believed when it satisfies the rows, which is checked here, in plain
-arithmetic. After an error, or a point that breaks its own rows, the same program is put again: rows rescaled, then
-rescaled and without presolve. What is left unsolved then is for the caller, whose own method knows the problem.
+Idea: a solver's answer is only a claim. A point is believed if it satisfies the program's rows, which is checked here
+in plain arithmetic. After an error, or after a point that breaks its own rows, the same program is solved again: first
+with its rows rescaled, then rescaled and without presolve. If that fails too, the program counts as unsolved, and the
+caller uses a method of its own that knows the problem.
 
 Invariant: `Answer.values` satisfies every row, every bound and the integrality to `TOLERANCE`, whatever the solver
-said. `Answer.bound` is the solver's, and never above the cost of a point that is known.
-Refused: nothing. A solver that cannot be imported, raises, or hangs past its time is an unsolved program.
+said. `Answer.bound` is the solver's, but never above the cost of a known point.
+Refused: nothing. If a solver cannot be imported, raises, or runs past its time, the program is unsolved.
 
 Solver: HiGHS (Huangfu and Hall, Math. Prog. Comp. 10, 2018).
 """
@@ -31,8 +32,9 @@ TOLERANCE = 2e-6
 
 
 def scale_of(largest_bytes: float) -> float:
-    """By what to divide the bytes of a row: the largest becomes a thousand, so that a broken tolerance is a byte or so
-    even among gigabytes, and two releases of a solver do not differ by what they let pass."""
+    """The number by which the bytes of a row are divided. The largest becomes a thousand. A row that is broken by the
+    solver's tolerance is then off by a byte or so, even among gigabytes, and two releases of a solver do not differ by
+    what they let pass."""
     return max(1.0, largest_bytes / 1000)
 
 
@@ -45,9 +47,10 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MixedProgram:
-    """Minimise `costs @ x` where `row_low <= rows @ x <= row_high`, `lower <= x <= upper`, some `x` whole numbers.
+    """Minimise `costs @ x` where `row_low <= rows @ x <= row_high` and `lower <= x <= upper`, and where some `x` are
+    whole numbers.
 
-    The rows are compressed: row r has the columns `indices[starts[r]:starts[r + 1]]` and as many `coefficients`.
+    The rows are compressed: row r has the columns `indices[starts[r]:starts[r + 1]]`, with as many `coefficients`.
     """
 
     costs: Floats  # (columns,)
@@ -72,7 +75,7 @@ class MixedProgram:
         upper: Floats,
         integer: np.ndarray[Any, np.dtype[np.bool_]],
     ) -> MixedProgram:
-        """From rows as pairs of (columns, coefficients)."""
+        """A program whose rows are given as pairs of (columns, coefficients)."""
         table = list(rows)
         return cls(
             costs=costs,
@@ -87,7 +90,8 @@ class MixedProgram:
         )
 
     def extended(self, row: tuple[Sequence[int], Sequence[float]], *, high: float, cost: float) -> MixedProgram:
-        """With one more column, real and not negative, that costs `cost`, and one more row, at most `high`."""
+        """The program with one more column, which is real, not negative and costs `cost`, and with one more row, which
+        is at most `high`."""
         columns, coefficients = row
         return dataclasses.replace(
             self,
@@ -103,7 +107,7 @@ class MixedProgram:
         )
 
     def rescaled(self) -> MixedProgram:
-        """The same program with every row, and the costs, divided by a power of two near the middle of its sizes."""
+        """The same program with each row, and the costs, divided by a power of two near the middle of their sizes."""
         scale = np.ones(len(self.row_low))
         for row in range(len(scale)):
             sizes = np.abs(self.coefficients[self.starts[row] : self.starts[row + 1]])
@@ -142,7 +146,7 @@ def _middle(sizes: Floats) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """What a solver says. Nothing of it is believed yet."""
+    """What a solver says. It is not checked yet."""
 
     verdict: Verdict
     said: str  # the solver's own word for how it ended
@@ -153,7 +157,8 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """`values` unless the verdict is INFEASIBLE or UNSOLVED; `how` names the solver and what it took."""
+    """A checked answer. `values` is there unless the verdict is INFEASIBLE or UNSOLVED. `how` names the solver and the
+    attempt that succeeded."""
 
     verdict: Verdict
     how: str
@@ -178,7 +183,7 @@ ATTEMPTS = (
 
 
 def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> Claim:
-    """HiGHS: silent, on one thread, the same answer every time. `gap` is relative; zero is exact."""
+    """Solve with HiGHS: silent, on one thread, with the same answer every time. `gap` is relative; zero means exact."""
     import highspy  # a machine without it plans by the callers' own methods
 
     solver = highspy.Highs()
@@ -216,14 +221,13 @@ def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> 
     )
 
 
-#: What is asked; tests put saboteurs here.
+#: The solver. Tests put faulty ones here.
 engine: Callable[[MixedProgram, float, float, bool], Claim] = highs
 
 
 def solve(program: MixedProgram, *, seconds: float, gap: float = 0.0, attainable: bool = False) -> Answer:
-    """Minimise `program` within about `seconds`, to a relative `gap`. `attainable`: a point is known to exist, so that
-    a claim of the contrary is an error like any other.
-    """
+    """Minimise `program` within about `seconds`, to a relative `gap`. `attainable` says that a point is known to exist;
+    a solver's claim that there is none then counts as an error."""
     until = time.monotonic() + seconds
     best: Answer | None = None
     said: list[str] = []
@@ -264,7 +268,7 @@ def solve(program: MixedProgram, *, seconds: float, gap: float = 0.0, attainable
 
 
 def _cost_scale(program: MixedProgram, put: MixedProgram) -> float:
-    """What a cost of `put` is worth in `program`'s."""
+    """The factor from a cost of `put` to a cost of `program`."""
     largest = int(np.argmax(np.abs(program.costs))) if len(program.costs) else 0
     if not len(program.costs) or not put.costs[largest]:
         return 1.0

@@ -142,7 +142,7 @@ class Table:
         return np.asarray(live[self.marks] + scratch, dtype=np.float64) + self._not_kept()
 
     def _not_kept(self) -> Floats:
-        """Change of live bytes at each mark from the inputs that sweeps make again."""
+        """How the live bytes change at each mark because some unit inputs are not kept, and sweeps make them again."""
         trace = self.trace
         change = np.zeros(len(self.marks) + 1)
         stored_at = {unit: self._first_demand(unit) for unit in (link.user for link in self.nesting.links)}
@@ -167,7 +167,8 @@ class Table:
     # -- one unit
 
     def _frontier(self, program: Program, frames: Sequence[int], kinds: int) -> Frontier:
-        """Frontier of a unit over all its calls; one of `kinds` to be found."""
+        """The frontier of a unit over all its calls. `kinds` frontiers have to be found in all, so each gets fewer
+        points where they are many."""
         trace = self.trace
         sizes = [sum(trace.values[self.values[f][v]].size_bytes for f in frames) for v in range(program.values)]
         seconds = [sum(trace.ops[self.ops[f][i]].seconds for f in frames) for i in range(len(program.steps))]
@@ -178,7 +179,7 @@ class Table:
         return _found(program, tuple(sizes), tuple(seconds), many)
 
     def _moved(self, path: str) -> Iterator[Point]:
-        """Points of the unit with its inputs, what it keeps, or both off the device."""
+        """Points of the unit with its inputs, with what it keeps, or with both waiting off the device."""
         program, points = self.programs[path], self.frontiers[path].points
         inputs = self._movable_inputs(path)
         for point in points[:: max(1, -(-len(points) // _MOVED))]:
@@ -190,7 +191,8 @@ class Table:
                     yield dataclasses.replace(point, away=frozenset(away), inputs_away=frozenset(inputs_away))
 
     def _movable_inputs(self, path: str) -> frozenset[int]:
-        """Places of the inputs that are made in the step and that nobody else holds for backward."""
+        """Which inputs may wait off the device, by place: those that are made in the step and that no other unit holds
+        for backward."""
         trace = self.trace
         holders: dict[int, set[str]] = defaultdict(set)
         for saved in trace.saved:
@@ -233,13 +235,13 @@ class Table:
         return bool(self._recipes(path, point))
 
     def _dropped_slots(self, path: str, frame: int, chosen: Recipe) -> list[tuple[int, int]]:
-        """(ordinal, saved id) of what autograd does not hold."""
+        """Saved tensors that autograd does not hold when `chosen` is chosen: pairs of (ordinal, saved id)."""
         dropped = dropped_slots(self.programs[path], self.trace.programs[frame], chosen)
         return [(i, self.slots[frame][i]) for i, _ in dropped]
 
     def _effect(self, path: str, point: Point) -> tuple[Floats, list[tuple[int, float]], float]:
-        """Of choosing `point`: the change of live bytes at every mark, the spikes (mark, bytes) of the replays
-        themselves, on top of everything else at that mark, and the seconds of the replays."""
+        """What choosing `point` does: the change of live bytes at every mark; the spikes (mark, bytes), which replays
+        add for a while on top of everything else at that mark; and the seconds of the replays."""
         trace = self.trace
         change = np.zeros(len(self.marks) + 1)
         spikes: list[tuple[int, float]] = []
@@ -262,7 +264,7 @@ class Table:
             last_release = max((self.released.get(s, end_of_step) for s in self.slots[frame]), default=-1)
             away = self._away(path, frame, point)
             brought = self.nesting.borrowed(path) | away
-            # what the dropped saved tensors held goes at once, and what was made again with the last of them
+            # what dropped saved tensors held is freed at once; what is made again is freed with the last of them
             until: dict[int, int] = {}
             for ordinal, slot in self._dropped_slots(path, frame, chosen):
                 value = trace.values[values[program.slots[ordinal]]]
@@ -314,7 +316,7 @@ class Table:
     def _waits(
         self, frame: int, value_id: int, runs_at: Mapping[int, int], live: Callable[[float, int, int], None]
     ) -> None:
-        """Tell `live` of a value that is off the device until the frame's backward first wants it."""
+        """Tell `live` that a value is off the device until the frame's backward first wants it."""
         trace = self.trace
         value, end_of_step = trace.values[value_id], len(trace.events)
         slots = [s for s in self.slots[frame] if trace.saved[s].value == value_id]
@@ -334,8 +336,8 @@ class Table:
     def _run_again(
         self, frame: int, ops: Sequence[int], event: int, until: Mapping[int, int], last_read: Mapping[int, int]
     ) -> tuple[float, list[int], float]:
-        """Of the ops that run before `event`: (most bytes that they add for a while beyond what they leave, the values
-        that they leave, their seconds)."""
+        """What the ops do that run before `event`: (the most bytes that they add for a while beyond the values that
+        they leave, those values, the ops' seconds)."""
         trace = self.trace
         left: list[int] = []
         passing: dict[int, int] = {}  # value -> last op of this batch that reads it
@@ -361,7 +363,7 @@ class Table:
     # -- all units, cut into segments
 
     def _tabulate(self) -> None:
-        """`table[unit][option, segment]`: what the option adds to the segment's fullest mark."""
+        """Fill `table[unit][option, segment]`: the bytes that the option adds to the segment's fullest mark."""
         trace = self.trace
         cuts = {0}
         self.spans: dict[int, list[tuple[int, int]]] = {}
@@ -377,7 +379,7 @@ class Table:
                 cuts |= {start, end}
         self.starts = np.array(sorted(c for c in cuts if c < len(self.marks)), dtype=np.int64)
         self.base_top = np.maximum.reduceat(self.base, self.starts)
-        # a sweep is a row of its own: what is live just before it, and the unit that adds most on the way
+        # each sweep has a row of its own: the live bytes just before it, and what the largest unit on the way adds
         sweeps = self._sweeps()
         before = [mark for mark, _ in sweeps]
         self.away_bytes: dict[str, list[int]] = {}  # that each option moves
@@ -393,7 +395,7 @@ class Table:
                     spent.append(0.0)
                     continue
                 delta, spikes, seconds = self._effect(path, option)
-                # in the unit's own segments its change moves mark by mark: take the fullest mark together with it
+                # in the unit's own segments the change differs from mark to mark: take the fullest mark with the change
                 row = np.maximum.reduceat(delta, self.starts)
                 together = np.maximum.reduceat(self.base + delta, self.starts) - self.base_top
                 row = np.where(own, together, row)
@@ -415,7 +417,7 @@ class Table:
         return sum(self.trace.values[v].size_bytes for v in moved)
 
     def _sweeps(self) -> list[tuple[int, float]]:
-        """(mark just before, most bytes that it adds for a while) of each sweep."""
+        """For each sweep: (the mark just before it, the most bytes that it adds for a while)."""
         units = [unit.path for unit in self.trace.units]
         tops = {link.unit: self._passing_bytes(link.unit) for link in self.nesting.links}
         found = []
@@ -431,7 +433,7 @@ class Table:
         return min(loads, default=len(self.trace.events) - 1)
 
     def _passing_bytes(self, path: str) -> float:
-        """Most bytes that running through a unit adds, its input and output included, when it keeps nothing."""
+        """The most bytes that running through a unit adds when it keeps nothing, its input and output included."""
         trace, (frame,) = self.trace, self.frames_of[path]
         program = self.programs[path]
         lends = self.nesting.lends(path)
@@ -450,7 +452,8 @@ class Table:
         return float(top)
 
     def _just_before(self, mark: int, delta: Floats) -> float:
-        """Live bytes at the replay, the values that it leaves behind included: those of the mark that reads them."""
+        """Live bytes when a replay begins, with the values that it will leave behind: the live bytes of the mark that
+        reads them, without what that mark's op itself makes and holds."""
         scratch = self.trace.ops[self.trace.events[self.marks[mark]].subject]
         made = sum(
             self.trace.values[v].size_bytes

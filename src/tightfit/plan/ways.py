@@ -1,7 +1,10 @@
-"""One way to plan a trace: the step as the allowed levers would have it, and what of its planning does not depend on
-the budget.
+"""One way to plan a trace, with everything of its planning that does not depend on the budget.
 
-Invariant: what a way says of a set of choices is the referee's word (`plan.simulate`).
+A way says which step is planned (the recorded one, or what levers of the step make of it), whether kept values may wait
+off the device, whether long units are cut into segments, and whether the units are nested. It is kept, so that the next
+budget for the same trace costs less.
+
+Invariant: what a way says of a set of choices is what the referee says (`plan.simulate`).
 """
 
 from __future__ import annotations
@@ -27,26 +30,26 @@ from tightfit.plan.segments import LENGTHS, Segmented, segmented
 from tightfit.plan.simulate import simulate_choices
 from tightfit.plan.table import THOROUGH, Effort
 
-# How long the lowest peak is looked for, in what does not depend on the machine: plans tried, events walked.
+# How long the lowest peak is looked for. Counted in plans and events and not in seconds, so that no machine differs.
 _FEWEST_TRIES = 8
 
 
 _EVENTS_TO_TRY = 200_000
 
 
-#: Segments are small and many: points of each, and seconds for each choice across them.
+#: Segments are small and many, so each gets fewer points, and each choice across them fewer seconds.
 _SEGMENT_POINTS = 40
 
 
 _SEGMENTS_SECONDS = 0.5
 
 
-#: In a quick search every third number of slots is looked at.
+#: In a quick search only every third nesting is tried.
 _COARSE = 3
 
 
 class Refereed(NamedTuple):
-    """Choices, what the referee says of them, and by which ways they were found."""
+    """Choices, what the referee says of them, and how they were found."""
 
     choices: tuple[Choice, ...]
     line: Timeline
@@ -54,7 +57,7 @@ class Refereed(NamedTuple):
 
 
 class Way:
-    """What of a trace does not depend on the budget, made when first asked for."""
+    """What planning a trace in one way needs, apart from the budget. Each part is made when it is first asked for."""
 
     def __init__(
         self,
@@ -75,7 +78,8 @@ class Way:
         self._varied: dict[Lever, list[Way]] = {}
 
     def ways(self, levers: Collection[Lever] | None) -> list[Way]:
-        """This trace's step as each of the allowed levers of the step would have it, itself first."""
+        """All ways to plan this step with the levers: as it is (first), and as each lever of the step would have it; in
+        segments where units are long; and with values off the device where a lever allows that."""
         found = [self]
         for lever in allowed(levers):
             found += [varied for way in found for varied in way._by(lever)]
@@ -89,12 +93,12 @@ class Way:
 
     @functools.cached_property
     def moving(self) -> Way:
-        """The same with kept values that may wait off the device."""
+        """The same way, with kept values that may wait off the device."""
         return Way(self.step, self.effort, moves=True)
 
     @functools.cached_property
     def in_segments(self) -> tuple[Way, ...]:
-        """The same with long units cut, more and less finely; none where no unit is long."""
+        """The same way with long units cut, once more finely and once less. There is none where no unit is long."""
         return tuple(
             Way(self.step, self.effort, segments=segments)
             for length in LENGTHS
@@ -103,7 +107,7 @@ class Way:
 
     @property
     def planned(self) -> Trace:
-        """The trace as the model sees it."""
+        """The trace that the model plans: the step's own, or the segmented one."""
         return self.trace if self.segments is None else self.segments.trace
 
     @functools.cached_property
@@ -111,7 +115,7 @@ class Way:
         return self._model(self.planned)
 
     def _model(self, trace: Trace) -> Model:
-        # of segments no bound is looked for: see `proven`
+        # for segments no bound is looked for: see `proven`
         effort = self.effort
         if self.segments is not None:
             effort = Effort(
@@ -127,12 +131,13 @@ class Way:
         return chosen if self.segments is None else self.segments.joined(chosen)
 
     def refereed(self, points: Mapping[str, int]) -> tuple[tuple[Choice, ...], Timeline]:
-        """The choice of one point for each unit, and what the referee says of it."""
+        """The choices that `points` stand for, and what the referee says of them."""
         choices = self.choices(points)
         return choices, simulate_choices(self.trace, choices, self.advances)
 
     def proven(self, solution: Solution) -> float:
-        """The bound of `solution`. What holds for segments says nothing of kept sets that are no choice of theirs."""
+        """The bound of `solution`. For segments there is none, because a unit may keep sets of values that no choice
+        for its segments stands for."""
         return solution.bound_seconds if self.segments is None else 0.0
 
     @functools.cached_property
@@ -143,14 +148,15 @@ class Way:
 
     @functools.cached_property
     def floor(self) -> Timeline:
-        """With the fewest bytes kept in each unit; what a nesting can do, at the cost of one walk."""
+        """The referee's word when each unit keeps the fewest bytes. It shows what a nesting can reach, at the cost of
+        one walk."""
         assert self.nesting is not None and self.plain is not None
         choices = tuple(self.nesting.on(choice) for choice in self.plain.fewest)
         return simulate_choices(self.trace, choices, self.advances)
 
     @functools.cached_property
     def nested(self) -> tuple[Way, ...]:
-        """The same with fewer and fewer inputs kept; without much effort only some of them."""
+        """The same way with fewer and fewer inputs kept. With little effort only some of these are tried."""
         step = 1 if self.effort.proves else _COARSE
         if self.trace.resharded:  # a sweep through earlier units would need weights that are gone
             return ()
@@ -163,10 +169,12 @@ class Way:
 
     @functools.cached_property
     def lowest(self) -> Refereed:
-        """The lowest peak that is found, and how: what is said to be feasible must be so again on the next run.
+        """The lowest peak that is found, and how it was found. What is said to be feasible must be feasible again on
+        the next run.
 
-        Measured seconds move the points of the frontiers and so the lowest peak among them; estimated ones do not. The
-        model's lowest is not always the referee's, so the referee is asked about the units one step this way or that.
+        The frontiers' points depend on the ops' seconds, and so does the lowest peak among them. Measured seconds vary
+        from run to run, so estimated ones are used here. The model's lowest peak is not always the referee's, so the
+        referee is also asked about choices that differ by one step in a unit.
         """
         model = self._model(retimed(self.planned, NOMINAL_CPU))
         solution = model.solve(None)
@@ -201,7 +209,7 @@ _latest: Way | None = None
 
 
 def way_of(trace: Trace, effort: Effort = THOROUGH) -> Way:
-    """Kept for the next budget of the same trace."""
+    """The way to plan `trace`. It is kept for the next budget of the same trace."""
     global _latest  # noqa: PLW0603 - one entry of a cache
     if _latest is None or _latest.trace is not trace or _latest.effort != effort:
         _latest = Way(as_recorded(trace), effort)

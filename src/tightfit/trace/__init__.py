@@ -1,12 +1,14 @@
-"""Record one training step: what ran, what lived, what autograd held. `tightfit.trace` is this package, called.
+"""Record one training step: what ran, what lived, what autograd held.
+
+`tightfit.trace` is this package, called.
 
 | module | what is recorded there |
 |---|---|
 | `recording` | the verb `trace`: a step of a real model, or of a fake one |
-| `passes`, `recorder` | the passes over the step, and the dispatch mode that takes one down |
+| `passes`, `recorder` | the passes over the step, and the dispatch mode that records one pass |
 | `profiler` | bytes by the allocator's own count |
-| `programs`, `assembly` | from what was taken down to programs of units and to a `Trace` |
-| `optimizer` | the optimizer's step, behind it |
+| `programs`, `assembly` | from a recorded pass to the programs of units, and to a `Trace` |
+| `optimizer` | the optimizer's step, behind the trace |
 | `units` | which modules are units, by the bytes that autograd saves in them |
 | `fake`, `as_cuda` | a step of any size on fake tensors, with CUDA's kernels |
 | `unroll` | a deep model's trace from a shallow one's; no torch |

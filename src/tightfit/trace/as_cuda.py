@@ -21,7 +21,7 @@ def _round_up(number: int, to: int) -> int:
 def _flash_backward_scratch(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> int:
-    """`dq_accum` and `softmax_d` in float32, and expanded key and value gradients where heads are shared.
+    """Bytes of `dq_accum` and `softmax_d` in float32, and of expanded key and value gradients where heads are shared.
 
     Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, `mha_bwd`.
     """
@@ -35,7 +35,7 @@ def _flash_backward_scratch(
 
 
 def _efficient_backward_scratch(grad: torch.Tensor, query: torch.Tensor, *_: Any, **__: Any) -> int:
-    """`delta`, the row sums of gradient times output, and its rounded float32 rows.
+    """Bytes of `delta`, the row sums of gradient times output, and of its rounded float32 rows.
 
     Source: aten/src/ATen/native/transformers/cuda/attention_backward.cu, `_efficient_attention_backward`.
     """
@@ -54,7 +54,8 @@ _HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 def attention_like_cuda(flash: bool) -> Callable[..., torch.Tensor]:
-    """`scaled_dot_product_attention` with the kernel that CUDA takes: flash, memory-efficient, math, in this order.
+    """`scaled_dot_product_attention` with the kernel that CUDA takes. It tries flash, memory-efficient and math, in
+    this order.
 
     Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, `select_sdp_backend`.
     """

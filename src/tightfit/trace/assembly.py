@@ -1,6 +1,6 @@
-"""From what two passes took down to a `Trace`.
+"""Make a `Trace` from two recorded passes: the dry pass and the full pass.
 
-Invariant: the ids of ops, values, saved tensors and frames are their positions.
+Invariant: the ids of ops, values, saved tensors and frames are their positions in the trace.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Assembly:
         )
 
     def _target(self) -> Device:
-        """Whose copies to the host the planner reckons with."""
+        """The device whose copies to and from the host the planner reckons with."""
         if self.fake is not None and self.fake.target is not None:
             return self.fake.target
         return NOMINAL_CUDA if device_of(self.model).type == "cuda" else NOMINAL_CPU
@@ -142,14 +142,15 @@ class Assembly:
         return str(device_of(self.model)) if target is None else target.name
 
     def _random_state_bytes(self) -> int:
-        """A saved state of a GPU's generator is a CPU tensor."""
+        """Bytes that one saved generator state takes on the device. A saved state of a GPU's generator is a CPU
+        tensor."""
         if self.fake is not None and self.fake.cuda:
             return 0
         with _disable_current_modes():
             return torch.get_rng_state().numel() if device_of(self.model).type == "cpu" else 16
 
     def _loss_values(self) -> set[int]:
-        """What is made after the last unit's forward and before the first unit's backward."""
+        """The values that are made after the last unit's forward and before the first unit's backward."""
         full = self.full
         exits = [i for i, (what, _) in enumerate(full.events) if what is EventKind.EXIT]
         loads = (
@@ -159,7 +160,7 @@ class Assembly:
         return {s for what, s in full.events[first:last] if what is EventKind.ALLOC} if exits else set()
 
     def _losses(self) -> Iterator[Loss]:
-        """Cross entropies outside the units, whose saved log-probabilities only their own backward reads."""
+        """The cross entropies outside the units whose saved log-probabilities are only read by their own backward."""
         full = self.full
         readers: dict[int, list[Call]] = defaultdict(list)
         for call in full.calls:
@@ -194,7 +195,8 @@ class Assembly:
             )
 
     def _share_wanted(self, programs: dict[int, Program]) -> None:
-        """A plan has one program per unit, so what backward reads in one call of it counts as read in all alike."""
+        """A plan has one program for each unit. So what backward reads in one call of a unit counts as read in all
+        equal calls."""
         alike: dict[Any, list[int]] = defaultdict(list)
         for frame in self.full.frames:
             program = programs[frame.id]
@@ -205,7 +207,7 @@ class Assembly:
                 programs.update({f: dataclasses.replace(programs[f], wanted=wanted) for f in frames})
 
     def _natural_ends(self) -> dict[int, int]:
-        """Event of the full pass after which only autograd holds a value; from its death in the dry pass."""
+        """For each value that dies in the dry pass, the event of the full pass after which only autograd holds it."""
         op_event = {subject: i for i, (what, subject) in enumerate(self.full.events) if what is EventKind.OP}
         ends: dict[int, int] = {}
         last = -1
@@ -237,7 +239,8 @@ class Assembly:
         return tuple(units)
 
     def _pooled(self, units: tuple[Unit, ...]) -> dict[int, float]:
-        """Median per op, over the passes and over the equal ops of equal units: one noisy second misleads nobody."""
+        """Seconds of each op: the median over the passes, and over the equal ops of equal units, so that one noisy
+        measurement does no harm."""
         digest = {unit.path: unit.digest for unit in units}
         samples: dict[tuple[Any, ...], list[float]] = defaultdict(list)
         keys: dict[int, tuple[Any, ...]] = {}

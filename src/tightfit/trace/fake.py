@@ -1,17 +1,19 @@
-"""The step on fake tensors: shapes, strides and dtypes of the real one, none of its bytes.
+"""The step on fake tensors: they have the shapes, strides and dtypes of the real step, and none of its bytes.
 
-Idea: the model's parameters are swapped for fake CPU tensors, so that a step of any size runs in seconds. Three
-things that fake tensors alone get wrong are put right:
+Idea: the model's parameters are swapped for fake CPU tensors, so that a step of any size runs in seconds. Three things
+would be wrong with fake tensors alone, and are put right here:
 
 * *Known values.* Token ids, positions and masks steer control flow (transformers asks whether sequences are packed).
-  Small integer and boolean tensors are computed for real beside the fake ones, so such questions get true answers.
-* *The target's kernels.* For a CUDA target the attention kernel that CUDA would choose is called by name, dropout
-  keeps a boolean mask, layer norm keeps float32 statistics, and every block is rounded as the caching allocator does.
-* *Scratch*, what a kernel holds only while it runs. On the CPU each distinct kernel is run once on tensors of its own
-  shape under the allocator's count; for CUDA the sizes are computed from the kernels' sources.
+  Small integer and boolean tensors are therefore computed for real beside the fake ones, so that such questions get
+  true answers.
+* *The target's kernels.* For a CUDA target, the attention kernel that CUDA would choose is called by name, dropout
+  keeps a boolean mask, layer norm keeps float32 statistics, and every allocation is rounded as the caching allocator
+  does.
+* *Scratch*, which a kernel holds only while it runs. On the CPU, each distinct kernel is run once on real tensors of
+  the same shapes, under the allocator's count. For CUDA, the sizes are computed from the kernels' sources.
 
-Invariant: the model is given back with its own tensors, and no random state moves. Refused: control flow that depends
-on a value that is not known, and ops without a fake kernel (`Unsupported`, with the op's name).
+Invariant: the model gets its own tensors back, and no random state moves. Refused: control flow that depends on a value
+that is not known, and ops without a fake kernel (`Unsupported`, with the op's name).
 """
 
 from __future__ import annotations
@@ -52,13 +54,13 @@ _KNOWN_TOKENS, _KNOWN_ELEMENTS = 1 << 24, 1 << 20
 
 
 def _steers(tensor: torch.Tensor) -> bool:
-    """Is it of the kind that control flow asks about?"""
+    """Is this a tensor of the kind that control flow asks about?"""
     if tensor.is_floating_point() or tensor.is_complex():
         return False
     return tensor.numel() <= (_KNOWN_TOKENS if tensor.dim() <= 2 else _KNOWN_ELEMENTS)
 
 
-#: No kernel is tried out on operands larger than this, or for longer.
+#: To measure scratch, no kernel is run on operands of more bytes, or for more FLOPs, than this.
 _PROBE_BYTES, _PROBE_FLOPS = 1 << 28, 4_000_000_000
 
 
@@ -78,7 +80,8 @@ _logs: ContextVar[bool] = ContextVar("logs", default=False)
 
 @contextlib.contextmanager
 def logging_step() -> Iterator[None]:
-    """Inside, a real number that is asked for goes into a log and steers nothing, so any number will do."""
+    """While open, the value of a real number may be asked for: it goes into a log and steers nothing, so any number
+    will do."""
     token = _logs.set(True)
     try:
         yield
@@ -91,7 +94,8 @@ _CONSTANTS = frozenset({_aten.ones.default, _aten.full.default})
 
 
 class FakeStep:
-    """What one step on fake tensors knows beyond them. `target`: the device whose kernels are meant; CPU by default."""
+    """What one step on fake tensors knows beyond the fake tensors. `target`: the device whose kernels are meant; by
+    default the CPU."""
 
     def __init__(self, target: Device | None = None, *, guesses: bool = False) -> None:
         self.target = target
@@ -110,13 +114,14 @@ class FakeStep:
 
     @property
     def flash(self) -> bool:
-        """Has the target flash attention? On NVIDIA since compute capability 8."""
+        """Has the target flash attention? On NVIDIA it exists since compute capability 8."""
         capability = None if self.target is None else self.target.compute_capability
         return capability is None or capability >= 8.0
 
     @property
     def workspace_bytes(self) -> int:
-        """cuBLAS's default workspace, `:4096:2:16:8`, which lives in the caching allocator from the first product on.
+        """cuBLAS's default workspace, `:4096:2:16:8`. It lives in the caching allocator from the first matrix product
+        on.
 
         Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`; 32 MiB since compute capability 9.
         """
@@ -134,7 +139,7 @@ class FakeStep:
         )
 
     def restart(self) -> None:
-        """Gradients as at the start of a step: zeros where the model came with one, else none."""
+        """Set the gradients as at the start of a step: zeros where the model came with a gradient, else none."""
         assert self._model is not None
         forget_step(self._model)
         for parameter in self._model.parameters():
@@ -145,13 +150,13 @@ class FakeStep:
     # -- running
 
     def know(self, fake: torch.Tensor, real: torch.Tensor) -> None:
-        """`fake` has the values of `real`, when they are of the kind that steers control flow."""
+        """Note that `fake` has the values of `real`, if it is of the kind that steers control flow."""
         if not real.is_meta and _steers(real):
             with _disable_current_modes():
                 self._known[fake] = real.detach().to("cpu", copy=True)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The fake result of one op, or the true one where it is known."""
+        """The result of one op: the true one where it is known, else the fake one."""
         if func is _aten._local_scalar_dense.default:
             return self._scalar(args[0])
         if func.namespace == "c10d":
@@ -176,7 +181,7 @@ class FakeStep:
         return out
 
     def _places(self, indices: Any) -> list[Any]:
-        """`indices` with each mask as the places that it lets through, of which there is a known number."""
+        """`indices`, with each mask replaced by the places that it lets through. Their number is then known."""
         found: list[Any] = []
         for index in indices:
             if _is_mask(index) and index in self._known:
@@ -200,7 +205,7 @@ class FakeStep:
         )
 
     def learn(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Compute `out` for real too, where everything that it depends on is known."""
+        """Compute `out` for real too, if all that it depends on is known."""
         results = [out] if isinstance(out, torch.Tensor) else tensors_in(out)
         if func._schema.is_mutable and self._constants:  # what is written to is no constant any more
             for tensor in tensors_in((args, dict(kwargs))):
@@ -240,7 +245,7 @@ class FakeStep:
     # -- scratch
 
     def note(self, call: int, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], flops: int) -> None:
-        """Op number `call` of the pass whose scratch is asked for later."""
+        """Note op number `call` of the pass. Its scratch is asked for later."""
         if self.cuda:
             scratch = CUDA_SCRATCH.get(func)
             if scratch is not None:
@@ -266,13 +271,13 @@ class FakeStep:
         known[2].append(call)
 
     def forget_calls(self) -> None:
-        """Another pass begins, which numbers its ops anew."""
+        """Another pass begins, which numbers its ops from the start."""
         self._scratch = {}
         for _, _, calls in self._probes.values():
             calls.clear()
 
     def scratch_bytes(self) -> dict[int, int]:
-        """Most bytes that each noted op held beyond its outputs, by its number; 0 for those left out."""
+        """The most bytes that each noted op held beyond its outputs, by its number; 0 for ops that were left out."""
         fresh = [key for key in self._probes if key not in self._probed]
         if fresh:
             self._probed.update(zip(fresh, self._probe([self._probes[key] for key in fresh]), strict=True))
@@ -304,7 +309,7 @@ class FakeStep:
 
 
 def _pretended(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """A collective that sends nothing: the tensors that it writes, and work that is done."""
+    """A collective that sends nothing: it gives the tensors that it would write, and work that counts as done."""
     from torch._C._distributed_c10d import FakeWork
 
     work = FakeWork().boxed()
@@ -335,7 +340,8 @@ def _real(outline: _Outline) -> torch.Tensor:
 def _grouped_mm(
     a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, bias: Any = None, out_dtype: Any = None
 ) -> torch.Tensor:
-    """torch's own fake kernel takes bfloat16 only. Sizes as in `at::_grouped_mm`: a 2-d operand is the ragged one."""
+    """A fake kernel of its own, because torch's takes bfloat16 only. Sizes are as in `at::_grouped_mm`: a 2-d operand
+    is the ragged one."""
     if a.dim() == 2 and b.dim() == 2:
         assert offs is not None
         shape = (offs.size(0), a.size(0), b.size(1))
@@ -392,7 +398,7 @@ def faked(model: nn.Module, batch: Any, step: FakeStep) -> Iterator[Any]:
 
 
 def _sharded_like(original: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor whose local part is the fake `local`."""
+    """A sharded tensor like the given one, whose local part is the fake `local`."""
     make: Any = type(original)
     made: torch.Tensor = make(local, original._spec, requires_grad=original.requires_grad)  # type: ignore[attr-defined]
     is_parameter = isinstance(original, nn.Parameter)
@@ -402,7 +408,7 @@ def _sharded_like(original: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 def _parameter_like(
     original: nn.Parameter, twin: torch.Tensor, fake_of: Callable[[torch.Tensor], torch.Tensor]
 ) -> nn.Parameter:
-    """A fake parameter; that of a 4-bit weight has a fake `quant_state`."""
+    """A fake parameter. For a 4-bit weight it has a fake `quant_state`."""
     made: Any = nn.Parameter(twin, requires_grad=original.requires_grad)
     state = getattr(original, "quant_state", None)
     if state is None or len(parameter_tensors(original)) == 1:
@@ -425,7 +431,8 @@ def _parameter_like(
 
 @contextlib.contextmanager
 def _untraced_transformers() -> Iterator[None]:
-    """transformers builds full attention masks when it sees fake tensors, since it cannot read values; here it can."""
+    """While open, transformers builds the masks that it builds in a real step. It would otherwise build full attention
+    masks, since it sees fake tensors and cannot read their values; here it can."""
     library: Any = sys.modules.get("transformers.utils.import_utils")
     if library is None or not hasattr(library, "is_fake_tensor"):
         yield
@@ -440,8 +447,8 @@ def _untraced_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kernels_of(step: FakeStep) -> Iterator[None]:
-    """The functions that do something else on fake tensors, or on the target. Patched, because a function mode is
-    popped inside `Tensor.backward`, where recompute runs."""
+    """While open, the functions that must do something else on fake tensors, or for the target, are replaced. They are
+    patched because a function mode does not work here: it is popped inside `Tensor.backward`, where recompute runs."""
     patches: list[tuple[Any, str, Any]] = []
     if step.cuda:
         patches += [
@@ -452,7 +459,7 @@ def _kernels_of(step: FakeStep) -> Iterator[None]:
         state_bytes = 0 if step.cuda else torch.get_rng_state().numel()
     for owner in (torch, torch.random):
         patches += [
-            # a saved state is memory of the host, which counts when that is the device
+            # a saved state is host memory, which only counts when the host is the device
             (owner, "get_rng_state", lambda: torch.empty(state_bytes, dtype=torch.uint8)),
             (owner, "set_rng_state", lambda _: None),
         ]
@@ -468,7 +475,7 @@ def _kernels_of(step: FakeStep) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusals_named(what: str) -> Iterator[None]:
-    """Turn fake tensors' own refusals into `Unsupported` with the op's name."""
+    """Turn the refusals of fake tensors into `Unsupported` with the op's name."""
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:

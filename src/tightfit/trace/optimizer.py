@@ -1,6 +1,6 @@
-"""The optimizer's step, recorded on fake copies of the parameters and put behind the trace.
+"""Record the optimizer's step on fake copies of the parameters, and put it behind the trace.
 
-Invariant: nothing is updated and nothing is copied.
+Invariant: no parameter is updated, and no data is copied.
 """
 
 from __future__ import annotations
@@ -37,23 +37,24 @@ from tightfit.trace.unroll import trace_digest
 
 
 def with_optimizer(trace: Trace, optimizer: torch.optim.Optimizer, target: Device | None = None) -> Trace:
-    """`trace` with the optimizer's step behind it and its state among the static bytes."""
+    """`trace` with the optimizer's step behind it, and with its state among the static bytes."""
     return behind(trace, record_optimizer(optimizer, target))
 
 
 @dataclass(frozen=True)
 class OptimizerRecord:
-    """A step of an optimizer: what ran, and the bytes of the state that was there before."""
+    """One step of an optimizer: what ran, and the bytes of the state that it had before."""
 
     tail: Recorder
     state_bytes: int
 
 
 def record_optimizer(optimizer: torch.optim.Optimizer, target: Device | None = None) -> OptimizerRecord:
-    """One step of `optimizer` on fake copies of its parameters: the first builds the state, the second is recorded.
+    """Record one step of `optimizer` on fake copies of its parameters. The first step builds the state; the second is
+    recorded.
 
-    `foreach` is decided as torch decides it for the real parameters, or for the target's, since fake ones would
-    silently switch it off.
+    Whether the step is `foreach` is decided as torch decides it for the real parameters, or for the target's. For fake
+    parameters torch would silently switch it off.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     step = FakeStep(target, guesses=True)

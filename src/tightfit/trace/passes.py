@@ -1,4 +1,4 @@
-"""The passes over one step: dry, full and measured, and once more for each way to tile it.
+"""The passes over one step: dry, full and measured, and once more for each lever that changes the step's ops (tiles).
 
 Invariant: every pass starts from the same state and runs the same ops. Refused: steps of which that is not true
 (`Unsupported`).
@@ -53,7 +53,8 @@ from tightfit.trace.units import Census
 
 
 def custom_functions(result: torch.Tensor) -> dict[str, int]:
-    """The `torch.autograd.Function`s in the history of `result` that are not torch's own: their calls by name."""
+    """The `torch.autograd.Function`s in the history of `result` that are not torch's own: the number of calls of each,
+    by name."""
     found: dict[str, int] = {}
     seen: set[Any] = set()
     pending: list[Any] = [result.grad_fn]
@@ -86,7 +87,7 @@ def first_pass(
     fake: FakeStep | None,
     census: Census | None = None,
 ) -> tuple[Recorder, dict[Lever, Any]]:
-    """The dry pass with `modules` for units, and what each lever saw of it."""
+    """Run the dry pass with `modules` as units. Returns it with what each lever saw of it."""
     restart()
     with contextlib.ExitStack() as watches:
         paths = list(modules)
@@ -99,7 +100,7 @@ def first_pass(
 
 @dataclass(frozen=True)
 class StepRecording:
-    """What is recorded, once as it is and once more for each lever that changes its ops."""
+    """The step while it is recorded: once as it is, and once more for each lever that changes its ops."""
 
     model: nn.Module
     batch: Any
@@ -113,18 +114,26 @@ class StepRecording:
         self.restart()
         return record_pass(self.model, self.batch, self.loss, self.modules, self.restart, dry=True, fake=self.fake)
 
+    def first(self, dry: Recorder) -> Trace:
+        """The trace of the step as it is, after its dry pass. A model's first forward may do more than its later ones:
+        what it sets up stays, so it is recorded once more."""
+        try:
+            return self.recorded(dry)
+        except _Unlike:
+            return self.recorded(self.dry())
+
     def again(self, opened: AbstractContextManager[Any], is_refused: Callable[[], bool]) -> Trace | None:
-        """The step recorded with `opened` around it; None where `is_refused` says so after its forward."""
+        """The step, recorded with `opened` around it. None where `is_refused` says so after its forward."""
         with opened:
             dry = self.dry()
             return None if is_refused() else self.recorded(dry, anew=True)
 
     def unplanned(self, trace: Trace) -> Timeline:
-        """The referee's walk of `trace` without a plan."""
+        """The referee's walk through `trace` without a plan."""
         return simulate_choices(trace, ())
 
     def every_block(self, trace: Trace) -> Timeline:
-        """The same with every unit recomputed."""
+        """The referee's walk through `trace` with every unit recomputed."""
         effort = Effort(points=4, solver_seconds=0.2, proves=False)
         return simulate_choices(trace, every_block(trace, effort=effort).choices)
 
@@ -135,7 +144,7 @@ class StepRecording:
         static = static_bytes_by_category(model, self.batch, granule_bytes=1 if fake is None else fake.granule_bytes)
         if fake is not None:
             fake.forget_calls()
-        # one pass fewer where the clock need not wait for a device: the same ops are timed elsewhere too
+        # on the CPU a step that is recorded anew needs no measured pass of its own: its ops are timed elsewhere too
         at_once = fake is None and anew and device_of(model).type == "cpu"
         full = record_pass(
             model, self.batch, self.loss, self.modules, self.restart, dry=False, fake=fake, measured=at_once
@@ -176,7 +185,8 @@ def record_pass(
     measured: bool = False,
     census: Census | None = None,
 ) -> Recorder:
-    """`measured`: have the pass also tell each op's scratch bytes (on the CPU). `census`: have it told of values."""
+    """Run and record one pass. `measured`: the pass also measures each op's scratch bytes (on the CPU). `census`: it is
+    told of every value."""
     recorder = Recorder(dry=dry, fake=fake)
     recorder.census = census
     recorder.restart = restart if isinstance(restart, Snapshot) else None
@@ -232,7 +242,8 @@ def record_pass(
 
 
 def _backward_marked(result: torch.Tensor, recorder: Recorder) -> None:
-    """Fake tensors are never summed in place; see from the profile which sums the engine would have made so."""
+    """Run backward on fake tensors. Gradients are never summed in place there, so the profile tells which sums the
+    engine would have made in place."""
     first = len(recorder.dispatched)
     recorder.marks = True
     with cpu_profile(memory=False) as profiler:
@@ -243,7 +254,7 @@ def _backward_marked(result: torch.Tensor, recorder: Recorder) -> None:
 
 
 def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: Recorder) -> None:
-    """Seconds once more, and each op's scratch bytes by the allocator's own count."""
+    """Run the step once more, for its seconds and for each op's scratch bytes by the allocator's own count."""
     cuda = device_of(model).type == "cuda"
     timer = Timer(cuda)
     profiler = torch.profiler.profile(
@@ -272,8 +283,8 @@ def _into_buckets(full: Recorder, gradients: Container[int]) -> None:
             full.events.insert(at + 1, (EventKind.FREE, value))
 
 
-class Unlike(Unsupported):
-    """Two passes ran other ops."""
+class _Unlike(Unsupported):
+    """Two passes ran different ops."""
 
 
 def _same_ops(which: str, found: list[str], expected: list[str]) -> None:
@@ -283,7 +294,7 @@ def _same_ops(which: str, found: list[str], expected: list[str]) -> None:
         (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
     )
     names = [names[at] if at < len(names) else "the end" for names in (found, expected)]
-    raise Unlike(
+    raise _Unlike(
         f"the step is not the same twice: op {at} of {which} is {names[0]}, in the recorded pass {names[1]}; "
         "a step that changes from run to run on the same batch and random state cannot be planned"
     )

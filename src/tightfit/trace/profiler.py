@@ -1,6 +1,6 @@
 """What torch's profiler tells of a step: bytes by the allocator's own count, and which sums autograd's engine made.
 
-Invariant: where the profiler lost events the answer is zero or no, never a guess.
+Invariant: where the profiler lost events, the answer is zero or no. It is never a guess.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _aten = torch.ops.aten
 
 
 class Timer(TorchDispatchMode):
-    """A pass that only measures: seconds per op and, between `marks`, the allocator's own view of each op."""
+    """A mode for a pass that only measures: seconds of each op and, between `marks`, how the allocator saw each op."""
 
     def __init__(self, cuda: bool) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ MARK = "tightfit::op"
 
 
 def risen_bytes(profiler: Any, count: int) -> list[int]:
-    """Per marked op, how far the CPU allocator's count rose inside it."""
+    """For each marked op, by how much the CPU allocator's count rose inside it."""
     events = profiler.profiler.kineto_results.events()
     marks = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == MARK)
     memory = memory_events(profiler)
@@ -77,7 +77,7 @@ _ENGINE = "autograd::engine::evaluate_function: "
 
 
 def summed_by_engine(profiler: torch.profiler.profile, count: int) -> list[bool]:
-    """Per marked op: did autograd's engine call it, between two nodes, to sum gradients that meet?"""
+    """For each marked op: did autograd's engine call it, between two nodes, to sum gradients that meet?"""
     results: Any = profiler.profiler
     threads: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
     for event in results.kineto_results.events():
@@ -102,10 +102,10 @@ def summed_by_engine(profiler: torch.profiler.profile, count: int) -> list[bool]
 
 
 def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
-    """(nanosecond, change in bytes) of every allocation and release that a finished CPU profile saw, in order.
+    """Every allocation and release that a finished CPU profile saw, in order: pairs of (nanosecond, change in bytes).
 
-    Releases of what was allocated before the profile began are left out: torch gives them the size that another
-    block once had at the same address.
+    Releases of what was allocated before the profile began are left out. For these torch reports the size of another
+    block that was once at the same address.
     """
     results: Any = profiler.profiler
     found = []

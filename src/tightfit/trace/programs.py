@@ -1,4 +1,4 @@
-"""The program of one frame: its ops in order and what autograd saves, free of sizes."""
+"""The program of one frame: its ops in order and what autograd saves, without any sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tightfit.trace.recorder import FrameRecord, Recorder
 
 
 def program_of(recorder: Recorder, frame: FrameRecord, read: Container[int], held: Sequence[int]) -> Program:
-    """What the frame does, in terms of its own values; marks `frame.pinned` where it must not be replayed."""
+    """What the frame does, in terms of its own values. Sets `frame.pinned` where the frame must not be replayed."""
     ordinal = {value: i for i, value in enumerate(frame.values)}
     steps = []
     for call_id in frame.calls:
@@ -78,5 +78,5 @@ class ProgramRecorder:
         self._recorder.note_saved(tensor)
 
     def program(self) -> Program:
-        """Everything that was saved counts as needed, since nobody has seen the backward yet."""
+        """The program. Everything that was saved counts as needed, because no backward was seen yet."""
         return program_of(self._recorder, self._frame, range(len(self._recorder.saved)), ())

@@ -1,7 +1,7 @@
-"""The dispatch mode that takes a step down: ops, storages and their lives, what autograd saves and reads.
+"""The dispatch mode that records a step: its ops, its storages and their lives, what autograd saves and reads.
 
-Invariant: one `_Recorder` sees one pass; the mode changes nothing of what runs, except that autograd's engine sums no
-gradients in place under it, which `sum_in_place` puts back.
+Invariant: one `Recorder` sees one pass. The mode changes nothing of what runs, with one exception: under a dispatch
+mode, autograd's engine sums no gradients in place. `sum_in_place` corrects the record for that.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class FrameRecord:
 
 
 class _Holder:
-    """What autograd holds instead of the tensor; its end is autograd letting go."""
+    """What autograd holds instead of a saved tensor. When it dies, autograd has let go of the tensor."""
 
     __slots__ = ("__weakref__", "recorder", "saved", "tensor")
 
@@ -109,7 +109,7 @@ class _Holder:
 
 
 class Recorder(TorchDispatchMode):
-    """Records one pass. `dry` throws saved tensors away."""
+    """Records one pass. With `dry` it throws saved tensors away."""
 
     supports_higher_order_operators = True  # to be refused with a reason
 
@@ -144,7 +144,8 @@ class Recorder(TorchDispatchMode):
     # -- storages
 
     def value_of(self, tensor: torch.Tensor, producer: int | None = None) -> tuple[int | None, bool]:
-        """Value id of the tensor's storage, and whether it is new. (None, False) when it has no storage."""
+        """The id of the value that the tensor's storage is, and whether the value is new. (None, False) for a tensor
+        without a storage."""
         if tensor.layout is not torch.strided:
             return None, False
         tensor = local_of(tensor)
@@ -183,9 +184,10 @@ class Recorder(TorchDispatchMode):
         self.watches[record.id] = weakref.ref(storage, functools.partial(self.died, record.id, address))
 
     def resized(self, storage: torch.UntypedStorage, before_bytes: int) -> None:
-        """A storage was filled or emptied that is the same value all along, as a weight is that FSDP2 gathers.
+        """A storage was filled or emptied, and stays the same value all along. FSDP2 does this with a weight that it
+        gathers.
 
-        What it holds for a while is a value of its own, which nothing reads.
+        What the storage holds for a while is a value of its own, which nothing reads.
         """
         if not self.recording:
             return
@@ -325,11 +327,12 @@ class Recorder(TorchDispatchMode):
 
     @property
     def dispatched(self) -> list[Call]:
-        """The calls that went through the dispatcher, as a profile numbers them."""
+        """The calls that went through the dispatcher, in the order in which a profile numbers them."""
         return [call for call in self.calls if call.name != _FILLED]
 
     def scratch_from(self, profiler: Any) -> None:
-        """Each op's scratch bytes, and the sums that the engine would make in place, from a profile of this pass."""
+        """Take two things from a profile of this pass: each op's scratch bytes, and which sums the engine would make in
+        place."""
         calls = self.dispatched
         risen = risen_bytes(profiler, len(calls))
         sum_in_place(self, summed_by_engine(profiler, len(calls)))
@@ -432,7 +435,8 @@ class Recorder(TorchDispatchMode):
 
 
 def _is_cache(item: Any) -> bool:
-    """A key-value cache of transformers, by what it can do: the models that make their own pass it along."""
+    """Is this a key-value cache of transformers? It is recognised by its methods, because some models pass a cache of a
+    class of their own."""
     return callable(getattr(item, "get_seq_length", None)) and callable(getattr(item, "update", None))
 
 
@@ -449,16 +453,17 @@ def _foreign_random_state() -> tuple[int, int]:
     return mark, hash((state[1].tobytes(), state[2]))
 
 
-#: Ask a fake tensor about itself; a real step has no such ops.
+#: Ops that only ask a fake tensor about itself. A real step has no such ops.
 _QUERIES = frozenset({torch.ops.prim.device.default})
 
 
 def sum_in_place(full: Recorder, summed: list[bool]) -> None:
-    """Put back what a dispatch mode takes away: the engine sums gradients in place where nobody else holds them.
+    """Correct the record for gradients that the engine sums in place, where nobody else holds them.
 
-    Under a mode it never does (`isTensorSubclassLike` in torch/csrc/autograd/input_buffer.cpp). Where the first
-    addend dies at the sum, its bytes become the sum's: it is freed before the sum is made, not after. A view (the
-    gradient of a linear layer's weight is one) holds its base, so nothing is summed into it.
+    Under a dispatch mode the engine never sums in place (`isTensorSubclassLike` in
+    torch/csrc/autograd/input_buffer.cpp). Where the first addend dies at the sum, its bytes become the sum's, so it is
+    recorded as freed before the sum is made and not after. A view holds its base (the gradient of a linear layer's
+    weight is one), so nothing is summed into it.
     """
     position = {subject: i for i, (what, subject) in enumerate(full.events) if what is EventKind.OP}
     for call, by_engine in zip(full.dispatched, summed, strict=True):
@@ -475,7 +480,7 @@ def sum_in_place(full: Recorder, summed: list[bool]) -> None:
         if dies is None or full.storages[old].size_bytes != full.storages[new].size_bytes:
             continue
         made = full.events.index((EventKind.ALLOC, new), max(0, at - 4))
-        # neither move changes the position of an op's own event by more than the two entries swap
+        # the two moves together shift the op's own event by one place
         del full.events[dies]
         full.events.insert(made, (EventKind.FREE, old))
         position[call.id] = at + 1

@@ -1,18 +1,19 @@
 """Record one training step below autograd: every op, every storage's life, every tensor that autograd saves.
 
-Idea: a dispatch mode sees each op after autograd has decomposed it, weak references tell when a storage dies,
-and saved-tensor hooks tell what autograd holds, when backward reads it and when it lets go. Three passes over
-the same step (same random state, same buffers, same gradients at the start):
+Idea: three things are watched. A dispatch mode sees each op after autograd has decomposed it. Weak references tell when
+a storage dies. Saved-tensor hooks tell what autograd holds, when backward reads it and when autograd lets go of it.
+Three passes run over the same step, from the same random state, buffers and gradients:
 
-1. *dry*: forward only, with every saved tensor thrown away at once. A storage that dies here dies when Python
-   lets go of it; this is how long a recomputed value lives in forward.
+1. *dry*: forward only, and every saved tensor is thrown away at once. A storage that dies here dies when Python lets go
+   of it. This is how long a value lives in forward when it is not kept for backward.
 2. *full*: forward and backward, recorded in order.
-3. *scratch*: the same once more under the allocator's own recording, for the bytes that kernels use inside.
+3. *measured*: the same once more under the allocator's own recording, for seconds and for the bytes that kernels use
+   inside.
 
 The optimizer's step is recorded on fake copies of the parameters, so nothing is updated and nothing is copied.
 
 Invariant: the model, its gradients, its buffers and every random state are left as they were found.
-Refused: steps whose three passes differ (`Unsupported`: the step is not deterministic, so no plan can be trusted).
+Refused: steps whose passes differ (`Unsupported`). Such a step is not deterministic, so no plan can be trusted.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from tightfit.step.run import (
 from tightfit.step.snapshot import undisturbed
 from tightfit.trace.fake import FakeStep, faked, refusals_named
 from tightfit.trace.optimizer import record_optimizer
-from tightfit.trace.passes import StepRecording, Unlike, first_pass, record_pass
+from tightfit.trace.passes import StepRecording, first_pass, record_pass
 from tightfit.trace.units import Census
 
 #: Wrappers whose steps a dispatch mode cannot see, or whose peaks are not those of one device.
@@ -72,21 +73,22 @@ def trace(
     device: Device | torch.device | str | None = None,
     tiles: bool = True,
 ) -> Trace:
-    """One step of `model` on `batch`, recorded.
+    """Record one step of `model` on `batch`.
 
-    `loss(model, batch)` gives the scalar; by default the output's `.loss`, or the output itself. With an
-    `optimizer` its state and its step are part of the trace. Gradients that exist when `trace` is called
-    are taken to exist at every step (accumulation). `units` as in `step.modules.find_units`; by default other modules are taken
-    where they hold more of what autograd saves (`trace.units`).
+    `loss(model, batch)` gives the scalar loss. By default it is the output's `.loss`, or the output itself. With an
+    `optimizer` its state and its step are part of the trace. Gradients that exist when `trace` is called are taken to
+    exist at the start of every step (accumulation). `units` names the units, as in `step.modules.find_units`. By
+    default other modules are taken where they hold more of what autograd saves (`trace.units`).
 
-    `fake=True` runs the step on fake tensors (`trace.fake`): the model may live on `meta`, nothing is allocated and
-    seconds are estimated. Then `device` is the target: a `Device` of the catalog, or `"cuda"` for CUDA's kernels in
+    `fake=True` runs the step on fake tensors (`trace.fake`). The model may then live on `meta`, nothing is allocated,
+    and seconds are estimated. `device` is then the target: a `Device` of the catalog, or `"cuda"` for CUDA's kernels in
     general. Otherwise `device` only moves `batch`.
 
-    `tiles`: where the loss, or the largest unit, is a large part of what cannot be recomputed, record the step again
-    with tiles in force, for plans that need them; a recording takes as long as a step, so up to twice the time.
+    `tiles`: where the loss, or the largest unit, is a large part of what cannot be recomputed, the step is recorded
+    again with tiles in force, for plans that need them. A recording takes as long as a step, so this takes up to twice
+    the time.
 
-    Checkpointing of the model's own (`gradient_checkpointing_enable`) is off meanwhile, as it is under a plan.
+    The model's own checkpointing (`gradient_checkpointing_enable`) is off meanwhile, as it is under a plan.
 
     Raises `InvalidInput` (batch, loss, units), `Unsupported` (a step that cannot be recorded).
     """
@@ -156,13 +158,13 @@ def _trace(
     tiles: bool,
     by_bytes: bool,
 ) -> Trace:
-    """`by_bytes`: the first pass may show better units than `modules`."""
+    """Record the step with `modules` as units. `by_bytes`: the first pass may show better units than `modules`."""
     if strategy_of(model) is Strategy.FSDP2:
-        # its first forward makes what the later ones fill again; and tiles would compute where no weights are
+        # FSDP2's first forward makes storages that later ones fill again; tiles would compute where weights are missing
         restart()
         record_pass(model, batch, loss, modules, restart, dry=True, fake=fake)
         tiles = by_bytes = False
-    # a wrapper of the compiler warns of hooks on every module
+    # no census on compiled models: the compiler's wrapper would warn of hooks on every module
     census = Census(inside(model)) if by_bytes and not compiled_entries(model) else None
     with census or contextlib.nullcontext():
         dry, seen = first_pass(model, batch, loss, modules, restart, fake, census)
@@ -178,10 +180,7 @@ def _trace(
     target = fake.target if fake is not None else None
     tail = None if optimizer is None else record_optimizer(optimizer, target)
     step = StepRecording(model, batch, loss, modules, restart, fake, tail)
-    try:
-        recorded = step.recorded(dry)
-    except Unlike:  # a model's first forward may do more than its later ones: what it sets up stays
-        recorded = step.recorded(step.dry())
+    recorded = step.first(dry)
     for each in levers.every():
         if tiles or each.is_exact:
             recorded = each.recorded(step, recorded, seen.get(each.lever))

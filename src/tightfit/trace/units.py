@@ -1,13 +1,13 @@
 """Which modules to plan as units, by the bytes that autograd saves in them.
 
-Idea: containers (`ModuleList`, `Sequential`) show the blocks of most models, and `step.modules.find_units` takes those. Where
-other modules make most of what is saved (blocks in a `ModuleDict`, in attributes, in a loop), the first pass over the
-step has seen whose calls made each saved value. The module tree is divided from the root for as long as the parts hold
-what the whole does.
+Idea: containers (`ModuleList`, `Sequential`) show the blocks of most models, and `step.modules.find_units` takes those.
+In some models other modules make most of what is saved: blocks in a `ModuleDict`, in attributes, or in a loop. The
+first pass over the step sees whose calls made each saved value. From the root of the module tree, a module is divided
+into its parts for as long as the parts together make what the whole makes.
 
-Invariant: units never lie inside one another, and blocks that containers show stay units.
-Refused: dividing a module whose parts are called more often than it is, since one plan would have to serve all of
-their calls; it is one unit, which the planner cuts into segments of ops (`plan.segments`).
+Invariant: no unit lies inside another, and blocks that containers show stay units.
+Refused: to divide a module whose parts are called more often than itself, since one plan would have to serve all of
+their calls. Such a module is one unit, which the planner cuts into segments of ops (`plan.segments`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from tightfit.step.modules import children_of, modules_of, repeated_blocks
 
-#: A module that holds less than this part of the saved bytes is not divided: a block of a model of a dozen.
+#: A module that holds less than this part of the saved bytes is not divided; it is like one block of a dozen.
 _GRAIN = 1 / 12
-#: Parts that hold this much of what their whole does stand for it; of the model itself, whose loss is nobody's part.
+#: A module is divided if its parts hold this much of what it holds; for the model itself less, as the loss is no part.
 _WHOLE, _WHOLE_MODEL = 0.85, 0.5
-#: A module that holds less is not worth an engine of its own.
+#: A module that holds less than this is not worth planning.
 _LEAST = 1 / 500
 #: Other units must hold so much more of the saved bytes than the containers' blocks, and may hold so much less than
 #: other modules that the tree suggests.
@@ -35,7 +35,7 @@ _Call = tuple[str, int]
 
 
 class Census:
-    """Which modules were running when values were made and saved. A context manager around a forward."""
+    """Notes which modules were running when values were made and saved. A context manager around a forward."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -80,7 +80,7 @@ class Census:
         self._holders[value] = before[:shared]
 
     def divided(self, units: Mapping[str, nn.Module], sizes_bytes: Mapping[int, int]) -> dict[str, nn.Module]:
-        """`units`, or others that hold clearly more of what is saved; `sizes_bytes` by value."""
+        """`units`, or other units if these hold clearly more of what is saved. `sizes_bytes` is by value."""
         held: dict[str, int] = defaultdict(int)
         total = 0
         for value, calls in self._holders.items():
@@ -90,7 +90,7 @@ class Census:
         blocks = repeated_blocks(self.model)
         found = set(self._parts(self.model, "", held, total, blocks))
         now = sum(held[path] for path in units)
-        # what is no block of a container is a guess by the tree alone
+        # a unit that is no block of a container was only guessed from the module tree
         ahead = _BETTER if units.keys() == blocks.keys() else -_BETTER
         if not total or sum(held[path] for path in found) < now + ahead * total:
             return dict(units)
@@ -112,7 +112,7 @@ class Census:
                 yield from self._parts(part, child, held, total, blocks)
 
     def _called(self, module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        """The outermost modules in `module` that were called; containers are looked into."""
+        """The outermost modules in `module` that were called. A container counts as its parts."""
         for name, child in children_of(module):
             child_path = f"{path}.{name}" if path else name
             if self.calls.get(child_path):

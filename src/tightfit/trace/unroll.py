@@ -1,13 +1,13 @@
 """A deep model's trace from a shallow one's: repeat the blocks that do the same.
 
-Idea: the blocks of a decoder do the same to their neighbours, so the trace of eighty differs from the trace of four
-only in how often the middle is repeated. What a block does is written down relative to it (this block's third value,
-the block before's last), the notes of two neighbours are compared, and only when they are equal is the first one
-repeated between them. A trace of any depth then costs the time of a few blocks.
+Idea: each block of a decoder does the same to its neighbours. So the trace of eighty blocks differs from the trace of
+four only in how often the middle is repeated. What a block does is written down relative to the block itself ("this
+block's third value", "the last value of the block before"). These notes are compared for two neighbours. Only if they
+are equal, the first of the two is repeated between them. A trace of any depth then costs the time of a few blocks.
 
 Invariant: the result is the trace that the deep model itself would give, entry by entry (the tests compare them).
-Refused: blocks that differ, that reach over their neighbours, or whose order in backward is not the reverse; the
-answer is then `None`, and the deep model has to be traced itself. No torch here.
+Refused: blocks that differ, blocks that reach past their neighbours, and blocks whose order in backward is not the
+reverse of forward. The answer is then `None`, and the deep model itself has to be traced. No torch here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ __all__ = ["LEAST_BLOCKS", "trace_digest", "unroll"]
 
 
 def trace_digest(units: Iterable[Unit], ops: Iterable[Op], values: Iterable[Value]) -> str:
-    """What a plan is bound to: the units' programs and parameters, every op's name and the bytes that it makes."""
+    """What a plan is bound to: the units' programs and parameters, every op's name, and the bytes that each op
+    makes."""
     made: dict[int, int] = defaultdict(int)
     for value in values:
         if value.producer is not None:
@@ -35,11 +36,11 @@ def trace_digest(units: Iterable[Unit], ops: Iterable[Op], values: Iterable[Valu
 
 
 def unroll(trace: Trace, paths: Sequence[str], period: int = 1) -> Trace | None:
-    """`trace` as that of the model whose units are `paths`, of which the traced units are a shallow excerpt.
+    """The trace of the model whose units are `paths`, made from `trace`, whose units are a shallow excerpt of them.
 
-    `period`: how many neighbouring units make one block. The third block is repeated until there are as many units
-    as `paths` names. `None` when the trace has less than five blocks, no two equal ones in its middle, or is otherwise
-    not of that kind.
+    `period`: how many neighbouring units make one block. The third block is repeated until there are as many units as
+    `paths` names. The answer is `None` when the trace has less than five blocks, has no two equal blocks in its middle,
+    or is of another kind.
     """
     missing = len(paths) - len(trace.units)
     if missing == 0:
@@ -58,11 +59,11 @@ def unroll(trace: Trace, paths: Sequence[str], period: int = 1) -> Trace | None:
     return dataclasses.replace(whole, tiled=tuple(variant for variant in tiled if variant is not None))
 
 
-#: The first and the last are like no other, the second hands its gradient to the first, and two must be compared.
+#: The first and the last block are special, the second hands its gradient to the first, and two must be compared.
 LEAST_BLOCKS = 5
 
 
-#: What FSDP2 does between two blocks' backward, for the later of them: it fills the weights, and looks at them.
+#: What FSDP2 does before a block's backward: it fills the block's weights, and looks at them.
 _GATHERS = frozenset({"storage.resize_", "fsdp.split_with_sizes_copy.default"})
 _LOOKS = frozenset({"aten.view.default", "aten.as_strided.default", "aten.detach.default", "aten.slice.Tensor"})
 
@@ -92,7 +93,7 @@ _NEIGHBOURS = 3
 
 
 class _Blocks:
-    """A trace cut into blocks: which events are whose forward and backward, and who owns what."""
+    """A trace cut into blocks: which events belong to each block's forward and backward, and which block owns what."""
 
     def __init__(self, trace: Trace, period: int, forward: list[int], backward: list[int]) -> None:
         self.trace, self.period = trace, period
@@ -103,7 +104,7 @@ class _Blocks:
         self.spans: dict[tuple[str, int], range] = {}
         for k in range(self.count):
             self.spans["forward", k] = range(forward[k], forward[k + 1])
-            # backward runs the blocks in reverse; where the first one's ends nobody says, so it counts as outside
+            # backward runs the blocks in reverse; nothing marks the end of the first block's, so it counts as outside
             self.spans["backward", k] = range(backward[k], backward[k - 1]) if k else range(0)
         for (_, k), span in self.spans.items():
             for i in span:
@@ -256,7 +257,7 @@ _KIND = {
 
 
 class _Build:
-    """Numbers everything anew; `sources[position]` is the block that the new block repeats."""
+    """Builds the new trace and numbers everything anew. `sources[position]` is the block that the new block repeats."""
 
     def __init__(self, blocks: _Blocks, sources: list[int], block: int, times: int, paths: Sequence[str]) -> None:
         self.blocks, self.sources, self.block, self.times, self.paths = blocks, sources, block, times, paths
@@ -288,7 +289,7 @@ class _Build:
     def _number(self) -> None:
         blocks, trace = self.blocks, self.blocks.trace
         for kind, count in (("value", len(trace.values)), ("saved", len(trace.saved)), ("frame", len(trace.frames))):
-            # what belongs to no block comes in its old order; blocks follow one another
+            # what belongs to no block keeps its old order; the blocks follow one another
             fresh = iter(range(count * (self.times + 2)))
             before = [i for i in range(count) if i not in blocks.owner[kind]]
             for subject in before:
@@ -516,7 +517,7 @@ class _Build:
 
 
 def _distances(detail: Any) -> Iterable[int]:
-    """How far the references in a template entry reach."""
+    """How many blocks away the references in a template entry reach."""
     if isinstance(detail, tuple):
         if len(detail) == 3 and detail[0] in ("own", "unit"):
             yield detail[1]
