@@ -178,12 +178,28 @@ def test_another_routing_falls_back() -> None:
     assert not any(differences(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_a_region_with_state_is_an_error() -> None:
+def test_a_region_with_state_of_its_module_finds_it_as_it_was() -> None:
     block, x = CountsAfter(), torch.randn(8, WIDTH)
-    out = tightfit.checkpoint(block, x)
+    gradients = []
+    for checkpointed in (False, True):
+        block.calls = 0
+        block.zero_grad()
+        (tightfit.checkpoint(block, x) if checkpointed else block(x)).sum().backward()
+        assert block.calls == 1
+        gradients.append([p.grad.clone() for p in block.parameters() if p.grad is not None])
+    assert gradients[0] and all(map(torch.equal, *gradients))
+
+
+def test_a_region_with_state_elsewhere_is_an_error() -> None:
+    block, x, calls = CountsAfter(), torch.randn(8, WIDTH), []
+
+    def region(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return block(x * len(calls)).exp()  # type: ignore[no-any-return]
+
+    out = tightfit.checkpoint(region, x)
     with pytest.raises(ReplayDiverged, match="other values in replay"):
         out.sum().backward()
-    assert block.calls == 1
 
 
 class Casts(Block):

@@ -355,7 +355,7 @@ def test_the_planner_knows_what_runs_together() -> None:
     trace = tightfit.trace(model, batch)
     program = trace.programs[0]
     chosen = recipe(program, frozenset())
-    loads = tuple(reversed([slot for slot, drop in enumerate(chosen.drop) if drop]))
+    loads = tuple(reversed([slot for slot, drop in enumerate(chosen.slots_dropped) if drop]))
     ((_, first), *_) = demanded(program, chosen, loads)
     names = [program.steps[op].name for op in first]
     # sigmoid's result is asked for first; what was read of `y` before `mul_` is made in the same go

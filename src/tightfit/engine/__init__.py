@@ -117,7 +117,7 @@ class Applied:
         self, choice: Choice, module: nn.Module, plan: FramePlan, decision: Decision
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            key = hash((plan.names, plan.live, plan.drop, plan.inputs, plan.offload))
+            key = hash((plan.names, plan.live, plan.slots_dropped, plan.inputs, plan.offload))
             scrutiny = _checked.setdefault(module, {}).setdefault(key, Comparison())
             shown = choice.unit or "the model"
             tagged = decision.region(original)

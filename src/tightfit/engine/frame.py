@@ -50,9 +50,9 @@ from tightfit.engine.ambient import (
 from tightfit.engine.chain import Chain
 from tightfit.engine.checksum import checksum, differs
 from tightfit.engine.frame_plan import Comparison, FramePlan, Stats
-from tightfit.engine.offload import Parked, Pool, Shipment
+from tightfit.engine.offload import Offloaded, Pool, Shipment
 from tightfit.engine.source import Source
-from tightfit.engine.tape import NotOnTape, Reference, Tape, Todo, generator_of, spare_running_statistics
+from tightfit.engine.tape import NotOnTape, Reference, Tape, TapedOp, generator_of, spare_running_statistics
 from tightfit.plan.program import expected
 from tightfit.step.ops import BATCH_NORMS, is_random, is_uncounted, op_name
 from tightfit.step.patches import hidden_from_compiler
@@ -277,13 +277,13 @@ class Frame:
             elif action is not Action.KEEP:
                 self.stats.held += 1
 
-    def park(self, tape: Tape, todo: Todo, out: Any) -> None:
+    def park(self, tape: Tape, taped: TapedOp, out: Any) -> None:
         """An op has just made values that are to leave the device: give the tape a source for each."""
         assert self.plan is not None and self.shipment is not None
-        for tensor, value in zip([out] if type(out) is torch.Tensor else tensors_in(out), todo.outputs, strict=False):
+        for tensor, value in zip([out] if type(out) is torch.Tensor else tensors_in(out), taped.outputs, strict=False):
             if value in self.plan.offload and value not in tape.sources:
                 assert value is not None
-                tape.adopt(value, tensor, self.shipment.park(tensor, being_written=todo.mutates))
+                tape.adopt(value, tensor, self.shipment.park(tensor, being_written=taped.mutates))
 
     def _lend(self, tape: Tape, out: Any) -> None:
         """Let later units have the output of this one made again."""
@@ -316,12 +316,14 @@ class Frame:
             except NotOnTape:
                 reference = None
             comes_back = reference is not None and (
-                reference.value in plan.again or reference.value in plan.offload or reference.value >= plan.values
+                reference.value in plan.rematerialised
+                or reference.value in plan.offload
+                or reference.value >= plan.values
             )
             if reference is None or not comes_back:
                 return _Held(tensor)
             source = self.tape.sources.get(reference.value)
-            if isinstance(source, Parked):
+            if isinstance(source, Offloaded):
                 source.settle()
             known_as = reference.value if reference.value < plan.values else -1
             counted = expected(plan.slots, plan.wanted, index, known_as)
@@ -641,12 +643,12 @@ class _Watch(TorchDispatchMode):
         if tape is not None:
             plan = frame.plan
             assert plan is not None
-            todo = plan.todo[index] if index < len(plan.todo) else None
-            if todo is not None and todo.func is func:
+            taped = plan.taped[index] if index < len(plan.taped) else None
+            if taped is not None and taped.func is func:
                 frame.count = index + 1
-                if todo.plain:
+                if taped.plain:
                     return func(*args, **kwargs) if kwargs else func(*args)
-                return self._taken_down(todo, tape, index, args, kwargs or {})
+                return self._taken_down(taped, tape, index, args, kwargs or {})
         if frame.replaying:  # a backward inside the forward asks for what it saved: none of the forward's own ops
             return func(*args, **(kwargs or {}))
         if isinstance(func, HigherOrderOperator):
@@ -666,44 +668,44 @@ class _Watch(TorchDispatchMode):
         if tape is not None:
             assert plan is not None
             if index < len(plan.names) and plan.names[index] == op_name(func):
-                todo = Todo(
+                taped = TapedOp(
                     func, live=plan.live[index], writes=plan.writes[index], draws=index in plan.states,
                     first_random=index == plan.first_random, outputs=plan.outputs[index],
-                    for_others=index in plan.for_others,
-                    parks=index in plan.parks,
+                    for_sweeps=index in plan.for_sweeps,
+                    offloads_here=index in plan.offloads_here,
                 )  # fmt: skip
                 plan.funcs[index] = func
                 if func is not _CAST:
-                    plan.todo[index] = todo
-                return self._taken_down(todo, tape, index, args, kwargs or {})
+                    plan.taped[index] = taped
+                return self._taken_down(taped, tape, index, args, kwargs or {})
             frame.leave_plan(index)
         return self._noted(index, func, args, kwargs or {})
 
-    def _taken_down(self, todo: Todo, tape: Tape, index: int, args: Any, kwargs: Any) -> Any:
-        func = todo.func
+    def _taken_down(self, taped: TapedOp, tape: Tape, index: int, args: Any, kwargs: Any) -> Any:
+        func = taped.func
         state = None
-        if todo.draws or todo.first_random:
+        if taped.draws or taped.first_random:
             generator = generator_of(args, kwargs)
             state = generator.get_state()
-            if todo.first_random:  # for a whole replay, should this forward leave the plan
+            if taped.first_random:  # for a whole replay, should this forward leave the plan
                 self.frame.first_states.append((generator, state))
         try:
-            if not todo.live:
-                if todo.mutates and any(tape.knows(t) for t in tensors_in(_written_arguments(func, args, kwargs))):
+            if not taped.live:
+                if taped.mutates and any(tape.knows(t) for t in tensors_in(_written_arguments(func, args, kwargs))):
                     raise NotOnTape(f"{op_name(func)} changes a value that was to be made again")
                 out = func(*args, **kwargs)
-                if todo.parks:
-                    self.frame.park(tape, todo, out)
+                if taped.offloads_here:
+                    self.frame.park(tape, taped, out)
                 return out
-            entry = tape.before(index, todo, args, kwargs)
+            entry = tape.before(index, taped, args, kwargs)
         except NotOnTape:
             self.frame.leave_plan(index + 1)
             return func(*args, **kwargs)
-        if todo.draws:
+        if taped.draws:
             entry.state = state
         out = func(*args, **kwargs) if kwargs else func(*args)
         try:
-            tape.after(entry, out, todo)
+            tape.after(entry, out, taped)
         except NotOnTape:
             self.frame.leave_plan(index + 1)
         return out

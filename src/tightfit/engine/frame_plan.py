@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightfit.core import Action, Kind, Program
-from tightfit.engine.tape import Todo
-from tightfit.plan.program import Recipe, first_random, run_for_others
+from tightfit.engine.tape import TapedOp
+from tightfit.plan.program import Recipe, first_random, run_for_sweeps
 
 
 @dataclass(slots=True)
@@ -44,19 +44,20 @@ class FramePlan:
     writes: tuple[bool, ...]  # does the op change something in place? Then it must not be something on the tape
     states: frozenset[int]
     first_random: int | None
-    drop: tuple[bool, ...]
+    slots_dropped: tuple[bool, ...]
     slots: tuple[int, ...]
     wanted: tuple[bool, ...]
-    again: frozenset[int]  # values that are made again and not kept
+    rematerialised: frozenset[int]  # values that are made again and not kept
     settled: Mapping[int, int]  # kept values that are also made again -> ops after which they are as they stay
     inputs: tuple[Action, ...]  # by place among the distinct tensors that the unit is given
     lends: frozenset[int]  # values that later units have made again
-    for_others: frozenset[int]  # ops that only run for them
+    for_sweeps: frozenset[int]  # ops that only run for them
     offload: frozenset[int]  # values that leave the device when the forward is over
-    parks: frozenset[int]  # ops that write one of them for the last time
+    offloads_here: frozenset[int]  # ops that write one of them for the last time
     values: int  # input k is value `values + k` to the tape
     offloads: bool
-    todo: list[Todo | None]  # once a forward has called the op; None before, and for casts, which need a closer look
+    # once a forward has called the op; None before, and for casts, which need a closer look
+    taped: list[TapedOp | None]
     funcs: list[Any]  # the ops themselves, as forwards have called them
 
     @classmethod
@@ -76,22 +77,22 @@ class FramePlan:
             writes=tuple(step.kind in (Kind.INPLACE, Kind.RANDOM, Kind.OPAQUE) for step in steps),
             states=recipe.states,
             first_random=first_random(program),
-            drop=recipe.drop,
+            slots_dropped=recipe.slots_dropped,
             slots=program.slots,
             wanted=program.wanted,
-            again=recipe.again,
+            rematerialised=recipe.rematerialised,
             settled={
                 v: sum(v in step.writes for step in steps)
-                for v in {v for op in recipe.runs for v in steps[op].writes} - recipe.again - offload
+                for v in {v for op in recipe.runs for v in steps[op].writes} - recipe.rematerialised - offload
             },
             inputs=inputs,
             lends=frozenset(lends),
-            for_others=run_for_others(program, recipe) if lends else frozenset(),
+            for_sweeps=run_for_sweeps(program, recipe) if lends else frozenset(),
             offload=offload,
-            parks=frozenset(max(i for i, step in enumerate(steps) if v in step.writes) for v in offload),
+            offloads_here=frozenset(max(i for i, step in enumerate(steps) if v in step.writes) for v in offload),
             offloads=bool(offload) or Action.OFFLOAD in inputs,
             values=program.values,
-            todo=[None] * len(steps),
+            taped=[None] * len(steps),
             funcs=[None] * len(steps),
         )
 

@@ -34,7 +34,7 @@ import torch
 
 from tightfit.core import InvalidInput, TightfitError, format_bytes
 
-__all__ = ["Parcel", "Parked", "Pool", "Shipment"]
+__all__ = ["Offloaded", "Parcel", "Pool", "Shipment"]
 
 _GRANULE_BYTES = mmap.PAGESIZE
 
@@ -218,20 +218,20 @@ class Shipment:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self._parked: list[weakref.ref[Parked]] = []  # they hold their shipment
+        self._parked: list[weakref.ref[Offloaded]] = []  # they hold their shipment
         self.is_open = False
         self.device_copies_beside = False
         self.held = 0  # tensors that stayed on the device after all
 
-    def park(self, tensor: torch.Tensor, *, being_written: bool = False) -> Parked:
+    def park(self, tensor: torch.Tensor, *, being_written: bool = False) -> Offloaded:
         """A source for `tensor`, which is to leave the device. `being_written`: an op is changing it in place, and
         autograd will count that change only when the op is over."""
-        found = Parked(self, tensor, None if being_written else tensor._version)
+        found = Offloaded(self, tensor, None if being_written else tensor._version)
         self._parked.append(weakref.ref(found))
         return found
 
     @property
-    def parked(self) -> list[Parked]:
+    def parked(self) -> list[Offloaded]:
         return [alive for each in self._parked if (alive := each()) is not None]
 
     def sealed(self) -> None:
@@ -254,7 +254,7 @@ class Shipment:
                 each.parcel.prefetch()
 
 
-class Parked:
+class Offloaded:
     """Brings back a tensor that the plan offloads; a source (`engine.source.Source`)."""
 
     __slots__ = ("__weakref__", "parcel", "shipment", "tensor", "version")

@@ -149,12 +149,12 @@ class _Entry:
         self.spent = False  # its arguments are gone
 
 
-class Todo:
+class TapedOp:
     """What is known about a planned op before it runs. It is the same for every frame of a unit."""
 
     __slots__ = (
-        "draws", "first_random", "for_others", "func", "is_batch_norm", "live", "mutates", "outputs", "parks", "plain",
-        "shape_only",
+        "draws", "first_random", "for_sweeps", "func", "is_batch_norm", "live", "mutates", "offloads_here", "outputs",
+        "plain", "shape_only",
     )  # fmt: skip
 
     def __init__(
@@ -166,13 +166,13 @@ class Todo:
         draws: bool,
         first_random: bool,
         outputs: Sequence[int | None],
-        for_others: bool = False,
-        parks: bool = False,
+        for_sweeps: bool = False,
+        offloads_here: bool = False,
     ) -> None:
-        self.parks = parks and not live  # something that it makes leaves the device
-        self.for_others = for_others  # it never runs for the unit's own backward
+        self.offloads_here = offloads_here and not live  # something that it makes leaves the device
+        self.for_sweeps = for_sweeps  # it never runs for the unit's own backward
         self.func, self.live, self.draws, self.first_random, self.outputs = func, live, draws, first_random, outputs
-        self.plain = not (live or writes or first_random or parks)  # it runs as it is
+        self.plain = not (live or writes or first_random or offloads_here)  # it runs as it is
         self.shape_only = func in METADATA_ONLY
         self.is_batch_norm = op_name(func) in BATCH_NORMS
         self.mutates = bool(func._schema.is_mutable) and not self.is_batch_norm
@@ -262,11 +262,11 @@ class Tape:
         storage = out.untyped_storage()
         self.known[storage._cdata] = (weakref.ref(storage), _Cast(func, args, kwargs, weakref.ref(storage)), None)
 
-    def before(self, index: int, todo: Todo, args: Any, kwargs: Any) -> _Entry:
+    def before(self, index: int, taped: TapedOp, args: Any, kwargs: Any) -> _Entry:
         """Record the arguments of live op `index`, which is about to run."""
-        func = todo.func
+        func = taped.func
         entry = _Entry(index, func)
-        if todo.shape_only:
+        if taped.shape_only:
             source = args[0]
             entry.args = (_Outline(Geometry.of(source)), *args[1:])
             entry.kwargs = {"device": source.device, **{k: v for k, v in kwargs.items() if v is not None}}
@@ -289,11 +289,11 @@ class Tape:
         entry.args = encoded
         if kwargs:
             entry.kwargs = {k: self._encoded(a, entry) for k, a in kwargs.items()}
-        if todo.is_batch_norm:
+        if taped.is_batch_norm:
             for name, item in _named(func, entry.args, entry.kwargs):
                 if name.startswith("running_") and isinstance(item, _Held):
                     item.version = None  # it is updated right now, and its content does not matter
-        elif todo.mutates:
+        elif taped.mutates:
             entry.writes = self._written(func, entry)
         return entry
 
@@ -309,10 +309,10 @@ class Tape:
                         raise NotOnTape(f"{op_name(func)} writes what the unit did not make")
         return found
 
-    def after(self, entry: _Entry, out: Any, todo: Todo) -> None:
+    def after(self, entry: _Entry, out: Any, taped: TapedOp) -> None:
         """Live op `entry` has run and given `out`, whose tensors are the values `todo.outputs`."""
-        uses, written, outputs = self.uses, self.written, todo.outputs
-        if not todo.for_others:
+        uses, written, outputs = self.uses, self.written, taped.outputs
+        if not taped.for_sweeps:
             for reference in entry.reads:
                 uses[reference.value] = uses.get(reference.value, 0) + 1
         for value in entry.writes:

@@ -27,8 +27,8 @@ class Recipe:
     """
 
     runs: frozenset[int]  # live ops: they run again, each when something first asks for what it makes
-    drop: tuple[bool, ...]
-    again: frozenset[int]  # values that are made again and not kept: a saved tensor that is one of them is dropped
+    slots_dropped: tuple[bool, ...]
+    rematerialised: frozenset[int]  # values that are made again and not kept; saved tensors of them are dropped
     states: frozenset[int]
     captured: frozenset[int]  # kept values that live ops read as they were left
     dropped: frozenset[int]  # values that backward reads and that are made again
@@ -136,8 +136,8 @@ def recipe(program: Program, kept: frozenset[int], lends: frozenset[int] = froze
     return Recipe(
         runs=frozenset(live_ops),
         # a value that is neither kept nor made again was never read by backward; it is held in case backward reads it
-        drop=tuple(value in made and value not in kept for value in program.slots),
-        again=frozenset(made - kept),
+        slots_dropped=tuple(value in made and value not in kept for value in program.slots),
+        rematerialised=frozenset(made - kept),
         states=frozenset(i for i in live_ops if program.steps[i].kind is Kind.RANDOM),
         captured=captured,
         dropped=frozenset(needed - kept),
@@ -173,12 +173,12 @@ def demanded(program: Program, chosen: Recipe, loads: tuple[int, ...]) -> tuple[
 
 
 @functools.lru_cache(maxsize=65536)
-def run_for_others(program: Program, chosen: Recipe) -> frozenset[int]:
+def run_for_sweeps(program: Program, chosen: Recipe) -> frozenset[int]:
     """Live ops that none of the unit's own saved tensors asks for. They run only to make what the unit lends."""
     joined, members = _joined(program, chosen)
     own: set[int] = set()
     done: set[int] = set()
-    for value in chosen.again.intersection(program.slots):
+    for value in chosen.rematerialised.intersection(program.slots):
         own.update(_closure(program, chosen, value, joined, members, done))
     return chosen.runs - own
 
@@ -186,7 +186,7 @@ def run_for_others(program: Program, chosen: Recipe) -> frozenset[int]:
 def reads_copy(step: Step, chosen: Recipe, value: int) -> bool:
     """Live ops make `value` again: does this live op then read the copy, and not the original? It reads the original if
     the value is also kept, unless it reads a state that a later op has changed."""
-    return value in chosen.again or value not in step.reads
+    return value in chosen.rematerialised or value not in step.reads
 
 
 def _joined(program: Program, chosen: Recipe) -> tuple[list[int], dict[int, list[int]]]:
@@ -235,7 +235,7 @@ def _closure(
         wanted.add(group)
         for cluster in members[group]:
             final, early = demands(program, cluster)
-            pending += [*(v for v in final if v in chosen.again), *early]
+            pending += [*(v for v in final if v in chosen.rematerialised), *early]
     done |= wanted
     return tuple(sorted(op for group in wanted for cluster in members[group] for op in groups[cluster]))
 
@@ -287,7 +287,7 @@ def dropped_slots(planned: Program, call: Program, chosen: Recipe) -> tuple[tupl
     ordinals, each with whether backward is expected to read it."""
     found = []
     for index, value in enumerate(call.slots):
-        counted = expected(planned.slots, planned.wanted, index, value) if value in chosen.again else None
+        counted = expected(planned.slots, planned.wanted, index, value) if value in chosen.rematerialised else None
         if counted is not None:
             found.append((index, counted))
     return tuple(found)
