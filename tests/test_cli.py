@@ -383,7 +383,8 @@ def test_more_than_the_unplanned_peak_is_harmless_and_said(
 def test_more_than_all_of_a_device_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", model, "--seq", "32", "--budget", "200%"]) == 2
     assert "'200%'" in capsys.readouterr().err
-    from tightfit.train import Run, TrainOptions
+    from tightfit.train import TrainOptions
+    from tightfit.train.run import Run
 
     on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"), options=TrainOptions(budget="100.1%"))
     with pytest.raises(InvalidInput, match=r"'100.1%' is more than all of the GPU"):

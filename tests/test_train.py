@@ -118,7 +118,11 @@ def write(self, *a, real=training.Watch.on_step_end, **k):
         self.file.flush()
         kill()
 training.Watch.on_step_end = write""",
-    "while the model is saved": "at(training.Run, '_study', 1); training.os.replace = lambda *a: kill()",
+    "while the model is saved": """
+def save(self, model, real=training.Run._save):
+    os.replace = lambda *a: kill()
+    real(self, model)
+training.Run._save = save""",
     "before the last record": "at(training.Run, '_study', 1)",
 }  # fmt: skip
 

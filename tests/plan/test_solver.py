@@ -15,7 +15,7 @@ from tests.plan.stacks import brute_force, traced
 
 import tightfit
 from tightfit.core import BudgetInfeasible, Lever, Status
-from tightfit.plan import choose, lagrange, lowest, solver
+from tightfit.plan import lagrange, lowest, solver, table
 from tightfit.plan.choose import LAGRANGE
 from tightfit.plan.frontier import MINIMUM_CUTS, frontier
 from tightfit.plan.mincut import fewest, hull
@@ -72,9 +72,9 @@ FAULTS = (
 @pytest.fixture(params=FAULTS)
 def sabotaged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(solver, "engine", broken(request.param))
-    choose._found.cache_clear()
+    table._found.cache_clear()
     yield request.param
-    choose._found.cache_clear()
+    table._found.cache_clear()
 
 
 def test_every_budget_that_can_be_held_is_held_whatever_the_solver_says(sabotaged: str) -> None:
@@ -109,9 +109,9 @@ def test_the_second_way_is_taken_and_named(monkeypatch: pytest.MonkeyPatch) -> N
 
     right = lowest(dataclasses.replace(traced(3, 8, 40, 16)))
     monkeypatch.setattr(solver, "engine", only_without_presolve)
-    choose._found.cache_clear()
+    table._found.cache_clear()
     plan = lowest(dataclasses.replace(traced(3, 8, 40, 16)))
-    choose._found.cache_clear()
+    table._found.cache_clear()
     assert plan.peak_bytes == right.peak_bytes
     assert plan.solved_by == ("HiGHS, rows rescaled, no presolve",)
     assert calls.count(False) and calls.count(True) == 2 * calls.count(False)
@@ -120,9 +120,9 @@ def test_the_second_way_is_taken_and_named(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_plan_is_made_without_highspy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "highspy", None)
     trace = dataclasses.replace(traced(3, 8, 40, 16))
-    choose._found.cache_clear()
+    table._found.cache_clear()
     plan = tightfit.plan(trace, lowest(trace).peak_bytes)
-    choose._found.cache_clear()
+    table._found.cache_clear()
     assert set(plan.solved_by) <= {MINIMUM_CUTS, LAGRANGE} and plan.solved_by
 
 

@@ -135,13 +135,13 @@ def quiet_libraries() -> Iterator[None]:
     import datasets
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.isprogress_bar_enabled()
-    data_bars = datasets.isprogress_bar_enabled() if hasattr(datasets, "isprogress_bar_enabled") else True
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    data_bars = datasets.is_progress_bar_enabled() if hasattr(datasets, "is_progress_bar_enabled") else True
     others = [python_logging.getLogger(name) for name in ("trl", "datasets", "accelerate", "peft")]
     levels = [other.level for other in others]
     logging.set_verbosity_error()
-    logging.disableprogress_bar()
-    datasets.disableprogress_bars()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     for other in others:
         other.setLevel(python_logging.ERROR)
     try:
@@ -151,8 +151,8 @@ def quiet_libraries() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enableprogress_bar()
+            logging.enable_progress_bar()
         if data_bars:
-            datasets.enableprogress_bars()
+            datasets.enable_progress_bars()
         for other, before in zip(others, levels, strict=True):
             other.setLevel(before)
