@@ -99,7 +99,7 @@ def of_each_command(tiny: Path) -> dict[str, str]:
 
 def test_every_command_keeps_libraries_off_its_result() -> None:
     for command in app.registered_commands:
-        assert command.cls is not None and command.cls.__name__ == "_Command", command.callback
+        assert command.cls is not None and command.cls.__name__ == "Command", command.callback
 
 
 @pytest.mark.parametrize(

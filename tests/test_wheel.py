@@ -108,7 +108,7 @@ def test_every_import_of_what_a_base_install_lacks_names_its_extra() -> None:
     [
         ("plan gpt2", "tightfit plan needs the package transformers, which is not installed: pip install "
          "'tightfit[transformers]'"),
-        ("train", "tightfit train needs the package tokenizers, which is not installed: pip install 'tightfit[trl]'"),
+        ("train", "tightfit train needs the package transformers, which is not installed: pip install 'tightfit[trl]'"),
         ("doctor run.yaml", "reading a run's YAML needs the package pyyaml (No module named 'yaml'): pip install "
          "'tightfit[trl]'"),
         pytest.param("check gpt2", "pip install 'tightfit[transformers]'", marks=pytest.mark.slow),

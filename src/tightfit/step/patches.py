@@ -44,18 +44,24 @@ def compiled_entries(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+#: Where a module has its own call.
+_ITS_CALL = ("forward", "_compiled_call_impl")
+
+
 def compiled_functions(model: nn.Module) -> list[str]:
     """Names of compiled functions (`torch.compile(function)`) that modules of `model` hold, or that their forward finds
     in its own module. What runs in them cannot be seen op by op."""
     found = []
     for path, module in model.named_modules():
+        if unwrapped(module) is not module:  # a compiled module, which is planned as one
+            continue
         forward: Any = type(module).forward
         code, names = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
         held = {**vars(type(module)), **vars(module)}
         if code is not None:
             held |= {name: names[name] for name in code.co_names if name in names}
         for name, value in held.items():
-            is_function = callable(value) and not isinstance(value, (nn.Module, type)) and name != "forward"
+            is_function = callable(value) and not isinstance(value, (nn.Module, type)) and name not in _ITS_CALL
             if is_function and getattr(value, "_torchdynamo_orig_callable", None) is not None:
                 found.append(f"{plain_path(path)}.{name}".lstrip("."))
     return found
