@@ -72,7 +72,6 @@ def checkpoint(
     do there.
     """
     _refuse(use_reentrant, determinism_check, keep is not None and context_fn is not None)
-    keep = None if keep is None else _asked_to_keep(keep)
     if torch.compiler.is_compiling():
         if callable(keep):
             refuse_compiled("a compiled region has a function for keep, not the names of ops")
@@ -80,6 +79,7 @@ def checkpoint(
             refuse_compiled("a compiled region has a context_fn")
         names = {keep} if isinstance(keep, str) else keep
         return run_again(function, args, kwargs, names)  # type: ignore[arg-type]
+    keep = None if keep is None else _asked_to_keep(keep)
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     name = getattr(function, "__qualname__", type(function).__qualname__)
