@@ -19,10 +19,10 @@ from tightfit.plan import lowest
 from tightfit.verify.gradients import Outcome, differences
 
 
-def made(vocabulary: int = 256) -> tuple[Any, dict[str, torch.Tensor]]:
+def made(vocabulary: int = 256, layers: int = 3) -> tuple[Any, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, vocab_size=vocabulary,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, vocab_size=vocabulary,
         attention_dropout=0.1, use_cache=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).train()
@@ -68,7 +68,7 @@ def budget_for_tiles(model: nn.Module, batch: Any) -> int:
 
 
 def test_a_plan_that_is_not_exact_is_said_once_and_can_be_forbidden() -> None:
-    model, batch = made(4096)
+    model, batch = made(4096, layers=2)
     budget = budget_for_tiles(model, batch)
     with pytest.warns(UserWarning, match="exact=True forbids it") as told:
         applied = tightfit.fit(model, batch, budget)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import tightfit
 from tightfit.core import Trace
 from tightfit.integrations.peft import add_lora
+from tightfit.plan import Effort
 from tightfit.step.modules import find_units
 from tightfit.trace.unroll import unroll
 
@@ -62,7 +63,8 @@ def test_unrolled_is_the_deep_models_own_trace(arch: str, method: str, device: s
     assert made.digest == deep.digest
     assert tightfit.simulate(made) == tightfit.simulate(deep)
     fixed, top = sum(deep.static_bytes.values()), tightfit.simulate(deep).peak_bytes
-    plan = tightfit.plan(made, fixed + (top - fixed) * 9 // 10)
+    effort = Effort(solver_seconds=0.5, proves=False)  # any plan will do
+    plan = tightfit.plan(made, fixed + (top - fixed) * 9 // 10, effort=effort)
     assert tightfit.simulate(made, plan) == tightfit.simulate(deep, plan)  # one digest: the plan is both's
 
 
