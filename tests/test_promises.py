@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tightfit
-from tightfit.core import BudgetInfeasible, InvalidInput, Lever, levers_named
+from tightfit.core import BudgetInfeasible, InvalidInput, Lever, format_bytes, levers_named
 from tightfit.integrations.trainer import TightfitCallback
 from tightfit.plan import lowest
 from tightfit.verify.gradients import Outcome, differences
@@ -105,3 +106,30 @@ def test_a_name_that_is_nearly_right_is_suggested(asked: Any) -> None:
         levers_named(asked)
     assert "use recompute, " in str(error.value)
     assert asked == [3] or "did you mean 'offload'?" in str(error.value)
+
+
+def test_a_plan_in_force_says_what_it_is() -> None:
+    model, batch = made()
+    with tightfit.fit(model, batch, "70%") as applied:
+        said = str(applied)
+        assert "gradients: bit for bit those without it" in said and "levers: recompute" in said
+        assert f"budget: {format_bytes(applied.plan.budget_bytes)}" in said and "the peak is at: " in said
+        shown = applied._repr_html_()
+    assert shown.startswith("<table>") and shown.count("<tr>") == len(said.splitlines())
+
+
+def test_advice_is_in_the_batch_that_the_user_counts() -> None:
+    """KTO's trainer makes one row of all tokens, beside a batch of two."""
+    model, batch = made()
+    trace = dataclasses.replace(tightfit.trace(model, batch), batch_sizes=(160, 4, 4, 4))
+    peak, fixed = tightfit.simulate(trace).peak_bytes, sum(trace.static_bytes.values())
+    with pytest.raises(BudgetInfeasible, match=r"a batch of [123] instead of 4 would need about"):
+        tightfit.plan(trace, fixed + (peak - fixed) * 6 // 10, levers=["loss_in_place"])
+
+
+def test_advice_names_the_units_that_are_kept_whole() -> None:
+    model, batch = made()
+    trace = tightfit.trace(model, batch)
+    units = tuple(dataclasses.replace(unit, pinned="it is given a cache") for unit in trace.units)
+    with pytest.raises(BudgetInfeasible, match=r"3 of 3 units are kept whole, as model.layers.0: it is given a cache"):
+        tightfit.plan(dataclasses.replace(trace, units=units), sum(trace.static_bytes.values()) + 1)

@@ -193,3 +193,21 @@ def test_an_error_inside_leaves_nothing_turned() -> None:
     with pytest.raises(KeyError), stdout.own():
         raise KeyError
     assert os.fstat(1).st_ino == inode
+
+
+def test_shells_complete_commands_and_options(tmp_path: Path) -> None:
+    for words, place, expected in (("tightfit me", 1, "measure"), ("tightfit check --me", 2, "--method")):
+        environment = {
+            **os.environ,
+            "_TIGHTFIT_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(place),
+        }
+        environment["PYTHONPATH"] = str(Path(stdout.__file__).parents[2])
+        assert shell("tightfit", environment, tmp_path).stdout.split() == [expected]
+
+
+def test_without_arguments_it_says_what_to_try(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(stdout.__file__).parents[2])}
+    done = shell("tightfit", environment, tmp_path)
+    assert "Try: tightfit check llama-2-7b" in done.stdout + done.stderr

@@ -55,8 +55,11 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 app = typer.Typer(
     name="tightfit",
     help="Fit a PyTorch training step into a byte budget.",
+    epilog=(
+        "Try: tightfit check llama-2-7b --gpu rtx-4090 --method qlora (will it fit?); tightfit train --budget 60% (a "
+        "small model, in a minute or two); tightfit doctor (what is wrong in this stack?)"
+    ),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

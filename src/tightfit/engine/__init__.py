@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import html
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, Trace, Unsupported, parse_bytes
+from tightfit.core import (
+    Action,
+    Choice,
+    InvalidInput,
+    Plan,
+    PlanMismatch,
+    Trace,
+    Unsupported,
+    format_bytes,
+    parse_bytes,
+)
 from tightfit.engine.ambient import is_active
 from tightfit.engine.chain import Chain
 from tightfit.engine.compiled import Decision, Tagged, doors, require_expressible
@@ -28,6 +39,7 @@ from tightfit.engine.frame_plan import Comparison, FramePlan, Stats
 from tightfit.engine.offload import Pool
 from tightfit.engine.region import checkpoint
 from tightfit.levers import every, require_known
+from tightfit.plan import simulate
 from tightfit.plan.program import kept_values, offloaded_values, recipe
 from tightfit.step.modules import modules_of
 from tightfit.step.parallel import inside
@@ -134,6 +146,40 @@ class Applied:
             return forward
 
         return make
+
+    def __str__(self) -> str:
+        """What is in force, for a terminal."""
+        return "\n".join(f"{name}: {value}" for name, value in self._facts())
+
+    def _repr_html_(self) -> str:
+        """The same, for a notebook."""
+        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self._facts())
+        return f"<table>{rows}</table>"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        plan = self.plan
+        without = plan.step_seconds - plan.added_seconds
+        slow = (
+            f"{plan.step_seconds / without:.2f} x the time of the step without it, predicted" if without else "unknown"
+        )
+        said = [
+            ("plan", f"in force on {len(self._patches)} of {len(plan.choices)} units"),
+            ("budget", format_bytes(plan.budget_bytes)),
+            (
+                "peak",
+                f"{format_bytes(plan.peak_bytes)} predicted, {format_bytes(plan.unplanned_peak_bytes)} without it",
+            ),
+            ("slowdown", slow),
+            (
+                "gradients",
+                "bit for bit those without it" if plan.exact else "to rounding: verify holds them to float64",
+            ),
+        ]
+        used = [lever.lever.value.replace("_", " ") for lever in every() if lever.is_used(plan)]
+        said.append(("levers", ", ".join(used) or "none: the step fits as it is"))
+        if self.trace is not None:
+            said.append(("the peak is at", simulate(self.trace, plan).peak_owner))
+        return said
 
     def stats(self) -> Stats:
         """Counts since the plan was applied: frames, replays, fallbacks, ops run again."""

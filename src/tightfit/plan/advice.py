@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from tightfit.core import (
     Category,
     Timeline,
@@ -22,15 +25,29 @@ def advice_for(trace: Trace, line: Timeline, budget_bytes: int) -> tuple[str, ..
         said.append(f"parameters, optimizer state and inputs alone take {format_bytes(fixed)}")
     else:
         share = (budget_bytes - fixed - gradients) / max(1, moving)
-        batch = max(trace.batch_sizes, default=1)
+        batch = _rows(trace.batch_sizes)
         if batch > 1 and share * batch >= 1:
             fewer = int(share * batch)
             needed = fixed + gradients + moving * fewer / batch
             said.append(f"a batch of {fewer} instead of {batch} would need about {format_bytes(needed)}")
         if share > 0.05:
             said.append(f"sequences of {share:.0%} of this length would fit, about")
+    pinned = [unit for unit in trace.units if unit.pinned]
+    if pinned:
+        reason = Counter(unit.pinned for unit in pinned).most_common(1)[0][0]
+        said.append(
+            f"{len(pinned)} of {len(trace.units)} units are kept whole, as {pinned[0].path or 'the model'}: {reason}"
+        )
     state = trace.static_bytes.get(Category.OPTIMIZER_STATE.value, 0)
     if state:
         said.append(f"an optimizer without state (sgd) would save {format_bytes(state)}")
     said.append(f"the peak is at: {line.peak_owner}")
     return tuple(said)
+
+
+def _rows(sizes: Sequence[int]) -> int:
+    """The batch as its user counts it: the leading size that most of its tensors have, of several the least. A tensor
+    that holds all tokens in one row, or pairs of examples, says nothing of it."""
+    counts = Counter(sizes)
+    most = max(counts.values(), default=0)
+    return min((size for size, count in counts.items() if count == most), default=1)
