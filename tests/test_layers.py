@@ -203,6 +203,15 @@ def test_no_module_grows_beyond_what_one_reader_can_hold() -> None:
         assert lines <= 600 or "One thing because" in said, f"{path}: {lines} lines"
 
 
+def test_no_class_does_either() -> None:
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                said = ast.get_docstring(node) or ""
+                assert lines <= 200 or "One thing because" in said, f"{path}: {node.name} has {lines} lines"
+
+
 @pytest.mark.parametrize(
     ("source", "module", "refused"),
     [

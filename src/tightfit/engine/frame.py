@@ -144,7 +144,10 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Frame:
-    """One call of a unit. With `plan=None` the frame holds nothing but its inputs, and everything is replayed."""
+    """One call of a unit. With `plan=None` the frame holds nothing but its inputs, and everything is replayed.
+
+    One thing because forward, saved tensors and replay share the state of one call.
+    """
 
     def __init__(
         self,

@@ -183,7 +183,10 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 class Tape:
-    """The record of a frame's forward, which backward runs in pieces."""
+    """The record of a frame's forward, which backward runs in pieces.
+
+    One thing because entries, values and their uses are one graph, which every method walks.
+    """
 
     __slots__ = (
         "__weakref__", "by_value", "entries", "known", "made", "ran", "settled", "sources", "together", "uses",

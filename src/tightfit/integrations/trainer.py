@@ -174,6 +174,8 @@ class TightfitCallback(PeakCallback):
 
     Raises inside `trainer.train()`: `BudgetInfeasible`; `Unsupported` for a Trainer whose step cannot be planned;
     `ReplayDiverged` when the proof finds another gradient. After any exception the model is as it was.
+
+    One thing because the Trainer calls one object at every point of a run.
     """
 
     def __init__(

@@ -41,7 +41,10 @@ class Solution:
 
 
 class Model(Table):
-    """The integer program over the options: which of them, so that the step fits."""
+    """The integer program over the options: which of them, so that the step fits.
+
+    One thing because the ways to solve the program share its rows and columns.
+    """
 
     def peak_bytes(self, points: Mapping[str, int]) -> int:
         """The peak when these options are chosen, as the model computes it. `points`: unit path -> index of its

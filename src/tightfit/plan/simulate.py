@@ -144,6 +144,11 @@ class _Copy:
 
 
 class _Walk:
+    """The referee's walk over the events of one step.
+
+    One thing because the lives of storages and the levels of live bytes come from one walk.
+    """
+
     def __init__(self, trace: Trace, choices: tuple[Choice, ...], advances: tuple[Advance, ...] = ()) -> None:
         self.trace = trace
         self.stores = {(sweep.base, sweep.target): frozenset(sweep.stores) for sweep in advances}

@@ -45,7 +45,10 @@ THOROUGH = Effort()
 
 
 class Table:
-    """The options of every unit of a trace, and what each does at each moment. Nothing here depends on the budget."""
+    """The options of every unit of a trace, and what each does at each moment. Nothing here depends on the budget.
+
+    One thing because every effect is told on the same marks and the same index of the trace.
+    """
 
     def __init__(
         self, trace: Trace, effort: Effort = THOROUGH, nesting: Nesting | None = None, *, offload: bool = False

@@ -52,7 +52,10 @@ from tightfit.trace.unroll import trace_digest
 
 @dataclass
 class Assembly:
-    """Turns two recorded passes into the frozen `Trace`."""
+    """Turns two recorded passes into the frozen `Trace`.
+
+    One thing because ops, values, saved tensors and events refer to one another by position.
+    """
 
     model: nn.Module
     batch: Any

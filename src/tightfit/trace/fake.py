@@ -95,7 +95,10 @@ _CONSTANTS = frozenset({_aten.ones.default, _aten.full.default})
 
 class FakeStep:
     """What one step on fake tensors knows beyond the fake tensors. `target`: the device whose kernels are meant; by
-    default the CPU."""
+    default the CPU.
+
+    One thing because known values, scratch and refusals are found in one look at each op.
+    """
 
     def __init__(self, target: Device | None = None, *, guesses: bool = False) -> None:
         self.target = target

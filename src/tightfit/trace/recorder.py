@@ -109,7 +109,10 @@ class _Holder:
 
 
 class Recorder(TorchDispatchMode):
-    """Records one pass. With `dry` it throws saved tensors away."""
+    """Records one pass. With `dry` it throws saved tensors away.
+
+    One thing because what is noted of an op rests on the storages that earlier ops have made.
+    """
 
     supports_higher_order_operators = True  # to be refused with a reason
 

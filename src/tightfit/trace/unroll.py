@@ -257,7 +257,10 @@ _KIND = {
 
 
 class _Build:
-    """Builds the new trace and numbers everything anew. `sources[position]` is the block that the new block repeats."""
+    """Builds the new trace and numbers everything anew. `sources[position]` is the block that the new block repeats.
+
+    One thing because each of its steps numbers what the next ones refer to.
+    """
 
     def __init__(self, blocks: _Blocks, sources: list[int], block: int, times: int, paths: Sequence[str]) -> None:
         self.blocks, self.sources, self.block, self.times, self.paths = blocks, sources, block, times, paths

@@ -45,7 +45,10 @@ RECORD_VERSION = 1
 
 
 class RunRecord:
-    """What is known of one run so far, and its folder once there is something to write."""
+    """What is known of one run so far, and its folder once there is something to write.
+
+    One thing because its fields are the keys of `record.json`.
+    """
 
     def __init__(self, asked: Asked, folder: Path, progress: Console | None) -> None:
         self.asked, self.folder, self.progress = asked, folder, progress

@@ -107,7 +107,10 @@ def train(options: TrainOptions, progress: Console | None = None) -> RunResult:
 
 
 class Run(RunRecord):
-    """One run: its model, data and trainer, and the attempts to train within the budget."""
+    """One run: its model, data and trainer, and the attempts to train within the budget.
+
+    One thing because an attempt after running out of memory goes on with what the last one made.
+    """
 
     def make_base(self) -> None:
         """Run the config that makes the model, or go on with it, or find that it is done."""
