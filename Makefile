@@ -24,7 +24,7 @@ help:
 	@echo "make demo    fine-tune a small model inside a byte budget; the evidence goes to runs/"
 	@echo "make test    lint, then the tests (ARGS=... goes to pytest)"
 	@echo "make test-slow  the tests that take longer, run before a release (hours)"
-	@echo "make fresh   the wheel in an environment of its own, with the newest solver: one plan, one document in a pipe"
+	@echo "make fresh   the wheel in an environment of its own, with the newest solver: twenty plans, one document in a pipe"
 	@echo "make wheel   build the wheel and the sdist into dist/"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make docs    write the generated pages of docs/ from the program and benchmarks/results"

@@ -389,3 +389,11 @@ def test_more_than_all_of_a_device_is_refused(model: str, capsys: pytest.Capture
     on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"), options=TrainOptions(budget="100.1%"))
     with pytest.raises(InvalidInput, match=r"'100.1%' is more than all of the GPU"):
         Run._budget(on_a_gpu)
+
+
+def test_a_budget_that_nothing_holds_is_an_answer_in_json(tmp_path: Path) -> None:
+    done = tightfit("plan", "tightfit-demo", "--batch", "1", "--seq", "8", "--budget", "1MB", "--json", cwd=tmp_path)
+    answer = json.loads(done.stdout)
+    assert done.returncode == 1 and answer["fits"] is False
+    assert answer["least_bytes"] > answer["budget_bytes"] == 1_000_000 and answer["advice"]
+    assert not list(tmp_path.iterdir())

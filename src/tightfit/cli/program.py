@@ -8,6 +8,7 @@ with `--debug`. Nothing heavy is imported before a command needs it, so `--help`
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -20,7 +21,7 @@ from tightfit.cli import stdout
 from tightfit.cli.check import check
 from tightfit.cli.doctor import doctor
 from tightfit.cli.measure import measure
-from tightfit.cli.output import EXIT_INTERRUPTED, EXIT_NO, EXIT_WRONG_INPUT, Command, say_on_stderr
+from tightfit.cli.output import EXIT_INTERRUPTED, EXIT_NO, EXIT_WRONG_INPUT, Command, emit, say_on_stderr
 from tightfit.cli.plan import plan
 from tightfit.cli.report import report
 from tightfit.cli.train import train
@@ -121,6 +122,11 @@ def _run(asked: list[str]) -> int:
         if debug:
             raise
         say_on_stderr(str(error))
+        if isinstance(error, BudgetInfeasible) and "--json" in given:  # the answer is no, and it has its figures
+            emit(json.dumps({
+                "fits": False, "budget_bytes": error.budget_bytes, "least_bytes": error.least_bytes,
+                "advice": list(error.advice),
+            }))  # fmt: skip
         return exit_code(error)
     except (KeyboardInterrupt, typer.Abort):
         if debug:
