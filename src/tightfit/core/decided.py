@@ -94,6 +94,12 @@ class Plan:
         return self.recompute_seconds + self.tile_seconds + self.offload_seconds + self.other_seconds
 
     @property
+    def slowdown(self) -> float:
+        """Predicted time of the step under the plan over that of the step without it."""
+        unplanned_seconds = self.step_seconds - self.added_seconds
+        return self.step_seconds / unplanned_seconds if unplanned_seconds else 1.0
+
+    @property
     def exact(self) -> bool:
         """Are loss and gradients bit for bit those of the step without the plan? Tiles add sums in another order."""
         return self.tiling is None and not self.inexact

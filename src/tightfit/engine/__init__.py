@@ -38,7 +38,7 @@ from tightfit.engine.frame import Frame
 from tightfit.engine.frame_plan import Comparison, FramePlan, Stats
 from tightfit.engine.offload import Pool
 from tightfit.engine.region import checkpoint
-from tightfit.levers import every, require_known
+from tightfit.levers import every, require_known, used
 from tightfit.plan import simulate
 from tightfit.plan.program import kept_values, offloaded_values, recipe
 from tightfit.step.modules import modules_of
@@ -93,10 +93,9 @@ class Applied:
             self._switches.enter_context(own_checkpointing_off(self.model))
             self._switches.enter_context(no_key_value_cache(self.model))
             self._switches.enter_context(doors(self.model))
-            for lever in every():
-                if lever.is_used(plan):
-                    counts = self._stats.levers.get(lever.lever.value)
-                    self._switches.enter_context(lever.in_force(self.model, plan, counts))
+            for lever in used(plan):
+                counts = self._stats.levers.get(lever.lever.value)
+                self._switches.enter_context(lever.in_force(self.model, plan, counts))
             for choice, module in matched:
                 frame_plan = _frame_plan(plan, choice)
                 if frame_plan is not None:
@@ -158,10 +157,6 @@ class Applied:
 
     def _facts(self) -> list[tuple[str, str]]:
         plan = self.plan
-        without = plan.step_seconds - plan.added_seconds
-        slow = (
-            f"{plan.step_seconds / without:.2f} x the time of the step without it, predicted" if without else "unknown"
-        )
         said = [
             ("plan", f"in force on {len(self._patches)} of {len(plan.choices)} units"),
             ("budget", format_bytes(plan.budget_bytes)),
@@ -169,14 +164,14 @@ class Applied:
                 "peak",
                 f"{format_bytes(plan.peak_bytes)} predicted, {format_bytes(plan.unplanned_peak_bytes)} without it",
             ),
-            ("slowdown", slow),
+            ("slowdown", f"{plan.slowdown:.2f} x the time of the step without it, predicted"),
             (
                 "gradients",
                 "bit for bit those without it" if plan.exact else "to rounding: verify holds them to float64",
             ),
         ]
-        used = [lever.lever.value.replace("_", " ") for lever in every() if lever.is_used(plan)]
-        said.append(("levers", ", ".join(used) or "none: the step fits as it is"))
+        names = [lever.lever.value.replace("_", " ") for lever in used(plan)]
+        said.append(("levers", ", ".join(names) or "none: the step fits as it is"))
         if self.trace is not None:
             said.append(("the peak is at", simulate(self.trace, plan).peak_owner))
         return said

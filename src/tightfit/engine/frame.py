@@ -619,21 +619,26 @@ def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
     return cut
 
 
-class _Watch(TorchDispatchMode):
-    """A dispatch mode for a frame's forward. With a plan it compares the ops with the planned ones and records the live
-    ones; without a plan it only notes the ops."""
+class _Mode(TorchDispatchMode):
+    """What torch asks of a dispatch mode, answered for both of a frame's modes."""
 
     supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """There is no wrapper here that hides this method from the compiler: it would take as long as all the rest."""
+        """No wrapper hides the handler from the compiler: it would take as long as all the rest. See
+        `hidden_from_compiler`."""
         return False
 
     @classmethod
     def is_infra_mode(cls) -> bool:
         """Functions that are compiled run compiled inside a unit, too."""
         return True
+
+
+class _Watch(_Mode):
+    """A dispatch mode for a frame's forward. With a plan it compares the ops with the planned ones and records the live
+    ones; without a plan it only notes the ops."""
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
@@ -738,19 +743,9 @@ class _Watch(TorchDispatchMode):
         return out
 
 
-class _Replay(TorchDispatchMode):
+class _Replay(_Mode):
     """A dispatch mode for a whole replay. It runs every op again, refuses another sequence of ops, and writes nothing
     outside the unit twice."""
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in `_Watch`
-
-    @classmethod
-    def is_infra_mode(cls) -> bool:
-        return True
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ from tightfit.core import (
 )
 from tightfit.engine import Applied
 from tightfit.engine.compiled import doors
-from tightfit.levers import every, inexact
+from tightfit.levers import every, inexact, used
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
 from tightfit.step.modules import UnitsAsked
@@ -363,7 +363,7 @@ class _Guard:
         recorded, made = planned(record, budget, self.levers, model, self.exact)
         if not made.exact and not self.told:
             self.told = True
-            caveats = " and ".join(each.caveat for each in every() if each.caveat and each.is_used(made))
+            caveats = " and ".join(each.caveat for each in used(made) if each.caveat)
             warnings.warn(f"nothing exact fits this budget, so the plan {caveats}; exact=True forbids it", stacklevel=4)
         return recorded, made, applied
 

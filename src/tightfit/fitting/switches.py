@@ -30,7 +30,7 @@ from tightfit.engine.compiled import run_again
 from tightfit.engine.frame import Frame
 from tightfit.engine.frame_plan import Stats
 from tightfit.fitting.fit import fit
-from tightfit.levers import every
+from tightfit.levers import used
 from tightfit.plan import every_block
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.patches import ForwardPatch, no_key_value_cache, own_checkpointing_off
@@ -186,7 +186,7 @@ def active(model: nn.Module, batch: Any = None, loss: LossFunction | None = None
     forward and backward with and without it, by the allocator's own count; nothing is left changed."""
     applied, switched = _states(model)
     saves_bytes, basis, note, plan = None, "unknown", "", None
-    if applied is not None and (applied.active_units or any(lever.is_used(applied.plan) for lever in every())):
+    if applied is not None and (applied.active_units or used(applied.plan)):
         by, units, plan = "plan", applied.active_units, applied.plan
         saves_bytes, basis = plan.unplanned_peak_bytes - plan.peak_bytes, "predicted"
     elif switched is not None and (units := switched.units(model)):

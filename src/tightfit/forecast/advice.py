@@ -27,7 +27,7 @@ from tightfit.forecast.recording import HashableDevice, optimizer_key, optimizer
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, usable_bytes
 from tightfit.forecast.search import QUICK, bytes_reserved, least, least_peak_bytes
 from tightfit.forecast.setup import Progress, Setup, build_model
-from tightfit.levers import every
+from tightfit.levers import used
 from tightfit.plan import lowest
 from tightfit.report.text import how_it_fits
 from tightfit.step.environment import environment
@@ -110,12 +110,12 @@ def essence(recorded: Trace, made: Plan) -> Iterable[str]:
         yield f"nothing is recomputed: the step fits {how_it_fits(made)}"
         if made.exact:
             return
-    yield from (lever.said(made) for lever in every() if lever.is_used(made) and not lever.is_exact)
+    yield from (lever.said(made) for lever in used(made) if not lever.is_exact)
     yield f"{len(planned)} of {len(recorded.units)} units recompute part of what they make, {made.replays} replays"
     share = made.recompute_flops / made.forward_flops if made.forward_flops else 0.0
     yield f"recompute: {share:.1%} of the forward's FLOPs, plan {made.status.value}"
     yield f"peak {format_bytes(made.peak_bytes)} of {format_bytes(made.unplanned_peak_bytes)} without a plan" + (
-        "".join(f", {lever.summary}" for lever in every() if lever.is_exact and lever.is_used(made) and lever.how(made))
+        "".join(f", {lever.summary}" for lever in used(made) if lever.is_exact and lever.how(made))
     )
 
 

@@ -20,7 +20,7 @@ from collections.abc import Collection
 from tightfit.core import Lever, Plan, PlanMismatch, Trace
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 
-__all__ = ["allowed", "as_recorded", "defined", "every", "exact_only", "granted", "inexact", "require_known"]
+__all__ = ["allowed", "as_recorded", "defined", "every", "exact_only", "granted", "inexact", "require_known", "used"]
 
 
 @functools.cache
@@ -40,13 +40,17 @@ def allowed(levers: Collection[Lever] | None) -> tuple[LeverDefinition, ...]:
     return tuple(each for each in every() if (each.is_default if levers is None else each.lever in levers))
 
 
+def used(plan: Plan) -> tuple[LeverDefinition, ...]:
+    """The definitions of the levers that `plan` uses."""
+    return tuple(each for each in every() if each.is_used(plan))
+
+
 def as_recorded(trace: Trace) -> Variant:
     """`trace` before any lever is chosen."""
     begun = {each: each.begun(trace) for each in every()}
     return Variant(
         trace=trace,
         levers=frozenset(each.lever for each, fields in begun.items() if fields),
-        is_exact=all(each.is_exact for each, fields in begun.items() if fields),
         decided={name: value for fields in begun.values() for name, value in fields.items()},
     )
 

@@ -30,7 +30,6 @@ class Variant:
 
     trace: Trace
     levers: frozenset[Lever] = frozenset()  # that made it from the recorded step
-    is_exact: bool = True
     seconds: float = 0.0  # beyond those of the recorded step
     decided: Mapping[str, Any] = field(default_factory=dict)  # fields of the `Plan` that has it carried out
 
@@ -39,7 +38,6 @@ class Variant:
         return Variant(
             trace=trace,
             levers=self.levers | {lever.lever},
-            is_exact=self.is_exact and lever.is_exact,
             seconds=self.seconds + seconds,
             decided={**self.decided, **decided},
         )
@@ -64,13 +62,12 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Walked:
-    """A plan of a trace, what the referee says of it, and the referee."""
+    """A plan, what the referee says of it, and the referee."""
 
-    trace: Trace
-    planned: Trace  # what the levers of the plan make of `trace`
+    planned: Trace  # what the levers of the plan make of the recorded step
     plan: Plan
     line: Timeline
-    walk: Callable[[Plan], Timeline]  # of the same trace under another plan
+    walk: Callable[[Plan], Timeline]  # of the recorded step under another plan
 
 
 class RecordedStep(Protocol):

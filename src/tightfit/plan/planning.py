@@ -67,7 +67,7 @@ def plan(
     every_way = way_of(trace, effort).ways(levers)
     least = unplanned
     for bits in (None,) if levers is not None else (True,) if exact else (True, False):
-        ways = [way for way in every_way if bits in (None, way.step.is_exact)]
+        ways = [way for way in every_way if bits in (None, way.is_exact)]
         if not ways:
             continue
         best: Plan | None = None
@@ -85,7 +85,7 @@ def plan(
             )
         least = min(least, line, key=lambda each: each.peak_bytes)
     advice = advice_for(trace, least, budget_bytes)
-    if exact and (others := [way for way in every_way if not way.step.is_exact]):
+    if exact and (others := [way for way in every_way if not way.is_exact]):
         peak_bytes = _lowest(others, None)[1].peak_bytes
         if peak_bytes <= budget_bytes:
             nouns = " and ".join(each.noun for each in inexact(None))

@@ -20,7 +20,6 @@ __all__ = ["Share", "shares"]
 def shares(trace: Trace, plan: Plan) -> tuple[Share, ...]:
     """What each lever that `plan` uses buys and costs, in the order of `Lever`."""
     walked = Walked(
-        trace=trace,
         planned=under(trace, plan),
         plan=plan,
         line=simulate(trace, plan),

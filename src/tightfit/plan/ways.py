@@ -22,7 +22,7 @@ from tightfit.core import (
     Trace,
 )
 from tightfit.device.cost import NOMINAL_CPU, retimed
-from tightfit.levers import allowed, as_recorded, granted
+from tightfit.levers import allowed, as_recorded, granted, inexact
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.choose import Model, Solution
 from tightfit.plan.nest import Nesting, nestings
@@ -76,6 +76,10 @@ class Way:
         self.nesting, self.plain = nesting, plain  # the same without the nesting
         self.advances = () if nesting is None else nesting.advances
         self._varied: dict[Lever, list[Way]] = {}
+
+    @property
+    def is_exact(self) -> bool:
+        return not inexact(self.step.levers)
 
     def ways(self, levers: Collection[Lever] | None) -> list[Way]:
         """All ways to plan this step with the levers: as it is (first), and as each lever of the step would have it; in

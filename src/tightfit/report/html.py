@@ -142,11 +142,9 @@ def _held(gradients: Mapping[str, Any]) -> str:
 
 def plan_document(plan: Plan, model: str, study: Study) -> dict[str, Any]:
     """The page's data of `tightfit plan`."""
-    unplanned = plan.step_seconds - plan.added_seconds
-    slow = plan.step_seconds / unplanned if unplanned else 1.0
     answer = (
         f"{model} fits into {format_bytes(plan.budget_bytes)}: peak {format_bytes(plan.peak_bytes)} instead of "
-        f"{format_bytes(plan.unplanned_peak_bytes)}, {slow:.2f} x the time (predicted)"
+        f"{format_bytes(plan.unplanned_peak_bytes)}, {plan.slowdown:.2f} x the time (predicted)"
     )
     facts = {
         "status": plan.status.value, "replays": plan.replays,

@@ -29,7 +29,7 @@ from tightfit.core import (
     format_bytes,
     to_json,
 )
-from tightfit.levers import every
+from tightfit.levers import used
 from tightfit.plan.program import kept_values, recipe, shared
 from tightfit.plan.shares import Share, shares
 from tightfit.plan.simulate import simulate, under
@@ -501,12 +501,12 @@ def _why(trace: Trace, plan: Plan) -> list[str]:
 
 def levers_said(plan: Plan) -> list[str]:
     """A line on what `plan` does by each lever that has something to say."""
-    return [said for lever in every() if lever.is_used(plan) and (said := lever.said(plan))]
+    return [said for lever in used(plan) if (said := lever.said(plan))]
 
 
 def how_it_fits(plan: Plan) -> str:
     """By which lever a step fits that recomputes nothing."""
-    return next((how for lever in reversed(every()) if lever.is_used(plan) and (how := lever.how(plan))), "as it is")
+    return next((how for lever in reversed(used(plan)) if (how := lever.how(plan))), "as it is")
 
 
 def _reason(trace: Trace, plan: Plan, owner: str) -> str:

@@ -15,6 +15,6 @@ Invariant: what is changed here is given back exactly. Nothing here knows of tra
 
 import os
 
-# The profiler, which counts bytes on the CPU, otherwise writes lines of its own to stderr. It is read when torch is
-# loaded, and every module that needs torch comes here first.
+# The profiler, which counts bytes on the CPU, otherwise writes lines of its own to stderr. The setting is read when
+# torch is loaded; where that has happened already, it comes too late.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")

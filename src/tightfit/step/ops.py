@@ -28,27 +28,22 @@ BATCH_NORMS = frozenset(
 )
 
 
+def _functional(*packets: Any) -> frozenset[Any]:
+    """The overloads of `packets` that write none of their arguments."""
+    overloads = (getattr(packet, overload) for packet in packets for overload in packet.overloads())
+    return frozenset(op for op in overloads if not op._schema.is_mutable)
+
+
 #: Look only at the shape, strides and dtype of their first argument, so they run again without its data.
-METADATA_ONLY = frozenset(
-    op
-    for packet in (
-        _aten.empty_like, _aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.rand_like, _aten.randn_like,
-        _aten.new_empty, _aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.new_empty_strided,
-    )
-    for op in (getattr(packet, overload) for overload in packet.overloads())
-    if not op._schema.is_mutable
+METADATA_ONLY = _functional(
+    _aten.empty_like, _aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.rand_like, _aten.randn_like,
+    _aten.new_empty, _aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.new_empty_strided,
 )  # fmt: skip
 
 
 #: Allocate, and leave the content to whoever writes it.
-UNWRITTEN = frozenset(
-    getattr(packet, overload)
-    for packet in (
-        _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.empty_permuted, _aten.new_empty,
-        _aten.new_empty_strided,
-    )
-    for overload in packet.overloads()
-    if overload != "out"
+UNWRITTEN = _functional(
+    _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.empty_permuted, _aten.new_empty, _aten.new_empty_strided,
 )  # fmt: skip
 
 

@@ -36,11 +36,6 @@ from tightfit.trace.recorder import Recorder
 from tightfit.trace.unroll import trace_digest
 
 
-def with_optimizer(trace: Trace, optimizer: torch.optim.Optimizer, target: Device | None = None) -> Trace:
-    """`trace` with the optimizer's step behind it, and with its state among the static bytes."""
-    return behind(trace, record_optimizer(optimizer, target))
-
-
 @dataclass(frozen=True)
 class OptimizerRecord:
     """One step of an optimizer: what ran, and the bytes of the state that it had before."""

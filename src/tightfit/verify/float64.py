@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit.core import Check, Plan
-from tightfit.levers import every
+from tightfit.levers import used
 from tightfit.step.ops import is_random
 from tightfit.step.patches import no_key_value_cache, uncompiled
 from tightfit.step.run import LossFunction, compute_loss
@@ -239,8 +239,8 @@ def _pieces(
         compute_loss(model, batch, loss)
 
     found: tuple[Named, Named, Named] = ({}, {}, {})
-    for lever in every():
-        if lever.is_used(plan) and not lever.is_exact:
+    for lever in used(plan):
+        if not lever.is_exact:
             for into, each in zip(found, lever.pieces_in_float64(step, model, plan, _double, _float64), strict=True):
                 into.update(each)
     restart()

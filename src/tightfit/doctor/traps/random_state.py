@@ -26,6 +26,7 @@ from tightfit.doctor.traps.trap import (
     tiny_model,
 )
 from tightfit.forecast import Setup
+from tightfit.step.patches import compiled_entries
 
 
 def _probe_fsdp2_random_state() -> Seen:
@@ -181,11 +182,7 @@ def _compiler_setup(setup: Setup) -> Seen | None:
 
 
 def _compiler_model(model: nn.Module) -> Seen | None:
-    compiled = any(
-        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-    if not compiled:
+    if not compiled_entries(model):
         return not_here("no module is compiled")
     budget = _compiler_budget()
     if budget >= 1:
