@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +83,8 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def shell(line: str, environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-    command = line.replace("tightfit ", f"{sys.executable} -m tightfit ", 1)
+    # The command stands as this Python's module: a checkout's .venv need not be on the path.
+    command = re.sub(r"^tightfit\b", lambda _: f"{shlex.quote(sys.executable)} -m tightfit", line)
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=environment, cwd=folder,
         check=False, timeout=300,
