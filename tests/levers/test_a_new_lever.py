@@ -63,7 +63,7 @@ class Frugal(LeverDefinition):
         return "frugal" in plan.settings
 
     @contextlib.contextmanager
-    def in_force(self, model, plan, stats):
+    def in_force(self, model, plan, given):
         type(model).frugal = True  # of the class: a proof puts attributes back between steps
         try:
             yield

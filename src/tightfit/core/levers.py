@@ -20,6 +20,9 @@ class Lever(enum.Enum):
     TILE = "tile"  # head and loss, and token-wise modules, a tile of rows at a time; not bit for bit
     NEST = "nest"  # units grouped, so that only some unit inputs are kept
     OFFLOAD = "offload"  # kept values moved to host memory
+    STATE_IN_HOST = "state_in_host"  # what the optimizer keeps of large parameters waits in host memory
+    OPTIMIZER_CHUNKS = "optimizer_chunks"  # the optimizer steps a few parameters at a time
+    STEP_IN_BACKWARD = "step_in_backward"  # each parameter is stepped when its gradient is there, which goes at once
 
 
 def levers_named(asked: Collection[Lever | str] | str | None) -> frozenset[Lever] | None:

@@ -36,6 +36,7 @@ class EventKind(enum.Enum):
     RELEASE = "release"  # autograd let go of saved tensor `subject`
     ENTER = "enter"  # frame `subject` began its forward
     EXIT = "exit"  # frame `subject` ended its forward
+    READY = "ready"  # value `subject` is a parameter's whole gradient
 
 
 class Category(enum.Enum):
@@ -187,6 +188,47 @@ class Tiling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """What runs in one piece, with numbers of its own: ops and values count from 0, and events refer to these."""
+
+    ops: tuple[Op, ...]
+    values: tuple[Value, ...]
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterBytes:
+    """Bytes of a trained parameter and of what the optimizer keeps for it."""
+
+    dtype: str
+    size_bytes: int
+    state_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerPart:
+    """The optimizer's step for some parameters: what runs, and whose step it is. Only what it makes is among its
+    values."""
+
+    stretch: Stretch
+    parameters: tuple[ParameterBytes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerStep:
+    """The optimizer's step at the end of a trace, and other ways to take it that give the same bits."""
+
+    ops: int  # of the trace before the step; it has the rest
+    values: int
+    events: int
+    chunk_bytes: int = 0  # most bytes of parameters that one of `in_chunks` steps
+    in_chunks: tuple[OptimizerPart, ...] = ()
+    alone: tuple[OptimizerPart, ...] = ()  # one parameter each: one for each dtype and shape
+    refused: str = ""  # why there are no other ways; empty: there may be
+    waits_from_bytes: int | None = None  # state of parameters of so many bytes waits in host memory; none: nobody's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
     """One recorded step: what ran, what lived, what autograd held, in order."""
 
@@ -211,6 +253,7 @@ class Trace:
     resharded: bool = False  # a unit's weights are only there while it runs, so no other unit can have it made again
     tiling: Tiling | None = None  # what was in force when the step was recorded
     tiled: tuple[Trace, ...] = ()  # the same step, recorded with tiles in force
+    optimizer: OptimizerStep | None = None  # none: the trace has no optimizer's step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

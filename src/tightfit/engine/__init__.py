@@ -39,9 +39,11 @@ from tightfit.engine.frame_plan import Comparison, FramePlan, Stats
 from tightfit.engine.offload import Pool
 from tightfit.engine.region import checkpoint
 from tightfit.levers import every, require_known, used
+from tightfit.levers.interface import Given
 from tightfit.plan import simulate
 from tightfit.plan.program import kept_values, offloaded_values, recipe
 from tightfit.step.modules import modules_of
+from tightfit.step.optimizers import bare
 from tightfit.step.parallel import inside
 from tightfit.step.patches import ForwardPatch, compiled_entries, no_key_value_cache, own_checkpointing_off
 from tightfit.step.ranks import Meeting, are_several
@@ -63,8 +65,17 @@ def applied_to(model: nn.Module) -> Applied | None:
 class Applied:
     """A plan in force. `remove()`, or leaving it as a context manager, restores the model exactly."""
 
-    def __init__(self, model: nn.Module, plan: Plan, trace: Trace | None = None, *, pool: Pool | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        trace: Trace | None = None,
+        *,
+        pool: Pool | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         self.model = model
+        self.optimizer = None if optimizer is None else bare(optimizer)
         self.pool = Pool() if pool is None else pool  # where what is offloaded waits
         counts = {lever.lever.value: lever.new_stats() for lever in every()}
         self._stats = Stats(levers={name: each for name, each in counts.items() if each is not None})
@@ -95,7 +106,8 @@ class Applied:
             self._switches.enter_context(doors(self.model))
             for lever in used(plan):
                 counts = self._stats.levers.get(lever.lever.value)
-                self._switches.enter_context(lever.in_force(self.model, plan, counts))
+                given = Given(stats=counts, optimizer=self.optimizer, pool=self.pool)
+                self._switches.enter_context(lever.in_force(self.model, plan, given))
             for choice, module in matched:
                 frame_plan = _frame_plan(plan, choice)
                 if frame_plan is not None:
@@ -218,16 +230,22 @@ def _agree(plan: Plan) -> None:
 
 
 def apply(
-    model: nn.Module, plan: Plan, *, spill: str | Path | None = None, host_bytes: str | int | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    spill: str | Path | None = None,
+    host_bytes: str | int | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Applied:
     """Put `plan` in force on `model`. Raises `PlanMismatch`, which names the first unit that differs, for a plan of
     another model.
 
     What the plan offloads goes to host memory, of which it takes at most `host_bytes`; what finds no room stays on the
-    device. With `spill` it goes to a file in that folder.
+    device. With `spill` it goes to a file in that folder. A plan that changes how the optimizer steps needs the
+    `optimizer`, which steps as before after `remove()`.
     """
     capacity = None if host_bytes is None else parse_bytes(host_bytes)
-    return Applied(model, plan, pool=Pool(capacity, None if spill is None else Path(spill)))
+    return Applied(model, plan, pool=Pool(capacity, None if spill is None else Path(spill)), optimizer=optimizer)
 
 
 def _frame_plan(plan: Plan, choice: Choice) -> FramePlan | None:

@@ -81,6 +81,21 @@ class Pool:
             written = lanes.out(source, buffer[: source.numel()], last_read)
         return Parcel(self, buffer, source.numel(), device, written)
 
+    def room(self, size_bytes: int, device: torch.device) -> torch.Tensor | None:
+        """A buffer of at least `size_bytes` for something of `device` that is not a parcel; `room_is_free` returns it.
+        None: there is no room left."""
+        size_bytes = -(-size_bytes // _GRANULE_BYTES) * _GRANULE_BYTES
+        if self.capacity_bytes is not None and self.taken_bytes + size_bytes > self.capacity_bytes:
+            return None
+        self.taken_bytes += size_bytes
+        self.stored_bytes += size_bytes
+        self.most_bytes = max(self.most_bytes, self.stored_bytes)
+        return self._buffer(size_bytes, device)
+
+    def room_is_free(self, buffer: torch.Tensor, device: torch.device) -> None:
+        self.stored_bytes -= buffer.numel()
+        self._free[device, buffer.numel()].append((buffer, None))
+
     def give_back(self, parcel: Parcel, last_read: Any) -> None:
         self.stored_bytes -= parcel.buffer.numel()
         self._free[parcel.device, parcel.buffer.numel()].append((parcel.buffer, last_read))

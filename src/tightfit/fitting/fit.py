@@ -92,6 +92,7 @@ def fit(
     longer: str = "replan",
     levers: Collection[Lever | str] | str | None = None,
     exact: bool = False,
+    beside: Collection[Lever | str] | str = (),
 ) -> Applied:
     """Trace one step, plan it for `budget` bytes, apply the plan. `applied.remove()` undoes it.
 
@@ -104,7 +105,9 @@ def fit(
     the model alone does not show the whole batch, so replanning is not possible there: a warning is given instead.
 
     `levers`: what the plan may use, as in `plan`; by default what gives the same bits, and tiles where nothing else
-    fits. A plan in tiles is not exact, which a warning says; `exact=True` forbids it.
+    fits. A plan in tiles is not exact, which a warning says; `exact=True` forbids it. `beside`: levers that it may use
+    with the default ones. `"step_in_backward"` steps each parameter when its gradient is there and lets the gradient
+    go; the training loop must not clip, accumulate or read gradients then, and is told so where it does.
 
     The model's own checkpointing (`gradient_checkpointing_enable`) makes way while the plan is in force, which a
     warning says, and is on again after `remove()`.
@@ -123,7 +126,7 @@ def fit(
         policy = Longer(longer)
     except ValueError:
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
-    guard = _Guard(model, batch, policy, loss, optimizer, units, levers_named(levers), exact)
+    guard = _Guard(model, batch, policy, loss, optimizer, units, levers_named(levers), exact, levers_named(beside))
     if own_checkpointing(model):
         warnings.warn(
             "the model's own checkpointing is off while tightfit's plan is in force; remove() switches it on again",
@@ -132,7 +135,7 @@ def fit(
     try:
         recorded, made, applied = guard.planned(batch, budget)
         if applied is None:
-            applied = Applied(model, made, trace=recorded)
+            applied = Applied(model, made, trace=recorded, optimizer=optimizer)
         else:
             applied.resume(made, recorded)
         guard.in_force(applied, recorded)
@@ -164,6 +167,7 @@ def planned(
     levers: Collection[Lever] | None,
     model: nn.Module,
     exact: bool = False,
+    beside: Collection[Lever] | None = None,
 ) -> tuple[Trace, Plan]:
     """The step of `model` and its plan; in tiles, which take longer to record, only where nothing exact fits.
 
@@ -174,12 +178,12 @@ def planned(
         return _planned_together(record, budget, levers, exact)
     recorded = record(levers is not None and bool(inexact(levers)))
     try:
-        return recorded, make_plan(recorded, budget, levers=levers, exact=exact)
+        return recorded, make_plan(recorded, budget, levers=levers, exact=exact, beside=beside or ())
     except BudgetInfeasible as error:
         if levers is not None or error.budget_bytes <= sum(recorded.static_bytes.values()):
             raise  # what is there before the step is too much already
         recorded = record(True)
-        return recorded, make_plan(recorded, budget, exact=exact)
+        return recorded, make_plan(recorded, budget, exact=exact, beside=beside or ())
 
 
 #: How often the rank that plans is asked for less, where its plan takes more on another rank.
@@ -278,7 +282,7 @@ def _planned_compiled(
             asked_bytes = error.least_bytes
             made = make_plan(recorded, asked_bytes, levers=levers)
         if applied is None:
-            applied = Applied(model, made, recorded)
+            applied = Applied(model, made, recorded, optimizer=optimizer)
             applied.suspend()
         peak_bytes = measured_peak_bytes(model, batch, _in_force(applied, made, recorded), loss, optimizer)
         measured[asked_bytes] = peak_bytes, made
@@ -332,8 +336,9 @@ class _Guard:
         units: UnitsAsked,
         levers: Collection[Lever] | None,
         exact: bool,
+        beside: Collection[Lever] | None,
     ) -> None:
-        self.levers, self.exact = levers, exact
+        self.levers, self.exact, self.beside = levers, exact, beside
         self.told = levers is not None and bool(inexact(levers))  # that the plan is not exact
         self.model, self.policy, self.loss, self.optimizer, self.units = model, policy, loss, optimizer, units
         self.applied: Applied | None = None
@@ -360,7 +365,7 @@ class _Guard:
             if are_several(model):
                 raise Unsupported("a compiled model on several ranks is not planned: leave out torch.compile")
             return _planned_compiled(model, batch, loss, optimizer, record, budget, self.levers, applied)
-        recorded, made = planned(record, budget, self.levers, model, self.exact)
+        recorded, made = planned(record, budget, self.levers, model, self.exact, self.beside)
         if not made.exact and not self.told:
             self.told = True
             caveats = " and ".join(each.caveat for each in used(made) if each.caveat)

@@ -203,7 +203,8 @@ def optimizer_record(
             for p in trained.parameters()
             if p.requires_grad
         )
-    return record_optimizer(_optimizer(trained, optimizer), device.device)
+    refused = "several processes share the step" if shards > 1 else ""
+    return record_optimizer(_optimizer(trained, optimizer), device.device, refused=refused)
 
 
 @contextlib.contextmanager

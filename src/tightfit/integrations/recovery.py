@@ -7,8 +7,8 @@ The optimizer's step is done again only when it had not changed anything yet.
 
 Invariant: a step that was retried leaves what it would have left at the first attempt, bit for bit (a plan with tiles
 may be followed by one with other tiles, whose last bits are others); no batch is lost and none counts twice.
-Refused: an optimizer's step that ran out of memory half way (`TornStep`: only an earlier checkpoint knows what the
-parameters were), and more retries than were allowed (`OutOfMemory`).
+Refused: an optimizer's step, or a backward that takes it, that ran out of memory half way (`TornStep`: only an earlier
+checkpoint knows what the parameters were), and more retries than were allowed (`OutOfMemory`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from transformers.utils import logging
 
 from tightfit.core import BudgetInfeasible, Lever, Plan, TightfitError, Trace, format_bytes
 from tightfit.integrations.trainer import TightfitCallback, running_trainer
-from tightfit.levers import exact_only
+from tightfit.levers import exact_only, used
+from tightfit.levers.step_in_backward.hooks import is_half_taken
 from tightfit.plan import plan
+from tightfit.step.optimizers import close_door
 from tightfit.step.snapshot import random_states, restore_random_states
 
 __all__ = ["OutOfMemory", "Recovery", "Retry", "TornStep", "is_out_of_memory"]
@@ -87,7 +89,7 @@ def lower(trace: Trace, old: Plan, levers: Collection[Lever] | None = None) -> P
     `levers`: as in `plan`.
     """
     if old.exact:
-        levers = exact_only(levers)
+        levers = exact_only(levers) | {lever.lever for lever in used(old)}
     try:
         return plan(trace, int(old.peak_bytes * SHRINK), levers=levers)
     except BudgetInfeasible as error:
@@ -169,6 +171,8 @@ class Recovery(TrainerCallback):
         """Take the guards off. Twice is once."""
         while self._undo:
             self._undo.pop()()
+        if self._optimizer is not None:
+            close_door(self._optimizer)
         self._done, self._start, self._buffers = [], None, None
         self._trainer = self._optimizer = None
 
@@ -179,6 +183,8 @@ class Recovery(TrainerCallback):
             return inside(*args, **kwargs)
         loss = self._attempt(inside, [(args, kwargs)])
         while isinstance(loss, _Failure):
+            if is_half_taken(self._optimizer):
+                raise TornStep(self._step, loss.message)
             self._give_way(loss)
             # the gradients of this step's earlier batches may have been added to in part: all of them run again
             self._put_back()

@@ -261,22 +261,39 @@ class TightfitCallback(PeakCallback):
             return recorded
 
         levers = self.levers
+        beside = frozenset({Lever.STEP_IN_BACKWARD} if levers is None and not self._reads_gradients() else ())
         if self.plan is not None and self.plan.exact:
             # in the middle of a training nothing is proven anew, so only what gives the same bits by design
-            levers = exact_only(levers)
+            levers, beside = exact_only(levers) | beside, frozenset()
         try:
             budget = self.budget if self.plan is None else self.plan.budget_bytes
-            _, chosen = planned(record, budget, levers, model, self.exact)
+            _, chosen = planned(record, budget, levers, model, self.exact, beside)
         except BudgetInfeasible as error:
             if self.plan is None or recorded is None:
                 raise
             # in the middle of a training: the leanest plan there is, and a word about it, rather than an end
             seen: Trace = recorded
-            _, chosen = planned(lambda _: seen, error.least_bytes, levers, model, self.exact)
+            _, chosen = planned(lambda _: seen, error.least_bytes, levers, model, self.exact, beside)
             self._warn(f"{error}; this batch runs under the leanest plan")
         self.trace, self.plan = recorded, chosen
         self.plans += 1
         return chosen
+
+    def _reads_gradients(self) -> str:
+        """What in this Trainer's loop needs the gradients after backward; empty: nothing."""
+        args = self._trainer.args
+        if args.max_grad_norm:
+            return "max_grad_norm"
+        if args.gradient_accumulation_steps > 1:
+            return "gradient_accumulation_steps"
+        if getattr(self._trainer.accelerator, "scaler", None) is not None:
+            return "fp16"
+        for each in self._trainer.callback_handler.callbacks:
+            kind = type(each)
+            reads = kind.on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step
+            if reads and not kind.__module__.startswith("tightfit."):
+                return type(each).__name__
+        return ""
 
     def _step(self, batch: Batch) -> dict[str, Any]:
         """What the step on `batch` holds: the batch, those that wait beside it, and other models' weights."""
@@ -322,7 +339,7 @@ class TightfitCallback(PeakCallback):
         if self.applied is None:
             if self.verify:
                 self._prove(state, model)
-            self.applied = Applied(model, self.plan, self.trace)
+            self.applied = Applied(model, self.plan, self.trace, optimizer=_bare(kwargs["optimizer"]))
         super().on_step_begin(args, state, control, **kwargs)
 
     def _longer_batch(self) -> Batch | None:

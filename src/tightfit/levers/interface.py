@@ -90,6 +90,15 @@ class RecordedStep(Protocol):
         """The same with every unit recomputed."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a plan in force has besides the model."""
+
+    stats: Any = None  # what the lever's `new_stats` gave
+    optimizer: Any = None  # the one that the plan was made with; None: nobody said
+    pool: Any = None  # room off the device
+
+
 class LeverDefinition:
     """One lever. Class attributes say what it is, methods what it does where it is in use."""
 
@@ -100,6 +109,7 @@ class LeverDefinition:
     caveat: ClassVar[str] = ""  # of an inexact lever: what its use means for the bits, as "the plan ..."
     is_default: ClassVar[bool] = True  # a plan may use it that is asked for no levers
     grants: ClassVar[Grant] = Grant.NOTHING
+    steps_optimizer: ClassVar[bool] = False  # it changes how the optimizer steps, and is given the optimizer
     is_compiled: ClassVar[bool] = False  # its plans can be carried out inside compiled code
     is_compiled_around: ClassVar[bool] = False  # its plans can be carried out around compiled units
 
@@ -125,8 +135,8 @@ class LeverDefinition:
         return {}
 
     def under(self, trace: Trace, plan: Plan) -> Trace:
-        """What the lever makes of `trace` where `plan` uses it. Events keep their places, unless the step was recorded
-        anew. Raises `PlanMismatch` where the trace does not know of it."""
+        """What the lever makes of `trace` where `plan` uses it. Events of forward keep their places, unless the step
+        was recorded anew. Raises `PlanMismatch` where the trace does not know of it."""
         return trace
 
     # ---------------------------------------------------------------------------------- engine
@@ -135,8 +145,8 @@ class LeverDefinition:
         """Does `plan` use it?"""
         raise NotImplementedError
 
-    def in_force(self, model: Any, plan: Plan, stats: Any) -> AbstractContextManager[None]:
-        """Open while `plan`, which uses it, is in force on `model`. `stats`: what `new_stats` gave."""
+    def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:
+        """Open while `plan`, which uses it, is in force on `model`."""
         return contextlib.nullcontext()
 
     def new_stats(self) -> Any:

@@ -30,7 +30,7 @@ from tightfit.core import (
     parse_bytes,
 )
 from tightfit.device.cost import copy_lanes
-from tightfit.levers import every, granted, inexact
+from tightfit.levers import allowed, every, granted, inexact
 from tightfit.levers.interface import Grant
 from tightfit.plan.advice import advice_for
 from tightfit.plan.program import shared
@@ -48,25 +48,32 @@ def plan(
     effort: Effort = THOROUGH,
     levers: Collection[Lever | str] | str | None = None,
     exact: bool = False,
+    beside: Collection[Lever | str] | str = (),
 ) -> Plan:
     """The plan of least recompute whose simulated peak is within `budget`.
 
     `budget` is a number of bytes, a size such as `"22GiB"`, or a percentage of the unplanned step's peak. `levers` are
     those that the plan may use, as `Lever`s or by their names. By default a plan may use every lever but
-    `Lever.OFFLOAD`, which needs room elsewhere and has not been measured on a GPU. By default it uses tiles only where
-    nothing exact fits, because tiles do not give the same bits (`Plan.exact` says so). If `levers` names `Lever.TILE`,
-    tiles compete with the other levers on seconds. `exact=True` forbids them.
+    `Lever.OFFLOAD`, which needs room elsewhere and has not been measured on a GPU, and `Lever.STEP_IN_BACKWARD`, which
+    not every training loop allows; `beside` names such levers to use with the default ones. By default it uses tiles
+    only where nothing exact fits, because tiles do not give the same bits (`Plan.exact` says so). If `levers` names
+    `Lever.TILE`, tiles compete with the other levers on seconds. `exact=True` forbids them.
 
     Raises `InvalidInput` for a budget that is no size, `BudgetInfeasible` when nothing fits.
     """
-    levers = levers_named(levers)
-    if exact and levers is not None and (forbidden := inexact(levers)):
+    levers, others = levers_named(levers), levers_named(beside) or frozenset()
+    if levers is not None and others:
+        raise InvalidInput("levers names all that a plan may use, and beside some more: give one of the two")
+    chosen = levers is not None
+    if others:
+        levers = frozenset(each.lever for each in allowed(None)) | others
+    if exact and levers is not None and chosen and (forbidden := inexact(levers)):
         raise InvalidInput(f"exact=True forbids {forbidden[0].noun}, and levers names them: leave one of the two out")
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
     every_way = way_of(trace, effort).ways(levers)
     least = unplanned
-    for bits in (None,) if levers is not None else (True,) if exact else (True, False):
+    for bits in (None,) if chosen else (True,) if exact else (True, False):
         ways = [way for way in every_way if bits in (None, way.is_exact)]
         if not ways:
             continue
@@ -85,8 +92,8 @@ def plan(
             )
         least = min(least, line, key=lambda each: each.peak_bytes)
     advice = advice_for(trace, least, budget_bytes)
-    if exact and (others := [way for way in every_way if not way.is_exact]):
-        peak_bytes = _lowest(others, None)[1].peak_bytes
+    if exact and (inexact_ways := [way for way in every_way if not way.is_exact]):
+        peak_bytes = _lowest(inexact_ways, None)[1].peak_bytes
         if peak_bytes <= budget_bytes:
             nouns = " and ".join(each.noun for each in inexact(None))
             said = f"without exact=True {nouns} would take {format_bytes(peak_bytes)}, to rounding but not bit for bit"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree  # the one tree walk that also knows transformers' ModelOutput
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tightfit.core import Category, InvalidInput
 from tightfit.step.parallel import (
@@ -21,6 +22,9 @@ from tightfit.step.parallel import (
 )
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+
+#: Tensors that hold optimizer state off the device: they take none of the bytes that a budget counts.
+elsewhere: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -94,7 +98,8 @@ def static_bytes_by_category(
 ) -> dict[str, int]:
     """Bytes that live through a whole step, each storage counted once; gradients only where they exist already."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    state = [] if optimizer is None else [list(s.values()) for s in optimizer.state.values()]
+    kept = [] if optimizer is None else tensors_in([list(s.values()) for s in optimizer.state.values()])
+    state = [tensor for tensor in kept if tensor not in elsewhere]
     seen: set[int] = set()
 
     def new_bytes(tensors: list[torch.Tensor]) -> int:
@@ -110,7 +115,7 @@ def static_bytes_by_category(
         Category.GRADIENTS.value: new_bytes([p.grad for p in model.parameters() if p.grad is not None]),
         Category.BUFFERS.value: new_bytes(list(model.buffers())),
         Category.INPUTS.value: new_bytes(tensors_in(batch)),
-        Category.OPTIMIZER_STATE.value: new_bytes(tensors_in(state)),
+        Category.OPTIMIZER_STATE.value: new_bytes(state),
         **_of_buckets(model),
     }
 

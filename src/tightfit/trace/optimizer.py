@@ -1,11 +1,15 @@
 """Record the optimizer's step on fake copies of the parameters, and put it behind the trace.
 
+It is recorded as it is, and in the other ways that give the same bits: a few parameters at a time, and each parameter
+alone.
+
 Invariant: no parameter is updated, and no data is copied.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +23,17 @@ from tightfit.core import (
     EventKind,
     InvalidInput,
     Op,
+    OptimizerPart,
+    OptimizerStep,
+    ParameterBytes,
     Phase,
+    Stretch,
     Trace,
     Unsupported,
     Value,
 )
+from tightfit.levers.optimizer_step import moved, only_made
+from tightfit.step.optimizers import Part, bare, bytes_of, chunks, movable_state, refusal, step_parts
 from tightfit.step.parallel import (
     local_of,
 )
@@ -38,20 +48,26 @@ from tightfit.trace.unroll import trace_digest
 
 @dataclass(frozen=True)
 class OptimizerRecord:
-    """One step of an optimizer: what ran, and the bytes of the state that it had before."""
+    """One step of an optimizer: what ran, in its own way and in others, and the bytes of the state it had before."""
 
-    tail: Recorder
+    whole: Stretch
     state_bytes: int
+    chunk_bytes: int
+    in_chunks: tuple[OptimizerPart, ...]
+    alone: tuple[OptimizerPart, ...]
+    refused: str
 
 
-def record_optimizer(optimizer: torch.optim.Optimizer, target: Device | None = None) -> OptimizerRecord:
+def record_optimizer(
+    optimizer: torch.optim.Optimizer, target: Device | None = None, *, refused: str = ""
+) -> OptimizerRecord:
     """Record one step of `optimizer` on fake copies of its parameters. The first step builds the state; the second is
-    recorded.
+    recorded. `refused`: why no other ways to step are wanted.
 
     Whether the step is `foreach` is decided as torch decides it for the real parameters, or for the target's. For fake
     parameters torch would silently switch it off.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    optimizer = bare(optimizer)
     step = FakeStep(target, guesses=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     groups = []
@@ -72,59 +88,91 @@ def record_optimizer(optimizer: torch.optim.Optimizer, target: Device | None = N
             groups.append(chosen)
     if not groups:
         raise InvalidInput("the optimizer holds no trainable parameter")
-    recorder = Recorder(dry=True, fake=step)
-    recorder.phase = Phase.OPTIMIZER
-    recorder.recording = False
+    make: Any = type(optimizer)
+    refused = refused or refusal(make, groups)
+    builder = Recorder(dry=True, fake=step)
+    builder.recording = False
     try:
-        with mode, recorder:
-            make: Any = type(optimizer)
-            twin = make(groups)
-            for parameter in parameters:
-                parameter.grad = torch.empty_like(parameter)
-            twin.step()
-            state_bytes = unique_bytes(
-                tensors_in([list(s.values()) for s in twin.state.values()]), recorder.granule_bytes
-            )
-            recorder.calls, recorder.events = [], []
-            recorder.recording = True
-            twin.step()
-            recorder.recording = False
+        with mode:
+            with builder:
+                twin = make(groups)
+                for parameter in parameters:
+                    parameter.grad = torch.empty_like(parameter)
+                twin.step()
+                state = tensors_in([list(s.values()) for s in twin.state.values()])
+                state_bytes = unique_bytes(state, builder.granule_bytes)
+            whole = _recorded(step, twin.step)
+            chunk_bytes = max(bytes_of(p) for p in parameters)
+            in_chunks, alone = [], []
+            if not refused:
+                in_chunks = [_recorded_part(step, twin, part) for part in chunks(twin, chunk_bytes)]
+                kinds = {(p.dtype, p.shape): Part(g, [p]) for g in twin.param_groups for p in g["params"]}
+                alone = [_recorded_part(step, twin, part) for part in kinds.values()]
     except Exception as error:
         raise Unsupported(
             f"the step of {type(optimizer).__name__} cannot be run on fake tensors ({type(error).__name__}: {error}); "
             "trace without an optimizer and leave room for its state"
         ) from error
-    return OptimizerRecord(recorder, state_bytes)
+    return OptimizerRecord(whole, state_bytes, chunk_bytes, tuple(in_chunks), tuple(alone), refused)
+
+
+def _recorded_part(step: FakeStep, optimizer: torch.optim.Optimizer, part: Part) -> OptimizerPart:
+    granule_bytes = Recorder(dry=True, fake=step).granule_bytes
+    return OptimizerPart(
+        stretch=only_made(_recorded(step, lambda: step_parts(optimizer, [part]))),
+        parameters=tuple(
+            ParameterBytes(
+                dtype=str(parameter.dtype).removeprefix("torch."),
+                size_bytes=unique_bytes([parameter], granule_bytes),
+                state_bytes=unique_bytes(movable_state(optimizer, parameter).values(), granule_bytes),
+            )
+            for parameter in part.parameters
+        ),
+    )
+
+
+def _recorded(step: FakeStep, run: Callable[[], Any]) -> Stretch:
+    """What `run` does, with numbers of its own."""
+    recorder = Recorder(dry=True, fake=step)
+    recorder.phase = Phase.OPTIMIZER
+    with recorder:
+        run()
+        recorder.recording = False
+    made = {value for what, value in recorder.events if what is EventKind.ALLOC}
+    values = tuple(
+        Value(
+            id=s.id, size_bytes=s.size_bytes, dtype=s.dtype, shape=s.shape, unit=None, needed=False,
+            producer=s.producer if s.id in made else None,
+        )
+        for s in recorder.storages
+    )  # fmt: skip
+    ops = tuple(
+        Op(
+            id=c.id, unit=None, ordinal=None, name=c.name, inputs=tuple(v for v, _ in c.reads),
+            outputs=tuple(c.outputs), seconds=0.0, flops=c.flops, kind=c.kind, phase=c.phase,
+        )
+        for c in recorder.calls
+    )  # fmt: skip
+    events = tuple(
+        Event(what=what, subject=subject)
+        for what, subject in recorder.events
+        if what is EventKind.OP or subject in made
+    )
+    return Stretch(ops=ops, values=values, events=events)
 
 
 def behind(trace: Trace, optimizer: OptimizerRecord) -> Trace:
     """`trace` with the optimizer's ops, values and events behind its own, renumbered."""
-    tail = optimizer.tail
     static_bytes = {**trace.static_bytes, Category.OPTIMIZER_STATE.value: optimizer.state_bytes}
-    ops, values = len(trace.ops), len(trace.values)
-    made = {value for what, value in tail.events if what is EventKind.ALLOC}
-    all_values = trace.values + tuple(
-        Value(
-            id=s.id + values, size_bytes=s.size_bytes, dtype=s.dtype, shape=s.shape, unit=None, needed=False,
-            producer=s.producer + ops if s.producer is not None and s.id in made else None,
-        )
-        for s in tail.storages
-    )  # fmt: skip
-    all_ops = trace.ops + tuple(
-        Op(
-            id=c.id + ops, unit=None, ordinal=None, name=c.name, inputs=tuple(v + values for v, _ in c.reads),
-            outputs=tuple(None if v is None else v + values for v in c.outputs), seconds=0.0, flops=c.flops,
-            kind=c.kind, phase=c.phase,
-        )
-        for c in tail.calls
-    )  # fmt: skip
-    events = [
-        Event(what=what, subject=subject + (ops if what is EventKind.OP else values))
-        for what, subject in tail.events
-        if what is EventKind.OP or subject in made
-    ]
+    stretch = moved(optimizer.whole, len(trace.ops), len(trace.values))
+    ops, values = trace.ops + stretch.ops, trace.values + stretch.values
     return dataclasses.replace(
-        trace, ops=all_ops, values=all_values, events=(*trace.events, *events), static_bytes=static_bytes,
-        digest=trace_digest(trace.units, all_ops, all_values),
+        trace, ops=ops, values=values, events=(*trace.events, *stretch.events), static_bytes=static_bytes,
+        digest=trace_digest(trace.units, ops, values),
         tiled=tuple(behind(variant, optimizer) for variant in trace.tiled),
+        optimizer=OptimizerStep(
+            ops=len(trace.ops), values=len(trace.values), events=len(trace.events),
+            chunk_bytes=optimizer.chunk_bytes, in_chunks=optimizer.in_chunks, alone=optimizer.alone,
+            refused=optimizer.refused,
+        ),
     )  # fmt: skip

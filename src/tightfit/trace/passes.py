@@ -31,8 +31,10 @@ from tightfit.levers.loss_in_place.loss import watched
 from tightfit.plan import Effort, every_block
 from tightfit.plan.simulate import simulate_choices
 from tightfit.step.parallel import (
+    Strategy,
     gradients_are_views,
     resizes_told,
+    strategy_of,
 )
 from tightfit.step.patches import ForwardPatch
 from tightfit.step.run import (
@@ -199,6 +201,10 @@ def record_pass(
         ForwardPatch(module, functools.partial(recorder.frame_forward, path)) for path, module in modules.items()
     ]
 
+    # several processes have their gradients reduced first
+    told = [] if dry or strategy_of(model) is not Strategy.ONE else [p for p in model.parameters() if p.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(recorder.ready) for parameter in told if parameter.is_leaf]
+
     def note_cross_entropy(entered: bool) -> None:
         recorder.in_cross_entropy = entered
 
@@ -238,6 +244,8 @@ def record_pass(
     finally:
         for patch in patches:
             patch.undo()
+        for hook in hooks:
+            hook.remove()
     return recorder
 
 

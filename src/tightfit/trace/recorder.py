@@ -237,6 +237,13 @@ class Recorder(TorchDispatchMode):
         if self.recording and not self.dry:
             self.events.append((EventKind.RELEASE, saved))
 
+    def ready(self, parameter: torch.Tensor) -> None:
+        """The gradient of `parameter` is there, and whole."""
+        if self.recording and parameter.grad is not None:
+            value, _ = self.value_of(parameter.grad)
+            if value is not None:
+                self.events.append((EventKind.READY, value))
+
     # -- ops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -178,7 +178,8 @@ def _trace(
         restart()
         dry = record_pass(model, batch, loss, modules, restart, dry=True, fake=fake)
     target = fake.target if fake is not None else None
-    tail = None if optimizer is None else record_optimizer(optimizer, target)
+    refused = "" if strategy_of(model) is Strategy.ONE else "several processes share the step"
+    tail = None if optimizer is None else record_optimizer(optimizer, target, refused=refused)
     step = StepRecording(model, batch, loss, modules, restart, fake, tail)
     recorded = step.first(dry)
     for each in levers.every():

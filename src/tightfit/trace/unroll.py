@@ -252,7 +252,7 @@ class _Blocks:
 
 _KIND = {
     EventKind.OP: "op", EventKind.ALLOC: "value", EventKind.FREE: "value", EventKind.LOAD: "saved",
-    EventKind.RELEASE: "saved", EventKind.ENTER: "frame", EventKind.EXIT: "frame",
+    EventKind.RELEASE: "saved", EventKind.ENTER: "frame", EventKind.EXIT: "frame", EventKind.READY: "value",
 }  # fmt: skip
 
 

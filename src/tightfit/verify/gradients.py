@@ -19,9 +19,9 @@ from tightfit.step.ranks import anywhere
 class Switch:
     """A plan that goes in and out of force by one handle, so that what the compiler made under it stays valid."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.plan = plan
-        self.applied = apply(model, plan)
+        self.applied = apply(model, plan, optimizer=optimizer)
         self.applied.suspend()
 
     def __enter__(self) -> Applied:
@@ -36,11 +36,13 @@ class Switch:
 
 
 class Outcome:
-    """Copies, on the CPU, of what a step leaves behind."""
+    """Copies, on the CPU, of what a step leaves behind. `told`: gradients that were let go in backward."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, told: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
         self.gradients = {
-            name: None if p.grad is None else copy_of(p.grad) for name, p in model.named_parameters() if p.requires_grad
+            name: (told or {}).get(p) if p.grad is None else copy_of(p.grad)
+            for name, p in model.named_parameters()
+            if p.requires_grad
         }
         self.buffers: dict[str, torch.Tensor | None] = {
             name: copy_of(b) for name, b in model.named_buffers() if not b.is_meta
@@ -54,7 +56,7 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _differs(expected: torch.Tensor | None, found: torch.Tensor | None) -> str:
+def difference(expected: torch.Tensor | None, found: torch.Tensor | None) -> str:
     """How `found` is another tensor than `expected`; empty when they are the same bit for bit."""
     if expected is None or found is None:
         return "" if expected is found else "is missing" if found is None else "is there, though it should not be"
@@ -85,7 +87,7 @@ def _largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
 def differences(expected: Outcome, found: Outcome) -> dict[str, str]:
     """Parameters and buffers that are not the same bit for bit, and how."""
     pairs = [(expected.gradients, found.gradients), (expected.buffers, found.buffers)]
-    return {key: how for one, other in pairs for key in one if (how := _differs(one[key], other.get(key)))}
+    return {key: how for one, other in pairs for key in one if (how := difference(one[key], other.get(key)))}
 
 
 def compared(model: nn.Module, reference: Outcome, planned: Outcome, observe: Callable[[], Outcome]) -> list[Check]:
@@ -99,13 +101,13 @@ def compared(model: nn.Module, reference: Outcome, planned: Outcome, observe: Ca
     for name, expected, found in pairs:
         if name == "buffers" and not expected:
             continue
-        wrong = {key: how for key in expected if (how := _differs(expected[key], found[key]))}
+        wrong = {key: how for key in expected if (how := difference(expected[key], found[key]))}
         tolerance = "none: bit for bit"
         if anywhere(model, bool(wrong))[0]:
             again = again or observe()
             repeated = again.gradients if name == "gradients" else again.buffers
             # a kernel that adds in any order gives other bits each time; the plan can only be held to the same
-            unstable = {key for key in wrong if _differs(expected[key], repeated[key]).startswith("differs by")}
+            unstable = {key for key in wrong if difference(expected[key], repeated[key]).startswith("differs by")}
             excused = {key for key in unstable if _within(expected[key], found[key], repeated[key])}
             wrong = {key: how for key, how in wrong.items() if key not in excused}
             if excused:

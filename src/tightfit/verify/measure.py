@@ -38,6 +38,7 @@ from tightfit.verify.gradients import Outcome, differences
 from tightfit.verify.peak import PeakMeter, run_step, static_bytes, untrained
 from tightfit.verify.rounding import TOLERANCE
 from tightfit.verify.seconds import timed
+from tightfit.verify.stepped import changes_optimizer, check_of_optimizer, of_units
 
 __all__ = ["FlopCount", "every_block_checkpointed", "measure"]
 
@@ -59,7 +60,8 @@ def measure(
     traced: Callable[[Trace], None] = lambda _: None,
 ) -> Measurement:
     """Rows for no checkpointing, every block, and the plan by `levers` for `budget` (a percentage is of the unplanned
-    peak).
+    peak). By default the plan may use what `plan` uses, the optimizer's step in backward, and its state in
+    host memory.
 
     Raises `Unsupported` for a compiled model, and what `trace` and `plan` do.
 
@@ -75,13 +77,16 @@ def measure(
     recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
     traced(recorded)
     progress("planning")
-    chosen = make_plan(recorded, budget, levers=levers)
+    # nothing in this loop reads gradients after backward, so the optimizer may step there; its state has host memory
+    beside = {Lever.STEP_IN_BACKWARD, Lever.STATE_IN_HOST} if levers is None else ()
+    chosen = make_plan(recorded, budget, levers=levers, beside=beside)
+    held = of_units(chosen)
     blocks = every_block(recorded)
     paths = [unit.path for unit in recorded.units]
     modes: dict[str, tuple[Callable[[], AbstractContextManager[Any]], int]] = {
         NONE: (nullcontext, simulate(recorded).peak_bytes),
         EVERY_BLOCK: (lambda: every_block_checkpointed(model, units or paths), blocks.peak_bytes),
-        TIGHTFIT: (lambda: apply(model, chosen), chosen.peak_bytes),
+        TIGHTFIT: (lambda: apply(model, chosen, optimizer=optimizer), chosen.peak_bytes),
     }
     forward_flops = sum(op.flops for op in recorded.ops if op.phase.value == "forward")
     with undisturbed(model, batch) as restart, no_key_value_cache(model):
@@ -89,13 +94,29 @@ def measure(
         for mode, (context, _) in modes.items():
             progress(f"gradients: {mode}")
             restart()
-            with context(), FlopCount() as count, restart.watching():
+            with (
+                apply(model, of_units(chosen)) if mode == TIGHTFIT else context(),
+                FlopCount() as count,
+                restart.watching(),
+            ):
                 compute_loss(model, batch, loss).backward()
             outcomes[mode], flops[mode] = Outcome(model), count.flops
         steps = _steps(model, batch, loss, optimizer, modes, restart, repeats, progress)
+        stepped_alike = True
+        if optimizer is not None and changes_optimizer(chosen):
+            progress("parameters and optimizer state: tightfit")
+            stepped_alike = check_of_optimizer(model, batch, chosen, loss, optimizer, restart).passed
     same = {mode: "differs" if differences(outcomes[NONE], outcomes[mode]) else "identical" for mode in outcomes}
     differs = same[TIGHTFIT] == "differs"
-    if differs and not chosen.exact and all(c.passed for c in against_float64(model, batch, chosen, loss)):
+    if not stepped_alike:
+        same[TIGHTFIT] = "differs"
+    held = of_units(chosen)
+    if (
+        differs
+        and stepped_alike
+        and not chosen.exact
+        and all(c.passed for c in against_float64(model, batch, held, loss))
+    ):
         same[TIGHTFIT] = "within tolerance"
     rows = [
         Row(

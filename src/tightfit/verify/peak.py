@@ -78,7 +78,7 @@ def peak_checks(
 ) -> tuple[Check, ...]:
     """The checks `peak` and `prediction` of `verify` alone: one planned step, and one before it that makes the
     optimizer's state."""
-    with undisturbed(model, batch) as restart, no_key_value_cache(model), apply(model, plan):
+    with undisturbed(model, batch) as restart, no_key_value_cache(model), apply(model, plan, optimizer=optimizer):
         with uncompiled(model), restart.watching():
             compute_loss(model, batch, loss).backward()
         measured_bytes = peak_bytes(model, batch, loss, optimizer, restart)

@@ -29,6 +29,7 @@ from tightfit.verify.float64 import compiled_checks, float64_checks
 from tightfit.verify.gradients import Outcome, Switch, compared
 from tightfit.verify.peak import checks_of_peak, peak_bytes
 from tightfit.verify.seconds import time_check
+from tightfit.verify.stepped import changes_optimizer, check_of_optimizer, of_units
 
 
 def verify(
@@ -42,8 +43,9 @@ def verify(
 
     Checks: `gradients` (every parameter, bit by bit; with tiles, each parameter's error against float64, and `loss`
     too), `buffers` (only where there are any), `peak` (measured
-    against the budget, 0.5 %), `prediction` (measured against predicted, 0.5 %), `time` (ratio of interleaved steps;
-    reported, cannot fail). Pass the same `loss` and `optimizer` that the plan was traced with.
+    against the budget, 0.5 %), `prediction` (measured against predicted, 0.5 %), `optimizer` (only for a plan that
+    changes how it steps: parameters, state and gradients after two steps, bit by bit), `time` (ratio of interleaved
+    steps; reported, cannot fail). Pass the same `loss` and `optimizer` that the plan was traced with.
 
     Raises `PlanMismatch`, `InvalidInput`. A check that fails is not raised: see `Proof.passed`.
     """
@@ -57,7 +59,7 @@ def verify(
         with uncompiled(model), restart.watching():
             observe()
         reference = observe()
-        switch = Switch(model, plan)
+        switch = Switch(model, of_units(plan))
         with switch as applied:
             planned = observe()
             stats = applied.stats()
@@ -70,8 +72,11 @@ def verify(
             checks = float64_checks(model, batch, switch, loss, restart)
             checks += [c for c in compared(model, reference, planned, observe) if c.name == "buffers"]
         del planned, reference
-        with switch:
+        whole = Switch(model, plan, optimizer) if changes_optimizer(plan) else switch
+        with whole:
             measured_bytes = peak_bytes(model, batch, loss, optimizer, restart)
+        if optimizer is not None and changes_optimizer(plan):
+            checks.append(check_of_optimizer(model, batch, plan, loss, optimizer, restart))
         checks += checks_of_peak(plan, measured_bytes, compiled=bool(compiled_entries(model)))
         checks.append(time_check(model, batch, switch, loss, restart, fallbacks=stats.fallbacks))
         switch.close()
@@ -98,7 +103,7 @@ def gradient_checks(
         with uncompiled(model), restart.watching():
             observe()
         expected = observe()
-        switch = Switch(model, plan)
+        switch = Switch(model, of_units(plan))
         with switch:
             restart()
             compute_loss(model, batch, loss).backward()

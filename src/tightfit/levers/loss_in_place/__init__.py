@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from tightfit.core import Event, EventKind, Lever, Plan, Trace
-from tightfit.levers.interface import LeverDefinition, Share, Variant, Walked
+from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
 
 __all__ = ["DEFINITION", "with_loss_in_place"]
 
@@ -36,7 +36,7 @@ class LossInPlace(LeverDefinition):
     def is_used(self, plan: Plan) -> bool:
         return plan.in_place_loss
 
-    def in_force(self, model: Any, plan: Plan, stats: Any) -> AbstractContextManager[None]:
+    def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:
         from tightfit.levers.loss_in_place.loss import in_place
 
         return in_place()

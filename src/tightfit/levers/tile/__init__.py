@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from tightfit.core import Lever, Plan, PlanMismatch, Tiling, Trace
-from tightfit.levers.interface import LeverDefinition, RecordedStep, Share, Variant, Walked
+from tightfit.levers.interface import Given, LeverDefinition, RecordedStep, Share, Variant, Walked
 
 __all__ = ["DEFINITION"]
 
@@ -69,11 +69,11 @@ class Tile(LeverDefinition):
 
         return TileStats()
 
-    def in_force(self, model: Any, plan: Plan, stats: Any) -> AbstractContextManager[None]:
+    def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:
         from tightfit.levers.tile.force import in_force
 
         assert plan.tiling is not None
-        return in_force(model, plan.tiling, stats, [choice.unit for choice in plan.choices])
+        return in_force(model, plan.tiling, given.stats, [choice.unit for choice in plan.choices])
 
     def not_compiled(self, plan: Plan, whole: bool) -> str:
         tiled = plan.tiling is not None and (whole or plan.tiling.modules)

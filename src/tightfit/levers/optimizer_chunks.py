@@ -1,0 +1,85 @@
+"""The optimizer's step in chunks: a few parameters at a time, so that only their temporaries are there at once.
+
+Needs from the trace: the step recorded in chunks as large as the largest parameter (`Trace.optimizer`), which there is
+where a trial has shown the same bits. Smaller chunks would need no fewer bytes.
+Offers the planner: the step with that in place of the whole one. Walked by the referee like any step. Carried out by
+`optimizer.step()` itself, replaced on the one optimizer. Proven bit by bit: parameters and state after a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from tightfit.core import InvalidInput, Lever, Plan, PlanMismatch, Trace, format_bytes
+from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
+from tightfit.levers.optimizer_step import added_seconds, highest_bytes, in_chunks, whole_step
+
+__all__ = ["DEFINITION"]
+
+
+class OptimizerChunks(LeverDefinition):
+    lever = Lever.OPTIMIZER_CHUNKS
+    noun = "the optimizer's step in chunks"
+    summary = "the optimizer steps a few parameters at a time"
+    is_compiled = True
+    steps_optimizer = True
+
+    def variants(self, step: Variant) -> Iterator[Variant]:
+        at = step.trace.optimizer
+        if at is None or not at.in_chunks or Lever.STATE_IN_HOST in step.levers:  # which steps in chunks anyway
+            return
+        whole = whole_step(step.trace, at)
+        if highest_bytes(part.stretch for part in at.in_chunks) < highest_bytes([whole]):
+            trace = in_chunks(step.trace)
+            seconds = added_seconds(trace, step.trace)
+            yield step.with_setting(self, trace, str(at.chunk_bytes), seconds=seconds)
+
+    def under(self, trace: Trace, plan: Plan) -> Trace:
+        if not self.is_used(plan):
+            return trace
+        at = trace.optimizer
+        if at is None or not at.in_chunks:
+            raise PlanMismatch(
+                "the plan steps the optimizer in chunks, and this trace has no such step: trace with the optimizer"
+            )
+        return in_chunks(trace)
+
+    def is_used(self, plan: Plan) -> bool:
+        return self.lever.value in plan.settings
+
+    @contextlib.contextmanager
+    def in_force(self, model: Any, plan: Plan, given: Given) -> Iterator[None]:
+        from tightfit.step.optimizers import chunks, replaced_step, step_parts
+
+        if given.optimizer is None:
+            raise InvalidInput("the plan steps the optimizer in chunks, and none was given: pass optimizer=")
+        limit_bytes = int(plan.settings[self.lever.value])
+
+        def step() -> None:
+            step_parts(given.optimizer, chunks(given.optimizer, limit_bytes))
+
+        with replaced_step(given.optimizer, step):
+            yield
+
+    def share(self, walked: Walked) -> Share | None:
+        if not self.is_used(walked.plan):
+            return None
+        without = {k: v for k, v in walked.plan.settings.items() if k != self.lever.value}
+        bought = walked.walk(dataclasses.replace(walked.plan, settings=without)).peak_bytes - walked.line.peak_bytes
+        return Share(lever=self.lever, bought_bytes=bought, seconds=0.0, flops=0, what=self.said(walked.plan))
+
+    def how(self, plan: Plan) -> str:
+        return "with the optimizer's step in chunks"
+
+    def said(self, plan: Plan) -> str:
+        limit = format_bytes(int(plan.settings[self.lever.value]))
+        return f"the optimizer steps at most {limit} of parameters at a time: the same bits"
+
+    def fact(self, plan: Plan) -> tuple[str, str | None]:
+        return "optimizer", self.said(plan) if self.is_used(plan) else None
+
+
+DEFINITION = OptimizerChunks()

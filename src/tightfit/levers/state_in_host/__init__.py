@@ -1,0 +1,117 @@
+"""Optimizer state in host memory: what the optimizer keeps of a large parameter is on the device for its own step only.
+
+Needs from the trace: the step in chunks and of each parameter alone, with the bytes of state of each parameter
+(`Trace.optimizer`).
+Offers the planner: the state of the largest parameters elsewhere, for the seconds of copying it there and back, in a
+few sizes. Walked by the referee like any step. Carried out by `host`, around the step of each part. The arithmetic
+stays on the device, so it is proven bit by bit: parameters and state after a step.
+
+It is no default: it needs room elsewhere, and it has not been measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from tightfit.core import InvalidInput, Lever, Plan, PlanMismatch, Trace, format_bytes
+from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
+from tightfit.levers.optimizer_step import state_in_host, waiting_bytes
+
+__all__ = ["DEFINITION"]
+
+#: In how many ways the parameters are divided into those whose state stays and those whose state waits elsewhere.
+_DIVISIONS = 4
+
+
+class StateInHost(LeverDefinition):
+    lever = Lever.STATE_IN_HOST
+    noun = "optimizer state in host memory"
+    summary = "what the optimizer keeps of large parameters waits in host memory"
+    is_default = False
+    steps_optimizer = True
+
+    def variants(self, step: Variant) -> Iterator[Variant]:
+        at = step.trace.optimizer
+        if at is None or not at.in_chunks:
+            return
+        sizes = sorted({p.size_bytes for part in at.in_chunks for p in part.parameters if p.state_bytes}, reverse=True)
+        told = set()
+        for index in range(min(_DIVISIONS, len(sizes))):
+            # the least that tells these from smaller ones, whatever the device rounds sizes to; the last are all
+            last = index == _DIVISIONS - 1 or index == len(sizes) - 1
+            least_bytes = 1 if last else sizes[index + 1] + 1
+            bytes_moved = waiting_bytes(at, least_bytes)
+            if bytes_moved in told:
+                continue
+            told.add(bytes_moved)
+            trace = step.trace
+            rates = (trace.out_bytes_per_second, trace.back_bytes_per_second)
+            seconds = sum(bytes_moved / rate for rate in rates if rate)
+            yield step.with_setting(self, state_in_host(trace, least_bytes), str(least_bytes), seconds=seconds)
+
+    def under(self, trace: Trace, plan: Plan) -> Trace:
+        if not self.is_used(plan):
+            return trace
+        if trace.optimizer is None or not trace.optimizer.in_chunks:
+            raise PlanMismatch(
+                "the plan keeps optimizer state in host memory, and this trace has no such step: trace with the "
+                "optimizer"
+            )
+        return state_in_host(trace, self._least_bytes(plan))
+
+    def is_used(self, plan: Plan) -> bool:
+        return self.lever.value in plan.settings
+
+    @contextlib.contextmanager
+    def in_force(self, model: Any, plan: Plan, given: Given) -> Iterator[None]:
+        from tightfit.levers.state_in_host.host import HostState
+        from tightfit.step.optimizers import bytes_of, chunks, replaced_step, step_parts
+
+        if given.optimizer is None:
+            raise InvalidInput(
+                "the plan keeps optimizer state in host memory, and no optimizer was given: pass optimizer="
+            )
+        limit_bytes = max((bytes_of(p) for g in given.optimizer.param_groups for p in g["params"]), default=0)
+
+        def step() -> None:
+            step_parts(given.optimizer, chunks(given.optimizer, limit_bytes))
+
+        with HostState(given.optimizer, self._least_bytes(plan), given.pool), replaced_step(given.optimizer, step):
+            yield
+
+    def not_compiled(self, plan: Plan, whole: bool) -> str:
+        return ""
+
+    def share(self, walked: Walked) -> Share | None:
+        if not self.is_used(walked.plan):
+            return None
+        settings = {name: value for name, value in walked.plan.settings.items() if name != self.lever.value}
+        bought = walked.walk(dataclasses.replace(walked.plan, settings=settings)).peak_bytes - walked.line.peak_bytes
+        at = walked.planned.optimizer
+        waiting = 0 if at is None else waiting_bytes(at, self._least_bytes(walked.plan))
+        return Share(
+            lever=self.lever,
+            bought_bytes=bought,
+            seconds=0.0,
+            flops=0,
+            what=f"{waiting:,} bytes of optimizer state wait in host memory",
+        )
+
+    def how(self, plan: Plan) -> str:
+        return "with optimizer state in host memory"
+
+    def said(self, plan: Plan) -> str:
+        least = format_bytes(self._least_bytes(plan))
+        return f"optimizer state of parameters from {least} waits in host memory: the same bits"
+
+    def fact(self, plan: Plan) -> tuple[str, str | None]:
+        return "optimizer state", self.said(plan) if self.is_used(plan) else None
+
+    def _least_bytes(self, plan: Plan) -> int:
+        return int(plan.settings[self.lever.value])
+
+
+DEFINITION = StateInHost()

@@ -1,0 +1,240 @@
+"""Step an optimizer for some of its parameters at a time.
+
+Any `torch.optim.Optimizer` steps the parameters that its groups list. So a group that lists a few of them for a moment
+steps these few. Whether that gives the same bits depends on the optimizer: one that looks at all parameters at once, or
+counts its steps in the group, would take another step. `refusal` tries it instead of assuming it.
+
+Invariant: outside a step the groups are what they were, the same objects. Hooks of the optimizer run once a step.
+Refused: optimizers that need a closure, or whose bits differ (`refusal` says why).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+
+from tightfit.step.parallel import local_of
+
+__all__ = [
+    "Part", "around", "bare", "bytes_of", "chunks", "close_door", "door", "movable_state", "narrowed", "refusal",
+    "replaced_step", "step_parts",
+]  # fmt: skip
+
+
+class Part(NamedTuple):
+    """Parameters of one group that are stepped together."""
+
+    group: dict[str, Any]
+    parameters: list[torch.Tensor]
+
+
+def bare(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    inside: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inside
+
+
+def bytes_of(parameter: torch.Tensor) -> int:
+    local = local_of(parameter)
+    return local.numel() * local.element_size()
+
+
+def chunks(optimizer: Optimizer, limit_bytes: int) -> list[Part]:
+    """The parameters that are stepped, in order, in parts of one group and at most `limit_bytes`; a parameter that is
+    larger is a part of its own."""
+    parts: list[Part] = []
+    for group in optimizer.param_groups:
+        filled_bytes = None
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                continue
+            size_bytes = bytes_of(parameter)
+            if filled_bytes is None or filled_bytes + size_bytes > limit_bytes:
+                parts.append(Part(group, []))
+                filled_bytes = 0
+            parts[-1].parameters.append(parameter)
+            filled_bytes += size_bytes
+    return parts
+
+
+@contextlib.contextmanager
+def narrowed(optimizer: Optimizer, part: Part) -> Iterator[None]:
+    """The optimizer lists only `part` meanwhile."""
+    groups, parameters = optimizer.param_groups, part.group["params"]
+    optimizer.param_groups = [part.group]
+    part.group["params"] = part.parameters
+    try:
+        yield
+    finally:
+        part.group["params"] = parameters
+        optimizer.param_groups = groups
+
+
+#: What is around the step of a part: whoever has the optimizer's state elsewhere brings it.
+around: weakref.WeakKeyDictionary[Optimizer, Callable[[Part], contextlib.AbstractContextManager[None]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def movable_state(optimizer: Optimizer, parameter: torch.Tensor) -> dict[Any, torch.Tensor]:
+    """What the optimizer keeps of `parameter` that is worth moving: tensors of more than one number."""
+    state = optimizer.state.get(parameter, {})
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and value.numel() > 1
+    }
+
+
+def step_parts(optimizer: Optimizer, parts: Iterable[Part]) -> None:
+    """Step each part in its turn, without the optimizer's hooks."""
+    beside = around.get(optimizer)
+    step: Any = type(optimizer).step
+    if getattr(step, "hooked", False):  # torch wraps each class's step so that hooks run
+        step = step.__wrapped__
+    for part in parts:
+        with beside(part) if beside is not None else contextlib.nullcontext(), narrowed(optimizer, part):
+            step(optimizer)
+
+
+class _Door:
+    """What stands in for `optimizer.step` and does `run` instead, or the step itself where `run` is none.
+
+    A learning-rate scheduler and others may have wrapped the step before, or wrap it meanwhile. Either way they see
+    their step, and the door stays where it is until it is the outermost again.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.run: Callable[[], None] | None = None
+        self.users = 0
+        before = optimizer.step
+        self.own = vars(optimizer).get("step")
+
+        def planned(self_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            assert self.run is not None
+            self.run()
+            return loss
+
+        hooked: Any = Optimizer.profile_hook_step(planned)  # type: ignore[arg-type]  # it wants a step without a result
+
+        def step(self_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if self.run is None:
+                return before(*args, **kwargs)
+            if hasattr(self_, "_opt_called"):
+                self_._opt_called = True  # what a scheduler's wrapper notes
+            return hooked(self_, *args, **kwargs)
+
+        for name, value in vars(before.__func__ if isinstance(before, types.MethodType) else before).items():
+            setattr(step, name, value)  # by these a scheduler knows its own wrapper
+        step.hooked = True  # type: ignore[attr-defined]
+        self.bound = types.MethodType(step, optimizer)
+        optimizer.step = self.bound  # type: ignore[method-assign]
+
+
+_doors: weakref.WeakKeyDictionary[Optimizer, _Door] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def door(optimizer: Optimizer) -> Iterator[_Door]:
+    """A place meanwhile where `replaced_step` can act, inside whatever wraps `optimizer.step` from now on."""
+    found = _doors.get(optimizer)
+    if found is None:
+        found = _doors[optimizer] = _Door(optimizer)
+    found.users += 1
+    try:
+        yield found
+    finally:
+        found.users -= 1
+        close_door(optimizer)
+
+
+def close_door(optimizer: Optimizer) -> None:
+    """Take the door off, if nobody uses it and nothing is wrapped around it."""
+    found = _doors.get(optimizer)
+    if found is not None and not found.users and vars(optimizer).get("step") is found.bound:
+        del _doors[optimizer]
+        if found.own is None:
+            del optimizer.step
+        else:
+            optimizer.step = found.own  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def replaced_step(optimizer: Optimizer, run: Callable[[], None]) -> Iterator[None]:
+    """`optimizer.step()` does `run` meanwhile: hooks once before and after it, closures first, as torch has it."""
+    with door(optimizer) as found:
+        before, found.run = found.run, run
+        try:
+            yield
+        finally:
+            found.run = before
+
+
+_TRIED_STEPS = 3
+_TRIED_PARAMETERS = 4
+_TRIED_SIZE = 4
+
+
+def refusal(make: Any, groups: Sequence[dict[str, Any]]) -> str:
+    """Why steps of one parameter at a time are not the whole step, bit for bit; empty: they are.
+
+    It is tried: `make(groups)` twice on small real parameters, with as many dimensions and of the dtypes of those in
+    `groups`, three steps each. `groups` has every other setting as the optimizer's own.
+    """
+    try:
+        with torch.random.fork_rng(devices=()):
+            whole, single = (_tried(make, groups, one_by_one) for one_by_one in (False, True))
+    except Exception as error:  # whatever an optimizer raises here means that it cannot be tried
+        return f"a step of some parameters cannot be tried ({type(error).__name__}: {str(error).splitlines()[0:1]})"
+    if len(whole) != len(single) or any(not _same(a, b) for a, b in zip(whole, single, strict=False)):
+        return "its step for some parameters at a time gives other bits than its step for all"
+    return ""
+
+
+def _tried(make: Any, groups: Sequence[dict[str, Any]], one_by_one: bool) -> list[Any]:
+    """Parameters, state and settings after a few steps on small copies."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(like: torch.Tensor) -> torch.Tensor:
+        shape = [min(size, _TRIED_SIZE) for size in like.shape]
+        return torch.randn(shape, generator=generator).to(like.dtype)
+
+    own = []
+    for group in groups:
+        some = group["params"][:_TRIED_PARAMETERS]
+        own.append({**group, "params": [torch.nn.Parameter(drawn(p)) for p in some]})
+    torch.manual_seed(0)
+    optimizer = make(own)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for _ in range(_TRIED_STEPS):
+        for parameter in parameters:
+            parameter.grad = drawn(parameter)
+        if one_by_one:
+            step_parts(optimizer, [Part(g, [p]) for g in optimizer.param_groups for p in g["params"]])
+        else:
+            optimizer.step()
+    found: list[Any] = [p.detach() for p in parameters]
+    for parameter in parameters:
+        found += [value for _, value in sorted(optimizer.state[parameter].items(), key=lambda item: str(item[0]))]
+    for group in optimizer.param_groups:
+        found += [value for name, value in sorted(group.items()) if name != "params"]
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return bool(one == other)
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    bits, others = (each.contiguous().flatten().view(torch.uint8) for each in (one, other))
+    return bool(bits.equal(others))
