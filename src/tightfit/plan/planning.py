@@ -10,8 +10,9 @@ No torch here: a trace that was read from JSON is enough.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from importlib import metadata
 
 from tightfit.core import (
@@ -31,7 +32,7 @@ from tightfit.core import (
 )
 from tightfit.device.cost import copy_lanes
 from tightfit.levers import allowed, every, granted, inexact
-from tightfit.levers.interface import Grant
+from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.advice import advice_for
 from tightfit.plan.program import shared
 from tightfit.plan.simulate import simulate_choices
@@ -72,7 +73,7 @@ def plan(
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
     every_way = way_of(trace, effort).ways(levers)
-    least = unplanned
+    least, least_way = unplanned, None
     for bits in (None,) if chosen else (True,) if exact else (True, False):
         ways = [way for way in every_way if bits in (None, way.is_exact)]
         if not ways:
@@ -90,8 +91,11 @@ def plan(
             return _plan(
                 trace, lowest_way, budget_bytes, lowest_way.lowest.choices, line, unplanned, 0.0, lowest_way.lowest.how
             )
-        least = min(least, line, key=lambda each: each.peak_bytes)
+        if line.peak_bytes < least.peak_bytes:
+            least, least_way = line, lowest_way
     advice = advice_for(trace, least, budget_bytes)
+    if least_way is not None and not chosen:
+        advice = (*_other_levers(trace, least_way, budget_bytes, levers), *advice)
     if exact and (inexact_ways := [way for way in every_way if not way.is_exact]):
         peak_bytes = _lowest(inexact_ways, None)[1].peak_bytes
         if peak_bytes <= budget_bytes:
@@ -99,6 +103,27 @@ def plan(
             said = f"without exact=True {nouns} would take {format_bytes(peak_bytes)}, to rounding but not bit for bit"
             advice = (said, *advice)
     raise BudgetInfeasible(budget_bytes, least.peak_bytes, advice)
+
+
+def _other_levers(trace: Trace, way: Way, budget_bytes: int, levers: Collection[Lever] | None) -> Iterator[str]:
+    """What levers that were not asked for would reach with the choices of `way`, where that is within the budget."""
+    of_optimizer = [each for each in every() if each.steps_optimizer]
+    others = [each for each in of_optimizer if each not in allowed(levers)]
+    # whatever is done to the optimizer's step now, the others would do it in their own way
+    bare = dataclasses.replace(way.step, levers=way.step.levers - {each.lever for each in of_optimizer})
+    tried: list[tuple[tuple[LeverDefinition, ...], Variant]] = [((), bare)]
+    for lever in others:
+        for used, step in list(tried):
+            tried += [((*used, lever), variant) for variant in lever.variants(step)]
+    best: dict[tuple[LeverDefinition, ...], int] = {}
+    for used, step in tried:
+        peak_bytes = simulate_choices(step.trace, way.lowest.choices, way.advances).peak_bytes
+        best[used] = min(peak_bytes, best.get(used, peak_bytes))
+    fitting = [used for used, peak_bytes in best.items() if used and peak_bytes <= budget_bytes]
+    if fitting:
+        used = min(fitting, key=len)
+        names = ",".join(each.lever.value for each in used)
+        yield f"beside={names!r} would take {format_bytes(best[used])}: {' and '.join(each.noun for each in used)}"
 
 
 def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:

@@ -130,8 +130,7 @@ class _Door:
         def step(self_: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if self.run is None:
                 return before(*args, **kwargs)
-            if hasattr(self_, "_opt_called"):
-                self_._opt_called = True  # what a scheduler's wrapper notes
+            self_._opt_called = True  # type: ignore[attr-defined]  # what a scheduler's wrapper notes
             return hooked(self_, *args, **kwargs)
 
         for name, value in vars(before.__func__ if isinstance(before, types.MethodType) else before).items():

@@ -189,9 +189,10 @@ def _steps(
             for mode, (context, _) in modes.items():
                 progress(f"step {repeat + 1} of {repeats}: {mode}")
                 restart()
-                before_bytes = static_bytes(model, optimizer, batch)
-                with context(), PeakMeter(device) as meter:
-                    seconds = timed(device, lambda: run_step(model, batch, loss, optimizer))
+                with context():
+                    before_bytes = static_bytes(model, optimizer, batch)
+                    with PeakMeter(device) as meter:
+                        seconds = timed(device, lambda: run_step(model, batch, loss, optimizer))
                 found[mode].append(
                     _MeasuredStep(
                         seconds=seconds, peak_bytes=before_bytes + meter.rise_bytes, rise_bytes=meter.rise_bytes

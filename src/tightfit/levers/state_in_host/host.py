@@ -80,6 +80,9 @@ class HostState:
 
     def __enter__(self) -> HostState:
         around[self.optimizer] = self._there
+        for parameter in list(self.optimizer.state):
+            if isinstance(parameter, torch.Tensor) and bytes_of(parameter) >= self.least_bytes:
+                self._send(parameter)
         return self
 
     def __exit__(

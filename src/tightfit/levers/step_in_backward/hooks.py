@@ -48,6 +48,7 @@ class _Step:
         self.parts = {p: Part(group, [p]) for group in optimizer.param_groups for p in group["params"]}
         self.taken: set[torch.Tensor] = set()
         self.settings: list[dict[str, Any]] = []
+        self.known_states = len(optimizer.state)
 
     def ready(self, parameter: torch.Tensor) -> None:
         """The gradient of `parameter` is there."""
@@ -91,6 +92,15 @@ class _Step:
         others = [part for p, part in self.parts.items() if p not in self.taken and p.grad is not None]
         self.taken.clear()
         step_parts(self.optimizer, others)
+        if len(self.optimizer.state) != self.known_states:
+            self._put_in_order()
+
+    def _put_in_order(self) -> None:
+        """Backward made the state of the last parameters first. Put it in the order in which a whole step makes it."""
+        state = self.optimizer.state
+        self.known_states = len(state)
+        for parameter in [p for p in self.parts if p in state]:
+            state[parameter] = state.pop(parameter)
 
 
 _steps: weakref.WeakKeyDictionary[Optimizer, _Step] = weakref.WeakKeyDictionary()

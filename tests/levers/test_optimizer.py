@@ -1,0 +1,435 @@
+"""The levers of the optimizer (chunks, in backward, state in host memory): the same bits with any, or a word."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tightfit
+from tightfit.core import (
+    BudgetInfeasible,
+    Category,
+    InvalidInput,
+    Lever,
+    Plan,
+    PlanMismatch,
+    Trace,
+    Unsupported,
+    dumps,
+    loads,
+)
+from tightfit.engine import apply
+from tightfit.engine.offload import Pool
+from tightfit.levers.interface import Given
+from tightfit.levers.optimizer_chunks import DEFINITION as CHUNKS
+from tightfit.levers.optimizer_step import in_backward, in_chunks, not_in_backward, state_in_host
+from tightfit.levers.state_in_host import DEFINITION as STATE
+from tightfit.levers.step_in_backward import DEFINITION as BACKWARD
+from tightfit.levers.step_in_backward.hooks import is_half_taken
+from tightfit.plan import simulate
+from tightfit.step.optimizers import Part, refusal, step_parts
+from tightfit.step.snapshot import undisturbed
+from tightfit.verify.stepped import check_of_optimizer
+
+STEPS = 5
+
+
+class Tied(nn.Module):
+    """Two blocks, dropout, a head that has the embedding's weight, a parameter of one number, a norm."""
+
+    def __init__(self, words: int = 40, width: int = 16) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, 4 * width),
+                nn.GELU(),
+                nn.Dropout(0.1),
+                nn.Linear(4 * width, width),
+            )
+            for _ in range(3)
+        )
+        self.scale = nn.Parameter(torch.ones(()))
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(ids)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        logits = self.head(hidden * self.scale)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
+class Signs(torch.optim.Optimizer):
+    """Of no package: momentum of signs, with a counter in the state."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["seen"] = state.get("seen", 0) + 1
+                    state.setdefault("m", torch.zeros_like(p)).mul_(0.9).add_(p.grad)
+                    p.add_(state["m"].sign(), alpha=-group["lr"] / state["seen"])
+
+
+class Global(Signs):
+    """Its step for one parameter depends on all of them."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        grown = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in grown]).sum()
+        for p in grown:
+            p.sub_(p.grad / norm)
+
+
+class Counting(Signs):
+    """It counts its steps in the group."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"] / group["steps"])
+
+
+Make = Callable[[Any], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Make] = {
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-2),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, 1e-2, foreach=True),
+    "adam-amsgrad": lambda p: torch.optim.Adam(p, 1e-2, amsgrad=True, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, 0.1),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-2, foreach=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, 1e-2),
+    "nadam": lambda p: torch.optim.NAdam(p, 1e-2, foreach=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
+    "tensor-lr": lambda p: torch.optim.AdamW(p, torch.tensor(1e-2)),
+    "of-no-package": Signs,
+}
+
+LEVERS = {"chunks": [CHUNKS], "backward": [BACKWARD], "host": [STATE], "host-backward": [STATE, BACKWARD]}
+SETTINGS = {CHUNKS.lever: "2560", BACKWARD.lever: "each", STATE.lever: "65"}
+
+BLANK = Plan(
+    budget_bytes=1, choices=(), status=tightfit.Status.FEASIBLE, peak_bytes=1, step_seconds=1.0, recompute_seconds=0.0,
+    bound_seconds=0.0, recompute_flops=0, forward_flops=1, unplanned_peak_bytes=1, replays=0, trace_digest="",
+    versions={},
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def in_force(model: nn.Module, optimizer: torch.optim.Optimizer, levers: list[Any]) -> Iterator[None]:
+    plan = dataclasses.replace(BLANK, settings={each.lever.value: SETTINGS[each.lever] for each in levers})
+    with contextlib.ExitStack() as stack:
+        for each in levers:
+            stack.enter_context(each.in_force(model, plan, Given(optimizer=optimizer, pool=Pool())))
+        yield
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, with other learning rates."""
+    named = dict(model.named_parameters())
+    return [
+        {"params": [p for n, p in named.items() if p.dim() > 1]},
+        {"params": [p for n, p in named.items() if p.dim() <= 1], "lr": 5e-3},
+    ]
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    return {
+        **{f"model.{n}": p.detach().clone() for n, p in model.named_parameters()},
+        **{f"state.{i}.{k}": v for i, s in state["state"].items() for k, v in s.items()},
+        "groups": str(state["param_groups"]),
+    }
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        same = torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+        assert same, name
+
+
+def trained(
+    levers: list[Any], make: Make, *, steps: int = STEPS, schedule: bool = False, hooks: list[str] | None = None
+) -> tuple[dict[str, Any], list[float]]:
+    torch.manual_seed(0)
+    model = Tied()
+    optimizer = make(groups_of(model))
+    if hooks is not None:
+        optimizer.register_step_pre_hook(lambda *_: hooks.append("before"))
+        optimizer.register_step_post_hook(lambda *_: hooks.append("after"))
+    early = torch.optim.lr_scheduler.StepLR(optimizer, 2) if schedule else None
+    losses = []
+    with in_force(model, optimizer, levers):
+        late = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (n + 1)) if schedule else None
+        for _ in range(steps):
+            loss = model(torch.randint(0, 40, (2, 8)))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for each in (early, late):
+                if each is not None:
+                    each.step()
+            losses.append(loss.item())
+    if not schedule:
+        assert "step" not in vars(optimizer)
+    return everything(model, optimizer), losses
+
+
+@pytest.mark.parametrize("levers", LEVERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_same_bits(name: str, levers: str) -> None:
+    expected, losses = trained([], OPTIMIZERS[name])
+    found, planned_losses = trained(LEVERS[levers], OPTIMIZERS[name])
+    assert planned_losses == losses
+    assert_same(found, expected)
+
+
+@pytest.mark.filterwarnings("error")  # a scheduler warns where it does not see its steps
+@pytest.mark.parametrize("levers", LEVERS)
+def test_schedulers_and_hooks_see_one_step(levers: str) -> None:
+    hooks: list[str] = []
+    expected, _ = trained([], OPTIMIZERS["adamw-foreach"], schedule=True)
+    found, _ = trained(LEVERS[levers], OPTIMIZERS["adamw-foreach"], schedule=True, hooks=hooks)
+    assert_same(found, expected)
+    assert hooks == ["before", "after"] * STEPS
+
+
+@pytest.mark.parametrize("levers", LEVERS)
+def test_state_is_saved_and_loaded_in_the_middle(levers: str) -> None:
+    make = OPTIMIZERS["adamw"]
+    torch.manual_seed(0)
+    model, batches = Tied(), [torch.randint(0, 40, (2, 8)) for _ in range(4)]
+    plain = copy.deepcopy(model)
+    reference = make(groups_of(plain))
+    for ids in batches:
+        torch.manual_seed(1)
+        plain(ids).backward()
+        reference.step()
+        reference.zero_grad()
+    first = make(groups_of(model))
+    for half in (batches[:2], batches[2:]):
+        with in_force(model, first, LEVERS[levers]):
+            for ids in half:
+                torch.manual_seed(1)
+                model(ids).backward()
+                first.step()
+                first.zero_grad()
+            saved = copy.deepcopy(first.state_dict())
+        first = make(groups_of(model))
+        with in_force(model, first, LEVERS[levers]):
+            first.load_state_dict(saved)
+    assert_same(everything(model, first), everything(plain, reference))
+
+
+@pytest.mark.parametrize("made", [Global, Counting])
+def test_an_optimizer_that_looks_at_all_parameters_is_left_alone(made: Any) -> None:
+    assert "other bits" in refusal(made, [{"params": [torch.empty(8, 8), torch.empty(8)], "lr": 0.1}])
+    torch.manual_seed(0)
+    model = Tied()
+    recorded = tightfit.trace(model, torch.zeros(2, 8, dtype=torch.long), optimizer=made(model.parameters()))
+    assert recorded.optimizer is not None and "other bits" in recorded.optimizer.refused
+    assert not recorded.optimizer.in_chunks and "other bits" in not_in_backward(recorded)
+
+
+def test_trials_draw_nothing_and_a_closure_is_no_trial() -> None:
+    before = torch.get_rng_state()
+    assert not refusal(torch.optim.AdamW, [{"params": [torch.empty(8, 8), torch.empty(8)], "lr": 0.1}])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert "cannot be tried" in refusal(torch.optim.LBFGS, [{"params": [torch.empty(8)]}])
+
+
+# ------------------------------------------------------------------------------------------- what is forbidden
+
+
+def stepping() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Tied()
+    return model, torch.optim.AdamW(model.parameters(), 1e-2)
+
+
+IDS = torch.arange(16).reshape(2, 8)
+
+
+def test_accumulation_is_refused_when_it_happens() -> None:
+    model, optimizer = stepping()
+    with in_force(model, optimizer, [BACKWARD]):
+        model(IDS).backward()
+        with pytest.raises(Unsupported, match=r"optimizer\.step\(\) after each backward"):
+            model(IDS).backward()
+
+
+@pytest.mark.parametrize("clip", ["clip_grad_norm_", "clip_grad_value_"])
+def test_clipping_is_refused(clip: str) -> None:
+    model, optimizer = stepping()
+    with in_force(model, optimizer, [BACKWARD]):
+        model(IDS).backward()
+        with pytest.raises(Unsupported, match=f"{clip} finds no gradients"):
+            getattr(torch.nn.utils, clip)(model.parameters(), 1.0)
+        optimizer.step()
+    model(IDS).backward()
+    getattr(torch.nn.utils, clip)(model.parameters(), 1.0)  # the same function as before
+
+
+def test_a_rate_that_changes_after_backward_is_refused() -> None:
+    model, optimizer = stepping()
+    with in_force(model, optimizer, [BACKWARD]):
+        model(IDS).backward()
+        optimizer.param_groups[0]["lr"] = 0.5
+        with pytest.raises(Unsupported, match=r"'lr' of the optimizer is 0\.5 at its step"):
+            optimizer.step()
+
+
+def test_a_step_begun_in_backward_is_known() -> None:
+    model, optimizer = stepping()
+    with in_force(model, optimizer, [BACKWARD]):
+        assert not is_half_taken(optimizer)
+        model(IDS).backward()
+        assert is_half_taken(optimizer)
+        optimizer.step()
+        assert not is_half_taken(optimizer)
+
+
+def test_a_plan_without_its_optimizer_is_refused() -> None:
+    model, optimizer = stepping()
+    for lever in (CHUNKS, BACKWARD, STATE):
+        plan = dataclasses.replace(BLANK, settings={lever.lever.value: SETTINGS[lever.lever]})
+        with pytest.raises(InvalidInput, match="pass optimizer="):
+            apply(model, plan)
+        with pytest.raises(PlanMismatch):
+            lever.under(tightfit.trace(model, IDS), plan)
+    assert "step" not in vars(optimizer)
+
+
+# -------------------------------------------------------------------------------- planned, walked, carried out, proven
+
+
+def heavy() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Most of its step's bytes are weights, gradients and state."""
+    torch.manual_seed(0)
+    model = Tied(words=400, width=64)
+    return model, torch.optim.AdamW(model.parameters(), 1e-2, foreach=True)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Trace:
+    model, optimizer = heavy()
+    return tightfit.trace(model, IDS, optimizer=optimizer)
+
+
+def test_the_referee_walks_each_way(recorded: Trace) -> None:
+    whole = simulate(recorded)
+    parts, backward = in_chunks(recorded), in_backward(recorded)
+    assert simulate(parts).peak_bytes < whole.peak_bytes
+    assert simulate(backward).peak_bytes < simulate(parts).peak_bytes
+    gradients = simulate(backward).by_category[Category.GRADIENTS.value]
+    assert max(gradients) < max(whole.by_category[Category.GRADIENTS.value])
+    host = simulate(state_in_host(recorded, 1)).by_category[Category.OPTIMIZER_STATE.value]
+    assert min(host) < whole.by_category[Category.OPTIMIZER_STATE.value][-1] / 10
+
+
+@pytest.mark.parametrize(
+    ("levers", "part"),
+    [
+        ("optimizer_chunks", 0.9),
+        ("step_in_backward", 0.8),
+        ("state_in_host", 0.55),
+        ("state_in_host,step_in_backward", 0.45),
+    ],
+)
+def test_verify_proves_a_plan(recorded: Trace, levers: str, part: float) -> None:
+    model, optimizer = heavy()
+    model(IDS).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = everything(model, optimizer)
+    plan = tightfit.plan(recorded, f"{part:.0%}", levers=f"recompute,loss_in_place,{levers}")
+    assert set(plan.settings) >= set(levers.split(","))
+    assert loads(Plan, dumps(plan)) == plan
+    proof = tightfit.verify(model, IDS, plan, optimizer=optimizer)
+    assert proof.passed, proof
+    assert proof["optimizer"].passed and proof["prediction"].passed
+    assert_same(everything(model, optimizer), before)
+
+
+def test_a_wrong_step_is_found(recorded: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of the optimizer is not one that passes whatever is stepped."""
+    model, optimizer = heavy()
+    plan = tightfit.plan(recorded, "80%", levers="recompute,step_in_backward")
+
+    def lazy(given: torch.optim.Optimizer, parts: Any) -> None:
+        step_parts(given, [part for part in parts if part.parameters[0].dim() != 0])
+
+    monkeypatch.setattr("tightfit.levers.step_in_backward.hooks.step_parts", lazy)
+    with undisturbed(model, IDS) as restart:
+        check = check_of_optimizer(model, IDS, plan, None, optimizer, restart)
+    assert not check.passed and "scale" in check.measured
+
+
+def test_fit_uses_them_and_leaves_nothing_behind() -> None:
+    def run(fitted: bool) -> tuple[dict[str, Any], list[float]]:
+        model, optimizer = heavy()
+        applied = None
+        if fitted:
+            with pytest.raises(BudgetInfeasible):
+                tightfit.fit(model, IDS, "45%", optimizer=optimizer, exact=True)
+            applied = tightfit.fit(
+                model, IDS, "45%", optimizer=optimizer, exact=True, beside="step_in_backward, state_in_host"
+            )
+            assert {Lever.STEP_IN_BACKWARD.value, Lever.STATE_IN_HOST.value} <= set(applied.plan.settings)
+        torch.manual_seed(3)
+        losses = []
+        for _ in range(10):
+            loss = model(IDS)
+            loss.backward()
+            if fitted:
+                assert all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        if applied is not None:
+            applied.remove()
+            assert "step" not in vars(optimizer)
+            assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+        return everything(model, optimizer), losses
+
+    expected, losses = run(False)
+    found, planned = run(True)
+    assert planned == losses
+    assert_same(found, expected)
+
+
+def test_what_would_fit_is_said() -> None:
+    model, optimizer = heavy()
+    with pytest.raises(BudgetInfeasible, match=r"beside=.state_in_host,step_in_backward. would take"):
+        tightfit.fit(model, IDS, "45%", optimizer=optimizer, exact=True)
+
+
+def test_parts_step_what_has_a_gradient() -> None:
+    model, optimizer = stepping()
+    model(IDS).backward()
+    model.scale.grad = None
+    before = model.scale.detach().clone()
+    step_parts(optimizer, [Part(g, [p]) for g in optimizer.param_groups for p in g["params"]])
+    assert torch.equal(model.scale, before) and len(optimizer.param_groups[0]["params"]) == len(
+        list(model.parameters())
+    )
