@@ -124,7 +124,10 @@ def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = 
     recorded = spread.with_buckets(model, recorded, FakeStep(device).granule_bytes)
     if setup.optimizer == "none":
         return recorded
-    return behind(recorded, optimizer_record(*optimizer_key(setup), HashableDevice(device)))
+    record = optimizer_record(*optimizer_key(setup), HashableDevice(device))
+    if spread.strategy is not Strategy.ONE:
+        record = dataclasses.replace(record, in_chunks=(), alone=(), refused="several processes share the step")
+    return behind(recorded, record)
 
 
 @contextlib.contextmanager
@@ -203,8 +206,7 @@ def optimizer_record(
             for p in trained.parameters()
             if p.requires_grad
         )
-    refused = "several processes share the step" if shards > 1 else ""
-    return record_optimizer(_optimizer(trained, optimizer), device.device, refused=refused)
+    return record_optimizer(_optimizer(trained, optimizer), device.device)
 
 
 @contextlib.contextmanager

@@ -140,6 +140,7 @@ def device_traces(
                 for op in recorded.ops
             ),
             static_bytes=dict(static_bytes[device]),
+            optimizer=None,  # it steps on all devices, and one device's plan cannot say how
             device=device,
             digest=f"{recorded.digest}@{device}",
         )
