@@ -251,6 +251,17 @@ def test_an_optimizer_that_looks_at_all_parameters_is_left_alone(made: Any) -> N
     assert not recorded.optimizer.in_chunks and "other bits" in not_in_backward(recorded)
 
 
+def test_a_fake_step_tries_it_on_real_tensors() -> None:
+    with torch.device("meta"):
+        model = Tied(words=400, width=64)
+    recorded = tightfit.trace(model, IDS, optimizer=torch.optim.AdamW(model.parameters(), 1e-2), fake=True)
+    assert recorded.optimizer is not None and not recorded.optimizer.refused and not not_in_backward(recorded)
+    real, optimizer = heavy()
+    optimizer.param_groups[0]["foreach"] = False
+    twin = tightfit.trace(real, IDS, optimizer=optimizer)
+    assert simulate(in_backward(recorded)).peak_bytes == simulate(in_backward(twin)).peak_bytes
+
+
 def test_trials_draw_nothing_and_a_closure_is_no_trial() -> None:
     before = torch.get_rng_state()
     assert not refusal(torch.optim.AdamW, [{"params": [torch.empty(8, 8), torch.empty(8)], "lr": 0.1}])

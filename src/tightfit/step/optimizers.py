@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tightfit.step.parallel import local_of
 
@@ -191,13 +192,13 @@ def refusal(make: Any, groups: Sequence[dict[str, Any]]) -> str:
     `groups`, three steps each. `groups` has every other setting as the optimizer's own.
     """
     try:
-        with torch.random.fork_rng(devices=()):
+        # on real tensors, whatever mode the step itself is recorded in
+        with _disable_current_modes(), torch.device("cpu"), torch.random.fork_rng(devices=()):
             whole, single = (_tried(make, groups, one_by_one) for one_by_one in (False, True))
+            same = len(whole) == len(single) and all(_same(a, b) for a, b in zip(whole, single, strict=True))
     except Exception as error:  # whatever an optimizer raises here means that it cannot be tried
         return f"a step of some parameters cannot be tried ({type(error).__name__}: {str(error).splitlines()[0:1]})"
-    if len(whole) != len(single) or any(not _same(a, b) for a, b in zip(whole, single, strict=False)):
-        return "its step for some parameters at a time gives other bits than its step for all"
-    return ""
+    return "" if same else "its step for some parameters at a time gives other bits than its step for all"
 
 
 def _tried(make: Any, groups: Sequence[dict[str, Any]], one_by_one: bool) -> list[Any]:
