@@ -125,7 +125,12 @@ OPTIMIZERS: dict[str, Make] = {
 }
 
 LEVERS = {"chunks": [CHUNKS], "backward": [BACKWARD], "host": [STATE], "host-backward": [STATE, BACKWARD]}
-SETTINGS = {CHUNKS.lever: "2560", BACKWARD.lever: "each", STATE.lever: "65"}
+SETTINGS = {
+    False: {CHUNKS.lever: "2560", BACKWARD.lever: "2560", STATE.lever: "65 2560"},
+    True: {CHUNKS.lever: "900 sliced", BACKWARD.lever: "900 sliced", STATE.lever: "65 900 sliced"},
+}
+#: Their steps are not the same by slices of a parameter.
+WHOLE = ("adafactor",)
 
 BLANK = Plan(
     budget_bytes=1, choices=(), status=tightfit.Status.FEASIBLE, peak_bytes=1, step_seconds=1.0, recompute_seconds=0.0,
@@ -135,8 +140,10 @@ BLANK = Plan(
 
 
 @contextlib.contextmanager
-def in_force(model: nn.Module, optimizer: torch.optim.Optimizer, levers: list[Any]) -> Iterator[None]:
-    plan = dataclasses.replace(BLANK, settings={each.lever.value: SETTINGS[each.lever] for each in levers})
+def in_force(
+    model: nn.Module, optimizer: torch.optim.Optimizer, levers: list[Any], sliced: bool = True
+) -> Iterator[None]:
+    plan = dataclasses.replace(BLANK, settings={each.lever.value: SETTINGS[sliced][each.lever] for each in levers})
     with contextlib.ExitStack() as stack:
         for each in levers:
             stack.enter_context(each.in_force(model, plan, Given(optimizer=optimizer, pool=Pool())))
@@ -169,7 +176,13 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def trained(
-    levers: list[Any], make: Make, *, steps: int = STEPS, schedule: bool = False, hooks: list[str] | None = None
+    levers: list[Any],
+    make: Make,
+    *,
+    steps: int = STEPS,
+    schedule: bool = False,
+    hooks: list[str] | None = None,
+    sliced: bool = True,
 ) -> tuple[dict[str, Any], list[float]]:
     torch.manual_seed(0)
     model = Tied()
@@ -179,7 +192,7 @@ def trained(
         optimizer.register_step_post_hook(lambda *_: hooks.append("after"))
     early = torch.optim.lr_scheduler.StepLR(optimizer, 2) if schedule else None
     losses = []
-    with in_force(model, optimizer, levers):
+    with in_force(model, optimizer, levers, sliced):
         late = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (n + 1)) if schedule else None
         for _ in range(steps):
             loss = model(torch.randint(0, 40, (2, 8)))
@@ -199,9 +212,10 @@ def trained(
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_same_bits(name: str, levers: str) -> None:
     expected, losses = trained([], OPTIMIZERS[name])
-    found, planned_losses = trained(LEVERS[levers], OPTIMIZERS[name])
-    assert planned_losses == losses
-    assert_same(found, expected)
+    for sliced in (False, True) if name not in WHOLE else (False,):
+        found, planned_losses = trained(LEVERS[levers], OPTIMIZERS[name], sliced=sliced)
+        assert planned_losses == losses
+        assert_same(found, expected)
 
 
 @pytest.mark.filterwarnings("error")  # a scheduler warns where it does not see its steps
@@ -260,6 +274,15 @@ def test_a_fake_step_tries_it_on_real_tensors() -> None:
     optimizer.param_groups[0]["foreach"] = False
     twin = tightfit.trace(real, IDS, optimizer=optimizer)
     assert simulate(in_backward(recorded)).peak_bytes == simulate(in_backward(twin)).peak_bytes
+
+
+def test_slices_are_tried_too() -> None:
+    groups = [{"params": [torch.empty(8, 8), torch.empty(8)], "lr": 0.1}]
+    assert not refusal(torch.optim.AdamW, groups, sliced=True)
+    assert not refusal(torch.optim.Adafactor, groups)
+    assert refusal(torch.optim.Adafactor, groups, sliced=True)  # it has sums of rows and columns
+    low = [{"params": [torch.empty(8, 8, dtype=torch.bfloat16)], "lr": 0.1}]
+    assert not refusal(torch.optim.SGD, low) and "low precision" in refusal(torch.optim.SGD, low, sliced=True)
 
 
 def test_trials_draw_nothing_and_a_closure_is_no_trial() -> None:
@@ -323,7 +346,7 @@ def test_a_step_begun_in_backward_is_known() -> None:
 def test_a_plan_without_its_optimizer_is_refused() -> None:
     model, optimizer = stepping()
     for lever in (CHUNKS, BACKWARD, STATE):
-        plan = dataclasses.replace(BLANK, settings={lever.lever.value: SETTINGS[lever.lever]})
+        plan = dataclasses.replace(BLANK, settings={lever.lever.value: SETTINGS[True][lever.lever]})
         with pytest.raises(InvalidInput, match="pass optimizer="):
             apply(model, plan)
         with pytest.raises(PlanMismatch):

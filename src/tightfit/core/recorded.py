@@ -221,7 +221,8 @@ class OptimizerStep:
     ops: int  # of the trace before the step; it has the rest
     values: int
     events: int
-    chunk_bytes: int = 0  # most bytes of parameters that one of `in_chunks` steps
+    chunk_bytes: int = 0  # most bytes of parameters that are stepped at once in the other ways
+    sliced: bool = False  # a larger parameter is stepped by slices of its rows
     in_chunks: tuple[OptimizerPart, ...] = ()
     alone: tuple[OptimizerPart, ...] = ()  # one parameter each: one for each dtype and shape
     refused: str = ""  # why there are no other ways; empty: there may be

@@ -1,7 +1,7 @@
 """The optimizer's step in chunks: a few parameters at a time, so that only their temporaries are there at once.
 
-Needs from the trace: the step recorded in chunks as large as the largest parameter (`Trace.optimizer`), which there is
-where a trial has shown the same bits. Smaller chunks would need no fewer bytes.
+Needs from the trace: the step recorded in chunks (`Trace.optimizer`), which there is where a trial has shown the same
+bits. Where a trial has shown it of slices of a parameter too, large parameters are stepped by slices.
 Offers the planner: the step with that in place of the whole one. Walked by the referee like any step. Carried out by
 `optimizer.step()` itself, replaced on the one optimizer. Proven bit by bit: parameters and state after a step.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from tightfit.core import InvalidInput, Lever, Plan, PlanMismatch, Trace, format_bytes
 from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
-from tightfit.levers.optimizer_step import added_seconds, highest_bytes, in_chunks, whole_step
+from tightfit.levers.optimizer_step import added_seconds, cut_of, cut_text, highest_bytes, in_chunks, whole_step
 
 __all__ = ["DEFINITION"]
 
@@ -35,7 +35,7 @@ class OptimizerChunks(LeverDefinition):
         if highest_bytes(part.stretch for part in at.in_chunks) < highest_bytes([whole]):
             trace = in_chunks(step.trace)
             seconds = added_seconds(trace, step.trace)
-            yield step.with_setting(self, trace, str(at.chunk_bytes), seconds=seconds)
+            yield step.with_setting(self, trace, cut_text(at), seconds=seconds)
 
     def under(self, trace: Trace, plan: Plan) -> Trace:
         if not self.is_used(plan):
@@ -52,14 +52,14 @@ class OptimizerChunks(LeverDefinition):
 
     @contextlib.contextmanager
     def in_force(self, model: Any, plan: Plan, given: Given) -> Iterator[None]:
-        from tightfit.step.optimizers import chunks, replaced_step, step_parts
+        from tightfit.step.optimizers import Cut, chunks, replaced_step, step_parts
 
         if given.optimizer is None:
             raise InvalidInput("the plan steps the optimizer in chunks, and none was given: pass optimizer=")
-        limit_bytes = int(plan.settings[self.lever.value])
+        cut = Cut(*cut_of(plan.settings[self.lever.value]))
 
         def step() -> None:
-            step_parts(given.optimizer, chunks(given.optimizer, limit_bytes))
+            step_parts(given.optimizer, chunks(given.optimizer, cut))
 
         with replaced_step(given.optimizer, step):
             yield
@@ -75,7 +75,7 @@ class OptimizerChunks(LeverDefinition):
         return "with the optimizer's step in chunks"
 
     def said(self, plan: Plan) -> str:
-        limit = format_bytes(int(plan.settings[self.lever.value]))
+        limit = format_bytes(cut_of(plan.settings[self.lever.value])[0])
         return f"the optimizer steps at most {limit} of parameters at a time: the same bits"
 
     def fact(self, plan: Plan) -> tuple[str, str | None]:

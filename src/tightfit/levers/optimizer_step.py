@@ -26,6 +26,17 @@ from tightfit.core import (
 _CALL_SECONDS = 2e-5
 
 
+def cut_text(at: OptimizerStep) -> str:
+    """How much is stepped at once, for the settings of a plan."""
+    return f"{at.chunk_bytes} sliced" if at.sliced else str(at.chunk_bytes)
+
+
+def cut_of(text: str) -> tuple[int, bool]:
+    """What `cut_text` wrote: bytes, and whether larger parameters are sliced."""
+    size_bytes, _, sliced = text.partition(" ")
+    return int(size_bytes), sliced == "sliced"
+
+
 def moved(stretch: Stretch, ops: int, values: int) -> Stretch:
     """`stretch` with its ops counted from `ops` and its values from `values`."""
     return Stretch(

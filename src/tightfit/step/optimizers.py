@@ -11,6 +11,7 @@ Refused: optimizers that need a closure, or whose bits differ (`refusal` says wh
 from __future__ import annotations
 
 import contextlib
+import itertools
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,16 +24,31 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tightfit.step.parallel import local_of
 
 __all__ = [
-    "Part", "around", "bare", "bytes_of", "chunks", "close_door", "door", "movable_state", "narrowed", "refusal",
-    "replaced_step", "step_parts",
+    "Cut", "Part", "around", "bare", "bytes_of", "chunks", "close_door", "cut_for", "door", "movable_state", "narrowed",
+    "refusal", "replaced_step", "step_parts",
 ]  # fmt: skip
 
 
 class Part(NamedTuple):
-    """Parameters of one group that are stepped together."""
+    """Parameters of one group that are stepped together, or one that is stepped by slices of its rows."""
 
     group: dict[str, Any]
     parameters: list[torch.Tensor]
+    slices: int = 1
+
+
+class Cut(NamedTuple):
+    """How much is stepped at once."""
+
+    limit_bytes: int
+    sliced: bool  # a parameter that is larger is stepped by slices
+
+    def of(self, group: dict[str, Any], parameter: torch.Tensor) -> Part:
+        """The step of one parameter."""
+        slices = 1
+        if self.sliced and parameter.dim():
+            slices = min(-(-bytes_of(parameter) // max(1, self.limit_bytes)), parameter.shape[0])
+        return Part(group, [parameter], max(1, slices))
 
 
 def bare(optimizer: Any) -> Optimizer:
@@ -46,9 +62,19 @@ def bytes_of(parameter: torch.Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-def chunks(optimizer: Optimizer, limit_bytes: int) -> list[Part]:
-    """The parameters that are stepped, in order, in parts of one group and at most `limit_bytes`; a parameter that is
-    larger is a part of its own."""
+#: Into so many parts a step is cut, about. With more of them the temporaries are less, and the calls more.
+_PARTS = 32
+
+
+def cut_for(optimizer: Optimizer, sliced: bool) -> Cut:
+    """Parts so small that their temporaries are little beside the parameters; not sliced, as large as the largest
+    parameter, below which they cannot be."""
+    sizes = [bytes_of(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    return Cut(max(1, sum(sizes) // _PARTS) if sliced else max(sizes, default=0), sliced)
+
+
+def chunks(optimizer: Optimizer, cut: Cut) -> list[Part]:
+    """The parameters that are stepped, in order, in parts of one group and of about the same bytes."""
     parts: list[Part] = []
     for group in optimizer.param_groups:
         filled_bytes = None
@@ -56,7 +82,11 @@ def chunks(optimizer: Optimizer, limit_bytes: int) -> list[Part]:
             if not parameter.requires_grad:
                 continue
             size_bytes = bytes_of(parameter)
-            if filled_bytes is None or filled_bytes + size_bytes > limit_bytes:
+            if cut.sliced and size_bytes > cut.limit_bytes:
+                parts.append(cut.of(group, parameter))
+                filled_bytes = None
+                continue
+            if filled_bytes is None or filled_bytes + size_bytes > cut.limit_bytes:
                 parts.append(Part(group, []))
                 filled_bytes = 0
             parts[-1].parameters.append(parameter)
@@ -100,8 +130,64 @@ def step_parts(optimizer: Optimizer, parts: Iterable[Part]) -> None:
     if getattr(step, "hooked", False):  # torch wraps each class's step so that hooks run
         step = step.__wrapped__
     for part in parts:
-        with beside(part) if beside is not None else contextlib.nullcontext(), narrowed(optimizer, part):
-            step(optimizer)
+        with beside(part) if beside is not None else contextlib.nullcontext():
+            if part.slices > 1 and _can_be_sliced(part.parameters[0]):
+                _step_slices(optimizer, part, step)
+            else:
+                with narrowed(optimizer, part):
+                    step(optimizer)
+
+
+def _can_be_sliced(parameter: torch.Tensor) -> bool:
+    gradient = parameter.grad
+    return gradient is not None and gradient.layout is torch.strided and local_of(parameter) is parameter
+
+
+def _step_slices(optimizer: Optimizer, part: Part, step: Callable[[Optimizer], Any]) -> None:
+    """Step views of a parameter's rows in turn. Each has the views of the state that is as large as the parameter, and
+    its own copy of the rest, of which the last one's is kept."""
+    (parameter,) = part.parameters
+    gradient = parameter.grad
+    assert gradient is not None
+    state = optimizer.state
+    whole: dict[Any, Any] = state.get(parameter, {})
+    rows = parameter.shape[0]
+    bounds = [rows * i // part.slices for i in range(part.slices + 1)]
+    made: dict[Any, Any] = {}
+    for start, end in itertools.pairwise(bounds):
+        piece = parameter.detach()[start:end].requires_grad_()
+        piece.grad = gradient[start:end]
+        for name, value in whole.items():
+            state[piece][name] = _piece_of(value, parameter, start, end)
+        try:
+            with narrowed(optimizer, Part(part.group, [piece])):
+                step(optimizer)
+            for name, value in state[piece].items():
+                if name in whole and _is_as_large(whole[name], parameter):
+                    continue
+                if not isinstance(value, torch.Tensor) or value.shape != piece.shape or value.numel() == 1:
+                    made[name] = value
+                    continue
+                if name not in made:
+                    made[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+                made[name][start:end].copy_(value)
+        finally:
+            state.pop(piece, None)
+    for name, value in made.items():
+        if isinstance(value, torch.Tensor) and isinstance(whole.get(name), torch.Tensor):
+            whole[name].copy_(value)
+        else:
+            state[parameter][name] = value
+
+
+def _is_as_large(value: Any, parameter: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.numel() > 1
+
+
+def _piece_of(value: Any, parameter: torch.Tensor, start: int, end: int) -> Any:
+    if _is_as_large(value, parameter):
+        return value[start:end]
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 class _Door:
@@ -180,29 +266,37 @@ def replaced_step(optimizer: Optimizer, run: Callable[[], None]) -> Iterator[Non
             found.run = before
 
 
+#: Of other dtypes torch's CPU kernels round the few numbers that fill no whole vector otherwise, and which these are
+#: depends on where a slice ends.
+_SLICED = (torch.float32, torch.float64)
+
 _TRIED_STEPS = 3
 _TRIED_PARAMETERS = 4
-_TRIED_SIZE = 4
+_TRIED_SIZE = 37  # odd, so that a kernel's vectors do not end where slices do
 
 
-def refusal(make: Any, groups: Sequence[dict[str, Any]]) -> str:
-    """Why steps of one parameter at a time are not the whole step, bit for bit; empty: they are.
+def refusal(make: Any, groups: Sequence[dict[str, Any]], *, sliced: bool = False) -> str:
+    """Why steps of one parameter at a time, or of slices of one, are not the whole step, bit for bit; empty: they are.
 
     It is tried: `make(groups)` twice on small real parameters, with as many dimensions and of the dtypes of those in
     `groups`, three steps each. `groups` has every other setting as the optimizer's own.
     """
+    if sliced and any(p.dtype not in _SLICED for group in groups for p in group["params"]):
+        return "in low precision a kernel may round the ends of what it is given otherwise"
+    if sliced and any(group.get("fused") for group in groups):
+        return "a fused kernel may round the ends of what it is given otherwise, and has no temporaries"
     try:
         # on real tensors, whatever mode the step itself is recorded in
         with _disable_current_modes(), torch.device("cpu"), torch.random.fork_rng(devices=()):
-            whole, single = (_tried(make, groups, one_by_one) for one_by_one in (False, True))
+            whole, single = (_tried(make, groups, slices) for slices in (0, 2 if sliced else 1))
             same = len(whole) == len(single) and all(_same(a, b) for a, b in zip(whole, single, strict=True))
     except Exception as error:  # whatever an optimizer raises here means that it cannot be tried
         return f"a step of some parameters cannot be tried ({type(error).__name__}: {str(error).splitlines()[0:1]})"
     return "" if same else "its step for some parameters at a time gives other bits than its step for all"
 
 
-def _tried(make: Any, groups: Sequence[dict[str, Any]], one_by_one: bool) -> list[Any]:
-    """Parameters, state and settings after a few steps on small copies."""
+def _tried(make: Any, groups: Sequence[dict[str, Any]], slices: int) -> list[Any]:
+    """Parameters, state and settings after a few steps on small copies, each parameter in `slices`; 0: whole steps."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(like: torch.Tensor) -> torch.Tensor:
@@ -219,8 +313,10 @@ def _tried(make: Any, groups: Sequence[dict[str, Any]], one_by_one: bool) -> lis
     for _ in range(_TRIED_STEPS):
         for parameter in parameters:
             parameter.grad = drawn(parameter)
-        if one_by_one:
-            step_parts(optimizer, [Part(g, [p]) for g in optimizer.param_groups for p in g["params"]])
+        if slices:
+            cut = Cut(1, sliced=slices > 1)
+            singles = [cut.of(group, p) for group in optimizer.param_groups for p in group["params"]]
+            step_parts(optimizer, [part._replace(slices=min(part.slices, slices)) for part in singles])
         else:
             optimizer.step()
     found: list[Any] = [p.detach() for p in parameters]

@@ -33,7 +33,7 @@ from tightfit.core import (
     Value,
 )
 from tightfit.levers.optimizer_step import moved, only_made
-from tightfit.step.optimizers import Part, bare, bytes_of, chunks, movable_state, refusal, step_parts
+from tightfit.step.optimizers import Cut, Part, bare, chunks, cut_for, movable_state, refusal, step_parts
 from tightfit.step.parallel import (
     local_of,
 )
@@ -52,7 +52,7 @@ class OptimizerRecord:
 
     whole: Stretch
     state_bytes: int
-    chunk_bytes: int
+    cut: Cut
     in_chunks: tuple[OptimizerPart, ...]
     alone: tuple[OptimizerPart, ...]
     refused: str
@@ -102,18 +102,18 @@ def record_optimizer(
                 state = tensors_in([list(s.values()) for s in twin.state.values()])
                 state_bytes = unique_bytes(state, builder.granule_bytes)
             whole = _recorded(step, twin.step)
-            chunk_bytes = max(bytes_of(p) for p in parameters)
+            cut = cut_for(twin, sliced=not refused and not refusal(make, groups, sliced=True))
             in_chunks, alone = [], []
             if not refused:
-                in_chunks = [_recorded_part(step, twin, part) for part in chunks(twin, chunk_bytes)]
-                kinds = {(p.dtype, p.shape): Part(g, [p]) for g in twin.param_groups for p in g["params"]}
+                in_chunks = [_recorded_part(step, twin, part) for part in chunks(twin, cut)]
+                kinds = {(p.dtype, p.shape): cut.of(g, p) for g in twin.param_groups for p in g["params"]}
                 alone = [_recorded_part(step, twin, part) for part in kinds.values()]
     except Exception as error:
         raise Unsupported(
             f"the step of {type(optimizer).__name__} cannot be run on fake tensors ({type(error).__name__}: {error}); "
             "trace without an optimizer and leave room for its state"
         ) from error
-    return OptimizerRecord(whole, state_bytes, chunk_bytes, tuple(in_chunks), tuple(alone), refused)
+    return OptimizerRecord(whole, state_bytes, cut, tuple(in_chunks), tuple(alone), refused)
 
 
 def _recorded_part(step: FakeStep, optimizer: torch.optim.Optimizer, part: Part) -> OptimizerPart:
@@ -172,7 +172,7 @@ def behind(trace: Trace, optimizer: OptimizerRecord) -> Trace:
         tiled=tuple(behind(variant, optimizer) for variant in trace.tiled),
         optimizer=OptimizerStep(
             ops=len(trace.ops), values=len(trace.values), events=len(trace.events),
-            chunk_bytes=optimizer.chunk_bytes, in_chunks=optimizer.in_chunks, alone=optimizer.alone,
-            refused=optimizer.refused,
+            chunk_bytes=optimizer.cut.limit_bytes, sliced=optimizer.cut.sliced, in_chunks=optimizer.in_chunks,
+            alone=optimizer.alone, refused=optimizer.refused,
         ),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 
 from tightfit.core import InvalidInput, Lever, Plan, PlanMismatch, Trace, format_bytes
 from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
-from tightfit.levers.optimizer_step import state_in_host, waiting_bytes
+from tightfit.levers.optimizer_step import cut_of, cut_text, state_in_host, waiting_bytes
 
 __all__ = ["DEFINITION"]
 
@@ -50,7 +50,8 @@ class StateInHost(LeverDefinition):
             trace = step.trace
             rates = (trace.out_bytes_per_second, trace.back_bytes_per_second)
             seconds = sum(bytes_moved / rate for rate in rates if rate)
-            yield step.with_setting(self, state_in_host(trace, least_bytes), str(least_bytes), seconds=seconds)
+            setting = f"{least_bytes} {cut_text(at)}"
+            yield step.with_setting(self, state_in_host(trace, least_bytes), setting, seconds=seconds)
 
     def under(self, trace: Trace, plan: Plan) -> Trace:
         if not self.is_used(plan):
@@ -68,16 +69,16 @@ class StateInHost(LeverDefinition):
     @contextlib.contextmanager
     def in_force(self, model: Any, plan: Plan, given: Given) -> Iterator[None]:
         from tightfit.levers.state_in_host.host import HostState
-        from tightfit.step.optimizers import bytes_of, chunks, replaced_step, step_parts
+        from tightfit.step.optimizers import Cut, chunks, replaced_step, step_parts
 
         if given.optimizer is None:
             raise InvalidInput(
                 "the plan keeps optimizer state in host memory, and no optimizer was given: pass optimizer="
             )
-        limit_bytes = max((bytes_of(p) for g in given.optimizer.param_groups for p in g["params"]), default=0)
+        cut = Cut(*cut_of(plan.settings[self.lever.value].partition(" ")[2]))
 
         def step() -> None:
-            step_parts(given.optimizer, chunks(given.optimizer, limit_bytes))
+            step_parts(given.optimizer, chunks(given.optimizer, cut))
 
         with HostState(given.optimizer, self._least_bytes(plan), given.pool), replaced_step(given.optimizer, step):
             yield
@@ -111,7 +112,7 @@ class StateInHost(LeverDefinition):
         return "optimizer state", self.said(plan) if self.is_used(plan) else None
 
     def _least_bytes(self, plan: Plan) -> int:
-        return int(plan.settings[self.lever.value])
+        return int(plan.settings[self.lever.value].partition(" ")[0])
 
 
 DEFINITION = StateInHost()

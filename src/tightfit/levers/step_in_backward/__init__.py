@@ -19,7 +19,7 @@ from typing import Any
 
 from tightfit.core import InvalidInput, Lever, Plan, PlanMismatch, Trace
 from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
-from tightfit.levers.optimizer_step import added_seconds, in_backward, not_in_backward
+from tightfit.levers.optimizer_step import added_seconds, cut_of, cut_text, in_backward, not_in_backward
 
 __all__ = ["DEFINITION"]
 
@@ -35,7 +35,8 @@ class StepInBackward(LeverDefinition):
         if not_in_backward(step.trace) or Lever.OPTIMIZER_CHUNKS in step.levers:
             return
         trace = in_backward(step.trace)
-        yield step.with_setting(self, trace, "each", seconds=added_seconds(trace, step.trace))
+        assert trace.optimizer is not None
+        yield step.with_setting(self, trace, cut_text(trace.optimizer), seconds=added_seconds(trace, step.trace))
 
     def under(self, trace: Trace, plan: Plan) -> Trace:
         if not self.is_used(plan):
@@ -52,7 +53,7 @@ class StepInBackward(LeverDefinition):
 
         if given.optimizer is None:
             raise InvalidInput("the plan steps the optimizer in backward, and none was given: pass optimizer=")
-        return stepping_in_backward(given.optimizer)
+        return stepping_in_backward(given.optimizer, cut_of(plan.settings[self.lever.value]))
 
     def not_compiled(self, plan: Plan, whole: bool) -> str:
         return "steps the optimizer in backward" if self.is_used(plan) else ""

@@ -16,7 +16,7 @@ import torch
 from torch.optim import Optimizer
 
 from tightfit.core import Unsupported
-from tightfit.step.optimizers import Part, replaced_step, step_parts
+from tightfit.step.optimizers import Cut, replaced_step, step_parts
 
 __all__ = ["gradients_told", "is_half_taken", "stepping_in_backward"]
 
@@ -43,9 +43,9 @@ _CLIPS = ("clip_grad_norm_", "clip_grad_value_", "get_total_norm")
 class _Step:
     """What of a step was taken in backward."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, cut: Cut) -> None:
         self.optimizer = optimizer
-        self.parts = {p: Part(group, [p]) for group in optimizer.param_groups for p in group["params"]}
+        self.parts = {p: cut.of(group, p) for group in optimizer.param_groups for p in group["params"]}
         self.taken: set[torch.Tensor] = set()
         self.settings: list[dict[str, Any]] = []
         self.known_states = len(optimizer.state)
@@ -112,9 +112,9 @@ def is_half_taken(optimizer: Optimizer) -> bool:
 
 
 @contextlib.contextmanager
-def stepping_in_backward(optimizer: Optimizer) -> Iterator[None]:
-    """Each parameter of `optimizer` is stepped in backward meanwhile."""
-    step = _Step(optimizer)
+def stepping_in_backward(optimizer: Optimizer, cut: tuple[int, bool]) -> Iterator[None]:
+    """Each parameter of `optimizer` is stepped in backward meanwhile. `cut`: as in `Cut`."""
+    step = _Step(optimizer, Cut(*cut))
     with contextlib.ExitStack() as undo:
         _steps[optimizer] = step
         undo.callback(_steps.pop, optimizer, None)
