@@ -855,6 +855,7 @@ IN_A_WORD = {
     "core": "the nouns",
     "catalog": "GPUs and model shapes",
     "device": "what a device costs",
+    "accelerator": "asks torch",
     "step": "one training step",
     "levers": "what a plan may do",
     "plan": "decides what is kept",

@@ -138,8 +138,8 @@ def gpu(name: str) -> Device:
     link = _number(key, entry, "pcie_gb_per_second") * _GIGA
     capability = None if "compute_capability" not in entry else _number(key, entry, "compute_capability")
     kind = entry.get("kind", "cuda")
-    if kind not in ("cuda", "rocm", "mps", "cpu"):
-        raise InvalidInput(f"the catalog's entry {key!r} has the kind {kind!r}: use cuda, rocm, mps or cpu")
+    if kind not in ("cuda", "rocm", "mps", "xpu", "cpu"):
+        raise InvalidInput(f"the catalog's entry {key!r} has the kind {kind!r}: use cuda, rocm, mps, xpu or cpu")
     return Device(
         name=key,
         memory_bytes=int(_number(key, entry, "memory_gib") * _GIB),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tightfit.core import Trace
 from tightfit.cli.options import Html, Json, Model
 from tightfit.cli.output import EXIT_NO, can_write, console_on_stdout, emit, progress_shown, write_page
+from tightfit.core import HOST_KIND
 
 
 def check(
@@ -58,7 +59,7 @@ def check(
     calibrate: Annotated[
         Path | None, typer.Option(help="Measure this machine's device, write it as a catalog file, and stop.")
     ] = None,
-    device: Annotated[str, typer.Option(help="What --calibrate measures: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="What --calibrate measures: cpu or the card.")] = HOST_KIND,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
@@ -68,8 +69,8 @@ def check(
     from tightfit.report import forecast_document, forecast_report, forecast_table, gpus_table, study
 
     if calibrate is not None:
+        from tightfit.accelerator import device_named
         from tightfit.core import write_text
-        from tightfit.integrations.transformers import device_named
 
         text = forecast.calibrated("here", device_named(device))
         write_text(calibrate, text)

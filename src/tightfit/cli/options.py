@@ -24,7 +24,7 @@ Seq = Annotated[int, typer.Option(help="Tokens in a sequence.")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 
 
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="cpu, or the card: cuda (AMD's too), xpu, mps.")]
 
 
 Method = Annotated[str, typer.Option(help="full or lora.")]

@@ -25,6 +25,7 @@ from tightfit.cli.options import (
 from tightfit.cli.output import can_write, console_on_stdout, emit, progress_shown, say_if_above_all, write_page
 from tightfit.cli.prepared import prepare
 from tightfit.core import (
+    HOST_KIND,
     format_bytes,
     parse_levers,
 )
@@ -35,7 +36,7 @@ def plan(
     batch: Batch = 4,
     seq: Seq = 512,
     dtype: Dtype = "fp32",
-    device: Device = "cpu",
+    device: Device = HOST_KIND,
     method: Method = "full",
     optimizer: OptimizerName = "adamw",
     budget: Budget = "60%",

@@ -143,7 +143,7 @@ def _run(asked: list[str]) -> int:
             say_on_stderr(lacking)
             return EXIT_WRONG_INPUT
         if (asked_bytes := refused_bytes(error)) is not None:
-            from tightfit.step.environment import host_memory_bytes
+            from tightfit.accelerator import host_memory_bytes
 
             has = host_memory_bytes()
             say_on_stderr(

@@ -9,6 +9,9 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+#: What torch calls the host; every other kind of device is a card.
+HOST_KIND = "cpu"
+
 
 class Kind(enum.Enum):
     """How an op treats memory and randomness; decides how the planner may use it."""
@@ -265,5 +268,9 @@ class Device:
     h2d_bytes_per_second: float
     d2h_bytes_per_second: float
     source: str
-    kind: str = "cpu"  # cpu, cuda, rocm, mps
+    kind: str = HOST_KIND  # cpu, cuda, rocm, mps, xpu
     compute_capability: float | None = None  # 8.9; NVIDIA only
+
+    @property
+    def is_host(self) -> bool:
+        return self.kind == HOST_KIND

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tightfit import accelerator
 from tightfit.catalog import gpu, gpu_names
 from tightfit.core import (
     Category,
@@ -23,6 +24,7 @@ from tightfit.core import (
     Unsupported,
     format_bytes,
 )
+from tightfit.device.cost import NOMINAL_CUDA
 from tightfit.forecast.recording import HashableDevice, optimizer_key, optimizer_record, sent_bytes, trace_setup
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, usable_bytes
 from tightfit.forecast.search import QUICK, bytes_reserved, least, least_peak_bytes
@@ -123,11 +125,7 @@ def error_bar(device: Device) -> str:
     return (
         f"live bytes: within {WORST_ERROR:.3%} of the CPU allocator's count on {ERROR_CASES} measured steps "
         "(benchmarks/forecast.py); the "
-        + (
-            "kernels of this device were not measured on a GPU"
-            if device.kind != "cpu"
-            else "kernels are this machine's"
-        )
+        + ("kernels of this device were not measured on a GPU" if not device.is_host else "kernels are this machine's")
         + f", so {MARGIN:.0%} and {format_bytes(CONTEXT_BYTES)} for the driver are kept free; seconds are estimated "
         "from the maker's rates"
     )
@@ -145,7 +143,7 @@ def kept_whole(recorded: Trace) -> Iterable[str]:
 
 
 def notes(setup: Setup, device: Device) -> Iterable[str]:
-    if device.kind in ("rocm", "mps"):
+    if not device.is_host and device.kind != NOMINAL_CUDA.kind:
         yield f"{device.name}: kernels are taken to be CUDA's, which {device.kind}'s resemble but are not"
     if device.compute_capability is not None and device.compute_capability < 8.0 and setup.dtype.startswith("bf16"):
         yield f"{device.name} has no bfloat16 units, so bf16 runs at float32 speed there: use fp16"
@@ -178,18 +176,16 @@ def spread_notes(setup: Setup, recorded: Trace) -> Iterable[str]:
 
 def calibrated(name: str, device: torch.device) -> str:
     """TOML of this machine's own `device` under `name`, every rate measured here: the median of five runs."""
-    cuda = device.type == "cuda"
-    size = 8192 if cuda else 1536
+    card = accelerator.is_card(device)
+    size = 8192 if card else 1536
 
     def seconds(run: Callable[[], Any]) -> float:
         times = []
         for _ in range(6):
-            if cuda:
-                torch.cuda.synchronize(device)
+            accelerator.synchronize(device)
             started = time.perf_counter()
             run()
-            if cuda:
-                torch.cuda.synchronize(device)
+            accelerator.synchronize(device)
             times.append(time.perf_counter() - started)
         return statistics.median(times[1:])
 
@@ -197,20 +193,21 @@ def calibrated(name: str, device: torch.device) -> str:
     for label, dtype in (("fp32", torch.float32), ("half", torch.bfloat16)):
         a = torch.randn(size, size, device=device).to(dtype)
         rates[label] = 2 * size**3 / seconds(functools.partial(torch.mm, a, a)) / 1e12
-    block = torch.empty((1 << 30 if cuda else 1 << 27), dtype=torch.uint8, device=device)
+    block = torch.empty((1 << 30 if card else 1 << 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(block)
     moved = 2 * block.numel() / seconds(lambda: target.copy_(block)) / 1e9
     link = moved
-    if cuda:
-        host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    if accelerator.has_streams(device):
+        host = accelerator.pinned(1 << 28)
         link = host.numel() / seconds(lambda: target[: host.numel()].copy_(host, non_blocking=True)) / 1e9
-    memory = torch.cuda.get_device_properties(device).total_memory if cuda else int(environment()["memory_bytes"])
-    capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else ""
+    memory, capability = accelerator.memory_bytes(device), accelerator.capability_of(device)
+    if memory is None:
+        raise Unsupported(f"torch does not tell how much memory {device} has: write the catalog's entry by hand")
     lines = [
         f"[gpus.{name}]", f"memory_gib = {memory / 2**30:.3f}", f"memory_gb_per_second = {moved:.1f}",
         f"fp32_tflops = {rates['fp32']:.4f}", f"half_tflops = {rates['half']:.4f}", "bf16 = true",
-        f"pcie_gb_per_second = {link:.1f}", f'kind = "{device.type}"',
-        *([f"compute_capability = {capability}"] if capability else []),
+        f"pcie_gb_per_second = {link:.1f}", f'kind = "{accelerator.catalog_kind(device)}"',
+        *([f"compute_capability = {capability}"] if capability is not None else []),
         f'source = "measured here: {environment()["platform"]}, torch {torch.__version__}"',
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -9,6 +9,8 @@ from importlib import metadata
 
 import torch
 
+from tightfit import accelerator
+
 _PACKAGES = (
     "tightfit", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "safetensors", "highspy", "numpy",
 )  # fmt: skip
@@ -23,13 +25,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def host_memory_bytes() -> int | None:
-    """Physical memory of this machine; `None` where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
-
-
 def environment() -> dict[str, str]:
     """What a measurement depends on besides the model: versions, runtime, machine, threads."""
     record = {
@@ -41,9 +36,6 @@ def environment() -> dict[str, str]:
         "torch_threads": str(torch.get_num_threads()),
         "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
     }
-    if (host := host_memory_bytes()) is not None:
+    if (host := accelerator.host_memory_bytes()) is not None:
         record["memory_bytes"] = str(host)
-    if torch.cuda.is_available():
-        record["cuda"] = str(torch.version.cuda)
-        record["cuda_devices"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return record
+    return {**record, **accelerator.runtime()}

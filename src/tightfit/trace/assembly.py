@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tightfit import accelerator
 from tightfit.core import (
     Category,
     Device,
@@ -130,7 +130,7 @@ class Assembly:
             losses=tuple(self._losses()),
             out_bytes_per_second=self._target().d2h_bytes_per_second,
             back_bytes_per_second=self._target().h2d_bytes_per_second,
-            copies_beside=self._target().kind != "cpu",
+            copies_beside=not self._target().is_host,
             resharded=resharded(self.model),
         )
 
@@ -138,7 +138,7 @@ class Assembly:
         """The device whose copies to and from the host the planner reckons with."""
         if self.fake is not None and self.fake.target is not None:
             return self.fake.target
-        return NOMINAL_CUDA if device_of(self.model).type == "cuda" else NOMINAL_CPU
+        return NOMINAL_CUDA if accelerator.has_streams(device_of(self.model)) else NOMINAL_CPU
 
     def _device(self) -> str:
         target = None if self.fake is None else self.fake.target
@@ -150,7 +150,7 @@ class Assembly:
         if self.fake is not None and self.fake.cuda:
             return 0
         with _disable_current_modes():
-            return torch.get_rng_state().numel() if device_of(self.model).type == "cpu" else 16
+            return accelerator.saved_state_bytes(device_of(self.model))
 
     def _loss_values(self) -> set[int]:
         """The values that are made after the last unit's forward and before the first unit's backward."""
