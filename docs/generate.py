@@ -1145,6 +1145,8 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("", "tightfit.integrations.peft", ("add_lora",)),
     ("", "tightfit.integrations.accelerate", ("fit",)),
     ("Doctor", "tightfit.doctor", ("examine",)),
+    ("Calibration", "tightfit.forecast.calibrating", ("calibrate",)),
+    ("", "tightfit.device.calibration", ("Calibration", "using")),
     ("Types", "tightfit.core", ("Lever", "Plan", "Choice", "Timeline", "Proof", "Check", "Trace", "Status", "Action")),
     ("Errors", "tightfit.core", (
         "TightfitError", "BudgetInfeasible", "InvalidInput", "PlanMismatch", "ReplayDiverged", "Unsupported",

@@ -17,8 +17,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
+import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +29,42 @@ import torch
 from tightfit.core import HOST_KIND, InvalidInput, Unsupported
 
 __all__ = [
-    "ATTENTION_SWITCHES", "HOST", "any_card", "autocast_states", "capability_of", "catalog_kind", "counts_peak",
-    "current", "default_generator", "device_named", "drawn_states", "empty_cache", "free_bytes", "has_streams",
-    "has_wide_products", "host_memory_bytes", "is_card", "is_host", "memory_bytes", "name_of", "new_stream", "numbered",
-    "on_stream", "peak_begun", "peak_risen_bytes", "peak_unknown", "pinned", "put_back_states", "running_stream",
-    "runtime", "saved_state_bytes", "synchronize",
+    "ATTENTION_SWITCHES",
+    "HOST",
+    "allocated_bytes",
+    "allocator_settings",
+    "any_card",
+    "autocast_states",
+    "capability_of",
+    "catalog_kind",
+    "counts_peak",
+    "current",
+    "default_generator",
+    "device_named",
+    "drawn_states",
+    "empty_cache",
+    "free_bytes",
+    "has_streams",
+    "has_wide_products",
+    "host_memory_bytes",
+    "is_card",
+    "is_host",
+    "memory_bytes",
+    "model_of",
+    "name_of",
+    "new_stream",
+    "numbered",
+    "on_stream",
+    "peak_begun",
+    "peak_risen_bytes",
+    "peak_unknown",
+    "pinned",
+    "put_back_states",
+    "reserved_bytes",
+    "running_stream",
+    "runtime",
+    "saved_state_bytes",
+    "synchronize",
 ]  # fmt: skip
 
 HOST = torch.device(HOST_KIND)
@@ -146,6 +180,19 @@ def name_of(device: torch.device) -> str:
     return str(device) if asked is None else str(asked(device))
 
 
+def model_of(device: torch.device) -> str:
+    """The name that tells its rates from those of another: the card's model, or the processor and torch's threads."""
+    if is_card(device):
+        return name_of(device)
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        processor = found[1].strip() if found else processor
+    threads = torch.get_num_threads()
+    return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def memory_bytes(device: torch.device) -> int | None:
     """All the memory that it has, as torch tells; for Apple's, what Metal lets one process use. None: not told."""
     if not is_card(device):
@@ -161,13 +208,28 @@ def memory_bytes(device: torch.device) -> int | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What no process has taken of a card, by its driver. None: not told."""
+    """What no process has taken of a card, by its driver; of the host, what this process may still take. None: not
+    told."""
     if not is_card(device):
-        return None
+        return _host_free_bytes()
     for name in ("mem_get_info", "get_memory_info"):
         with contextlib.suppress(AttributeError, RuntimeError, TypeError):
             return int(_function(device.type, name)(device)[0])
     return None
+
+
+def _host_free_bytes() -> int | None:
+    """The memory of this machine, or of its control group where that has less, without what this process holds: the
+    interpreter, torch and what they loaded."""
+    whole_bytes = host_memory_bytes()
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            allowed_bytes = int(Path(limit).read_text(encoding="ascii"))
+            whole_bytes = allowed_bytes if whole_bytes is None else min(whole_bytes, allowed_bytes)
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return None if whole_bytes is None else max(0, whole_bytes - pages * os.sysconf("SC_PAGE_SIZE"))
+    return whole_bytes
 
 
 def host_memory_bytes() -> int | None:
@@ -297,6 +359,42 @@ def peak_risen_bytes(device: torch.device, before_bytes: int) -> int:
     """By how much the live bytes have risen at most since `peak_begun` returned `before_bytes`."""
     synchronize(device)
     return int(_function(device.type, "max_memory_allocated")(device)) - before_bytes
+
+
+def allocated_bytes(device: torch.device) -> int | None:
+    """Bytes of live blocks, by its allocator. None: there is none that counts."""
+    return _counted(device, "memory_allocated")
+
+
+def reserved_bytes(device: torch.device) -> int | None:
+    """Bytes that its allocator has from the driver. None: there is none that counts."""
+    return _counted(device, "memory_reserved")
+
+
+def _counted(device: torch.device, name: str) -> int | None:
+    if not is_card(device) or not counts_peak(device):
+        return None
+    synchronize(device)
+    with contextlib.suppress(AssertionError, AttributeError, RuntimeError, TypeError, ValueError):
+        return int(_function(device.type, name)(device))
+    return None
+
+
+def allocator_settings(device: torch.device) -> dict[str, str]:
+    """What its caching allocator was told, as far as torch tells: the variables, the kind, a cap on the process."""
+    if not is_card(device):
+        return {}
+    kind, module = device.type, _module(device.type)
+    names = ("PYTORCH_ALLOC_CONF", f"PYTORCH_{kind.upper()}_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    said = {name: os.environ[name] for name in names if os.environ.get(name)}
+    for name, asked in (("get_allocator_backend", ()), ("get_per_process_memory_fraction", (device,))):
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError, AssertionError):
+            said[name.removeprefix("get_")] = str(getattr(module, name)(*asked))
+    with contextlib.suppress(AttributeError, RuntimeError, TypeError, AssertionError, KeyError):
+        # what is in force, where a program changed it after it began
+        in_force = module.memory._snapshot(device)["allocator_settings"]
+        said["expandable_segments"] = str(in_force["expandable_segments"])
+    return said
 
 
 def empty_cache() -> None:

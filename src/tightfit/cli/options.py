@@ -51,6 +51,17 @@ Seed = Annotated[int, typer.Option(help="For weights, data and dropout.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="<path>",
+        help="A device file that tightfit calibrate wrote; none: no file.",
+        show_default="the device's own, if it was calibrated",
+    ),
+]
+
+
 Html = Annotated[
     Path | None, typer.Option("--html", help="Also write one self-contained page there.", show_default="no page")
 ]

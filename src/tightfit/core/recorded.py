@@ -257,6 +257,8 @@ class Trace:
     tiling: Tiling | None = None  # what was in force when the step was recorded
     tiled: tuple[Trace, ...] = ()  # the same step, recorded with tiles in force
     optimizer: OptimizerStep | None = None  # none: the trace has no optimizer's step
+    expandable_segments: bool = False  # of the allocator that the step runs on
+    calibration: str = ""  # one line: where rates that were measured on the device come from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,6 +272,12 @@ class Device:
     source: str
     kind: str = HOST_KIND  # cpu, cuda, rocm, mps, xpu
     compute_capability: float | None = None  # 8.9; NVIDIA only
+    # None: estimated; a number was measured on the device itself (`tightfit calibrate`)
+    usable_bytes: int | None = None  # what an allocator can have of the memory
+    workspace_bytes: int | None = None  # what libraries keep for matrix products, forward and backward
+    launch_seconds: float | None = None  # of an op that does nothing
+    expandable_segments: bool = False  # is the caching allocator set so?
+    calibration: str = ""  # one line: where the measured figures come from
 
     @property
     def is_host(self) -> bool:

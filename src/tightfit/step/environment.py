@@ -1,8 +1,9 @@
-"""What a result depends on: versions, processor, memory."""
+"""What a result depends on: versions, processor, memory, and what was measured on the device."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 from importlib import metadata
@@ -10,6 +11,8 @@ from importlib import metadata
 import torch
 
 from tightfit import accelerator
+from tightfit.core import Device
+from tightfit.device.calibration import Calibration, found
 
 _PACKAGES = (
     "tightfit", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "safetensors", "highspy", "numpy",
@@ -39,3 +42,27 @@ def environment() -> dict[str, str]:
     if (host := accelerator.host_memory_bytes()) is not None:
         record["memory_bytes"] = str(host)
     return {**record, **accelerator.runtime()}
+
+
+def calibration_here(device: torch.device) -> Calibration | None:
+    """What was measured on `device`, if this machine has it. Raises as `device.calibration.found` does."""
+    memory_bytes = accelerator.memory_bytes(device) if _is_here(device) else None
+    if memory_bytes is None:
+        return None
+    return found(accelerator.model_of(device), kind=accelerator.catalog_kind(device), memory_bytes=memory_bytes)
+
+
+def calibrated_here(device: torch.device, nominal: Device) -> Device:
+    """`nominal` with the figures that were measured on `device`, if this machine has it and they were."""
+    made = calibration_here(device)
+    return nominal if made is None else dataclasses.replace(made.device, name=nominal.name)
+
+
+def calibration_said() -> str:
+    """One line: where the figures of this machine's card, or of its processor, were measured; empty where not."""
+    made = calibration_here(accelerator.current())
+    return "" if made is None else made.device.calibration
+
+
+def _is_here(device: torch.device) -> bool:
+    return accelerator.is_host(device) or (accelerator.any_card() and accelerator.current().type == device.type)

@@ -124,11 +124,13 @@ class FakeStep:
 
     @property
     def workspace_bytes(self) -> int:
-        """cuBLAS's default workspace, `:4096:2:16:8`. It lives in the caching allocator from the first matrix product
-        on.
+        """What was measured on the target, else cuBLAS's default workspace, `:4096:2:16:8`. It lives in the caching
+        allocator from the first matrix product on.
 
         Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`; 32 MiB since compute capability 9.
         """
+        if self.target is not None and self.target.workspace_bytes is not None:
+            return self.target.workspace_bytes
         if self.target is None or self.target.kind != "cuda":
             return 0
         capability = self.target.compute_capability

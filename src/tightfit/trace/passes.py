@@ -26,7 +26,7 @@ from tightfit.core import (
     Trace,
     Unsupported,
 )
-from tightfit.device.cost import NOMINAL_CPU, retimed
+from tightfit.device.cost import retimed
 from tightfit.levers.loss_in_place.loss import watched
 from tightfit.plan import Effort, every_block
 from tightfit.plan.simulate import simulate_choices
@@ -171,9 +171,10 @@ class StepRecording:
             _measure(model, self.batch, self.loss, full)
             if line := accelerator.peak_unknown(device_of(model)):
                 notes += (f"bytes that kernels use inside are taken to be none: {line}",)
-        trace = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes).trace()
+        assembly = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes)
+        trace = assembly.trace()
         if fake is not None:
-            trace = retimed(trace, fake.target or NOMINAL_CPU)
+            trace = retimed(trace, assembly.target)
         return trace if self.tail is None else behind(trace, self.tail)
 
 

@@ -34,6 +34,7 @@ from tightfit.core import (
     Unsupported,
 )
 from tightfit.device.cost import NOMINAL_CUDA
+from tightfit.step.environment import calibrated_here
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.parallel import (
     Strategy,
@@ -146,9 +147,10 @@ def _target(device: Device | torch.device | str | None) -> Device | None:
         return None
     if not accelerator.is_card(device):
         raise InvalidInput(f"no kernels of {str(device)!r} are known: use cpu, cuda or a GPU of the catalog")
-    if device.type == NOMINAL_CUDA.kind:
-        return NOMINAL_CUDA
-    return dataclasses.replace(NOMINAL_CUDA, name=device.type, kind=device.type, compute_capability=None)
+    nominal = NOMINAL_CUDA
+    if device.type != nominal.kind:
+        nominal = dataclasses.replace(NOMINAL_CUDA, name=device.type, kind=device.type, compute_capability=None)
+    return calibrated_here(device, nominal)
 
 
 def _said_of(target: Device, found: Trace) -> Trace:
