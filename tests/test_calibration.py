@@ -116,11 +116,11 @@ def test_the_cpu_is_measured(devices: Path) -> None:
     took = statistics.median(
         calibrating._Bench(torch.device("cpu"), QUICK)._batch(lambda: left @ left, 5) for _ in "abc"
     )
-    assert 0.01 < (2 * 256**3 / device.flops_per_second["float32"]) / took < 100
+    assert 1e-3 < (2 * 256**3 / device.flops_per_second["float32"]) / took < 1e3
     assert {name.split(" of ")[0] for name in made.spread} == {
         "flops_per_second", "memory_bytes_per_second", "d2h_bytes_per_second", "h2d_bytes_per_second", "launch_seconds",
     }  # fmt: skip
-    assert made.samples > 30 and made.environment["torch"] == torch.__version__
+    assert made.samples >= 27 and torch.__version__.startswith(made.environment["torch"])
     made.save(path_of(device.name))
     assert read(path_of(device.name)).device == dataclasses.replace(
         device, calibration=f"measured on {device.name} on {made.date[:10]} ({path_of(device.name)})"
@@ -381,3 +381,51 @@ def test_the_folder_follows_the_standard(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_drivers_names_are_the_catalogs_own_words_or_given() -> None:
     assert driver_name("h200") == "" and driver_name("h100-sxm") == "NVIDIA H100 80GB HBM3"
+
+
+# -------------------------------------------------------------------------------------------- on a card
+
+MIB = 2**20
+
+
+def test_what_a_card_has_left_is_what_its_driver_and_the_caps_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(accelerator, "free_bytes", lambda _: 900 * MIB)
+    monkeypatch.setattr(accelerator, "reserved_bytes", lambda _: 20 * MIB)
+    monkeypatch.setattr(accelerator, "allocator_settings", lambda _: {})
+    assert calibrating._usable_bytes(card, 1000 * MIB) == (920 * MIB, {"not_usable": "80.0 MiB"})
+    monkeypatch.setattr(accelerator, "allocator_settings", lambda _: {"per_process_memory_fraction": "0.5"})
+    assert calibrating._usable_bytes(card, 1000 * MIB)[0] == 500 * MIB
+    monkeypatch.setattr(accelerator, "free_bytes", lambda _: None)
+    assert calibrating._usable_bytes(card, 1000 * MIB)[0] == 1000 * MIB
+
+
+def test_what_stays_allocated_is_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, counts = torch.device("cpu"), iter([100, 100 + 2 * 8_519_680])
+    monkeypatch.setattr(accelerator, "allocated_bytes", lambda _: next(counts))
+    backwards = []
+    real = calibrating._product_and_back
+    monkeypatch.setattr(calibrating, "_product_and_back", lambda *how: (backwards.append(how[1]), real(*how)))
+    assert calibrating._workspace_bytes(host) == 2 * 8_519_680
+    assert torch.bfloat16 in backwards and torch.float32 in backwards
+    monkeypatch.setattr(accelerator, "allocated_bytes", lambda _: None)
+    assert calibrating._workspace_bytes(host) is None
+
+
+def test_rounding_is_seen_on_one_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated, reserved = iter([0, 512]), iter([0, 2 * MIB])
+    monkeypatch.setattr(accelerator, "allocated_bytes", lambda _: next(allocated))
+    monkeypatch.setattr(accelerator, "reserved_bytes", lambda _: next(reserved))
+    assert calibrating._rounding(torch.device("cpu")) == {"granule_bytes": "512", "segment_bytes": str(2 * MIB)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expandable"),
+    [
+        ({}, False),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128, expandable_segments: True"}, True),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True", "expandable_segments": "False"}, False),
+    ],
+)
+def test_expandable_segments_are_what_is_in_force(settings: dict[str, str], expandable: bool) -> None:
+    assert calibrating._is_expandable(settings) is expandable
