@@ -855,6 +855,7 @@ IN_A_WORD = {
     "core": "the nouns",
     "catalog": "GPUs and model shapes",
     "device": "what a device costs",
+    "accelerator": "asks torch",
     "step": "one training step",
     "levers": "what a plan may do",
     "plan": "decides what is kept",
@@ -1144,6 +1145,8 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("", "tightfit.integrations.peft", ("add_lora",)),
     ("", "tightfit.integrations.accelerate", ("fit",)),
     ("Doctor", "tightfit.doctor", ("examine",)),
+    ("Calibration", "tightfit.forecast.calibrating", ("calibrate",)),
+    ("", "tightfit.device.calibration", ("Calibration", "using")),
     ("Types", "tightfit.core", ("Lever", "Plan", "Choice", "Timeline", "Proof", "Check", "Trace", "Status", "Action")),
     ("Errors", "tightfit.core", (
         "TightfitError", "BudgetInfeasible", "InvalidInput", "PlanMismatch", "ReplayDiverged", "Unsupported",

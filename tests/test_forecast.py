@@ -311,7 +311,7 @@ def test_more_than_all_of_a_device_is_refused(gpu_asked: str) -> None:
 @pytest.mark.slow
 def test_calibration_writes_a_device_that_can_be_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "here.toml"
-    file.write_text(forecast.calibrated("here", torch.device("cpu")))
+    file.write_text(forecast.catalog_entry(forecast.calibrate(torch.device("cpu")), forecast.HERE))
     monkeypatch.setenv("TIGHTFIT_CATALOG", str(file))
     device = gpu("here")
     assert device.kind == "cpu" and device.source.startswith("measured")

@@ -32,6 +32,7 @@ MODULES = frozenset(map(dotted, SOURCES))
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
     frozenset({"catalog", "device"}),
+    frozenset({"accelerator"}),
     frozenset({"step"}),
     frozenset({"levers"}),
     frozenset({"plan"}),

@@ -23,7 +23,7 @@ from typing import Any
 
 from tightfit.core import Device, InvalidInput
 
-__all__ = ["ModelShape", "gpu", "gpu_names", "model_names", "model_shape", "nearest"]
+__all__ = ["ModelShape", "driver_name", "gpu", "gpu_names", "model_names", "model_shape", "nearest"]
 
 #: Names a TOML file with models and GPUs of one's own.
 VARIABLE = "TIGHTFIT_CATALOG"
@@ -126,20 +126,29 @@ def _letters(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
 
-def gpu(name: str) -> Device:
-    """The GPU called `name`; case and punctuation do not matter. Raises `InvalidInput` for an unknown one."""
+def _gpu_entry(name: str) -> tuple[str, Mapping[str, Any]]:
     entries = _entries("gpus", "gpus.toml")
     key = next((known for known in entries if _letters(known) == _letters(name)), None)
     if key is None:
         raise InvalidInput(f"unknown GPU {name!r}: {nearest(name, gpu_names)}")
-    entry = entries[key]
+    return key, entries[key]
+
+
+def driver_name(name: str) -> str:
+    """What the driver calls the GPU `name`, where that has other words than the catalog's name; empty where not."""
+    return str(_gpu_entry(name)[1].get("driver_name", ""))
+
+
+def gpu(name: str) -> Device:
+    """The GPU called `name`; case and punctuation do not matter. Raises `InvalidInput` for an unknown one."""
+    key, entry = _gpu_entry(name)
     fp32 = _number(key, entry, "fp32_tflops") * _TERA
     half = _number(key, entry, "half_tflops") * _TERA
     link = _number(key, entry, "pcie_gb_per_second") * _GIGA
     capability = None if "compute_capability" not in entry else _number(key, entry, "compute_capability")
     kind = entry.get("kind", "cuda")
-    if kind not in ("cuda", "rocm", "mps", "cpu"):
-        raise InvalidInput(f"the catalog's entry {key!r} has the kind {kind!r}: use cuda, rocm, mps or cpu")
+    if kind not in ("cuda", "rocm", "mps", "xpu", "cpu"):
+        raise InvalidInput(f"the catalog's entry {key!r} has the kind {kind!r}: use cuda, rocm, mps, xpu or cpu")
     return Device(
         name=key,
         memory_bytes=int(_number(key, entry, "memory_gib") * _GIB),

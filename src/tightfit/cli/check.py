@@ -12,13 +12,21 @@ import typer
 
 if TYPE_CHECKING:
     from tightfit.core import Trace
-from tightfit.cli.options import Html, Json, Model
+from tightfit.cli.options import Calibration, Html, Json, Model
 from tightfit.cli.output import EXIT_NO, can_write, console_on_stdout, emit, progress_shown, write_page
+from tightfit.core import HOST_KIND
+from tightfit.device.calibration import NO_FILE
 
 
 def check(
     model: Model,
-    gpu: Annotated[str, typer.Option(help="A GPU of the catalog (rtx-4090), a size (24GiB), or all.")] = "rtx-4090",
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="A GPU of the catalog (rtx-4090), a size (24GiB), all, or here: the device that was calibrated.",
+            show_default="rtx-4090, or here with --calibration",
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "full",
     batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
     seq: Annotated[
@@ -58,7 +66,8 @@ def check(
     calibrate: Annotated[
         Path | None, typer.Option(help="Measure this machine's device, write it as a catalog file, and stop.")
     ] = None,
-    device: Annotated[str, typer.Option(help="What --calibrate measures: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="What --calibrate measures: cpu or the card.")] = HOST_KIND,
+    calibration: Calibration = None,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
@@ -68,11 +77,10 @@ def check(
     from tightfit.report import forecast_document, forecast_report, forecast_table, gpus_table, study
 
     if calibrate is not None:
+        from tightfit.accelerator import device_named
         from tightfit.core import write_text
-        from tightfit.integrations.transformers import device_named
 
-        text = forecast.calibrated("here", device_named(device))
-        write_text(calibrate, text)
+        write_text(calibrate, forecast.catalog_entry(forecast.calibrate(device_named(device)), forecast.HERE))
         emit(f"{calibrate}: use it with TIGHTFIT_CATALOG={calibrate} and --gpu here")
         return
     told: tuple[str, ...] = ()
@@ -86,6 +94,8 @@ def check(
         model=model, method=method, batch=batch, seq=seq, dtype=dtype, optimizer=optimizer, rank=rank,
         accumulate=accumulate, world_size=world_size, strategy=strategy, reshard=reshard, trainer=trainer,
     ).checked()  # fmt: skip
+    if gpu is None:
+        gpu = "rtx-4090" if calibration in (None, NO_FILE) else forecast.HERE
     if gpu.strip().lower() == "all":
         with progress_shown() as say:
             answers = forecast.which_gpus(setup, budget=budget, progress=say)

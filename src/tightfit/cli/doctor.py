@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tightfit.cli.options import Json
+from tightfit.cli.options import Calibration, Json
 from tightfit.cli.output import EXIT_NO, console_on_stdout, emit, progress_shown, progress_unsaid
 from tightfit.core import (
     InvalidInput,
@@ -41,6 +41,7 @@ def doctor(
     trainer: Annotated[
         str | None, typer.Option(help="How a YAML is read: sft, dpo or transformers.", show_default="by its keys")
     ] = None,
+    calibration: Calibration = None,
     deep: Annotated[bool, typer.Option("--deep", help="Also run the probes that take longer than seconds.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -89,7 +90,7 @@ def doctor(
 def _environment_record() -> dict[str, str | None]:
     """Versions of everything tightfit works with (`None`: not installed), and the machine."""
     from tightfit import __version__
-    from tightfit.step.environment import environment
+    from tightfit.step.environment import calibration_said, environment
 
     found = environment()
     packages = (
@@ -98,4 +99,4 @@ def _environment_record() -> dict[str, str | None]:
     record: dict[str, str | None] = {package: found.pop(package, None) for package in packages}
     record["tightfit"] = __version__
     found.setdefault("cuda_devices", "none")
-    return {**record, **found}
+    return {**record, **found, "calibration": calibration_said() or "none"}

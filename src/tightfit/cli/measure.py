@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tightfit.core import (
+    HOST_KIND,
     parse_levers,
 )
 
@@ -44,7 +45,7 @@ def measure(
     batch: Batch = 4,
     seq: Seq = 512,
     dtype: Dtype = "fp32",
-    device: Device = "cpu",
+    device: Device = HOST_KIND,
     method: Method = "full",
     optimizer: OptimizerName = "adamw",
     budget: Budget = "60%",

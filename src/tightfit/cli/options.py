@@ -24,7 +24,7 @@ Seq = Annotated[int, typer.Option(help="Tokens in a sequence.")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 
 
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="cpu, or the card: cuda (AMD's too), xpu, mps.")]
 
 
 Method = Annotated[str, typer.Option(help="full or lora.")]
@@ -49,6 +49,17 @@ Seed = Annotated[int, typer.Option(help="For weights, data and dropout.")]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="<path>",
+        help="A device file that tightfit calibrate wrote; none: no file.",
+        show_default="the device's own, if it was calibrated",
+    ),
+]
 
 
 Html = Annotated[

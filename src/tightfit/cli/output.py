@@ -19,6 +19,7 @@ from tightfit.core import (
     output_file,
     percentage,
 )
+from tightfit.device.calibration import using
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,10 +29,11 @@ EXIT_NO, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class Command(TyperCommand):
-    """A command whose libraries print to stderr; its own result goes to `stdout.results()`."""
+    """A command whose libraries print to stderr; its own result goes to `stdout.results()`. Its option `calibration`
+    names the device file that is in use meanwhile."""
 
     def invoke(self, ctx: Any) -> Any:
-        with stdout.for_libraries():
+        with stdout.for_libraries(), using(ctx.params.get("calibration")):
             return super().invoke(ctx)
 
 

@@ -11,6 +11,7 @@ import typer
 from tightfit.cli.options import (
     Batch,
     Budget,
+    Calibration,
     Device,
     Dtype,
     Html,
@@ -25,6 +26,7 @@ from tightfit.cli.options import (
 from tightfit.cli.output import can_write, console_on_stdout, emit, progress_shown, say_if_above_all, write_page
 from tightfit.cli.prepared import prepare
 from tightfit.core import (
+    HOST_KIND,
     format_bytes,
     parse_levers,
 )
@@ -35,7 +37,7 @@ def plan(
     batch: Batch = 4,
     seq: Seq = 512,
     dtype: Dtype = "fp32",
-    device: Device = "cpu",
+    device: Device = HOST_KIND,
     method: Method = "full",
     optimizer: OptimizerName = "adamw",
     budget: Budget = "60%",
@@ -43,6 +45,7 @@ def plan(
     seed: Seed = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Show the plan unit by unit, and why.")] = False,
     out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    calibration: Calibration = None,
     html: Html = None,
     chrome: Annotated[
         Path | None, typer.Option(help="Also write the timeline as a Chrome trace (ui.perfetto.dev).")
@@ -91,10 +94,12 @@ def plan(
     made.save(out)
     say_if_above_all(budget)
     if as_json:
-        emit(json.dumps({"path": str(out), **plan_report(made)}))
+        emit(json.dumps({"path": str(out), **plan_report(made), "calibration": recorded.calibration}))
         return
     if explain:
         console_on_stdout().print(explained(recorded, made))
+    if recorded.calibration:
+        emit(f"calibration: {recorded.calibration}")
     emit(
         f"{out}: {made.status.value}, peak {format_bytes(made.peak_bytes)} of a budget of "
         f"{format_bytes(made.budget_bytes)}, {made.replays} units replayed"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tightfit.accelerator import device_named
 from tightfit.core import (
     InvalidInput,
     Unsupported,
@@ -45,7 +46,6 @@ def prepare(
             raise InvalidInput(f"expected {option} of at least {least}, not {value}")
     from tightfit.integrations.transformers import (
         config_named,
-        device_named,
         dtype_named,
         load_model,
         random_batch,

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from tightfit.cli import stdout
+from tightfit.cli.calibrate import calibrate
 from tightfit.cli.check import check
 from tightfit.cli.doctor import doctor
 from tightfit.cli.measure import measure
@@ -84,7 +85,7 @@ def _root(
 
 
 # in the order of --help
-for _command in (measure, check, plan, train, report, doctor):
+for _command in (measure, check, plan, train, report, doctor, calibrate):
     # train reads the options that it does not know as TRL's
     _others = {"allow_extra_args": True, "ignore_unknown_options": True} if _command is train else {}
     app.command(cls=Command, context_settings=_others)(_command)
@@ -143,7 +144,7 @@ def _run(asked: list[str]) -> int:
             say_on_stderr(lacking)
             return EXIT_WRONG_INPUT
         if (asked_bytes := refused_bytes(error)) is not None:
-            from tightfit.step.environment import host_memory_bytes
+            from tightfit.accelerator import host_memory_bytes
 
             has = host_memory_bytes()
             say_on_stderr(

@@ -50,7 +50,9 @@ def train(
     seed: Annotated[
         int | None, typer.Option(help="For weights, data and dropout.", show_default="0, or the config's")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cpu, or the config's")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, or the card: cuda (AMD's too), xpu.", show_default="cpu, or the config's")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights: fp32, bf16 or fp16.", show_default="fp32, or the config's")
     ] = None,

@@ -22,6 +22,7 @@ from tightfit.core.files import output_file, write_bytes, write_text
 from tightfit.core.formats import format_apart, format_bytes
 from tightfit.core.levers import Lever, levers_named, parse_levers
 from tightfit.core.recorded import (
+    HOST_KIND,
     Category,
     Device,
     Event,
@@ -49,6 +50,7 @@ from tightfit.core.sizes import parse_bytes, percentage, require_part
 from tightfit.core.verbs import make_verb
 
 __all__ = [
+    "HOST_KIND",
     "SCHEMA_VERSION",
     "Action",
     "Advance",

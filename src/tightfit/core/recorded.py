@@ -9,6 +9,9 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+#: What torch calls the host; every other kind of device is a card.
+HOST_KIND = "cpu"
+
 
 class Kind(enum.Enum):
     """How an op treats memory and randomness; decides how the planner may use it."""
@@ -255,6 +258,8 @@ class Trace:
     tiling: Tiling | None = None  # what was in force when the step was recorded
     tiled: tuple[Trace, ...] = ()  # the same step, recorded with tiles in force
     optimizer: OptimizerStep | None = None  # none: the trace has no optimizer's step
+    expandable_segments: bool = False  # of the allocator that the step runs on
+    calibration: str = ""  # one line: where rates that were measured on the device come from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,5 +271,15 @@ class Device:
     h2d_bytes_per_second: float
     d2h_bytes_per_second: float
     source: str
-    kind: str = "cpu"  # cpu, cuda, rocm, mps
+    kind: str = HOST_KIND  # cpu, cuda, rocm, mps, xpu
     compute_capability: float | None = None  # 8.9; NVIDIA only
+    # None: estimated; a number was measured on the device itself (`tightfit calibrate`)
+    usable_bytes: int | None = None  # what an allocator can have of the memory
+    workspace_bytes: int | None = None  # what libraries keep for matrix products, forward and backward
+    launch_seconds: float | None = None  # of an op that does nothing
+    expandable_segments: bool = False  # is the caching allocator set so?
+    calibration: str = ""  # one line: where the measured figures come from
+
+    @property
+    def is_host(self) -> bool:
+        return self.kind == HOST_KIND

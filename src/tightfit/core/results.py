@@ -104,3 +104,4 @@ class Forecast:
     error_bar: str
     notes: tuple[str, ...]
     environment: Mapping[str, str]
+    calibration: str = ""  # one line: where figures that were measured on the device come from

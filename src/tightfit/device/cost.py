@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from tightfit.core import Device, Kind, Phase, Trace
 
+#: Of an op on a device where it was not measured.
 LAUNCH_SECONDS = 4e-6
 
 NOMINAL_CPU = Device(
@@ -45,7 +46,8 @@ def op_seconds(flops: int, moved_bytes: int, dtype: str, device: Device = NOMINA
     equal plans to tell apart.
     """
     rate = device.flops_per_second.get(dtype, min(device.flops_per_second.values()))
-    return LAUNCH_SECONDS + max(flops / rate, moved_bytes / device.memory_bytes_per_second)
+    launch_seconds = LAUNCH_SECONDS if device.launch_seconds is None else device.launch_seconds
+    return launch_seconds + max(flops / rate, moved_bytes / device.memory_bytes_per_second)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

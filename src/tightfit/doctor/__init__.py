@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tightfit.core import Unsupported, to_json
+from tightfit import accelerator
+from tightfit.core import Device, Unsupported, to_json
 from tightfit.device.cost import NOMINAL_CUDA
 from tightfit.doctor.peak import Fix, Rung, Why, explain_peak, why_of_trace
 from tightfit.doctor.run import Case, Run, case_of, is_true, read_run, setup_of
 from tightfit.doctor.traps.known import TRAPS, probed
 from tightfit.doctor.traps.trap import Seen, Trap, Verdict, cannot_tell
 from tightfit.forecast import Progress, Setup
-from tightfit.step.environment import versions
+from tightfit.step.environment import calibrated_here, calibration_here, versions
 from tightfit.step.run import LossFunction
 from tightfit.trace.recording import trace
 
@@ -95,12 +96,21 @@ def peak_of(case: Case, *, kernels: str | None = None, progress: Progress = lamb
     try:
         return case, explain_peak(
             case.setup,
-            device=NOMINAL_CUDA if kernels == "cuda" else None,
+            device=_device_of(kernels),
             plain_loss=case.plain_loss,
             progress=progress,
         )
     except Unsupported as error:
         return dataclasses.replace(case, notes=(*case.notes, f"the step's peak is not known: {error}")), None
+
+
+def _device_of(kernels: str) -> Device | None:
+    """Whose kernels and rates: those that were measured on this machine's device where it is of that kind."""
+    device = torch.device(kernels)
+    if accelerator.is_host(device):
+        made = calibration_here(device)
+        return None if made is None else made.device
+    return calibrated_here(device, NOMINAL_CUDA)
 
 
 def document(case: Case | None, found: Sequence[Finding], peak: Why | None, *, deep: bool) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from tightfit.accelerator import any_card
 from tightfit.core import InvalidInput, Unsupported
 from tightfit.forecast import Setup, default_length
 
@@ -70,7 +69,7 @@ class Run:
 
     @property
     def on_cpu(self) -> bool:
-        return is_true(self.get("use_cpu")) or not torch.cuda.is_available()
+        return is_true(self.get("use_cpu")) or not any_card()
 
 
 def is_true(value: Any) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from tightfit import accelerator
 from tightfit.core import Unsupported
 
 
@@ -67,19 +68,10 @@ class AmbientState:
 
     __slots__ = ("attention", "autocast", "default_dtype", "device")
 
-    _ATTENTION = (
-        (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-        (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
-        (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-        (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
-    )
-
-    def __init__(self, device_types: Sequence[str]) -> None:
+    def __init__(self, devices: Iterable[torch.device]) -> None:
         cache = torch.is_autocast_cache_enabled()
-        self.autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), cache) for kind in device_types
-        ]
-        self.attention = [enabled() for enabled, _ in self._ATTENTION]
+        self.autocast = [(*state, cache) for state in accelerator.autocast_states(devices)]
+        self.attention = [enabled() for enabled, _ in accelerator.ATTENTION_SWITCHES]
         self.default_dtype = torch.get_default_dtype()
         modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
         # `with torch.device(...)`, which says where new tensors are made
@@ -87,7 +79,7 @@ class AmbientState:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        now = [enabled() for enabled, _ in self._ATTENTION]
+        now = [enabled() for enabled, _ in accelerator.ATTENTION_SWITCHES]
         dtype = torch.get_default_dtype()
         with contextlib.ExitStack() as stack:
             for kind, enabled, cast_dtype, cache in self.autocast:
@@ -106,7 +98,7 @@ class AmbientState:
                     torch.set_default_dtype(dtype)
 
     def _attention(self, wanted: list[bool], present: list[bool]) -> None:
-        for want, have, (_, switch) in zip(wanted, present, self._ATTENTION, strict=True):
+        for want, have, (_, switch) in zip(wanted, present, accelerator.ATTENTION_SWITCHES, strict=True):
             if want != have:
                 switch(want)
 

@@ -198,8 +198,7 @@ class Frame:
         # what the module had in its attributes when the forward began, for a replay of its Python
         self.module_state = ModuleState(module) if plan is None and module is not None else None
         inputs = tensors_in((args, kwargs))
-        kinds = dict.fromkeys(["cpu", *(t.device.type for t in inputs if t.device.type != "meta")])
-        self.surroundings = AmbientState(list(kinds))
+        self.surroundings = AmbientState(t.device for t in inputs)
         own = [] if module is None else list(module.parameters())
         self.versions = [(t, _version(t)) for t in (*inputs, *own)]
 

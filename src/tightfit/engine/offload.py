@@ -1,10 +1,10 @@
 """Tensors that wait off the device: a bounded pool of host memory, or a file, and copies both ways.
 
 Idea: when a unit's forward is over, the storages that its plan offloads are copied to the pool. The device frees each
-of them as soon as nobody else holds it. On CUDA the pool is pinned, and copies run on two streams of their own beside
-the compute. When backward enters a unit, the parcels of the unit before it are already being copied back. On other
-devices the copies run in turn with the compute. On the CPU the pool lies outside torch's allocator. A budget counts
-what torch allocates and not the pool, so the pool stands for another device there.
+of them as soon as nobody else holds it. On a card that has streams the pool is pinned, and copies run on two streams of
+their own beside the compute. When backward enters a unit, the parcels of the unit before it are already being copied
+back. On other devices the copies run in turn with the compute. On the CPU the pool lies outside torch's allocator. A
+budget counts what torch allocates and not the pool, so the pool stands for another device there.
 
 Invariants:
 - A parcel holds the bytes of a whole storage, so views of it come back as views of one storage.
@@ -16,7 +16,7 @@ Invariants:
 Refused: a file system without room for what is to be spilled (`TightfitError`, before anything is overwritten). The
 file has no name, so it is gone with the process, however the process ends.
 
-The CUDA streams follow torch's rules for memory that is used on several streams (`Tensor.record_stream`). No GPU has
+The streams follow torch's rules for memory that is used on several streams (`Tensor.record_stream`). No GPU has
 run them yet.
 """
 
@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from tightfit import accelerator
 from tightfit.core import InvalidInput, TightfitError, format_bytes
 
 __all__ = ["Offloaded", "Parcel", "Pool", "Shipment"]
@@ -102,7 +103,7 @@ class Pool:
 
     def lanes(self, device: torch.device) -> _Lanes | None:
         """The streams that copy beside the compute. None: the device has none."""
-        if device.type != "cuda":
+        if not accelerator.has_streams(device):
             return None
         if device not in self._lanes:
             self._lanes[device] = _Lanes(device)
@@ -126,8 +127,8 @@ class Pool:
     def _buffer(self, size_bytes: int, device: torch.device) -> torch.Tensor:
         if self.spill is not None:
             return torch.frombuffer(_mapped_file(self.spill, size_bytes), dtype=torch.uint8)
-        if device.type == "cuda":
-            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        if accelerator.has_streams(device):
+            return accelerator.pinned(size_bytes)
         return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
 
 
@@ -154,18 +155,18 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 class _Lanes:
-    """One stream for each direction of one CUDA device."""
+    """One stream for each direction of one card."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.outward, self.inward = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.outward, self.inward = accelerator.new_stream(device), accelerator.new_stream(device)
 
     def out(self, source: torch.Tensor, buffer: torch.Tensor, last_read: Any) -> Any:
         """Copy off the device: after the op that computes `source`, and after the last copy out of `buffer`."""
-        self.outward.wait_stream(torch.cuda.current_stream(self.device))
+        self.outward.wait_stream(accelerator.running_stream(self.device))
         if last_read is not None:
             self.outward.wait_event(last_read)
-        with torch.cuda.stream(self.outward):
+        with accelerator.on_stream(self.outward):
             buffer.copy_(source, non_blocking=True)
             written = self.outward.record_event()
         source.record_stream(self.outward)  # so that its memory is not given away before the copy is done
@@ -173,11 +174,11 @@ class _Lanes:
 
     def back(self, buffer: torch.Tensor, written: Any) -> tuple[torch.Tensor, Any]:
         """Begin to copy to the device; the tensor may be used once its event has been waited for."""
-        current = torch.cuda.current_stream(self.device)
+        current = accelerator.running_stream(self.device)
         fresh = torch.empty(buffer.numel(), dtype=torch.uint8, device=self.device)
         self.inward.wait_stream(current)  # whoever had this memory before may be at work on it still
         self.inward.wait_event(written)
-        with torch.cuda.stream(self.inward):
+        with accelerator.on_stream(self.inward):
             fresh.copy_(buffer, non_blocking=True)
             arrived = self.inward.record_event()
         return fresh, arrived
@@ -212,7 +213,7 @@ class Parcel:
         fresh, arrived = self._coming
         self._coming = None
         if arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(arrived)
+            accelerator.running_stream(self.device).wait_event(arrived)
         return fresh
 
     def give_back(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.utils.checkpoint
 
+from tightfit import accelerator
 from tightfit.core import InvalidInput, Program, Unsupported
 from tightfit.engine.ambient import called_in, is_active
 from tightfit.engine.compiled import run_again
@@ -175,9 +176,11 @@ def _is_context(found: Any) -> bool:
 def _key(function: Callable[..., Any], args: Any, kwargs: Any, keep: Keep) -> Any:
     code = getattr(function, "__code__", None) or getattr(type(function), "forward", type(function))
     chosen = keep if callable(keep) else frozenset([keep] if isinstance(keep, str) else keep)
-    kinds = tuple((t.dim(), t.dtype, t.device, t.requires_grad) for t in tensors_in((args, kwargs)))
+    tensors = tensors_in((args, kwargs))
+    kinds = tuple((t.dim(), t.dtype, t.device, t.requires_grad) for t in tensors)
+    casts = accelerator.autocast_states(t.device for t in tensors)
     training = getattr(function, "training", None)
-    return code, chosen, kinds, training, torch.is_autocast_enabled("cpu"), id(getattr(function, "__self__", None))
+    return code, chosen, kinds, training, casts, id(getattr(function, "__self__", None))
 
 
 def _learn(

@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tightfit.core import ReplayDiverged, Unsupported
+from tightfit import accelerator
+from tightfit.core import ReplayDiverged
 from tightfit.engine.source import Source
 from tightfit.step.ops import BATCH_NORMS, METADATA_ONLY, op_name
 from tightfit.step.run import tensors_in
@@ -574,13 +575,5 @@ def generator_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Genera
     device = kwargs.get("device")
     if device is None:
         tensors = tensors_in((args, kwargs))
-        device = tensors[0].device if tensors else torch.device("cpu")
-    device = torch.device(device)
-    if device.type == "cpu":
-        return torch.default_generator
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    if device.type == "meta":
-        return torch.default_generator
-    raise Unsupported(f"random numbers on {device.type} cannot be drawn again: its generator is not known")
+        device = tensors[0].device if tensors else accelerator.HOST
+    return accelerator.default_generator(torch.device(device))

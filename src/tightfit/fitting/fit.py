@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from tightfit import accelerator
 from tightfit.core import (
     BudgetInfeasible,
     InvalidInput,
@@ -155,7 +156,7 @@ def _record(
     tiles: bool,
 ) -> Trace:
     device = device_of(model)
-    if are_several(model) and device.type != "cpu":
+    if are_several(model) and not accelerator.is_host(device):
         # a rank whose unplanned step does not fit would leave the others waiting in the middle of theirs
         return trace(model, batch, loss, optimizer, units, fake=True, device=device, tiles=tiles)
     return trace(model, batch, loss=loss, optimizer=optimizer, units=units, tiles=tiles)

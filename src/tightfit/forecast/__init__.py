@@ -4,6 +4,7 @@ The model is built on `meta` from its published shape or its `config.json`, with
 optimizer (`setup`). Its step is traced for the device's kernels, a few blocks of it and the rest by repetition
 (`recording`). It is planned for the device's memory and laid out by the caching allocator's rules (`room`, `search`).
 `answer` puts this together, `advice` says what would make it fit, `lengths` reads the longest sequence of a data set.
+`calibrating` measures the device that is here, and the figures take the place of the catalog's.
 Seconds are a roofline over the catalog's rates and are only ever called estimated.
 
 Invariant: no weights are ever allocated, nothing is downloaded but a hub id's config. "Fits" means that the reserved
@@ -13,18 +14,21 @@ fake tensors do not have (`Unsupported`), sizes that the model has no positions 
 
 from __future__ import annotations
 
-from tightfit.forecast.advice import calibrated
 from tightfit.forecast.answer import check, which_gpus
+from tightfit.forecast.calibrating import Effort, calibrate, catalog_entry
 from tightfit.forecast.lengths import longest_length
 from tightfit.forecast.recording import trace_for, trace_setup
-from tightfit.forecast.room import device_asked, usable_bytes
+from tightfit.forecast.room import HERE, device_asked, usable_bytes
 from tightfit.forecast.search import least_peak_bytes
 from tightfit.forecast.setup import Progress, Setup, default_length
 
 __all__ = [
+    "HERE",
+    "Effort",
     "Progress",
     "Setup",
-    "calibrated",
+    "calibrate",
+    "catalog_entry",
     "check",
     "default_length",
     "device_asked",

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from tightfit.catalog import gpu, gpu_names
@@ -23,6 +19,7 @@ from tightfit.core import (
     Unsupported,
     format_bytes,
 )
+from tightfit.device.cost import NOMINAL_CUDA
 from tightfit.forecast.recording import HashableDevice, optimizer_key, optimizer_record, sent_bytes, trace_setup
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, usable_bytes
 from tightfit.forecast.search import QUICK, bytes_reserved, least, least_peak_bytes
@@ -30,7 +27,6 @@ from tightfit.forecast.setup import Progress, Setup, build_model
 from tightfit.levers import used
 from tightfit.plan import lowest
 from tightfit.report.text import how_it_fits
-from tightfit.step.environment import environment
 from tightfit.step.parallel import Strategy
 from tightfit.step.run import static_bytes_by_category
 from tightfit.trace.optimizer import OptimizerRecord
@@ -120,16 +116,21 @@ def essence(recorded: Trace, made: Plan) -> Iterable[str]:
 
 
 def error_bar(device: Device) -> str:
-    return (
+    live = (
         f"live bytes: within {WORST_ERROR:.3%} of the CPU allocator's count on {ERROR_CASES} measured steps "
-        "(benchmarks/forecast.py); the "
-        + (
-            "kernels of this device were not measured on a GPU"
-            if device.kind != "cpu"
-            else "kernels are this machine's"
+        "(benchmarks/forecast.py); "
+    )
+    kernels = (
+        "the kernels are this machine's" if device.is_host else "the kernels of this device were not measured on a GPU"
+    )
+    if device.calibration:
+        return (
+            f"{live}{kernels}; usable memory, workspaces and rates were {device.calibration}, and {MARGIN:.0%} is kept "
+            "free; seconds are estimated from those rates"
         )
-        + f", so {MARGIN:.0%} and {format_bytes(CONTEXT_BYTES)} for the driver are kept free; seconds are estimated "
-        "from the maker's rates"
+    return (
+        f"{live}{kernels}, so {MARGIN:.0%} and {format_bytes(CONTEXT_BYTES)} for the driver are kept free; seconds are "
+        "estimated from the maker's rates"
     )
 
 
@@ -145,7 +146,7 @@ def kept_whole(recorded: Trace) -> Iterable[str]:
 
 
 def notes(setup: Setup, device: Device) -> Iterable[str]:
-    if device.kind in ("rocm", "mps"):
+    if not device.is_host and device.kind != NOMINAL_CUDA.kind:
         yield f"{device.name}: kernels are taken to be CUDA's, which {device.kind}'s resemble but are not"
     if device.compute_capability is not None and device.compute_capability < 8.0 and setup.dtype.startswith("bf16"):
         yield f"{device.name} has no bfloat16 units, so bf16 runs at float32 speed there: use fp16"
@@ -174,46 +175,6 @@ def spread_notes(setup: Setup, recorded: Trace) -> Iterable[str]:
     )
     if setup.strategy == Strategy.DDP.value:
         yield "DDP without gradient_as_bucket_view; with it, the gradients' bytes are saved"
-
-
-def calibrated(name: str, device: torch.device) -> str:
-    """TOML of this machine's own `device` under `name`, every rate measured here: the median of five runs."""
-    cuda = device.type == "cuda"
-    size = 8192 if cuda else 1536
-
-    def seconds(run: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(6):
-            if cuda:
-                torch.cuda.synchronize(device)
-            started = time.perf_counter()
-            run()
-            if cuda:
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - started)
-        return statistics.median(times[1:])
-
-    rates = {}
-    for label, dtype in (("fp32", torch.float32), ("half", torch.bfloat16)):
-        a = torch.randn(size, size, device=device).to(dtype)
-        rates[label] = 2 * size**3 / seconds(functools.partial(torch.mm, a, a)) / 1e12
-    block = torch.empty((1 << 30 if cuda else 1 << 27), dtype=torch.uint8, device=device)
-    target = torch.empty_like(block)
-    moved = 2 * block.numel() / seconds(lambda: target.copy_(block)) / 1e9
-    link = moved
-    if cuda:
-        host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
-        link = host.numel() / seconds(lambda: target[: host.numel()].copy_(host, non_blocking=True)) / 1e9
-    memory = torch.cuda.get_device_properties(device).total_memory if cuda else int(environment()["memory_bytes"])
-    capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else ""
-    lines = [
-        f"[gpus.{name}]", f"memory_gib = {memory / 2**30:.3f}", f"memory_gb_per_second = {moved:.1f}",
-        f"fp32_tflops = {rates['fp32']:.4f}", f"half_tflops = {rates['half']:.4f}", "bf16 = true",
-        f"pcie_gb_per_second = {link:.1f}", f'kind = "{device.type}"',
-        *([f"compute_capability = {capability}"] if capability else []),
-        f'source = "measured here: {environment()["platform"]}, torch {torch.__version__}"',
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
 
 
 def _packed_not(setup: Setup) -> list[nn.Parameter]:

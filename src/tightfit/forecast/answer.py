@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from tightfit.catalog import gpu, gpu_names
+from tightfit.catalog import gpu_names
 from tightfit.core import (
     Device,
     Forecast,
@@ -19,7 +19,7 @@ from tightfit.core import (
 from tightfit.device.cost import retimed
 from tightfit.forecast.advice import advice_for, error_bar, essence, floor, kept_whole, notes, spread_notes
 from tightfit.forecast.recording import reached, trace_for, trace_setup
-from tightfit.forecast.room import leave_room, room_bytes
+from tightfit.forecast.room import card_named, leave_room, room_bytes
 from tightfit.forecast.search import QUICK, SHOWN, bytes_reserved, fitted, largest_fitting, least
 from tightfit.forecast.setup import Progress, Setup, build_model
 from tightfit.levers import exact_only
@@ -98,6 +98,7 @@ def check(
         error_bar=error_bar(device),
         notes=(*recorded.notes, *kept_whole(recorded), *notes(setup, device), *spread_notes(setup, recorded)),
         environment=environment(),
+        calibration=device.calibration,
     )
 
 
@@ -157,13 +158,18 @@ def which_gpus(setup: Setup, *, budget: str | int | None = None, progress: Progr
     setup.checked()
     if budget is not None:
         require_part(budget, "a device")
-    traces: dict[tuple[str, bool, int], Trace] = {}
+    traces: dict[tuple[str, bool, int, str], Trace] = {}
     found = []
     for name in gpu_names():
-        device = gpu(name)
+        device = card_named(name, one_of_many=True)
         progress(f"planning for {name}")
         step = FakeStep(device)
-        kernels = (device.kind, step.flash, step.workspace_bytes)  # devices that take the same share a trace
+        kernels = (
+            device.kind,
+            step.flash,
+            step.workspace_bytes,
+            device.calibration,
+        )  # devices that take the same share a trace
         if kernels not in traces:
             traces[kernels] = trace_setup(setup, device)
         recorded = retimed(traces[kernels], reached(device))
@@ -180,7 +186,7 @@ def which_gpus(setup: Setup, *, budget: str | int | None = None, progress: Progr
                 optimizer=setup.optimizer, gpu=name, gpu_bytes=device.memory_bytes, usable_bytes=room,
                 fits=made is not None, modes=tuple(modes), plan=made, essence=(), largest_batch=None, longest_seq=None,
                 advice=(), error_bar=error_bar(device), notes=(*kept_whole(recorded), *notes(setup, device)),
-                environment=environment(),
+                environment=environment(), calibration=device.calibration,
             )
         )  # fmt: skip
     return sorted(found, key=lambda f: (not f.fits, f.modes[-1].step_seconds if f.fits else f.gpu_bytes))

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from tightfit.core import (
+    HOST_KIND,
     Category,
     Device,
     InvalidInput,
@@ -111,12 +112,12 @@ def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = 
     require_positions(model.config, setup.seq)
     compute = DTYPES[setup.dtype][1]
     spread = _Spread(setup, compute)
-    cuda = device is not None and device.kind != "cpu"
+    cuda = device is not None and not device.is_host
     with _gradients(model, setup.accumulate), _refusals_of(setup.model), _trainers_step(model, setup, cuda) as step:
         own_loss, batch = step
 
         def loss(model: nn.Module, batch: Any) -> torch.Tensor:
-            with torch.autocast("cpu", dtype=compute, enabled=compute is not None):
+            with torch.autocast(HOST_KIND, dtype=compute, enabled=compute is not None):
                 return compute_loss(model, batch, own_loss)
 
         autocast = compute is not None and not spread.shards  # FSDP2 casts what it gathers instead

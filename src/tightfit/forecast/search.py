@@ -36,9 +36,7 @@ def bytes_reserved(recorded: Trace, made: Plan | None, room: int | None = None) 
     if recorded.random_state_bytes:  # the CPU has no caching allocator
         return simulate(recorded, made).peak_bytes
     try:
-        return (
-            reserved_peak_bytes(static, step) if room is None else reserved_peak_bytes(static, step, limit_bytes=room)
-        )
+        return reserved_peak_bytes(static, step, limit_bytes=room, expandable=recorded.expandable_segments)
     except OutOfMemory:
         return None
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tightfit.accelerator import HOST, is_card, numbered
 from tightfit.core import BudgetInfeasible, Category, InvalidInput, Op, Plan, Status, Trace, Unsupported, Value
 from tightfit.engine import Applied
 from tightfit.plan import plan as make_plan
@@ -64,7 +65,7 @@ def execution_devices(model: nn.Module, units: UnitsAsked = None) -> dict[str, s
     for path, module in find_units(model, units).items():
         device = _hook_device(module)
         if device is None:
-            device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+            device = next((p.device for p in module.parameters() if not p.is_meta), HOST)
         found[path] = _named(device)
     return found
 
@@ -81,9 +82,9 @@ def _hook_device(module: nn.Module) -> Any:
 
 def _named(device: str | int | torch.device) -> str:
     if isinstance(device, int) or (isinstance(device, str) and device.isdigit()):
-        return f"cuda:{device}"
+        return str(numbered(int(device)))
     made = torch.device(device)
-    return "cuda:0" if made.type == "cuda" and made.index is None else str(made)
+    return f"{made.type}:0" if is_card(made) and made.index is None else str(made)
 
 
 def _budgets(budget: Any, devices: list[str]) -> dict[str, str | int]:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tightfit.core import Unsupported
+from tightfit.core import HOST_KIND, Unsupported
 from tightfit.step.modules import find_units
 from tightfit.step.parallel import require_fsdp2
 
@@ -46,7 +46,7 @@ def sharded(
     twin = copy.deepcopy(model)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        how: dict[str, Any] = {"mesh": init_device_mesh("cpu", (world_size,)), "reshard_after_forward": reshards}
+        how: dict[str, Any] = {"mesh": init_device_mesh(HOST_KIND, (world_size,)), "reshard_after_forward": reshards}
         if param_dtype is not None:
             how["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
         for path, unit in find_units(twin).items():

@@ -25,6 +25,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from tightfit import accelerator
 from tightfit.core import BudgetInfeasible, Lever, Plan, TightfitError, Trace, format_bytes
 from tightfit.integrations.trainer import TightfitCallback, running_trainer
 from tightfit.levers import exact_only, used
@@ -283,8 +284,7 @@ class _Failure:
 def free_memory() -> None:
     """Give back what nobody holds any more."""
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    accelerator.empty_cache()
 
 
 def _first_line(error: BaseException) -> str:

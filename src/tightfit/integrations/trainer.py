@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from tightfit import accelerator
 from tightfit.core import (
     BudgetInfeasible,
     Check,
@@ -52,7 +53,7 @@ from tightfit.step.snapshot import random_states, restore_random_states
 from tightfit.trace.fake import logging_step
 from tightfit.trace.recording import trace
 from tightfit.verify.measure import every_block_checkpointed
-from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, peak_checks, static_bytes
+from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, peak_checks, require_counted, static_bytes
 from tightfit.verify.proving import gradient_checks
 
 __all__ = ["PeakCallback", "TightfitCallback"]
@@ -80,6 +81,7 @@ class PeakCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
+        require_counted(args.device)
         trainer = running_trainer()
         _report_first(self, trainer)
         self.peaks, self._logged, self._upcoming, self._states = [], 0, [], -1
@@ -565,7 +567,7 @@ def _recorded(
     except torch.OutOfMemoryError as error:
         model.zero_grad(set_to_none=True)
         with contextlib.suppress(RuntimeError):
-            torch.cuda.empty_cache()
+            accelerator.empty_cache()
         states = random_states()  # kernels that are tried out for their scratch draw from the real generators
         try:
             device = next(model.parameters()).device

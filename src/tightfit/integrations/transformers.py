@@ -19,16 +19,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tightfit import accelerator
 from tightfit.catalog import model_names, model_shape, nearest
 from tightfit.core import InvalidInput, format_bytes, reason_of, refused_bytes
 from tightfit.integrations.trainer import PeakCallback, TightfitCallback
-from tightfit.step.environment import host_memory_bytes
 
 __all__ = [
     "PeakCallback",
     "TightfitCallback",
     "config_named",
-    "device_named",
     "dtype_named",
     "load_model",
     "positions_of",
@@ -56,22 +55,6 @@ def dtype_named(name: str) -> torch.dtype:
     if dtype is None:
         raise InvalidInput(f"unknown dtype {name!r}: use fp32, bf16 or fp16")
     return dtype
-
-
-def device_named(name: str) -> torch.device:
-    """The device called `name`. Raises `InvalidInput` when it is no device or this machine does not have it."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InvalidInput(f"unknown device {name!r}: use cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidInput(f"device {name!r} is not supported: use cpu or cuda")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InvalidInput(f"device {name!r} was asked for, but torch {torch.__version__} finds no GPU: use cpu")
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise InvalidInput(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
-    return device
 
 
 def config_named(name: str) -> Any:
@@ -264,11 +247,8 @@ def require_memory(config: Any, batch: int, seq: int, *, dtype: torch.dtype, dev
     for name in ("hidden_size", "vocab_size"):
         size = getattr(text, name, None)
         width += dtype.itemsize * size if isinstance(size, int) else 0
-    if device.type == "cuda":
-        has: int | None = torch.cuda.get_device_properties(device).total_memory
-        holder = torch.cuda.get_device_name(device)
-    else:
-        has, holder = host_memory_bytes(), "this machine"
+    has = accelerator.memory_bytes(device)
+    holder = "this machine" if accelerator.is_host(device) else accelerator.name_of(device)
     takes = batch * seq * width
     if has is not None and takes > has:
         raise InvalidInput(

@@ -29,6 +29,7 @@ from tightfit.core import (
     format_bytes,
     to_json,
 )
+from tightfit.device.calibration import Calibration
 from tightfit.levers import used
 from tightfit.plan.program import kept_values, recipe, shared
 from tightfit.plan.shares import Share, shares
@@ -223,8 +224,37 @@ def forecast_table(forecast: Forecast) -> RenderableType:
             f"longest sequence at batch {forecast.batch}: {forecast.longest_seq or 'none'} (in steps of 64)"
         )
     lines += [f"it would fit: {said}" if " fit" in said else said for said in forecast.advice]
+    if forecast.calibration:
+        lines.append(f"calibration: {forecast.calibration}")
     lines += [*forecast.notes, f"error bar: {forecast.error_bar}"]
     return Group(verdict, table, *(Text(said) for said in lines))
+
+
+def calibration_table(made: Calibration) -> RenderableType:
+    """What was measured on a device, and how far each figure's points lie from it."""
+    device = made.device
+    table = Table(title=f"{device.name}, measured in {made.seconds:.0f} s", title_justify="left")
+    for column in ("", "measured", "spread"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def line(name: str, said: str, *keys: str) -> None:
+        spread = [made.spread[key] for key in keys if key in made.spread]
+        table.add_row(name, said, f"{max(spread):.1%}" if spread else "")
+
+    line("memory", format_bytes(device.memory_bytes))
+    line("of it usable", format_bytes(device.usable_bytes or 0))
+    workspace = device.workspace_bytes
+    line("workspaces of matrix products", "not measured" if workspace is None else format_bytes(workspace))
+    for dtype, rate in device.flops_per_second.items():
+        line(f"matrix products, {dtype}", f"{rate / 1e12:.3f} TFLOP/s", f"flops_per_second of {dtype}")
+    moves = [key for key in made.spread if key.startswith("memory_bytes_per_second")]
+    line("ops that move bytes", f"{device.memory_bytes_per_second / 1e9:.1f} GB/s", *moves)
+    line("copies to the host", f"{device.d2h_bytes_per_second / 1e9:.1f} GB/s", "d2h_bytes_per_second")
+    line("copies from the host", f"{device.h2d_bytes_per_second / 1e9:.1f} GB/s", "h2d_bytes_per_second")
+    line("launch of an op", f"{(device.launch_seconds or 0) * 1e6:.1f} us", "launch_seconds")
+    for name, said in made.settings.items():
+        line(name, said)
+    return Group(table, *map(Text, made.notes))
 
 
 def gpus_table(forecasts: Sequence[Forecast]) -> RenderableType:
@@ -247,7 +277,9 @@ def gpus_table(forecasts: Sequence[Forecast]) -> RenderableType:
             f"{best.slowdown:.2f} x" if each.fits else "-",
             f"{best.recompute_flops / forward:.0%} of forward" if each.fits and forward else "-",
         )
-    return Group(table, Text(f"error bar: {first.error_bar}"))
+    bars = [f"error bar: {first.error_bar}"]
+    bars += [f"calibration of {each.gpu}: {each.calibration}" for each in forecasts if each.calibration]
+    return Group(table, *map(Text, bars))
 
 
 def forecast_report(forecast: Forecast) -> dict[str, Any]:

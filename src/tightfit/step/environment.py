@@ -1,13 +1,18 @@
-"""What a result depends on: versions, processor, memory."""
+"""What a result depends on: versions, processor, memory, and what was measured on the device."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 from importlib import metadata
 
 import torch
+
+from tightfit import accelerator
+from tightfit.core import Device
+from tightfit.device.calibration import Calibration, found
 
 _PACKAGES = (
     "tightfit", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "safetensors", "highspy", "numpy",
@@ -23,13 +28,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def host_memory_bytes() -> int | None:
-    """Physical memory of this machine; `None` where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
-
-
 def environment() -> dict[str, str]:
     """What a measurement depends on besides the model: versions, runtime, machine, threads."""
     record = {
@@ -41,9 +39,30 @@ def environment() -> dict[str, str]:
         "torch_threads": str(torch.get_num_threads()),
         "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
     }
-    if (host := host_memory_bytes()) is not None:
+    if (host := accelerator.host_memory_bytes()) is not None:
         record["memory_bytes"] = str(host)
-    if torch.cuda.is_available():
-        record["cuda"] = str(torch.version.cuda)
-        record["cuda_devices"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return record
+    return {**record, **accelerator.runtime()}
+
+
+def calibration_here(device: torch.device) -> Calibration | None:
+    """What was measured on `device`, if this machine has it. Raises as `device.calibration.found` does."""
+    memory_bytes = accelerator.memory_bytes(device) if _is_here(device) else None
+    if memory_bytes is None:
+        return None
+    return found(accelerator.model_of(device), kind=accelerator.catalog_kind(device), memory_bytes=memory_bytes)
+
+
+def calibrated_here(device: torch.device, nominal: Device) -> Device:
+    """`nominal` with the figures that were measured on `device`, if this machine has it and they were."""
+    made = calibration_here(device)
+    return nominal if made is None else dataclasses.replace(made.device, name=nominal.name)
+
+
+def calibration_said() -> str:
+    """One line: where the figures of this machine's card, or of its processor, were measured; empty where not."""
+    made = calibration_here(accelerator.current())
+    return "" if made is None else made.device.calibration
+
+
+def _is_here(device: torch.device) -> bool:
+    return accelerator.is_host(device) or (accelerator.any_card() and accelerator.current().type == device.type)

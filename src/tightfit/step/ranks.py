@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tightfit.accelerator import HOST, current
 from tightfit.core import BudgetInfeasible, InvalidInput, TightfitError
 from tightfit.step.parallel import Strategy, strategy_of
 
@@ -57,7 +58,7 @@ def highest(model: nn.Module, *numbers: int) -> tuple[int, ...]:
     """Each of `numbers` as the rank says that has the highest. A collective, as `anywhere`."""
     if not are_several(model):
         return numbers
-    device = "cpu" if "gloo" in dist.get_backend() or dist.get_backend() == "fake" else torch.cuda.current_device()
+    device = HOST if "gloo" in dist.get_backend() or dist.get_backend() == "fake" else current()
     said = torch.tensor(numbers, device=device)
     dist.all_reduce(said, op=dist.ReduceOp.MAX)
     return tuple(said.tolist())

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree  # the one tree walk that also knows transformers' ModelOutput
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tightfit.accelerator import HOST, is_card
 from tightfit.core import Category, InvalidInput
 from tightfit.step.parallel import (
     bucket_bytes,
@@ -146,7 +147,7 @@ def parameter_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
 def device_of(model: nn.Module) -> torch.device:
     """The device that a step's peak is counted on: that of the first accelerator parameter, else the CPU."""
     devices = [p.device for p in model.parameters()]
-    return next((d for d in devices if d.type not in ("cpu", "meta")), devices[0] if devices else torch.device("cpu"))
+    return next((d for d in devices if is_card(d)), devices[0] if devices else HOST)
 
 
 def cpu_profile(*, memory: bool = True) -> torch.profiler.profile:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tightfit import accelerator
 from tightfit.step.parallel import (
     forget_step,
     local_of,
@@ -212,9 +213,11 @@ def _storage_of(tensor: torch.Tensor) -> int | None:
 
 def random_states() -> dict[str, Any]:
     """Every generator's state: torch's on each device, Python's, NumPy's."""
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state_all()
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "cards": accelerator.drawn_states(),
+        "python": random.getstate(),
+    }
     with contextlib.suppress(ImportError):
         import numpy
 
@@ -225,8 +228,7 @@ def random_states() -> dict[str, Any]:
 def restore_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    accelerator.put_back_states(states["cards"])
     if "numpy" in states:
         import numpy
 

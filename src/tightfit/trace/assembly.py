@@ -6,6 +6,7 @@ Invariant: the ids of ops, values, saved tensors and frames are their positions 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import statistics
@@ -14,10 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tightfit import accelerator
 from tightfit.core import (
     Category,
     Device,
@@ -35,7 +36,7 @@ from tightfit.core import (
     to_json,
 )
 from tightfit.device.cost import NOMINAL_CPU, NOMINAL_CUDA
-from tightfit.step.environment import environment
+from tightfit.step.environment import calibrated_here, environment
 from tightfit.step.parallel import (
     resharded,
 )
@@ -128,17 +129,21 @@ class Assembly:
             random_state_bytes=self._random_state_bytes(),
             notes=self.notes,
             losses=tuple(self._losses()),
-            out_bytes_per_second=self._target().d2h_bytes_per_second,
-            back_bytes_per_second=self._target().h2d_bytes_per_second,
-            copies_beside=self._target().kind != "cpu",
+            out_bytes_per_second=self.target.d2h_bytes_per_second,
+            back_bytes_per_second=self.target.h2d_bytes_per_second,
+            copies_beside=not self.target.is_host,
             resharded=resharded(self.model),
+            expandable_segments=self.target.expandable_segments,
+            calibration=self.target.calibration,
         )
 
-    def _target(self) -> Device:
-        """The device whose copies to and from the host the planner reckons with."""
+    @functools.cached_property
+    def target(self) -> Device:
+        """The device whose rates the planner reckons with: what was measured on it, where that was done."""
         if self.fake is not None and self.fake.target is not None:
             return self.fake.target
-        return NOMINAL_CUDA if device_of(self.model).type == "cuda" else NOMINAL_CPU
+        device = accelerator.HOST if self.fake is not None else device_of(self.model)
+        return calibrated_here(device, NOMINAL_CUDA if accelerator.has_streams(device) else NOMINAL_CPU)
 
     def _device(self) -> str:
         target = None if self.fake is None else self.fake.target
@@ -150,7 +155,7 @@ class Assembly:
         if self.fake is not None and self.fake.cuda:
             return 0
         with _disable_current_modes():
-            return torch.get_rng_state().numel() if device_of(self.model).type == "cpu" else 16
+            return accelerator.saved_state_bytes(device_of(self.model))
 
     def _loss_values(self) -> set[int]:
         """The values that are made after the last unit's forward and before the first unit's backward."""

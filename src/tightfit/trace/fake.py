@@ -39,6 +39,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tightfit import accelerator
 from tightfit.core import Device, Unsupported
 from tightfit.device.allocator import MIN_BLOCK_BYTES
 from tightfit.step.parallel import as_new, forget_step, local_of
@@ -102,7 +103,7 @@ class FakeStep:
 
     def __init__(self, target: Device | None = None, *, guesses: bool = False) -> None:
         self.target = target
-        self.cuda = target is not None and target.kind != "cpu"
+        self.cuda = target is not None and not target.is_host  # CUDA's kernels stand for those of every card
         self.granule_bytes = MIN_BLOCK_BYTES if self.cuda else 1
         self.guesses = guesses  # an optimizer reads its step count; only its control flow could depend on it
         self._known: Any = WeakIdKeyDictionary()
@@ -123,11 +124,13 @@ class FakeStep:
 
     @property
     def workspace_bytes(self) -> int:
-        """cuBLAS's default workspace, `:4096:2:16:8`. It lives in the caching allocator from the first matrix product
-        on.
+        """What was measured on the target, else cuBLAS's default workspace, `:4096:2:16:8`. It lives in the caching
+        allocator from the first matrix product on.
 
         Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`; 32 MiB since compute capability 9.
         """
+        if self.target is not None and self.target.workspace_bytes is not None:
+            return self.target.workspace_bytes
         if self.target is None or self.target.kind != "cuda":
             return 0
         capability = self.target.compute_capability
@@ -156,7 +159,7 @@ class FakeStep:
         """Note that `fake` has the values of `real`, if it is of the kind that steers control flow."""
         if not real.is_meta and _steers(real):
             with _disable_current_modes():
-                self._known[fake] = real.detach().to("cpu", copy=True)
+                self._known[fake] = real.detach().to(accelerator.HOST, copy=True)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The result of one op: the true one where it is known, else the fake one."""
@@ -217,7 +220,7 @@ class FakeStep:
                     self._known.pop(constant, None)
         if func in _CONSTANTS and out.is_floating_point() and out.dim() <= 2 and out.numel() <= _KNOWN_TOKENS:
             with _disable_current_modes():  # a mask of ones, before it is made a boolean one
-                self._known[out] = func(*args, **{**kwargs, "device": "cpu"})
+                self._known[out] = func(*args, **{**kwargs, "device": accelerator.HOST})
             self._constants[out.untyped_storage()._cdata] = weakref.ref(out)
             return
         if func is _aten.rand.default and not out.dim():
@@ -370,7 +373,7 @@ def faked(model: nn.Module, batch: Any, step: FakeStep) -> Iterator[Any]:
             twins[id(tensor)] = _sharded_like(tensor, fake_of(local_of(tensor)))
         if id(tensor) not in twins:
             with mode:
-                device = "cpu" if tensor.is_meta else tensor.device
+                device = accelerator.HOST if tensor.is_meta else tensor.device
                 twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             if isinstance(tensor, nn.Parameter):
                 twin = parameter = _parameter_like(tensor, twin, fake_of)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tightfit import levers
+from tightfit import accelerator, levers
 from tightfit.core import (
     Category,
     EventKind,
@@ -26,7 +26,7 @@ from tightfit.core import (
     Trace,
     Unsupported,
 )
-from tightfit.device.cost import NOMINAL_CPU, retimed
+from tightfit.device.cost import retimed
 from tightfit.levers.loss_in_place.loss import watched
 from tightfit.plan import Effort, every_block
 from tightfit.plan.simulate import simulate_choices
@@ -147,7 +147,7 @@ class StepRecording:
         if fake is not None:
             fake.forget_calls()
         # on the CPU a step that is recorded anew needs no measured pass of its own: its ops are timed elsewhere too
-        at_once = fake is None and anew and device_of(model).type == "cpu"
+        at_once = fake is None and anew and accelerator.is_host(device_of(model))
         full = record_pass(
             model, self.batch, self.loss, self.modules, self.restart, dry=False, fake=fake, measured=at_once
         )  # fmt: skip
@@ -169,9 +169,12 @@ class StepRecording:
         elif not at_once:
             self.restart()
             _measure(model, self.batch, self.loss, full)
-        trace = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes).trace()
+            if line := accelerator.peak_unknown(device_of(model)):
+                notes += (f"bytes that kernels use inside are taken to be none: {line}",)
+        assembly = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes)
+        trace = assembly.trace()
         if fake is not None:
-            trace = retimed(trace, fake.target or NOMINAL_CPU)
+            trace = retimed(trace, assembly.target)
         return trace if self.tail is None else behind(trace, self.tail)
 
 
@@ -263,16 +266,13 @@ def _backward_marked(result: torch.Tensor, recorder: Recorder) -> None:
 
 def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: Recorder) -> None:
     """Run the step once more, for its seconds and for each op's scratch bytes by the allocator's own count."""
-    cuda = device_of(model).type == "cuda"
-    timer = Timer(cuda)
-    profiler = torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=not cuda, acc_events=True
-    )
+    timer = Timer(device_of(model))
+    profiler = cpu_profile(memory=not timer.has_queue)
     with profiler, timer:
         compute_loss(model, batch, loss).backward()
     calls = full.dispatched
     _same_ops("the measured pass", timer.names, [c.name for c in calls])
-    risen = timer.risen_bytes if cuda else risen_bytes(profiler, len(calls))
+    risen = timer.risen_bytes if timer.has_queue else risen_bytes(profiler, len(calls))
     sum_in_place(full, summed_by_engine(profiler, len(calls)))
     for call, seconds, rise in zip(calls, timer.seconds, risen, strict=True):
         call.seconds.append(seconds)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tightfit import accelerator
 from tightfit.step.ops import op_name
 
 _aten = torch.ops.aten
@@ -20,27 +21,28 @@ _aten = torch.ops.aten
 class Timer(TorchDispatchMode):
     """A mode for a pass that only measures: seconds of each op and, between `marks`, how the allocator saw each op."""
 
-    def __init__(self, cuda: bool) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.names: list[str] = []
         self.seconds: list[float] = []
-        self.cuda = cuda
-        self.risen_bytes: list[int] = []
+        self.device = device
+        self.has_queue = accelerator.is_card(device)
+        self.counts = accelerator.counts_peak(device)
+        self.risen_bytes: list[int] = []  # zeros on a card that does not count them; the host's profiler knows its own
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten.detach.default or func.namespace == "profiler":
             return func(*args, **(kwargs or {}))
         self.names.append(op_name(func))
-        if self.cuda:
+        if self.has_queue:
             with torch.profiler.record_function(MARK):
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
+                accelerator.synchronize(self.device)
+                before = accelerator.peak_begun(self.device) if self.counts else 0
                 started = time.perf_counter()
                 out = func(*args, **(kwargs or {}))
-                torch.cuda.synchronize()
+                accelerator.synchronize(self.device)
                 self.seconds.append(time.perf_counter() - started)
-                self.risen_bytes.append(torch.cuda.max_memory_allocated() - before)
+                self.risen_bytes.append(accelerator.peak_risen_bytes(self.device, before) if self.counts else 0)
                 return out
         with torch.profiler.record_function(MARK):
             started = time.perf_counter()

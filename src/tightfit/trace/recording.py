@@ -19,13 +19,14 @@ Refused: steps whose passes differ (`Unsupported`). Such a step is not determini
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from tightfit import levers
+from tightfit import accelerator, levers
 from tightfit.core import (
     Device,
     InvalidInput,
@@ -33,6 +34,7 @@ from tightfit.core import (
     Unsupported,
 )
 from tightfit.device.cost import NOMINAL_CUDA
+from tightfit.step.environment import calibrated_here
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.parallel import (
     Strategy,
@@ -125,7 +127,8 @@ def trace(
             faked(model, batch, step) as fake_batch,
             no_key_value_cache(model),
         ):
-            return _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles, units is None)
+            found = _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles, units is None)
+        return found if target is None or target is device else _said_of(target, found)
     with (
         own_checkpointing_off(model),
         unsynchronised(model),
@@ -139,12 +142,23 @@ def trace(
 def _target(device: Device | torch.device | str | None) -> Device | None:
     if device is None or isinstance(device, Device):
         return device
-    kind = torch.device(device).type
-    if kind == "cpu":
+    device = torch.device(device)
+    if accelerator.is_host(device):
         return None
-    if kind != "cuda":
-        raise InvalidInput(f"no kernels of {device!r} are known: use cpu, cuda or a GPU of the catalog")
-    return NOMINAL_CUDA
+    if not accelerator.is_card(device):
+        raise InvalidInput(f"no kernels of {str(device)!r} are known: use cpu, cuda or a GPU of the catalog")
+    nominal = NOMINAL_CUDA
+    if device.type != nominal.kind:
+        nominal = dataclasses.replace(NOMINAL_CUDA, name=device.type, kind=device.type, compute_capability=None)
+    return calibrated_here(device, nominal)
+
+
+def _said_of(target: Device, found: Trace) -> Trace:
+    """A forecast for a kind of card whose kernels are not known says whose are taken."""
+    if target.kind == NOMINAL_CUDA.kind:
+        return found
+    line = f"kernels are taken to be CUDA's, which {target.kind}'s resemble but are not"
+    return dataclasses.replace(found, notes=(*found.notes, line))
 
 
 def _trace(

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tightfit.accelerator import device_named, is_host
 from tightfit.core import (
     InvalidInput,
     parse_bytes,
     parse_levers,
 )
 from tightfit.integrations.transformers import (
-    device_named,
     dtype_named,
 )
 from tightfit.train.options import DEFAULTS, DEMO_MODEL, METHODS, OPTIMIZERS, TrainOptions
@@ -53,7 +53,7 @@ class Asked:
             ("levers", options.levers),
         ]
         if options.device is not None:
-            pairs.append(("use_cpu", device_named(options.device).type == "cpu"))
+            pairs.append(("use_cpu", is_host(device_named(options.device))))
         if options.dtype is not None:  # of the weights, without autocast
             dtype = str(dtype_named(options.dtype)).removeprefix("torch.")
             pairs += [("dtype", dtype), ("bf16", False), ("fp16", False)]
@@ -93,7 +93,7 @@ class Asked:
             lr=args.learning_rate,
             budget=recipe.fit.budget,
             seed=args.seed,
-            device="cpu" if args.device.type == "cpu" else "cuda",
+            device=args.device.type,
             dtype=precision + ("-mixed" if (args.bf16 or args.fp16) and precision == "fp32" else ""),
             optimizer={v: k for k, v in OPTIMIZERS.items()}.get(str(args.optim.value), str(args.optim.value)),
             compare_steps=recipe.fit.compare_steps,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tightfit.accelerator import device_named
 from tightfit.core import (
     InvalidInput,
     Plan,
@@ -20,7 +21,6 @@ from tightfit.core import (
 )
 from tightfit.integrations.recovery import Retry
 from tightfit.integrations.transformers import (
-    device_named,
     dtype_named,
 )
 

@@ -15,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from tightfit import accelerator
 from tightfit.core import (
     Check,
     InvalidInput,
@@ -124,10 +124,10 @@ class RunRecord:
     def _budget(self) -> str | int:
         """A percentage is of the GPU's memory where there is one, else of the unplanned step's peak."""
         budget = str(self.options.budget)
-        if self.device.type != "cuda" or "%" not in budget:
+        if not accelerator.is_card(self.device) or "%" not in budget:
             return budget
         require_part(budget, "the GPU's memory")
-        return parse_bytes(budget, torch.cuda.get_device_properties(self.device).total_memory)
+        return parse_bytes(budget, whole_bytes=accelerator.memory_bytes(self.device))
 
     def open(self, args: Any) -> None:
         """Make the folder and say that the run has begun, or goes on."""
@@ -230,8 +230,8 @@ class RunRecord:
             "data": self.data,
             "seed": options.seed,
             "device": str(self.device)
-            if self.device.type == "cpu"
-            else f"{self.device}: {torch.cuda.get_device_name(self.device)}",
+            if accelerator.is_host(self.device)
+            else f"{self.device}: {accelerator.name_of(self.device)}",
             "environment": environment(),
             "constraint": {
                 "budget": options.budget,

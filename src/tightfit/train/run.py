@@ -35,6 +35,7 @@ from transformers import (
 )
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
+from tightfit.accelerator import has_streams
 from tightfit.core import (
     InvalidInput,
     TightfitError,
@@ -184,7 +185,7 @@ class Run(RunRecord):
         args = recipe.args
         args.output_dir = scratch
         args.disable_tqdm = True  # the bar here shows the peak too
-        args.dataloader_pin_memory = args.dataloader_pin_memory and self.device.type != "cpu"
+        args.dataloader_pin_memory = args.dataloader_pin_memory and has_streams(self.device)
         self._switch_off_checkpointing(args)
         trl.refuse_offloading(args)  # before TRL's own context is made, which fails without a GPU
         training, held_out, running = self.datasets

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from tightfit.accelerator import HOST
 from tightfit.core import Check, Plan
 from tightfit.engine import Applied, apply
 from tightfit.step.parallel import local_of
@@ -53,7 +54,7 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
     tensor = local_of(tensor)
     if not tensor.is_sparse:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor.detach())
-    return tensor.detach().to("cpu", copy=True)
+    return tensor.detach().to(HOST, copy=True)
 
 
 def difference(expected: torch.Tensor | None, found: torch.Tensor | None) -> str:

@@ -27,7 +27,7 @@ from tightfit.step.run import LossFunction, compute_loss
 from tightfit.step.snapshot import undisturbed
 from tightfit.verify.float64 import compiled_checks, float64_checks
 from tightfit.verify.gradients import Outcome, Switch, compared
-from tightfit.verify.peak import checks_of_peak, peak_bytes
+from tightfit.verify.peak import checks_of_peak
 from tightfit.verify.seconds import time_check
 from tightfit.verify.stepped import changes_optimizer, check_of_optimizer, of_units
 
@@ -72,12 +72,11 @@ def verify(
             checks = float64_checks(model, batch, switch, loss, restart)
             checks += [c for c in compared(model, reference, planned, observe) if c.name == "buffers"]
         del planned, reference
-        whole = Switch(model, plan, optimizer) if changes_optimizer(plan) else switch
-        with whole:
-            measured_bytes = peak_bytes(model, batch, loss, optimizer, restart)
+        with Switch(model, plan, optimizer) if changes_optimizer(plan) else switch:
+            of_peak = checks_of_peak(model, batch, plan, loss, optimizer, restart)
         if optimizer is not None and changes_optimizer(plan):
             checks.append(check_of_optimizer(model, batch, plan, loss, optimizer, restart))
-        checks += checks_of_peak(plan, measured_bytes, compiled=bool(compiled_entries(model)))
+        checks += of_peak
         checks.append(time_check(model, batch, switch, loss, restart, fallbacks=stats.fallbacks))
         switch.close()
     return Proof(checks=tuple(checks), environment=environment())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tightfit import accelerator
 from tightfit.core import Check
 from tightfit.step.patches import compiled_entries
 from tightfit.step.run import LossFunction, compute_loss, device_of
@@ -20,12 +21,10 @@ TIMED_STEPS = 3
 
 def timed(device: torch.device, run: Callable[[], None]) -> float:
     """Seconds of `run`, the device's queue drained before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    accelerator.synchronize(device)
     started = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    accelerator.synchronize(device)
     return time.perf_counter() - started
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tightfit.accelerator import is_host
 from tightfit.doctor.run import Run, is_true
 from tightfit.doctor.traps.trap import (
     Seen,
@@ -85,13 +86,13 @@ def _4bit_setup(setup: Setup) -> Seen | None:
 
 
 def _4bit_model(model: nn.Module) -> Seen | None:
-    layers = [m for m in model.modules() if type(m).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4")]
+    layers: list[Any] = [m for m in model.modules() if type(m).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4")]
     if not layers:
         return not_here("the model has no 4-bit layers")
     packed = sum(bool(getattr(getattr(m.weight, "quant_state", None), "packing_format_for_cpu", False)) for m in layers)
     if packed:
         return bites(f"{packed} of {len(layers)} 4-bit layers are repacked for inference: no gradient passes them")
-    ready = sum(bool(getattr(m, "support_avx512bf16_for_cpu", False)) and m.weight.device.type == "cpu" for m in layers)
+    ready = sum(bool(getattr(m, "support_avx512bf16_for_cpu", False)) and is_host(m.weight.device) for m in layers)
     if ready:
         return cannot_tell(f"{ready} of {len(layers)} 4-bit layers will be repacked by the first eval() forward")
     return not_here("the 4-bit layers are on a GPU, or their repacking is off")

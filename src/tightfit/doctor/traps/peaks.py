@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tightfit.accelerator import HOST
 from tightfit.core import Category, format_bytes
 from tightfit.doctor.peak import NOTHING, Why
 from tightfit.doctor.run import Run, is_true
@@ -66,7 +67,7 @@ def _optimizer_rise(**said: Any) -> tuple[int, int]:
         parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.AdamW(parameters, **said)
     optimizer.step()
-    with PeakMeter("cpu") as meter:
+    with PeakMeter(HOST) as meter:
         optimizer.step()
     return meter.rise_bytes, sum(p.numel() * p.element_size() for p in parameters)
 

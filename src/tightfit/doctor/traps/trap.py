@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tightfit.accelerator import HOST
 from tightfit.doctor.peak import Why
 from tightfit.doctor.run import Run
 from tightfit.forecast import Setup
@@ -106,7 +107,7 @@ def error_between(found: Iterable[torch.Tensor | None], expected: Iterable[torch
 def peak_of(model: nn.Module, batch: Mapping[str, torch.Tensor], **said: Any) -> int:
     """What forward and backward add at most, by the allocator's count."""
     model.zero_grad(set_to_none=True)
-    with PeakMeter("cpu") as meter:
+    with PeakMeter(HOST) as meter:
         model(**batch, **said).loss.backward()
     return meter.rise_bytes
 

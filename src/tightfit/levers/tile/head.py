@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from tightfit.accelerator import has_wide_products
 from tightfit.levers.loss_in_place.loss import torchs_own
 
 #: Bytes of a block of a weight's gradient that is made in a wider dtype before it is added to the sum.
@@ -387,7 +388,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total.addmm_(left.t(), right)
         return
     step = max(1, _BLOCK_BYTES // (4 * max(1, left.shape[0] + total.shape[1])))
-    native = left.is_cuda  # CUDA multiplies low-precision matrices into float32
+    native = has_wide_products(left.device)
     wide = right if native else right.to(total.dtype)
     for at in range(0, total.shape[0], step):
         columns = left[:, at : at + step].t()
