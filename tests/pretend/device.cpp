@@ -1,7 +1,7 @@
 // A card that does not exist: memory of its own, queues, random numbers and a backward thread, all on the host.
 //
 // It is there to be hard on whoever uses it. What is queued on a stream is done as late as torch's rules allow (or as
-// early, or at random moments), and memory is handed out full of NaNs. So a copy that nobody waits for, or memory that
+// early, or side streams before all else, or at random moments), and memory is handed out full of NaNs. So a copy that nobody waits for, or memory that
 // goes to somebody else too soon, is wrong numbers every time, and not once in a thousand steps.
 //
 // An op computes on the host at once, after all that is queued before it on its own stream, and its result arrives in
@@ -68,7 +68,7 @@ struct Queue {
   uint64_t given = 0, done = 0;
 };
 
-enum class Order { late, early, any };
+enum class Order { late, early, rush, any };  // rush: only what is queued on a stream of its own is early
 Order order = Order::late;
 uint64_t dice = 1;
 int64_t streams_made = 0;
@@ -119,7 +119,7 @@ uint64_t roll() {
 void give(Queue& queue, Task task) {
   queue.tasks.push_back(std::move(task));
   queue.given += 1;
-  if (order == Order::early) come_to(end_of(queue));
+  if (order == Order::early || (order == Order::rush && queue.id != 0)) come_to(end_of(queue));
   if (order == Order::any) {
     for (auto left = roll() % 4; left > 0; --left) {
       auto each = queues.begin();
@@ -726,7 +726,7 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
 TORCH_LIBRARY(pretend, m) {
   m.def("order(str which, int seed) -> ()", [](std::string which, int64_t seed) {
     Entered entered;
-    order = which == "late" ? Order::late : which == "early" ? Order::early : Order::any;
+    order = which == "late" ? Order::late : which == "early" ? Order::early : which == "rush" ? Order::rush : Order::any;
     dice = static_cast<uint64_t>(seed) * 2 + 1;
   });
   m.def("limits(int memory_bytes, int pinned_bytes) -> ()", [](int64_t memory_bytes, int64_t pinned) {
