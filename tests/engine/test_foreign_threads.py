@@ -117,7 +117,6 @@ def test_backward_of_a_plan(plan_of: Callable[[Trace], Plan], around: Callable[[
 
     expected = gradients(model, loss, lambda loss: loss.backward())
     with tightfit.apply(model, plan_of(tightfit.trace(model, x, loss))) as applied:
-        state = torch.get_rng_state()
         assert same(expected, gradients(model, loss, lambda loss: elsewhere(loss.backward)))
         after = torch.get_rng_state()
         assert applied.stats().fallbacks == 0 and applied.stats().held == 0

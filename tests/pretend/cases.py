@@ -27,10 +27,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import tightfit
 from tightfit import accelerator
 from tightfit.core import Action, Lever, Plan, Trace
+from tightfit.device.allocator import peaks
 from tightfit.engine import Applied, offload
 from tightfit.engine.frame import Frame
 from tightfit.engine.offload import Pool
-from tightfit.device.allocator import peaks
 from tightfit.plan import every_block, simulate
 from tightfit.plan.simulate import allocations
 

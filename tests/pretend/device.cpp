@@ -44,7 +44,8 @@ constexpr int device_count = 2;
 constexpr size_t block_bytes = 512;
 constexpr int poison = 0xFF;  // NaN in every floating dtype, -1 in every integer
 
-std::mutex lock;  // over everything below; held for short, never while Python is called
+// Whatever lives as long as the process is never taken down: torch frees memory until the very end.
+std::mutex& lock = *new std::mutex;  // over everything below; held for short, never while Python is called
 
 // ---------------------------------------------------------------------------------------------------- queues
 
@@ -73,8 +74,8 @@ Order order = Order::late;
 uint64_t dice = 1;
 int64_t streams_made = 0;
 
-std::map<std::pair<c10::DeviceIndex, c10::StreamId>, Queue> queues;
-std::vector<c10::Storage> dropped;  // to be let go of without the lock: that may need Python's
+auto& queues = *new std::map<std::pair<c10::DeviceIndex, c10::StreamId>, Queue>;
+auto& dropped = *new std::vector<c10::Storage>;  // to be let go of without the lock: that may need Python's
 
 thread_local c10::DeviceIndex this_device = 0;
 thread_local c10::StreamId this_stream[device_count] = {};
@@ -165,9 +166,9 @@ struct Count {
   }
 };
 
-std::map<void*, Block> live;
-std::map<std::pair<Queue*, size_t>, std::vector<void*>> unused;
-std::vector<Leaving> leaving;
+auto& live = *new std::map<void*, Block>;
+auto& unused = *new std::map<std::pair<Queue*, size_t>, std::vector<void*>>;
+auto& leaving = *new std::vector<Leaving>;
 Count allocated[device_count], reserved[device_count];
 int64_t limit_bytes = -1;
 
@@ -274,11 +275,11 @@ struct Memory final : c10::DeviceAllocator {
     reserved[device].peak = reserved[device].current;
   }
 };
-Memory memory;
+Memory& memory = *new Memory;
 
 // ---------------------------------------------------------------------------------------------------- pinned memory
 
-std::map<const void*, size_t> pinned;
+auto& pinned = *new std::map<const void*, size_t>;
 int64_t pinned_bytes = 0, pinned_requests = 0, pin_limit_bytes = -1;
 bool error_waits = false;  // of a call that failed; whatever is launched next reports it
 
@@ -317,7 +318,7 @@ struct Pinned final : c10::Allocator {
   c10::DeleterFnPtr raw_deleter() const override { return &unpin; }
   void copy_data(void* to, const void* from, std::size_t count) const override { std::memcpy(to, from, count); }
 };
-Pinned pinned_memory;
+Pinned& pinned_memory = *new Pinned;
 
 bool is_pinned(const void* address) {
   auto above = pinned.upper_bound(address);
@@ -669,7 +670,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     resize_storage(storage, bytes);
   }
 };
-Hooks hooks;
+Hooks& hooks = *new Hooks;
 
 // Pointers to memory go to torch when the library is loaded.
 struct Registered {

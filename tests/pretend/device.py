@@ -57,6 +57,9 @@ class Card(types.ModuleType):
     def is_initialized(self) -> bool:
         return True
 
+    def _lazy_init(self) -> None:
+        """Nothing has to be started; but torch 2.11 does not wait for the queues of a card that was not."""
+
     def _is_in_bad_fork(self) -> bool:
         return False
 

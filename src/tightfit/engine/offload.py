@@ -95,12 +95,11 @@ class Pool:
         """A buffer of at least `size_bytes` for something of `device` that is not a parcel; `room_is_free` returns it.
         None: there is no room left."""
         size_bytes = -(-size_bytes // _GRANULE_BYTES) * _GRANULE_BYTES
-        if self.capacity_bytes is not None and self.taken_bytes + size_bytes > self.capacity_bytes:
-            return None
-        self.taken_bytes += size_bytes
-        self.stored_bytes += size_bytes
-        self.most_bytes = max(self.most_bytes, self.stored_bytes)
-        return self._buffer(size_bytes, device)
+        buffer = self._buffer(size_bytes, device)
+        if buffer is not None:
+            self.stored_bytes += size_bytes
+            self.most_bytes = max(self.most_bytes, self.stored_bytes)
+        return buffer
 
     def room_is_free(self, buffer: torch.Tensor, device: torch.device) -> None:
         self.stored_bytes -= buffer.numel()

@@ -31,9 +31,10 @@ class Shipments:
             last = order[-1]
             self.landed[last] = min((event - 1 for event in openings if event > exits[last]), default=end)
 
-    def fetched_with(self, frame: int) -> int | None:
-        """Backward takes a parcel of `frame`: the frame whose parcels it fetches as well, the first time."""
-        if frame in self._opened:
-            return None
+    def fetched_with(self, frame: int) -> tuple[int, ...]:
+        """Backward takes a parcel of `frame`: the frame whose parcels it fetches as well, if there is one, the first
+        time."""
+        if frame in self._opened or frame not in self._before:
+            return ()
         self._opened.add(frame)
-        return self._before.get(frame)
+        return (self._before[frame],)

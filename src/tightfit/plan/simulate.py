@@ -483,12 +483,11 @@ class _Walk:
 
     def _open(self, frame: int, value_id: int) -> None:
         """Backward takes something that `frame` lacks."""
-        before = self.shipments.fetched_with(frame) if value_id in self.replays[frame].parked else None
-        for value_id in () if before is None else self.replays[before].parked:
-            copy = self.brought[before, value_id]
-            if not copy.is_live:
-                self._unpack(copy)
-                copy.is_live = True
+        for before in self.shipments.fetched_with(frame) if value_id in self.replays[frame].parked else ():
+            for copy in (self.brought[before, each] for each in self.replays[before].parked):
+                if not copy.is_live:
+                    self._unpack(copy)
+                    copy.is_live = True
 
     def _unpack(self, copy: _Copy) -> None:
         """Walk through the copy of an offloaded value back to the device."""
