@@ -59,6 +59,7 @@ __all__ = [
     "peak_risen_bytes",
     "peak_unknown",
     "pinned",
+    "pinned_if_possible",
     "put_back_states",
     "reserved_bytes",
     "running_stream",
@@ -312,6 +313,17 @@ def on_stream(stream: Any) -> AbstractContextManager[Any]:
 def pinned(size_bytes: int) -> torch.Tensor:
     """Host memory that the card copies from and to by itself."""
     return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def pinned_if_possible(size_bytes: int) -> torch.Tensor | None:
+    """The same; None: the system pins no more."""
+    try:
+        return pinned(size_bytes)
+    except RuntimeError:
+        # a runtime may report the failure once more, at the next thing that is asked of the card
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=current())
+        return None
 
 
 # -------------------------------------------------------------------------------------------- memory

@@ -1,5 +1,5 @@
-"""The state around a call that its replay must find again: autocast, grad mode, default device and dtype, random
-states, and the buffers and attributes of the module.
+"""The state around a call that its replay must find again: autocast, grad mode, default device and dtype, the switches
+of kernels, random states, and the buffers and attributes of the module.
 
 Invariant: what is entered for a replay is left again, also when the replay raises.
 """
@@ -20,6 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from tightfit import accelerator
+from tightfit.accelerator import numerics
 from tightfit.core import Unsupported
 
 
@@ -64,14 +65,15 @@ def called_in(
 
 
 class AmbientState:
-    """The thread-wide settings that decide which ops a forward calls; restored for its replay."""
+    """The settings that decide which ops a forward calls and which bits they give; restored for its replay."""
 
-    __slots__ = ("attention", "autocast", "default_dtype", "device")
+    __slots__ = ("attention", "autocast", "default_dtype", "device", "switches")
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         cache = torch.is_autocast_cache_enabled()
         self.autocast = [(*state, cache) for state in accelerator.autocast_states(devices)]
         self.attention = [enabled() for enabled, _ in accelerator.ATTENTION_SWITCHES]
+        self.switches = numerics.switches()
         self.default_dtype = torch.get_default_dtype()
         modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
         # `with torch.device(...)`, which says where new tensors are made
@@ -85,6 +87,7 @@ class AmbientState:
             for kind, enabled, cast_dtype, cache in self.autocast:
                 if enabled or torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=cast_dtype, cache_enabled=cache))
+            stack.enter_context(numerics.restored(self.switches))
             if self.device is not None:
                 stack.enter_context(self.device)
             try:

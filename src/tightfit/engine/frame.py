@@ -168,7 +168,6 @@ class Frame:
         self.module = module
         self.scrutiny = scrutiny  # None: nothing that the tape makes is compared
         self.args, self.kwargs = args, kwargs
-        self.tape: Tape | None = None if plan is None else Tape(plan.settled)  # None: the unit's Python will run again
         self.kept_reads: set[int] = set()  # slots read so far by a backward that keeps its graph
         self.counted = 0  # slots that backward is expected to read
         self.replayed = False
@@ -199,6 +198,8 @@ class Frame:
         self.module_state = ModuleState(module) if plan is None and module is not None else None
         inputs = tensors_in((args, kwargs))
         self.surroundings = AmbientState(t.device for t in inputs)
+        # None: the unit's Python will run again
+        self.tape: Tape | None = None if plan is None else Tape(plan.settled, self.surroundings.switches)
         own = [] if module is None else list(module.parameters())
         self.versions = [(t, _version(t)) for t in (*inputs, *own)]
 

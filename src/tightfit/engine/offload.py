@@ -6,6 +6,12 @@ their own beside the compute. When backward enters a unit, the parcels of the un
 back. On other devices the copies run in turn with the compute. On the CPU the pool lies outside torch's allocator. A
 budget counts what torch allocates and not the pool, so the pool stands for another device there.
 
+What the host queues runs later on a card, so memory is given back by the order of the queues and not by the clock. What
+a unit sends out stays until the next unit has sent out its own, or until backward wants the first of it. The compute
+then waits for the copy, and the memory is free for it. `Tensor.record_stream` would give it back whenever the allocator
+next looks and finds the copy done; the host runs far ahead of the card, so until then the step would grow as if nothing
+were offloaded. The referee counts what is on its way out and back (`plan.simulate`).
+
 Invariants:
 - A parcel holds the bytes of a whole storage, so views of it come back as views of one storage.
 - A buffer is written again only after the last copy out of it.
@@ -16,19 +22,21 @@ Invariants:
 Refused: a file system without room for what is to be spilled (`TightfitError`, before anything is overwritten). The
 file has no name, so it is gone with the process, however the process ends.
 
-The streams follow torch's rules for memory that is used on several streams (`Tensor.record_stream`). No GPU has
-run them yet.
+No GPU has run the streams yet. `tests/engine/test_pretend.py` runs them on a card that does not exist, which copies as
+late as the rules of streams allow.
 """
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +46,8 @@ from tightfit.core import InvalidInput, TightfitError, format_bytes
 __all__ = ["Offloaded", "Parcel", "Pool", "Shipment"]
 
 _GRANULE_BYTES = mmap.PAGESIZE
+_ARENA_BYTES = 64 * 2**20  # the least that is pinned at once, where there is room
+_ARENA_MOST_BYTES = 2**30  # unless one buffer needs more
 
 
 class Pool:
@@ -49,12 +59,12 @@ class Pool:
             raise InvalidInput(f"cannot spill to {str(spill)!r}: it is no folder")
         self.capacity_bytes, self.spill = capacity_bytes, spill
         self.ahead = ahead  # shipments fetched early; None: one where copies run beside the compute, else none
-        self.taken_bytes = 0  # by all buffers, in use or not
+        self._mapped_bytes = 0
         self.stored_bytes = 0  # by parcels, now
         self.most_bytes = 0
         self.copied_bytes = 0  # off the device, ever
         self._free: dict[tuple[torch.device, int], list[tuple[torch.Tensor, Any]]] = defaultdict(list)
-        self._lanes: dict[torch.device, _Lanes] = {}
+        self._pinned = _Arenas()
         self._shipments: list[weakref.ref[Shipment]] = []
 
     def store(self, tensor: torch.Tensor) -> Parcel | None:
@@ -66,32 +76,30 @@ class Pool:
         if waiting:
             buffer, last_read = waiting.pop()
         else:
-            if self.capacity_bytes is not None and self.taken_bytes + size_bytes > self.capacity_bytes:
+            made = self._buffer(size_bytes, device)
+            if made is None:
                 return None
-            buffer, last_read = self._buffer(size_bytes, device), None
-            self.taken_bytes += size_bytes
+            buffer, last_read = made, None
         self.stored_bytes += size_bytes
         self.most_bytes = max(self.most_bytes, self.stored_bytes)
         self.copied_bytes += storage.nbytes()
         source = _bytes_of(storage)
         lanes = self.lanes(device)
-        written = None
         if lanes is None:
             buffer[: source.numel()].copy_(source)
-        else:
-            written = lanes.out(source, buffer[: source.numel()], last_read)
-        return Parcel(self, buffer, source.numel(), device, written)
+            return Parcel(self, buffer, source.numel(), device)
+        leaving = lanes.out(source, buffer[: source.numel()], last_read)
+        return Parcel(self, buffer, source.numel(), device, leaving)
 
     def room(self, size_bytes: int, device: torch.device) -> torch.Tensor | None:
         """A buffer of at least `size_bytes` for something of `device` that is not a parcel; `room_is_free` returns it.
         None: there is no room left."""
         size_bytes = -(-size_bytes // _GRANULE_BYTES) * _GRANULE_BYTES
-        if self.capacity_bytes is not None and self.taken_bytes + size_bytes > self.capacity_bytes:
-            return None
-        self.taken_bytes += size_bytes
-        self.stored_bytes += size_bytes
-        self.most_bytes = max(self.most_bytes, self.stored_bytes)
-        return self._buffer(size_bytes, device)
+        buffer = self._buffer(size_bytes, device)
+        if buffer is not None:
+            self.stored_bytes += size_bytes
+            self.most_bytes = max(self.most_bytes, self.stored_bytes)
+        return buffer
 
     def room_is_free(self, buffer: torch.Tensor, device: torch.device) -> None:
         self.stored_bytes -= buffer.numel()
@@ -103,19 +111,22 @@ class Pool:
 
     def lanes(self, device: torch.device) -> _Lanes | None:
         """The streams that copy beside the compute. None: the device has none."""
-        if not accelerator.has_streams(device):
-            return None
-        if device not in self._lanes:
-            self._lanes[device] = _Lanes(device)
-        return self._lanes[device]
+        return _lanes_of(device) if accelerator.has_streams(device) else None
 
     def ship(self, shipment: Shipment) -> None:
         """The forward of one more unit is over."""
         self._shipments = [known for known in self._shipments if known() is not None]
+        self._land_last()
         self._shipments.append(weakref.ref(shipment))
+
+    def _land_last(self) -> None:
+        last = self._shipments[-1]() if self._shipments else None
+        if last is not None:
+            last.land()
 
     def opened(self, shipment: Shipment) -> None:
         """Backward has come to the unit of `shipment`: begin to fetch the shipments before it."""
+        self._land_last()
         alive = [each for known in self._shipments if (each := known()) is not None]
         if shipment not in alive:
             return
@@ -124,12 +135,64 @@ class Pool:
         for each in alive[max(0, place - ahead) : place]:
             each.prefetch()
 
-    def _buffer(self, size_bytes: int, device: torch.device) -> torch.Tensor:
+    @property
+    def taken_bytes(self) -> int:
+        """By all buffers, in use or not."""
+        return self._mapped_bytes + self._pinned.taken_bytes
+
+    def _buffer(self, size_bytes: int, device: torch.device) -> torch.Tensor | None:
+        room_bytes = sys.maxsize if self.capacity_bytes is None else self.capacity_bytes - self.taken_bytes
+        if self.spill is None and accelerator.has_streams(device):
+            return self._pinned.buffer(size_bytes, room_bytes)
+        if size_bytes > room_bytes:
+            return None
+        self._mapped_bytes += size_bytes
         if self.spill is not None:
             return torch.frombuffer(_mapped_file(self.spill, size_bytes), dtype=torch.uint8)
-        if accelerator.has_streams(device):
-            return accelerator.pinned(size_bytes)
         return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
+
+
+class _Arenas:
+    """Pinned memory in few large blocks, from which buffers are cut.
+
+    torch rounds each request for pinned memory up to a power of two, so a buffer of its own could take nearly twice its
+    size; and pinning takes the driver long. So the blocks are powers of two, and each is as large as all before it.
+    """
+
+    def __init__(self) -> None:
+        self.taken_bytes = 0
+        self._rests: list[torch.Tensor] = []  # of each block, what is not cut off yet
+        self._refused_bytes = sys.maxsize  # what the system would not pin
+
+    def buffer(self, size_bytes: int, room_bytes: int) -> torch.Tensor | None:
+        """None: it does not fit into `room_bytes`, or the system pins no more."""
+        place = next((i for i, rest in enumerate(self._rests) if rest.numel() >= size_bytes), None)
+        if place is None:
+            block = self._block(size_bytes, room_bytes)
+            if block is None:
+                return None
+            place = len(self._rests)
+            self._rests.append(block)
+        buffer, self._rests[place] = self._rests[place][:size_bytes], self._rests[place][size_bytes:]
+        return buffer
+
+    def _block(self, size_bytes: int, room_bytes: int) -> torch.Tensor | None:
+        least_bytes = _power_of_two(size_bytes)
+        wanted_bytes = max(least_bytes, _power_of_two(min(max(_ARENA_BYTES, self.taken_bytes), _ARENA_MOST_BYTES)))
+        while wanted_bytes >= least_bytes:
+            if wanted_bytes <= room_bytes and wanted_bytes < self._refused_bytes:
+                block = accelerator.pinned_if_possible(wanted_bytes)
+                if block is not None:
+                    self.taken_bytes += wanted_bytes
+                    return block
+                self._refused_bytes = wanted_bytes
+            wanted_bytes //= 2
+        return None
+
+
+def _power_of_two(size_bytes: int) -> int:
+    """The least that is not less."""
+    return 1 << (size_bytes - 1).bit_length()
 
 
 def _mapped_file(folder: Path, size_bytes: int) -> mmap.mmap:
@@ -154,6 +217,20 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
+class _Leaving(NamedTuple):
+    """What is being copied off the device: it stays there until `stream`, on which it was made, has waited."""
+
+    source: torch.Tensor
+    written: Any  # an event: the copy is done
+    stream: Any
+
+
+@functools.cache
+def _lanes_of(device: torch.device) -> _Lanes:
+    """The same for all pools: torch's allocator keeps memory apart by stream, so each new stream would reserve more."""
+    return _Lanes(device)
+
+
 class _Lanes:
     """One stream for each direction of one card."""
 
@@ -161,19 +238,19 @@ class _Lanes:
         self.device = device
         self.outward, self.inward = accelerator.new_stream(device), accelerator.new_stream(device)
 
-    def out(self, source: torch.Tensor, buffer: torch.Tensor, last_read: Any) -> Any:
+    def out(self, source: torch.Tensor, buffer: torch.Tensor, last_read: Any) -> _Leaving:
         """Copy off the device: after the op that computes `source`, and after the last copy out of `buffer`."""
-        self.outward.wait_stream(accelerator.running_stream(self.device))
+        current = accelerator.running_stream(self.device)
+        self.outward.wait_stream(current)
         if last_read is not None:
             self.outward.wait_event(last_read)
         with accelerator.on_stream(self.outward):
             buffer.copy_(source, non_blocking=True)
             written = self.outward.record_event()
-        source.record_stream(self.outward)  # so that its memory is not given away before the copy is done
-        return written
+        return _Leaving(source, written, current)
 
-    def back(self, buffer: torch.Tensor, written: Any) -> tuple[torch.Tensor, Any]:
-        """Begin to copy to the device; the tensor may be used once its event has been waited for."""
+    def back(self, buffer: torch.Tensor, written: Any) -> _Coming:
+        """Begin to copy to the device."""
         current = accelerator.running_stream(self.device)
         fresh = torch.empty(buffer.numel(), dtype=torch.uint8, device=self.device)
         self.inward.wait_stream(current)  # whoever had this memory before may be at work on it still
@@ -181,17 +258,35 @@ class _Lanes:
         with accelerator.on_stream(self.inward):
             fresh.copy_(buffer, non_blocking=True)
             arrived = self.inward.record_event()
-        return fresh, arrived
+        return _Coming(fresh, arrived, current)
+
+
+class _Coming(NamedTuple):
+    """What is being copied to the device: it may be used once `arrived` has been waited for."""
+
+    fresh: torch.Tensor
+    arrived: Any  # an event; None: it is there
+    stream: Any  # whose memory it lies in
 
 
 class Parcel:
     """The bytes of one storage, in the pool."""
 
-    def __init__(self, pool: Pool, buffer: torch.Tensor, size_bytes: int, device: torch.device, written: Any) -> None:
-        self.pool, self.buffer, self.size_bytes, self.device, self.written = pool, buffer, size_bytes, device, written
-        self._coming: tuple[torch.Tensor, Any] | None = None
+    def __init__(
+        self, pool: Pool, buffer: torch.Tensor, size_bytes: int, device: torch.device, leaving: _Leaving | None = None
+    ) -> None:
+        self.pool, self.buffer, self.size_bytes, self.device = pool, buffer, size_bytes, device
+        self.written = None if leaving is None else leaving.written
+        self._leaving = leaving
+        self._coming: _Coming | None = None
         self._is_given_back = False
         self._last_read: Any = None
+
+    def land(self) -> None:
+        """Let go of what was copied: whoever gets its memory comes after the copy."""
+        if self._leaving is not None:
+            self._leaving.stream.wait_event(self._leaving.written)
+            self._leaving = None
 
     def prefetch(self) -> None:
         """Begin to copy back, if that has not begun."""
@@ -201,19 +296,22 @@ class Parcel:
         content = self.buffer[: self.size_bytes]
         if lanes is None:
             fresh = torch.empty(self.size_bytes, dtype=torch.uint8, device=self.device)
-            self._coming = (fresh.copy_(content), None)
+            self._coming = _Coming(fresh.copy_(content), None, None)
         else:
             self._coming = lanes.back(content, self.written)
-            self._last_read = self._coming[1]
+            self._last_read = self._coming.arrived
 
     def fetch(self) -> torch.Tensor:
         """The bytes, on the device."""
         self.prefetch()
         assert self._coming is not None
-        fresh, arrived = self._coming
+        fresh, arrived, stream = self._coming
         self._coming = None
         if arrived is not None:
-            accelerator.running_stream(self.device).wait_event(arrived)
+            current = accelerator.running_stream(self.device)
+            current.wait_event(arrived)
+            if current != stream:  # it was on its way for another one, which gets the memory back
+                fresh.record_stream(current)
         return fresh
 
     def give_back(self) -> None:
@@ -221,6 +319,7 @@ class Parcel:
         if self._is_given_back:
             return
         self._is_given_back = True
+        self.land()
         if self._coming is not None:  # on its way for nothing: its memory must not be used before it is there
             self.fetch()
         self.pool.give_back(self, self._last_read)
@@ -257,6 +356,12 @@ class Shipment:
             each.parcel is not None and each.parcel.written is not None for each in self.parked
         )
         self.pool.ship(self)
+
+    def land(self) -> None:
+        """Let go of what was sent out."""
+        for each in self.parked:
+            if each.parcel is not None:
+                each.parcel.land()
 
     def open(self) -> None:
         """Backward is about to take something out of it."""

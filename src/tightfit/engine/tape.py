@@ -27,11 +27,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from tightfit import accelerator
+from tightfit.accelerator import numerics
 from tightfit.core import ReplayDiverged
 from tightfit.engine.source import Source
 from tightfit.step.ops import BATCH_NORMS, METADATA_ONLY, op_name
@@ -190,13 +192,15 @@ class Tape:
     """
 
     __slots__ = (
-        "__weakref__", "by_value", "entries", "known", "made", "ran", "settled", "sources", "together", "uses",
-        "written",
+        "__weakref__", "are_as_in_forward", "by_value", "entries", "known", "made", "ran", "settled", "sources",
+        "switches", "together", "uses", "written",
     )  # fmt: skip
 
-    def __init__(self, settled: Mapping[int, int] | None = None) -> None:
+    def __init__(self, settled: Mapping[int, int], switches: numerics.Switches) -> None:
+        self.switches = switches  # under which the forward ran
+        self.are_as_in_forward: bool | None = None  # looked at once in each backward
         # kept values that are made again as well -> writes after which they are as they stay, and are held like others
-        self.settled = settled or {}
+        self.settled = settled
         self.entries: dict[int, _Entry] = {}  # by op ordinal, in order
         # by storage address: the storage, what it holds, the tensor as its op made it
         self.known: dict[int, tuple[Callable[[], Any], int | _Cast, Callable[[], Any] | None]] = {}
@@ -397,7 +401,10 @@ class Tape:
             for reference in self.entries[index].reads:
                 left[reference.value] = left.get(reference.value, 0) + 1
         made = {v: self.made[v] for v in left if v in self.made}
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+        with (
+            self._forward_again(), torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(),
+            torch._C._DisableAutocast(),
+        ):  # fmt: skip
             for index in wanted:
                 entry = self.entries[index]
                 # not a `for` loop, whose variable would keep the last tensor alive
@@ -408,8 +415,15 @@ class Tape:
                         made.pop(reference.value, None)
         return made[value]
 
+    def _forward_again(self) -> AbstractContextManager[None]:
+        """The switches of kernels as they stood in forward."""
+        if self.are_as_in_forward is None:
+            self.are_as_in_forward = numerics.switches() == self.switches
+        return nullcontext() if self.are_as_in_forward else numerics.restored(self.switches)
+
     def forget_made(self) -> None:
         """Drop every value that was made again. All of them can be made once more."""
+        self.are_as_in_forward = None
         self.made.clear()
         for source in self.sources.values():
             source.forget()
@@ -452,7 +466,10 @@ class Tape:
             self.made[value] = self.sources[value].take(keep)
             return
         # grad mode as in forward: below autograd it only matters to kernels that then make more (the LSTM cell's)
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+        with (
+            self._forward_again(), torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(),
+            torch._C._DisableAutocast(),
+        ):  # fmt: skip
             for index in self._leading_to(value, self.made):
                 self._run(self.entries[index], keep)
 

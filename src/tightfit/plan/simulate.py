@@ -13,7 +13,7 @@ Refused: a plan that was made from another trace (`PlanMismatch`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from tightfit.core import (
@@ -45,6 +45,7 @@ from tightfit.plan.program import (
     recipe,
     shared,
 )
+from tightfit.plan.shipping import Shipments
 
 _STATIC = (
     Category.PARAMETERS,
@@ -247,9 +248,13 @@ class _Walk:
             else:
                 kept_until[saved.value] = max(kept_until.get(saved.value, -1), released.get(saved.id, end_of_step))
         exits = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.EXIT}
+        self.shipments = Shipments(
+            {each.frame: exits[each.frame] for each in self.replays.values() if each.parked},
+            self._openings(), end_of_step, copies_beside=trace.copies_beside,
+        )  # fmt: skip
         for replayed in self.replays.values():
-            for value_id in replayed.parked:  # it is copied when the frame's forward is over
-                self.packed_at[value_id] = max(self.packed_at.get(value_id, -1), exits[replayed.frame])
+            for value_id in replayed.parked:
+                self.packed_at[value_id] = max(self.packed_at.get(value_id, -1), self.shipments.landed[replayed.frame])
         ends: dict[int, int] = {}
         for value in trace.values:
             end = freed.get(value.id, end_of_step)
@@ -309,10 +314,11 @@ class _Walk:
                     if s.value == value_id and (s.read or counted)
                 ]
                 ops = {self.ops_of[replayed.frame][ordinal] for ordinal in running}
+                readers = {op.id for op in ops if value_id in op.inputs}
+                if not readers and not holders and value_id in replayed.parked:
+                    holders = [last_release]  # nobody asks for it, but it may be on its way with the others
                 self.brought[replayed.frame, value_id] = _Copy(
-                    size_bytes=trace.values[value_id].size_bytes,
-                    readers={op.id for op in ops if value_id in op.inputs},
-                    until=max(holders, default=None),
+                    size_bytes=trace.values[value_id].size_bytes, readers=readers, until=max(holders, default=None)
                 )
         self.ends = ends
         after: dict[int, list[int]] = defaultdict(list)
@@ -320,6 +326,14 @@ class _Walk:
             if trace.values[value_id].producer is not None:
                 after[end].append(value_id)
         return after
+
+    def _openings(self) -> Iterator[int]:
+        """The events before which backward takes something from off the device."""
+        for replayed in self.replays.values():
+            yield from (event for event, value_id in replayed.fetches if value_id in replayed.parked)
+            ops_of = self.ops_of[replayed.frame]
+            read = {event: {v for op in ops for v in ops_of[op].inputs} for event, ops in replayed.batches}
+            yield from (event for event, values in read.items() if not replayed.parked.isdisjoint(values))
 
     # -- the walk
 
@@ -345,8 +359,7 @@ class _Walk:
         self.labels: list[str] = []
         self.rows: list[tuple[int, ...]] = []
         self.seconds = 0.0
-        self.flops = 0
-        self.fetched_bytes = 0
+        self.flops = self.fetched_bytes = 0
         state_bytes = trace.random_state_bytes
         for index, event in enumerate(trace.events):
             for frame, value_id in wanted.get(index, ()):
@@ -449,6 +462,7 @@ class _Walk:
         """Make sure that a value is there which `frame` is about to read in backward: fetch it, or make it again by a
         sweep."""
         copy = self.brought[frame, value_id]
+        self._open(frame, value_id)
         if copy.is_live:
             return
         if value_id in self.replays[frame].parked:
@@ -466,6 +480,14 @@ class _Walk:
             self.brought[each].stays = unit in stays
         self._produce(value_id, copy)
         copy.is_live = True
+
+    def _open(self, frame: int, value_id: int) -> None:
+        """Backward takes something that `frame` lacks."""
+        for before in self.shipments.fetched_with(frame) if value_id in self.replays[frame].parked else ():
+            for copy in (self.brought[before, each] for each in self.replays[before].parked):
+                if not copy.is_live:
+                    self._unpack(copy)
+                    copy.is_live = True
 
     def _unpack(self, copy: _Copy) -> None:
         """Walk through the copy of an offloaded value back to the device."""
@@ -507,6 +529,7 @@ class _Walk:
             op = self.ops_of[frame][step]
             for each in replayed.fetched.intersection(op.inputs):
                 copy = self.brought[frame, each]
+                self._open(frame, each)
                 if each in passing or copy.is_live:
                     continue
                 if each in replayed.parked:  # it is asked for once more by its own backward, and copied again
@@ -545,10 +568,8 @@ class _Walk:
         value = self.trace.values[value_id]
         if value.category is not Category.TEMPORARIES:
             return value.category
-        return Category.SAVED if value.needed and self._is_forward(value.producer) else Category.TEMPORARIES
-
-    def _is_forward(self, op: int | None) -> bool:
-        return op is not None and self.trace.ops[op].phase is Phase.FORWARD
+        in_forward = value.producer is not None and self.trace.ops[value.producer].phase is Phase.FORWARD
+        return Category.SAVED if value.needed and in_forward else Category.TEMPORARIES
 
     def _label(self, op: Op) -> str:
         where = op.unit or ("outside the units" if op.phase is not Phase.OPTIMIZER else "the optimizer")

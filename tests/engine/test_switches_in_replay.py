@@ -1,0 +1,117 @@
+"""The process-wide switches of kernels (TF32, determinism, libraries) stand in a replay as they stood in its forward.
+
+CUDA's switches can be set and read without a card; which bits they give is the kit's step `gradients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tightfit
+from tightfit.accelerator import numerics
+from tightfit.plan import every_block
+
+CHANGES: dict[str, Callable[[], Any]] = {
+    "float32 products": lambda: torch.set_float32_matmul_precision("high"),
+    "TF32, the newer switch": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "TF32 of everything": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "TF32 in cuDNN": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+    "sums in bf16": lambda: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+    "cuDNN off": lambda: setattr(torch.backends.cudnn, "enabled", False),
+    "determinism": lambda: torch.use_deterministic_algorithms(True, warn_only=True),
+    "oneDNN off": lambda: torch._C._set_mkldnn_enabled(False),
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    with numerics.restored(before := numerics.switches()):
+        yield
+    numerics._set(before)
+
+
+class Seen(TorchDispatchMode):
+    """The switches at every product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_products: list[numerics.Switches] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.at_products.append(numerics.switches())
+        return func(*args, **(kwargs or {}))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).sigmoid().square())
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.sum()
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("which", ["tape", "region"])
+def test_a_replay_has_the_switches_of_its_forward(change: Callable[[], Any], which: str) -> None:
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(4, 8, requires_grad=True)
+    if which == "tape":
+        applied = tightfit.apply(model, every_block(tightfit.trace(model, x)))
+    forward = numerics.switches()
+    if which == "tape":
+        loss = model(x)
+    else:
+        loss = tightfit.checkpoint(model.blocks[0], x).sum()
+    change()
+    changed = numerics.switches()
+    assert changed != forward
+    with Seen() as seen:
+        loss.backward()
+    if which == "tape":
+        assert applied.stats().rerun_ops > 0
+        applied.remove()
+    # the products that run again, and those of backward itself, which run under what the caller set
+    assert forward in seen.at_products and changed in seen.at_products
+    assert set(seen.at_products) == {forward, changed}
+    assert numerics.switches() == changed
+
+
+def test_bits_follow_the_switch() -> None:
+    """oneDNN and torch's own kernels give other sums: a case in which the CPU shows what TF32 does on a card."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Sigmoid(), nn.Conv2d(32, 16, 3), nn.Sigmoid())
+    x = torch.randn(4, 16, 12, 12)
+
+    def gradients(run: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        block.zero_grad()
+        with torch.backends.mkldnn.flags(enabled=False):
+            loss = run(x.clone().requires_grad_()).square().sum()
+        loss.backward()
+        return [p.grad.clone() for p in block.parameters() if p.grad is not None]
+
+    with torch.backends.mkldnn.flags(enabled=False):
+        without = block(x)
+    if torch.equal(without, block(x)):
+        pytest.skip("both libraries give the same bits here")
+    expected = gradients(block)
+    found = gradients(lambda given: tightfit.checkpoint(block, given))
+    assert all(map(torch.equal, expected, found)) and len(expected) == len(found) == 4
