@@ -1,0 +1,288 @@
+"""The steps that are registered before any card is seen, and how each of them is built.
+
+Idea: one builder serves both sides. `step_of` makes a case's model, batch and optimizer on `meta` for the forecast and
+on the card for the measurement, with random weights of the published shape. So what was forecast is what is measured.
+Tables A to D are public ones (`TABLES` says whose, and what was assumed); S are small steps of several architectures
+and methods, where nothing was published.
+
+Invariant: nothing is downloaded. Refused: nothing; what a published row needs and tightfit cannot forecast yet is named
+in `TABLES` and has no figure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["TIGHTFIT_CATALOG"] = str(Path(__file__).with_name("models.toml"))
+
+import torch
+
+import tightfit
+from tightfit.core import BudgetInfeasible, Device, Plan, Trace
+from tightfit.device.allocator import peaks
+from tightfit.forecast import Setup, trace_setup
+from tightfit.forecast.setup import DTYPES, build_model
+from tightfit.levers import exact_only
+from tightfit.plan import Effort, every_block, lowest, plan, simulate
+from tightfit.plan.simulate import allocations
+
+GB, GIB = 10**9, 2**30
+EFFORT = Effort(points=48, solver_seconds=0.4, proves=False)
+
+NONE, EVERY_BLOCK = "none", "every-block"
+#: The lowest peak by levers that give the same bits, the lowest by all default ones (tiles too), and a plan for 60 % of
+#: the way from what lives throughout the step to its unplanned peak.
+LEAST, LEAST_TILED, MIDDLE = "tightfit, least, exact", "tightfit, least, tiles", "tightfit, 60%"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One step, and the ways to run it. `targets`: the modules with adapters; empty means all linear layers."""
+
+    name: str
+    setup: Setup
+    modes: tuple[str, ...]
+    targets: tuple[str, ...] = ()
+    published_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def table(self) -> str:
+        return self.name[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    title: str
+    source: str
+    assumed: tuple[str, ...]
+    cases: tuple[Case, ...] = ()
+
+
+def _public(name: str, modes: tuple[str, ...], published: Mapping[str, int], **more: Any) -> Case:
+    targets = more.pop("targets", ())
+    return Case(name=name, setup=Setup(**more), modes=modes, targets=targets, published_bytes=published)
+
+
+ALL = (NONE, EVERY_BLOCK, LEAST, LEAST_TILED)
+#: torchtune's recipe has adapters on all but the key projection.
+_TORCHTUNE = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+TABLES: dict[str, Table] = {
+    "A": Table(
+        title="Llama-2-7B, 4 bits, LoRA of rank 8 on all linear layers, batch 1",
+        source="https://github.com/hiyouga/LLaMA-Factory/wiki/Performance-comparison",
+        assumed=(
+            "The published figures are of an A100 40GB in whole GB, and do not say by which counter.",
+            "LLaMA-Factory checkpoints every block, so its row is compared with `every-block`.",
+            "AdamW by torch's foreach kernels; the adapters are float32, as PEFT makes them.",
+        ),
+        cases=tuple(
+            _public(
+                f"A-{seq}", ALL, {"FlashAttention-2": fa2 * GB, "Unsloth": unsloth * GB},
+                model="llama-2-7b-long", method="qlora", rank=8, batch=1, seq=seq,
+            )
+            for seq, fa2, unsloth in (
+                (1024, 6, 5), (2048, 7, 6), (4096, 9, 7), (8192, 12, 8), (16384, 19, 10), (32768, 32, 16),
+            )
+        ),
+    ),
+    "B": Table(
+        title="Llama-2-7B, LoRA of rank 8 on query and value (4,194,304 parameters), 1,304 tokens",
+        source="https://github.com/Lightning-AI/litgpt/blob/main/tutorials/resource-tables.md",
+        assumed=(
+            "The published figures are `max_memory_reserved` on an A100 40GB under PyTorch 2.1; nothing is checkpointed.",
+            "LitGPT has its own Llama and bf16 adapters. Here it is transformers' Llama with PEFT's float32 adapters.",
+            "Double quantisation, so the published row to compare the 4-bit case with is nf4-dq.",
+        ),
+        cases=(
+            _public(
+                "B-lora", ALL, {"LitGPT": 21_300_000_000}, targets=("q_proj", "v_proj"),
+                model="llama-2-7b", method="lora", rank=8, batch=1, seq=1304,
+            ),
+            _public(
+                "B-nf4", ALL, {"LitGPT, nf4": 14_140_000_000, "LitGPT, nf4-dq": 13_840_000_000},
+                targets=("q_proj", "v_proj"), model="llama-2-7b", method="qlora", rank=8, batch=1, seq=1304,
+            ),
+        ),
+    ),
+    "C": Table(
+        title="Llama-3.2-3B, 2 x 4,096 packed tokens, bf16",
+        source="https://github.com/pytorch/torchtune (README, memory and training speed)",
+        assumed=(
+            "The published figures are peak active memory on an A100. Each of its rows keeps what the rows before it "
+            "switched on: 24.9 GiB is with torch.compile, a chunked loss and checkpointing.",
+            "Its row with the optimizer's step in backward (23.1 GiB) has no forecast: tightfit has no such lever yet.",
+            "Fused AdamW with bf16 state. LoRA is of rank 64 on all but the key projection, as in torchtune's recipe.",
+            "A packed batch has an attention mask there; here the batch is two sequences without one.",
+        ),
+        cases=(
+            _public(
+                "C-full", ALL, {"plain": int(60.0 * GIB), "checkpointed": int(24.9 * GIB)},
+                model="llama-3.2-3b", method="full", optimizer="adamw-fused", batch=2, seq=4096,
+            ),
+            _public(
+                "C-lora", ALL, {"LoRA, all of it on": int(8.5 * GIB)}, targets=_TORCHTUNE,
+                model="llama-3.2-3b", method="lora", rank=64, optimizer="adamw-fused", batch=2, seq=4096,
+            ),
+            _public(
+                "C-qlora", ALL, {"QLoRA, all of it on": int(4.6 * GIB)}, targets=_TORCHTUNE,
+                model="llama-3.2-3b", method="qlora", rank=64, optimizer="adamw-fused", batch=2, seq=4096,
+            ),
+        ),
+    ),
+    "D": Table(
+        title="Llama-3.1-8B, QLoRA of rank 32 on all linear layers, batch 1: the longest context",
+        source="https://unsloth.ai/blog/llama3-3",
+        assumed=(
+            "A card of n GB has n GiB, of which the driver takes 600 MiB and 2 % are kept free.",
+            "Fused AdamW; the adapters are float32. A context is a multiple of 64 tokens.",
+            "`every-block` stands for Hugging Face with FlashAttention-2.",
+        ),
+    ),
+    "S": Table(
+        title="Small steps of several kinds, nothing published",
+        source="",
+        assumed=("The plan is for 60 % of the way from what lives throughout the step to its unplanned peak.",),
+        cases=tuple(
+            Case(
+                name=f"S-{model}-{method}-{batch}x{seq}",
+                setup=Setup(model=model, method=method, batch=batch, seq=seq, optimizer=optimizer),
+                modes=(NONE, EVERY_BLOCK, MIDDLE),
+            )
+            for model, method, batch, seq, optimizer in (
+                ("gpt2", "full", 4, 1024, "adamw"),
+                ("gpt2-medium", "full", 4, 1024, "adamw-fused"),
+                ("gpt2-xl", "lora", 2, 1024, "adamw"),
+                ("llama-3.2-1b", "full", 1, 2048, "adamw"),
+                ("llama-3.2-1b", "qlora", 2, 4096, "adamw"),
+                ("qwen2.5-1.5b", "lora", 2, 2048, "adamw-fused"),
+            )
+        ),
+    ),
+}  # fmt: skip
+
+#: Table D: the card's GiB, and the published tokens.
+LONGEST = {
+    12: {"Hugging Face + FlashAttention-2": 932, "Unsloth": 21_848},
+    24: {"Hugging Face + FlashAttention-2": 5_789, "Unsloth": 78_475},
+    80: {"Hugging Face + FlashAttention-2": 28_454, "Unsloth": 342_733},
+}
+LONGEST_SETUP = Setup(model="llama-3.1-8b-long", method="qlora", rank=32, batch=1, optimizer="adamw-fused")
+
+#: What a dry run measures in place of the tables, and what it looks for in place of D: MiB and no published tokens.
+TINY = {
+    "S": (
+        Case(
+            name="S-tiny-gpt2", setup=Setup(model="tiny-gpt2", batch=2, seq=64, optimizer="adamw"),
+            modes=(NONE, EVERY_BLOCK, MIDDLE),
+        ),
+    ),
+    "A": (
+        Case(
+            name="A-tiny", setup=Setup(model="tiny-llama", method="qlora", rank=2, batch=1, seq=64),
+            modes=(EVERY_BLOCK, LEAST),
+        ),
+    ),
+    "B": (
+        Case(
+            name="B-tiny", setup=Setup(model="tiny-llama", method="lora", rank=2, batch=2, seq=64),
+            targets=("q_proj", "v_proj"), modes=(NONE, LEAST),
+        ),
+    ),
+    "C": (
+        Case(
+            name="C-tiny", setup=Setup(model="tiny-llama", optimizer="adamw-fused", batch=2, seq=64),
+            modes=(NONE, EVERY_BLOCK),
+        ),
+    ),
+}  # fmt: skip
+TINY_LONGEST_SETUP = Setup(model="tiny-llama", method="lora", rank=2, batch=1, optimizer="adamw-fused")
+
+
+def step_of(case: Case, device: torch.device | str) -> tuple[Any, dict[str, torch.Tensor], torch.optim.Optimizer]:
+    """The case's model, batch and optimizer, with random weights on `device` or with none on `meta`."""
+    from tightfit.integrations.bitsandbytes import quantise
+    from tightfit.integrations.peft import add_lora
+    from tightfit.integrations.transformers import load_model, random_batch
+
+    setup, device = case.setup, torch.device(device)
+    weights, compute = DTYPES[setup.dtype]
+    if device.type == "meta":
+        model = build_model.__wrapped__(setup.model, "full", setup.dtype, setup.rank)  # not the cached one: it changes
+    else:
+        model, _ = load_model(setup.model, dtype=weights, device=device)
+    if setup.method == "qlora":
+        model = quantise(model, compute or weights)
+    if setup.method != "full":
+        with torch.device(device):
+            model = add_lora(model, rank=setup.rank, targets=list(case.targets) or "all-linear")
+    if device.type == "meta":
+        ids = torch.zeros(setup.batch, setup.seq, dtype=torch.long)
+        batch = {"input_ids": ids, "labels": ids}
+    else:
+        batch = random_batch(model, setup.batch, setup.seq)
+    return model, batch, optimizer_of(model, setup.optimizer)
+
+
+def optimizer_of(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    for group in optimizer.param_groups if name == "adamw-fused" else ():
+        group["fused"], group["foreach"] = True, False  # set here, since torch refuses the argument on meta
+    return optimizer
+
+
+def recorded(case: Case, device: Device | None, *, tiles: bool = False) -> Trace:
+    """The case's step on fake tensors, with the kernels of `device` (None: this CPU's)."""
+    if not case.targets:  # a few blocks, and the rest by repetition
+        return trace_setup(case.setup, device, tiles=tiles)
+    model, batch, optimizer = step_of(case, "meta")
+    return tightfit.trace(model, batch, optimizer=optimizer, fake=True, device=device, tiles=tiles)
+
+
+def plan_of(trace: Trace, mode: str) -> Plan | None:
+    """The plan that `mode` stands for; None for the step as it is."""
+    if mode == NONE:
+        return None
+    if mode == EVERY_BLOCK:
+        return every_block(trace, effort=EFFORT)
+    if mode in (LEAST, LEAST_TILED):
+        return lowest(trace, effort=EFFORT, levers=exact_only(None) if mode == LEAST else None)
+    fixed_bytes, top_bytes = sum(trace.static_bytes.values()), simulate(trace).peak_bytes
+    try:
+        return plan(trace, fixed_bytes + (top_bytes - fixed_bytes) * 6 // 10, effort=EFFORT, exact=True)
+    except BudgetInfeasible:
+        return lowest(trace, effort=EFFORT, levers=exact_only(None))
+
+
+def forecast_of(trace: Trace, made: Plan | None) -> dict[str, Any]:
+    """What is registered of a way to run a step."""
+    line = simulate(trace, made)
+    found: dict[str, Any] = {"peak_bytes": line.peak_bytes, "owner": line.peak_owner}
+    if not trace.random_state_bytes:  # the CPU has no caching allocator
+        found["allocated_bytes"], found["reserved_bytes"] = peaks(*allocations(trace, made))
+    if made is not None:
+        found |= {
+            "exact": made.exact, "replays": made.replays,
+            "recompute_of_forward": round(made.recompute_flops / made.forward_flops, 4) if made.forward_flops else 0.0,
+        }  # fmt: skip
+    return found
+
+
+def described(case: Case) -> dict[str, Any]:
+    setup = case.setup
+    return {
+        "case": case.name, "model": setup.model, "method": setup.method, "rank": setup.rank, "batch": setup.batch,
+        "seq": setup.seq, "dtype": setup.dtype, "optimizer": setup.optimizer, "targets": list(case.targets),
+        "published_bytes": dict(case.published_bytes),
+    }  # fmt: skip
+
+
+def longer(setup: Setup, seq: int) -> Setup:
+    return dataclasses.replace(setup, seq=seq)
