@@ -97,7 +97,7 @@ TABLES: dict[str, Table] = {
         title="Llama-2-7B, LoRA of rank 8 on query and value (4,194,304 parameters), 1,304 tokens",
         source="https://github.com/Lightning-AI/litgpt/blob/main/tutorials/resource-tables.md",
         assumed=(
-            "The published figures are `max_memory_reserved` on an A100 40GB under PyTorch 2.1; nothing is checkpointed.",
+            "The published figures are of an A100 40GB under PyTorch 2.1, in GB; nothing is checkpointed there.",
             "LitGPT has its own Llama and bf16 adapters. Here it is transformers' Llama with PEFT's float32 adapters.",
             "Double quantisation, so the published row to compare the 4-bit case with is nf4-dq.",
         ),
