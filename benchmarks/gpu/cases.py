@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ os.environ["TIGHTFIT_CATALOG"] = str(Path(__file__).with_name("models.toml"))
 import torch
 
 import tightfit
-from tightfit.core import BudgetInfeasible, Device, Plan, Trace
+from tightfit.core import BudgetInfeasible, Device, Plan, Trace, dumps
 from tightfit.device.allocator import peaks
 from tightfit.forecast import Setup, trace_setup
 from tightfit.forecast.setup import DTYPES, build_model
@@ -261,6 +262,30 @@ def plan_of(trace: Trace, mode: str) -> Plan | None:
         return lowest(trace, effort=EFFORT, levers=exact_only(None))
 
 
+#: The registered plans themselves, so that what was forecast is what runs: one member for each case and mode.
+PLANS = Path(__file__).parents[1] / "results" / "gpu_plans.zip"
+
+
+def kept_plans() -> dict[tuple[str, str], str]:
+    """The registered plans as text, by case and mode."""
+    if not PLANS.exists():
+        return {}
+    with zipfile.ZipFile(PLANS) as archive:
+        names = [tuple(name.removesuffix(".json").split("/", 1)) for name in archive.namelist()]
+        return {(case, mode): archive.read(f"{case}/{mode}.json").decode() for case, mode in names}
+
+
+def keep_plans(made: Mapping[tuple[str, str], Plan]) -> None:
+    """Put `made` among the registered plans. The time stamps are fixed, so equal plans give an equal file."""
+    texts = kept_plans() | {key: dumps(each) for key, each in made.items()}
+    temporary = PLANS.with_suffix(".zip.part")
+    with zipfile.ZipFile(temporary, "w") as archive:
+        for (case, mode), text in sorted(texts.items()):
+            member = zipfile.ZipInfo(f"{case}/{mode}.json", (1980, 1, 1, 0, 0, 0))
+            archive.writestr(member, text, zipfile.ZIP_LZMA)
+    temporary.replace(PLANS)
+
+
 def forecast_of(trace: Trace, made: Plan | None) -> dict[str, Any]:
     """What is registered of a way to run a step."""
     line = simulate(trace, made)
@@ -269,7 +294,7 @@ def forecast_of(trace: Trace, made: Plan | None) -> dict[str, Any]:
         found["allocated_bytes"], found["reserved_bytes"] = peaks(*allocations(trace, made))
     if made is not None:
         found |= {
-            "exact": made.exact, "replays": made.replays,
+            "exact": made.exact, "replays": made.replays, "budget_bytes": made.budget_bytes,
             "recompute_of_forward": round(made.recompute_flops / made.forward_flops, 4) if made.forward_flops else 0.0,
         }  # fmt: skip
     return found

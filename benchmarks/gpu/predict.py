@@ -20,8 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import (
-    EVERY_BLOCK, LEAST, LEAST_TILED, LONGEST, LONGEST_SETUP, TABLES, Case, described, forecast_of, longer, plan_of,
-    recorded,
+    EVERY_BLOCK, LEAST, LEAST_TILED, LONGEST, LONGEST_SETUP, TABLES, Case, described, forecast_of, keep_plans, longer,
+    plan_of, recorded,
 )  # fmt: skip
 
 from tightfit.catalog import gpu
@@ -38,8 +38,11 @@ STEP = 64
 MODES = (EVERY_BLOCK, LEAST, LEAST_TILED)
 
 
-def of_case(case: Case, device: Device | None) -> dict[str, Any]:
-    """The case with the forecast of each of its modes."""
+Plans = dict[tuple[str, str], Plan]
+
+
+def of_case(case: Case, device: Device | None, plans: Plans) -> dict[str, Any]:
+    """The case with the forecast of each of its modes; the plans that tightfit makes go into `plans`."""
     modes: dict[str, Any] = {}
     plain: Trace | None = None
     for mode in case.modes:
@@ -47,7 +50,10 @@ def of_case(case: Case, device: Device | None) -> dict[str, Any]:
             trace = recorded(case, device, tiles=True)
         else:
             trace = plain = plain or recorded(case, device)
-        modes[mode] = forecast_of(trace, plan_of(trace, mode))
+        made = plan_of(trace, mode)
+        modes[mode] = forecast_of(trace, made)
+        if made is not None and mode != EVERY_BLOCK:
+            plans[case.name, mode] = made
     return described(case) | {"modes": modes}
 
 
@@ -70,8 +76,8 @@ def runs(trace: Trace, mode: str, room_bytes: int) -> tuple[Plan | None, int]:
 
 def longest(
     traced: Callable[[int, bool], Trace], mode: str, room_bytes: int, *, first: int = 4096, most: int = 1 << 20
-) -> dict[str, Any]:
-    """The longest context, in steps of 64 tokens, whose step runs in `room_bytes`, with its forecast.
+) -> tuple[dict[str, Any], Plan | None]:
+    """The longest context, in steps of 64 tokens, whose step runs in `room_bytes`, with its forecast and its plan.
 
     Bytes are nearly affine in the tokens. So the line through two answers says where to look next, and every answer is
     a step that was traced, planned and laid out.
@@ -95,12 +101,12 @@ def longest(
             guess = guess * 4 if low else guess // 4
         guess = min(max(guess, low + 1), high - 1)
     if best is None:
-        return {"tokens": 0}
+        return {"tokens": 0}, None
     tokens, made, trace = best
-    return {"tokens": tokens, "searched_to": high * STEP} | forecast_of(trace, made)
+    return {"tokens": tokens, "searched_to": high * STEP} | forecast_of(trace, made), made
 
 
-def of_longest() -> list[dict[str, Any]]:
+def of_longest(plans: Plans) -> list[dict[str, Any]]:
     known: dict[tuple[int, bool], Trace] = {}
 
     def traced(seq: int, tiles: bool) -> Trace:
@@ -119,7 +125,10 @@ def of_longest() -> list[dict[str, Any]]:
         }  # fmt: skip
         for mode in MODES:
             per_token = 2_600_000 if mode == EVERY_BLOCK else 1_600_000 if mode == LEAST else 400_000
-            row["modes"][mode] = longest(traced, mode, room, first=max(1024, (room - 6 * 10**9) // per_token))
+            found, made = longest(traced, mode, room, first=max(1024, (room - 6 * 10**9) // per_token))
+            row["modes"][mode] = found
+            if made is not None and mode != EVERY_BLOCK:
+                plans[row["case"], mode] = made
             print(row["case"], mode, row["modes"][mode], flush=True)
         rows.append(row)
     return rows
@@ -135,12 +144,12 @@ def commit() -> str:
 
 def registered(table: str) -> dict[str, Any]:
     said = TABLES[table]
-    rows = []
-    if table == "D":
-        rows = of_longest()
+    plans: Plans = {}
+    rows = of_longest(plans) if table == "D" else []
     for case in said.cases:
-        rows.append(of_case(case, gpu(CARD)))
+        rows.append(of_case(case, gpu(CARD), plans))
         print(json.dumps(rows[-1]), flush=True)
+    keep_plans(plans)
     return {
         "title": said.title, "source": said.source, "assumed": list(said.assumed),
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "card": CARD,
