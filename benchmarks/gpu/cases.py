@@ -11,10 +11,12 @@ in `TABLES` and has no figure.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TIGHTFIT_CATALOG"] = str(Path(__file__).with_name("models.toml"))
 
 import torch
+from torch import nn
 
 import tightfit
 from tightfit.core import BudgetInfeasible, Device, Plan, Trace, dumps
@@ -35,6 +38,8 @@ from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.simulate import allocations
 
 GB, GIB = 10**9, 2**30
+#: The model that is timed and compiled.
+MODEL_OF_TIME = "llama-8x2048"
 EFFORT = Effort(points=48, solver_seconds=0.4, proves=False)
 
 NONE, EVERY_BLOCK = "none", "every-block"
@@ -217,10 +222,11 @@ def step_of(case: Case, device: torch.device | str) -> tuple[Any, dict[str, torc
     weights, compute = DTYPES[setup.dtype]
     if device.type == "meta":
         model = build_model.__wrapped__(setup.model, "full", setup.dtype, setup.rank)  # not the cached one: it changes
+        model = quantise(model, compute or weights) if setup.method == "qlora" else model
+    elif setup.method == "qlora":
+        model = _packed(setup.model, weights, compute or weights, device)
     else:
         model, _ = load_model(setup.model, dtype=weights, device=device)
-    if setup.method == "qlora":
-        model = quantise(model, compute or weights)
     if setup.method != "full":
         with torch.device(device):
             model = add_lora(model, rank=setup.rank, targets=list(case.targets) or "all-linear")
@@ -232,7 +238,54 @@ def step_of(case: Case, device: torch.device | str) -> tuple[Any, dict[str, torc
     return model, batch, optimizer_of(model, setup.optimizer)
 
 
-def optimizer_of(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
+@contextlib.contextmanager
+def _linear_on_meta() -> Iterator[None]:
+    """Linear layers that are made inside have no weights yet."""
+    original = nn.Linear.__init__
+
+    def on_meta(self: nn.Linear, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "device": "meta"})
+
+    nn.Linear.__init__ = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Linear.__init__ = original  # type: ignore[method-assign]
+
+
+def _packed(name: str, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> Any:
+    """The model in 4 bits: every linear layer is given random weights and packed before the next one has any.
+
+    A card that holds the 4-bit model need not hold the 16-bit one, and the allocator's segments end up as they do where
+    a checkpoint is loaded layer by layer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from tightfit.integrations.bitsandbytes import quantise
+    from tightfit.integrations.transformers import config_named
+
+    with _linear_on_meta(), torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config_named(name)), dtype=dtype)
+    model.train()
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is not nn.Linear or not child.weight.is_meta:
+                continue
+            drawn = torch.empty(child.weight.shape, dtype=dtype, device=device).normal_(std=0.02)
+            child.weight = nn.Parameter(drawn)
+            if child.bias is not None:
+                child.bias = nn.Parameter(torch.zeros(child.bias.shape, dtype=dtype, device=device))
+            del drawn
+            if child is not head:
+                setattr(module, name, quantise(nn.ModuleList([child]), compute)[0])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.is_loaded_in_4bit = True  # what PEFT asks
+    return model
+
+
+def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     for group in optimizer.param_groups if name == "adamw-fused" else ():
         group["fused"], group["foreach"] = True, False  # set here, since torch refuses the argument on meta

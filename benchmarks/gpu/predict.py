@@ -17,17 +17,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from cases import (
-    EVERY_BLOCK, LEAST, LEAST_TILED, LONGEST, LONGEST_SETUP, TABLES, Case, described, forecast_of, keep_plans, longer,
-    plan_of, recorded,
+    EVERY_BLOCK,
+    LEAST,
+    LEAST_TILED,
+    LONGEST,
+    LONGEST_SETUP,
+    TABLES,
+    Case,
+    described,
+    forecast_of,
+    keep_plans,
+    longer,
+    plan_of,
+    recorded,
 )  # fmt: skip
 
 from tightfit.catalog import gpu
 from tightfit.core import Device, Plan, Trace
 from tightfit.forecast import device_asked, usable_bytes
-from tightfit.forecast.search import bytes_reserved, fitted
+from tightfit.forecast.search import QUICK, bytes_reserved, fitted
 from tightfit.levers import exact_only
 from tightfit.step.environment import environment
 
@@ -69,15 +78,14 @@ def runs(trace: Trace, mode: str, room_bytes: int) -> tuple[Plan | None, int]:
         return made, reserved
     if mode == EVERY_BLOCK or (made is not None and made.peak_bytes > room_bytes):
         return None, reserved
-    from tightfit.forecast.search import QUICK
-
     return fitted(trace, room_bytes, QUICK, exact_only(None) if mode == LEAST else None), reserved
 
 
 def longest(
     traced: Callable[[int, bool], Trace], mode: str, room_bytes: int, *, first: int = 4096, most: int = 1 << 20
 ) -> tuple[dict[str, Any], Plan | None]:
-    """The longest context, in steps of 64 tokens, whose step runs in `room_bytes`, with its forecast and its plan.
+    """The longest context, in steps of 64 tokens and to a part in a hundred, whose step runs in `room_bytes`, with its
+    forecast and its plan. What is longer by `searched_to` does not run.
 
     Bytes are nearly affine in the tokens. So the line through two answers says where to look next, and every answer is
     a step that was traced, planned and laid out.
@@ -86,9 +94,10 @@ def longest(
     reserved: dict[int, int] = {}
     best: tuple[int, Plan | None, Trace] | None = None
     low, high, guess = 0, most // STEP + 1, first // STEP
-    while low < high - 1 and len(reserved) < 9:
+    while high - low > max(1, low // 100) and len(reserved) < 8:
         trace = traced(guess * STEP, tiles)
         made, reserved[guess] = runs(trace, mode, room_bytes)
+        print(f"  {mode}: {guess * STEP} tokens, {reserved[guess] / 2**30:.2f} GiB, {made is not None}", flush=True)
         if made is not None:
             low, best = guess, (guess * STEP, made, trace)
         else:
@@ -97,6 +106,7 @@ def longest(
         if len(known) == 2 and reserved[known[0]] != reserved[known[1]]:
             slope = (reserved[known[1]] - reserved[known[0]]) / (known[1] - known[0])
             guess = int(known[0] + (room_bytes - reserved[known[0]]) / slope)
+            guess += max(1, guess // 200) if guess <= low else -max(1, guess // 200) if guess >= high else 0
         else:
             guess = guess * 4 if low else guess // 4
         guess = min(max(guess, low + 1), high - 1)
@@ -116,21 +126,22 @@ def of_longest(plans: Plans) -> list[dict[str, Any]]:
             known[seq, tiles] = recorded(case, gpu(CARD), tiles=tiles)
         return known[seq, tiles]
 
-    rows = []
-    for card_gib, published in LONGEST.items():
-        room = usable_bytes(device_asked(f"{card_gib}GiB"))
-        row: dict[str, Any] = {
-            "case": f"D-{card_gib}", "card_gib": card_gib, "room_bytes": room, "published_tokens": published,
-            "modes": {},
-        }  # fmt: skip
-        for mode in MODES:
+    rows = [
+        {
+            "case": f"D-{card_gib}", "card_gib": card_gib, "room_bytes": usable_bytes(device_asked(f"{card_gib}GiB")),
+            "published_tokens": published, "modes": {},
+        }
+        for card_gib, published in LONGEST.items()
+    ]  # fmt: skip
+    for mode in MODES:
+        for row in rows:
+            room = row["room_bytes"]
             per_token = 2_600_000 if mode == EVERY_BLOCK else 1_600_000 if mode == LEAST else 400_000
             found, made = longest(traced, mode, room, first=max(1024, (room - 6 * 10**9) // per_token))
             row["modes"][mode] = found
             if made is not None and mode != EVERY_BLOCK:
                 plans[row["case"], mode] = made
             print(row["case"], mode, row["modes"][mode], flush=True)
-        rows.append(row)
     return rows
 
 
@@ -158,9 +169,10 @@ def registered(table: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for table in arguments or list(TABLES):
-        found[table] = registered(table)
+        made = registered(table)
+        found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        found = {name: each for name in TABLES if (each := made if name == table else found.get(name))}
         temporary = RESULTS.with_suffix(".json.part")
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         temporary.replace(RESULTS)

@@ -1,0 +1,194 @@
+"""Measure everything that only a card can tell, in one call of six minutes.
+
+    python benchmarks/gpu/run.py --out runs/gpu                 # on the card
+    python benchmarks/gpu/run.py --out runs/dry --dry-run       # the same code on the CPU, with tiny shapes
+    python benchmarks/gpu/run.py --out runs/gpu --steps memory-B,time
+    python benchmarks/gpu/run.py --out runs/gpu --fold          # only make results.json of the lines that are there
+
+The steps stand in `steps.STEPS`, the most important first. Each is a process of its own with a limit of its own, so
+that one which hangs or crashes costs only itself. A step writes each result as a line of `lines.jsonl` when it has it,
+and what is there when time is up stays. At the end the lines are folded into `results.json`, with the outcome of every
+step. A second call with the same `--out` appends.
+
+Exit status: 0 if every step ended well, 1 if one did not, 2 for wrong input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+ALL_SECONDS = 360
+#: A step is not begun with less than this left.
+LEAST_SECONDS = 5
+#: Read once, by the process that the steps are forked from.
+PRELOADED = ["torch", "transformers", "steps"]
+
+
+class Lines:
+    """A file of JSON lines. Each is written whole, at once, so a process that is killed loses no other line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: dict[str, Any]) -> None:
+        data = json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), **record}) + "\n"
+        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(handle).st_size
+            torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+            os.write(handle, ("\n" + data if torn else data).encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:  # the machine went away in the middle of a line
+                yield {"step": "", "torn": line[:80]}
+
+
+def run_step(name: str, is_dry: bool, folder: str) -> None:
+    """One step, in its own process."""
+    os.setsid()  # so that its children can be ended with it
+    log = os.open(Path(folder) / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.enable()
+    lines = Lines(Path(folder) / "lines.jsonl")
+    try:
+        import steps
+        from card import Card
+
+        for record in steps.STEPS[name].run(Card(is_dry=is_dry)):
+            lines.append({"step": name, **record})
+    except BaseException as error:
+        traceback.print_exc()
+        lines.append({"step": name, "error": f"{type(error).__name__}: {error}"[:2000]})
+        sys.exit(1)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _probe() -> None:
+    """Has the process that steps are forked from touched the card? Then its children could not."""
+    torch = sys.modules.get("torch")
+    sys.exit(int(torch is not None and torch.cuda._is_in_bad_fork()))
+
+
+def fork_or_spawn() -> Any:
+    """Processes that begin with everything imported, where that can be had."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    probe = context.Process(target=_probe)
+    probe.start()
+    probe.join()
+    return context if probe.exitcode == 0 else multiprocessing.get_context("spawn")
+
+
+def end(process: Any) -> None:
+    """End the step and whatever it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
+    process.join(10)
+
+
+def run(names: list[str], is_dry: bool, folder: Path, all_seconds: float, step_seconds: float | None) -> bool:
+    from steps import STEPS
+
+    lines = Lines(folder / "lines.jsonl")
+    started = time.monotonic()
+    context = fork_or_spawn()
+    well = True
+    for name in names:
+        left = all_seconds - (time.monotonic() - started)
+        if left < LEAST_SECONDS:
+            lines.append({"step": name, "outcome": "not begun: no time was left", "seconds": 0.0})
+            well = False
+            continue
+        begun = time.monotonic()
+        limit = min(left, STEPS[name].limit_seconds if step_seconds is None else step_seconds)
+        process = context.Process(target=run_step, args=(name, is_dry, str(folder)))
+        process.start()
+        process.join(limit)
+        if process.is_alive():
+            end(process)
+            outcome = f"ended after its {limit:.0f} seconds"
+        elif process.exitcode:
+            outcome = f"failed with exit status {process.exitcode}"
+        else:
+            outcome = "done"
+        seconds = round(time.monotonic() - begun, 2)
+        lines.append({"step": name, "outcome": outcome, "seconds": seconds})
+        print(f"{name}: {outcome}, {seconds:.1f} s", flush=True)
+        well &= outcome == "done"
+    return well
+
+
+def fold(folder: Path, *, is_dry: bool) -> dict[str, Any]:
+    """All lines as one document, by step; a step that was run again has the later outcome and all its lines."""
+    steps: dict[str, Any] = {}
+    torn = 0
+    for record in Lines(folder / "lines.jsonl"):
+        if "torn" in record:
+            torn += 1
+            continue
+        found = steps.setdefault(record["step"], {"outcome": "cut off", "seconds": None, "rows": []})
+        if "outcome" in record:
+            found |= {"outcome": record["outcome"], "seconds": record["seconds"]}
+        else:
+            found["rows"].append({key: value for key, value in record.items() if key != "step"})
+    document = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "is_dry": is_dry, "torn": torn, "steps": steps}
+    target = folder / "results.json"
+    temporary = target.with_suffix(".json.part")
+    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(target)
+    return document
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from steps import STEPS
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the folder of results and logs; lines are appended")
+    parser.add_argument("--dry-run", action="store_true", help="the same code on the CPU, with tiny shapes")
+    parser.add_argument("--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--seconds", type=float, default=ALL_SECONDS, help="for all steps together")
+    parser.add_argument("--step-seconds", type=float, help="for each step, instead of the limit of its own")
+    parser.add_argument("--fold", action="store_true", help="run nothing, fold the lines that are there")
+    given = parser.parse_args(arguments)
+    names = [name for name in given.steps.split(",") if name]
+    if unknown := [name for name in names if name not in STEPS]:
+        parser.error(f"unknown step {unknown[0]!r}: use {', '.join(STEPS)}")
+    given.out.mkdir(parents=True, exist_ok=True)
+    well = True
+    if not given.fold:
+        well = run(names, given.dry_run, given.out, given.seconds, given.step_seconds)
+    document = fold(given.out, is_dry=given.dry_run)
+    print(given.out / "results.json")
+    return 0 if well and all(step["outcome"] == "done" for step in document["steps"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

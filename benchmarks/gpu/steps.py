@@ -1,0 +1,759 @@
+"""What the kit does on a card, the most important first. `STEPS` is the list that `run.py` works through.
+
+Each step is a function that yields its results one by one, so that a step which is cut off keeps those that it has. It
+runs in a process of its own and on whatever `Card` it is given: in a dry run the CPU, with tiny shapes, by the same
+code. What only a card has (reserved bytes, streams, a backward thread of its own) is None or left out there.
+
+Invariant: no step changes a registered forecast. A case that fails is a row that says why, and the next one runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from card import Card, as_row
+from cases import (
+    EVERY_BLOCK,
+    LEAST,
+    LONGEST,
+    LONGEST_SETUP,
+    MIDDLE,
+    MODEL_OF_TIME,
+    NONE,
+    TABLES,
+    TINY,
+    TINY_LONGEST_SETUP,
+    Case,
+    forecast_of,
+    kept_plans,
+    longer,
+    plan_of,
+    recorded,
+    step_of,
+)
+from predict import CARD, RESULTS, longest
+from predict import MODES as LONGEST_MODES
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tightfit
+from tightfit.catalog import gpu
+from tightfit.core import BudgetInfeasible, Plan
+from tightfit.device.allocator import CachingAllocator
+from tightfit.engine.checksum import checksum
+from tightfit.forecast import Setup, calibrated
+from tightfit.step.ops import UNWRITTEN, op_name
+from tightfit.step.patches import no_key_value_cache
+from tightfit.step.run import compute_loss, tensors_in
+from tightfit.step.snapshot import undisturbed
+from tightfit.verify.gradients import Outcome, differences
+from tightfit.verify.measure import every_block_checkpointed
+from tightfit.verify.peak import static_bytes
+
+Rows = Iterator[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    run: Callable[[Card], Rows]
+    limit_seconds: float
+    asks: str
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """torch's deterministic kernels, where there are some; what has none says so in the log."""
+    if wanted:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _repeatable_products() -> None:
+    """cuBLAS reads this once, before its first product."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+
+
+def _failed(error: BaseException) -> dict[str, Any]:
+    return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]}
+
+
+# ------------------------------------------------------------------------------------------------ environment
+
+
+def environment_step(card: Card) -> Rows:
+    """Versions and card; cuBLAS's workspaces; the caching allocator against its model; the device's rates."""
+    yield {"facts": card.facts()}
+    yield {"registered": _registered()}
+    yield {"allocator": _allocator(card)}  # first, while nothing else has left segments behind
+    yield {"workspaces": _workspaces(card)}
+    if card.is_cuda:
+        yield {"pinned": _pinned()}
+    yield {"rates": calibrated("here", card.device) if card.is_cuda else None}
+    if card.is_cuda:
+        yield {"facts_after": card.facts()}
+
+
+def _registered() -> dict[str, Any]:
+    """Tables with the date of their forecast, and cases that have no forecast or no plan."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    plans, missing = kept_plans(), []
+    for table, said in TABLES.items():
+        rows = registered(table)
+        asked = {(case.name, mode) for case in said.cases for mode in case.modes}
+        asked |= {(f"D-{gib}", mode) for gib in LONGEST for mode in LONGEST_MODES} if table == "D" else set()
+        for case, mode in sorted(asked):
+            forecast = rows.get(case, {}).get("modes", {}).get(mode)
+            if forecast is None:
+                missing.append(f"{case}, {mode}: no forecast")
+            elif mode not in (NONE, EVERY_BLOCK) and forecast.get("tokens") != 0 and (case, mode) not in plans:
+                missing.append(f"{case}, {mode}: no plan")
+    return {"dates": {table: each["date"] for table, each in found.items()}, "missing": missing}
+
+
+def _workspaces(card: Card) -> dict[str, Any]:
+    """Bytes that stay after the first matrix product of the calling thread, and of backward's."""
+    if not card.is_cuda:
+        return {"first_product_bytes": None, "first_backward_bytes": None}
+    size = 256
+    a = torch.randn(size, size, device=card.device, dtype=torch.bfloat16, requires_grad=True)
+    before = torch.cuda.memory_allocated()
+    out = torch.mm(a, a)
+    product = torch.cuda.memory_allocated() - before - 2 * size * size
+    out.sum().backward()
+    torch.cuda.synchronize()
+    del out
+    a.grad = None
+    return {
+        "first_product_bytes": product,
+        "first_backward_bytes": torch.cuda.memory_allocated() - before - product,
+    }
+
+
+def _allocator(card: Card) -> dict[str, Any]:
+    """Random blocks, taken and given back, by the card's allocator and by `tightfit.device.allocator`."""
+    draw = random.Random(0)
+    model, live, real = CachingAllocator(), [], {}
+    worst_allocated = worst_reserved = 0
+    count, most = (60, 1 << 16) if card.is_dry else (400, 1 << 28)
+    card.empty()
+    base_allocated = torch.cuda.memory_allocated() if card.is_cuda else 0
+    base_reserved = torch.cuda.memory_reserved() if card.is_cuda else 0
+    for key in range(count):
+        if live and draw.random() < 0.45:
+            gone = live.pop(draw.randrange(len(live)))
+            model.free(gone)
+            real.pop(gone)
+        else:
+            size = int(2 ** draw.uniform(4, most.bit_length() - 1))
+            model.allocate(key, size)
+            real[key] = torch.empty(size, dtype=torch.uint8, device=card.device)
+            live.append(key)
+        if card.is_cuda:
+            off = torch.cuda.memory_allocated() - base_allocated - model.allocated_bytes
+            worst_allocated = max(worst_allocated, off, key=abs)
+            off = torch.cuda.memory_reserved() - base_reserved - model.reserved_bytes
+            worst_reserved = max(worst_reserved, off, key=abs)
+    return {
+        "blocks": count, "most_allocated_bytes": model.allocated_peak_bytes,
+        "most_reserved_bytes": model.reserved_peak_bytes,
+        "allocated_off_bytes": worst_allocated if card.is_cuda else None,
+        "reserved_off_bytes": worst_reserved if card.is_cuda else None,
+    }  # fmt: skip
+
+
+def _pinned() -> dict[str, Any]:
+    """What a pinned request really takes; torch rounds it up."""
+    asked = [3 << 20, 5 << 20, 33 << 20]
+    held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in asked]
+    stats = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}
+    del held
+    return {"asked_bytes": asked, "stats": {k: v for k, v in stats.items() if k.endswith((".current", ".peak"))}}
+
+
+# ---------------------------------------------------------------------------------------------- repeatability
+
+
+class Fingerprints(TorchDispatchMode):
+    """A mark of every tensor that each op reads and writes. The marks stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._marks: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = self._of((args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        self.names.append(op_name(func))
+        self._marks.append((read, [] if func in UNWRITTEN else self._of(out)))
+        return out
+
+    @staticmethod
+    def _of(tree: Any) -> list[torch.Tensor]:
+        return [mark for t in tensors_in(tree) if t.numel() and (mark := checksum(t)) is not None]
+
+    def ops(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        return [
+            (name, tuple(int(m) for m in read), tuple(int(m) for m in written))
+            for name, (read, written) in zip(self.names, self._marks, strict=True)
+        ]
+
+
+def _two_runs(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """Which ops give another result from the same arguments, and how many gradients differ."""
+    outcomes, runs, forward_ops = [], [], 0
+    with undisturbed(model, batch) as restart, no_key_value_cache(model):
+        for _ in range(2):
+            restart()
+            with Fingerprints() as prints:
+                loss = compute_loss(model, batch)
+                forward_ops = len(prints.names)
+                loss.backward()
+            runs.append(prints.ops())
+            outcomes.append(Outcome(model))
+    sources: Counter[str] = Counter()
+    for one, other in zip(*runs):
+        if one[:2] == other[:2] and one[2] != other[2]:
+            sources[one[0]] += 1
+    return {
+        "ops": len(runs[0]), "same_ops": [o[0] for o in runs[0]] == [o[0] for o in runs[1]],
+        "backward_ops_seen": len(runs[0]) - forward_ops, "not_the_same_twice": dict(sources),
+        "gradients_differ": len(differences(*outcomes)),
+    }  # fmt: skip
+
+
+def _small(card: Card, kind: str, dtype: str = "bf16", method: str = "full", seq: int = 512) -> Case:
+    """A small step: `kind` is gpt2, with dropout, or llama."""
+    name = {"gpt2": "tiny-gpt2", "llama": "tiny-llama"}[kind] if card.is_dry else {
+        "gpt2": "gpt2", "llama": MODEL_OF_TIME,
+    }[kind]  # fmt: skip
+    seq = 64 if card.is_dry else seq
+    setup = Setup(model=name, method=method, batch=2, seq=seq, dtype=dtype, rank=4 if card.is_dry else 16)
+    return Case(name=f"{kind}, {method}, {dtype}", setup=setup, modes=())
+
+
+def repeatability(card: Card) -> Rows:
+    """Two runs of the plain step, op by op: where bits differ without any plan, no plan can be held to them."""
+    _repeatable_products()
+    for kind, method in (("gpt2", "full"), ("llama", "lora")):
+        model, batch, _ = step_of(_small(card, kind, method=method), card.device)
+        for kernels in ("default", "deterministic"):
+            with deterministic(kernels == "deterministic"):
+                yield {"case": f"{kind}, {method}", "kernels": kernels, **_two_runs(model, batch)}
+        del model, batch
+        card.empty()
+
+
+# ------------------------------------------------------------------------------------------------- gradients
+
+
+def _loss_of(case: Case, card: Card) -> Any:
+    """The model's own loss, under autocast where the case's dtype is mixed."""
+    if not case.setup.dtype.endswith("-mixed"):
+        return None
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        with torch.autocast(card.device.type, dtype=torch.bfloat16):
+            found: torch.Tensor = model(**batch).loss
+            return found
+
+    return loss
+
+
+def _proofs(card: Card, case: Case, modes: tuple[str, ...], kernels: tuple[str, ...]) -> Rows:
+    model, batch, optimizer = step_of(case, card.device)
+    loss = _loss_of(case, card)
+    for kernel in kernels:
+        with deterministic(kernel == "deterministic"):
+            row: dict[str, Any] = {"case": case.name, "kernels": kernel}
+            try:
+                trace = tightfit.trace(model, batch, loss=loss, optimizer=optimizer, tiles=False)
+            except Exception as error:
+                yield row | _failed(error)
+                continue
+            for mode in modes:
+                yield row | {"mode": mode} | _proof(model, batch, plan_of(trace, mode), loss, optimizer)
+    del model, batch, optimizer
+    card.empty()
+
+
+def _proof(model: Any, batch: Any, plan: Plan | None, loss: Any, optimizer: Any) -> dict[str, Any]:
+    assert plan is not None
+    try:
+        proof = tightfit.verify(model, batch, plan, loss=loss, optimizer=optimizer)
+    except Exception as error:
+        return _failed(error)
+    return {
+        "passed": proof.passed, "replays": plan.replays, "exact": plan.exact,
+        "checks": {
+            c.name: {"passed": c.passed, "expected": c.expected, "measured": c.measured, "tolerance": c.tolerance}
+            for c in proof.checks
+        },
+    }  # fmt: skip
+
+
+def gradients(card: Card) -> Rows:
+    """Every gradient bit by bit under plans; with deterministic kernels nothing is excused."""
+    _repeatable_products()
+    modes, kernels = (EVERY_BLOCK, MIDDLE, LEAST), ("deterministic", "default")
+    cases = (
+        ("gpt2", "fp32", "full"), ("llama", "bf16", "lora"), ("gpt2", "bf16-mixed", "full"), ("gpt2", "bf16", "full"),
+        ("llama", "bf16-mixed", "lora"), ("llama", "bf16", "full"),
+    )  # fmt: skip
+    if card.is_dry:
+        modes, kernels, cases = modes[:2], kernels[:1], cases[:3]
+    for kind, dtype, method in cases:
+        yield from _proofs(card, _small(card, kind, dtype, method), modes, kernels)
+
+
+# --------------------------------------------------------------------------------------- memory, as registered
+
+
+def registered(table: str) -> dict[str, Any]:
+    """The registered rows of a table, by case."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return {row["case"]: row for row in found.get(table, {}).get("rows", ())}
+
+
+class _Built:
+    """The model of the case before, kept while the next one differs only in its batch."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self._key: Any = None
+        self._model: Any = None
+        self._optimizer: Any = None
+
+    def step(self, case: Case) -> tuple[Any, Any, Any]:
+        from tightfit.integrations.transformers import random_batch
+
+        key = (dataclasses.replace(case.setup, batch=1, seq=2), case.targets)
+        if key != self._key:
+            self._model = self._optimizer = self._key = None
+            self.card.empty()
+            self._model, _, self._optimizer = step_of(case, self.card.device)
+            self._key = key
+        return self._model, random_batch(self._model, case.setup.batch, case.setup.seq), self._optimizer
+
+
+def _in_force(model: Any, mode: str, plan: Plan | None) -> Any:
+    if mode == EVERY_BLOCK:
+        return every_block_checkpointed(model)
+    return contextlib.nullcontext() if plan is None else tightfit.apply(model, plan)
+
+
+def _one_step(model: Any, batch: Any, optimizer: Any) -> None:
+    compute_loss(model, batch).backward()
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+def _measured(card: Card, built: _Built, case: Case, mode: str, plan: Plan | None, repeats: int = 2) -> dict[str, Any]:
+    """Peak and seconds of whole steps of a case. The first step makes the optimizer's state and is not counted."""
+    model, batch, optimizer = built.step(case)
+    try:
+        with no_key_value_cache(model), _in_force(model, mode, plan) as applied:
+            _one_step(model, batch, optimizer)
+            held = static_bytes(model, optimizer, batch)
+            seconds = []
+            with card.peak(held) as peak:
+                for _ in range(repeats if card.is_cuda else 1):
+                    seconds.append(card.seconds(lambda: _one_step(model, batch, optimizer)))
+            stats = applied.stats() if plan is not None and mode != EVERY_BLOCK else None
+        row = {"static_bytes": held, "step_seconds": min(seconds), **as_row(peak)}
+        return row | ({} if stats is None else {"fallbacks": stats.fallbacks})
+    except (torch.OutOfMemoryError, RuntimeError, tightfit.TightfitError) as error:
+        return _failed(error)
+    finally:
+        model.zero_grad(set_to_none=True)
+        card.empty()
+
+
+def _plan(case: Case, mode: str) -> tuple[Plan | None, str]:
+    """The registered plan of a mode, or one that is made here where none was kept; and which of the two."""
+    if mode in (NONE, EVERY_BLOCK):
+        return None, "none"
+    text = kept_plans().get((case.name, mode))
+    if text is not None:
+        return tightfit.core.loads(Plan, text), "registered"
+    return plan_of(recorded(case, gpu(CARD)), mode), "made here"
+
+
+def _against(forecast: dict[str, Any] | None, measured: dict[str, Any]) -> dict[str, Any]:
+    """How far a forecast was off, as a part of what was measured."""
+    if forecast is None or "allocated_bytes" not in measured:
+        return {}
+    off = {}
+    for key in ("allocated_bytes", "reserved_bytes"):
+        said = forecast.get(key, forecast["peak_bytes"] if key == "allocated_bytes" else None)
+        if said is not None and measured.get(key):
+            off[key] = said / measured[key] - 1
+    return {"off_by": off}
+
+
+def _memory(card: Card, table: str, modes: tuple[str, ...], most: int = 1 << 62) -> Rows:
+    """A table's cases by each of `modes`, the modes in the order of their importance."""
+    said = {} if card.is_dry else registered(table)
+    built = _Built(card)
+    for mode in modes:
+        for case in TINY[table] if card.is_dry else TABLES[table].cases:
+            if mode not in case.modes:
+                continue
+            if card.is_dry:
+                trace = recorded(case, None)
+                plan, origin = plan_of(trace, mode), "made here"
+                forecast: dict[str, Any] | None = forecast_of(trace, plan)
+            else:
+                forecast = said.get(case.name, {}).get("modes", {}).get(mode)
+                total = card.total_bytes() or most
+                if forecast is not None and forecast["reserved_bytes"] > 0.97 * total:
+                    yield {"case": case.name, "mode": mode, "forecast": forecast, "skipped": "more than the card has"}
+                    continue
+                try:
+                    plan, origin = _plan(case, mode)
+                except Exception as error:
+                    yield {"case": case.name, "mode": mode, **_failed(error)}
+                    continue
+            try:
+                measured = _measured(card, built, case, mode, plan)
+            except Exception as error:  # the model itself could not be built
+                measured = _failed(error)
+            yield {
+                "case": case.name, "mode": mode, "plan": origin, "forecast": forecast, "measured": measured,
+                **_against(forecast, measured),
+            }  # fmt: skip
+
+
+def memory_a(card: Card) -> Rows:
+    """Table A: Llama-2-7B in 4 bits from 1k to 32k tokens."""
+    yield from _memory(card, "A", (EVERY_BLOCK, LEAST, NONE))
+
+
+def memory_b(card: Card) -> Rows:
+    """Table B: Llama-2-7B with LoRA on query and value, in bf16 and in 4 bits."""
+    yield from _memory(card, "B", (NONE, LEAST, EVERY_BLOCK))
+
+
+def memory_c(card: Card) -> Rows:
+    """Table C: Llama-3.2-3B, full, LoRA and QLoRA."""
+    yield from _memory(card, "C", (NONE, EVERY_BLOCK, LEAST))
+
+
+def memory_s(card: Card) -> Rows:
+    """Table S: small steps of several kinds."""
+    yield from _memory(card, "S", (NONE, EVERY_BLOCK, MIDDLE))
+
+
+def memory_d(card: Card) -> Rows:
+    """Table D: does the longest context that was forecast run in as much memory as a smaller card has?"""
+    if card.is_dry:
+        case = Case(name="D-tiny", setup=TINY_LONGEST_SETUP, modes=())
+        found, plan = longest(
+            lambda seq, tiles: recorded(dataclasses.replace(case, setup=longer(case.setup, seq)), None),
+            LEAST, 1 << 20, first=128, most=512,
+        )  # fmt: skip
+        rows = [{"case": "D-tiny", "room_bytes": 1 << 20, "modes": {LEAST: found}}]
+        plans = {("D-tiny", LEAST): plan}
+    else:
+        rows, plans = list(registered("D").values()), {}
+    for mode in (LEAST, EVERY_BLOCK):
+        for row in rows:
+            forecast = row["modes"].get(mode)
+            if not forecast or not forecast["tokens"]:
+                continue
+            setup = longer(TINY_LONGEST_SETUP if card.is_dry else LONGEST_SETUP, forecast["tokens"])
+            case = Case(name=row["case"], setup=setup, modes=())
+            card.cap(card.total_bytes() or 1)
+            built = _Built(card)
+            built.step(dataclasses.replace(case, setup=longer(setup, 64)))  # 16 bits first, so beyond the cap
+            card.empty()
+            card.cap(row["room_bytes"])
+            made, origin = (plans[row["case"], mode], "made here") if card.is_dry else _plan(case, mode)
+            measured = _measured(card, built, case, mode, made, repeats=1)
+            yield {
+                "case": row["case"], "mode": mode, "plan": origin, "tokens": forecast["tokens"],
+                "room_bytes": row["room_bytes"], "forecast": forecast, "measured": measured,
+                **_against(forecast, measured),
+            }  # fmt: skip
+            del built
+
+
+# ------------------------------------------------------------------------------------------------------- time
+
+
+def _selective(model: Any) -> Any:
+    """torch's selective checkpointing of every block: matrix products and attention are kept."""
+    import peers
+
+    aten = torch.ops.aten
+    attention = [
+        aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default, *peers.ATTENTION,
+    ]  # fmt: skip
+    return peers.checkpointed(model, save=[*peers.PRODUCTS, *attention])
+
+
+Way = tuple[Callable[[], Any], Callable[[], None]]
+
+
+def _peak_and_way(card: Card, model: Any, batch: Any, context: Callable[[], Any]) -> tuple[int, Way]:
+    """The peak of forward and backward within `context`, and the two as a way to be timed."""
+
+    def run() -> None:
+        compute_loss(model, batch).backward()
+        model.zero_grad(set_to_none=True)
+
+    with context():
+        run()
+        with card.peak(static_bytes(model, None, batch)) as peak:
+            run()
+    return peak.allocated_bytes, (context, run)
+
+
+def time_step(card: Card) -> Rows:
+    """Seconds of a step by each peer, and by tightfit at the peer's own measured peak."""
+    repeats = 2 if card.is_dry else 10
+    for kind, method in (("llama", "lora"), ("gpt2", "full"))[: 1 if card.is_dry else 2]:
+        case = _small(card, kind, method=method, seq=1024 if kind == "gpt2" else 2048)
+        model, batch, _ = step_of(case, card.device)
+        with no_key_value_cache(model):
+            trace = tightfit.trace(model, batch, tiles=False)
+            peers: dict[str, Callable[[], Any]] = {
+                NONE: contextlib.nullcontext,
+                EVERY_BLOCK: functools.partial(every_block_checkpointed, model),
+                "selective": functools.partial(_selective, model),
+            }
+            peaks: dict[str, int] = {}
+            ways: dict[str, Way] = {}
+            for name, context in peers.items():
+                peaks[name], ways[name] = _peak_and_way(card, model, batch, context)
+            # what the trace does not hold, such as the libraries' workspaces, is the peer's too
+            beside = peaks[NONE] - tightfit.simulate(trace).peak_bytes
+            budgets = {name: peaks[name] - beside for name in (EVERY_BLOCK, "selective")}
+            replays: dict[str, int] = {}
+            for name, budget in budgets.items():
+                mine = f"tightfit at {name}'s peak"
+                try:
+                    plan = tightfit.plan(trace, budget, exact=True)
+                except BudgetInfeasible as error:
+                    yield {"case": case.name, "way": mine, **_failed(error)}
+                    continue
+                applied = tightfit.apply(model, plan)
+                applied.suspend()
+                resumed = functools.partial(_resumed, applied, plan)
+                peaks[mine], ways[mine] = _peak_and_way(card, model, batch, resumed)
+                replays[mine] = plan.replays
+            seconds = card.in_turn(ways, repeats)
+        for name, found in seconds.items():
+            yield {
+                "case": case.name, "way": name, "allocated_bytes": peaks[name], "seconds": found,
+                "ratio": found["median"] / seconds[NONE]["median"], "beside_bytes": beside,
+                **({"replays": replays[name]} if name in replays else {}),
+            }  # fmt: skip
+        del model, batch, trace, ways
+        card.empty()
+
+
+@contextlib.contextmanager
+def _resumed(applied: Any, plan: Plan) -> Iterator[None]:
+    applied.resume(plan)
+    try:
+        yield
+    finally:
+        applied.suspend()
+
+
+def overhead_step(card: Card) -> Rows:
+    """Microseconds of the host per op, on tensors so small that the device has nothing to do."""
+    import overhead
+
+    yield overhead.measured(card.device, 3 if card.is_dry else 25)
+
+
+# ---------------------------------------------------------------------------------------------------- offload
+
+
+def offload(card: Card) -> Rows:
+    """How much of the copies is hidden behind the compute; then many steps under a checksum."""
+    _repeatable_products()
+    case = _small(card, "llama", method="lora", seq=2048)
+    model, batch, _ = step_of(case, card.device)
+    with no_key_value_cache(model), deterministic(True), undisturbed(model, batch) as restart:
+        trace = tightfit.trace(model, batch, tiles=False)
+        fixed, top = sum(trace.static_bytes.values()), tightfit.simulate(trace).peak_bytes
+        plan = None
+        for part in (4, 5, 6, 7, 8):
+            with contextlib.suppress(BudgetInfeasible):
+                plan = tightfit.plan(trace, fixed + (top - fixed) * part // 10, levers={"recompute", "offload"})
+                if plan.offloaded_bytes:
+                    break
+        if plan is None or not plan.offloaded_bytes:
+            plan = _everything_away(trace)
+        applied = tightfit.apply(model, plan)
+        applied.suspend()
+
+        def plain() -> None:
+            restart()
+            compute_loss(model, batch).backward()
+
+        resumed = functools.partial(_resumed, applied, plan)
+        with resumed():
+            plain()
+        seconds = card.in_turn(
+            {"plain": (contextlib.nullcontext, plain), "offload": (resumed, plain)}, 2 if card.is_dry else 8
+        )
+        copies = _copy_seconds(card, plan.offloaded_bytes)
+        added = seconds["offload"]["median"] - seconds["plain"]["median"] - plan.recompute_seconds
+        yield {
+            "case": case.name, "offloaded_bytes": plan.offloaded_bytes, "seconds": seconds, "copy_seconds": copies,
+            "recompute_seconds": plan.recompute_seconds, "replays": plan.replays,
+            "hidden": 1 - added / sum(copies.values()) if card.is_cuda else None,
+        }  # fmt: skip
+        yield {"case": case.name, **_race(card, model, plain, resumed, steps=10 if card.is_dry else 200)}
+        applied.remove()
+
+
+def _everything_away(trace: Any) -> Plan:
+    """The plan of every block whose inputs wait off the device, where the planner would rather recompute."""
+    from tightfit.core import Action
+    from tightfit.plan import every_block
+
+    made = every_block(trace)
+    choices = []
+    for choice in made.choices:
+        frame = next(f for f in trace.frames if f.unit == choice.unit)
+        widest = max(trace.values[v].size_bytes for v in frame.inputs)
+        inputs = tuple(Action.OFFLOAD if trace.values[v].size_bytes == widest else Action.KEEP for v in frame.inputs)
+        choices.append(dataclasses.replace(choice, inputs=inputs))
+    line = tightfit.simulate(trace, dataclasses.replace(made, choices=tuple(choices)))
+    return dataclasses.replace(
+        made, choices=tuple(choices), peak_bytes=line.peak_bytes, budget_bytes=line.peak_bytes,
+        offloaded_bytes=line.offloaded_bytes,
+    )  # fmt: skip
+
+
+def _copy_seconds(card: Card, size_bytes: int) -> dict[str, float]:
+    """Seconds of the same bytes with nothing beside them."""
+    size_bytes = max(1, size_bytes)
+    here = torch.empty(size_bytes, dtype=torch.uint8, device=card.device)
+    there = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=card.is_cuda)
+    there.copy_(here)
+    return {
+        "out": card.seconds(lambda: there.copy_(here, non_blocking=True)),
+        "back": card.seconds(lambda: here.copy_(there, non_blocking=True)),
+    }
+
+
+def _race(card: Card, model: Any, run: Callable[[], None], resumed: Callable[[], Any], steps: int) -> dict[str, Any]:
+    """`steps` planned steps whose gradients must all have the checksum of the plain one's. Between them blocks of
+    random sizes are written and given back, so that memory which is freed too early is used by somebody else."""
+
+    def marks() -> list[int]:
+        return [int(mark) for p in model.parameters() if p.grad is not None and (mark := checksum(p.grad)) is not None]
+
+    run()
+    expected, draw, wrong = marks(), random.Random(0), []
+    for step in range(steps):
+        with resumed():
+            run()
+        noise = [
+            torch.full((draw.randrange(1, 1 << (12 if card.is_dry else 26)),), float("nan"), device=card.device)
+            for _ in range(4)
+        ]
+        if draw.random() < 0.5:
+            del noise
+        if marks() != expected:
+            wrong.append(step)
+        if card.is_cuda and draw.random() < 0.05:
+            gc.collect()
+            torch.cuda.empty_cache()
+    return {"steps": steps, "gradients": len(expected), "wrong_steps": wrong}
+
+
+# ------------------------------------------------------------------------------------- compiled steps and 4 bits
+
+
+def compiled(card: Card) -> Rows:
+    """A compiled step by torch's own budget, and by tightfit's plan at its peak; and the proof of the plan."""
+    import torch._functorch.config as functorch_config
+
+    backend = "aot_eager_decomp_partition" if card.is_dry else "inductor"
+    case = _small(card, "llama", method="lora", seq=2048)
+    repeats = 1 if card.is_dry else 8
+
+    def fresh() -> tuple[Any, Any]:
+        torch.compiler.reset()
+        model, batch, _ = step_of(case, card.device)
+        model.config.use_cache = False
+        model.compile(backend=backend)
+        return model, batch
+
+    for budget in (0.5,) if card.is_dry else (0.5, 0.2):
+        row: dict[str, Any] = {"case": case.name, "activation_memory_budget": budget}
+        try:
+            with functorch_config.patch(activation_memory_budget=budget):
+                model, batch = fresh()
+                peak, way = _peak_and_way(card, model, batch, contextlib.nullcontext)
+                found = card.in_turn({"torch": way}, repeats)["torch"]
+            yield row | {"way": "torch's budget", "allocated_bytes": peak, "seconds": found}
+            del model, batch, way
+            card.empty()
+            model, batch = fresh()
+            applied = tightfit.fit(model, batch, peak, exact=True)
+            mine, way = _peak_and_way(card, model, batch, contextlib.nullcontext)
+            found = card.in_turn({"tightfit": way}, repeats)["tightfit"]
+            yield row | {
+                "way": "tightfit, compiled", "allocated_bytes": mine, "seconds": found, "budget_bytes": peak,
+                "replays": applied.plan.replays,
+            }  # fmt: skip
+            plan = applied.plan
+            applied.remove()
+            yield row | {"way": "proof"} | _proof(model, batch, plan, None, None)
+        except Exception as error:
+            yield row | _failed(error)
+
+
+def nf4(card: Card) -> Rows:
+    """4-bit weights with LoRA: gradients, peak and forecast, with bitsandbytes' own kernels."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        yield {"skipped": f"bitsandbytes is not here ({error})"}
+        return
+    yield {"bitsandbytes": bitsandbytes.__version__}
+    _repeatable_products()
+    modes, kernels = (EVERY_BLOCK, MIDDLE, LEAST), ("deterministic", "default")
+    if card.is_dry:
+        modes, kernels = modes[1:2], kernels[:1]
+    yield from _proofs(card, _small(card, "llama", method="qlora"), modes, kernels)
+
+
+STEPS: dict[str, Step] = {
+    "environment": Step(run=environment_step, limit_seconds=30, asks="what a result depends on"),
+    "repeatability": Step(run=repeatability, limit_seconds=35, asks="which ops are not the same twice"),
+    "gradients": Step(run=gradients, limit_seconds=60, asks="are gradients the same bit for bit under plans"),
+    "memory-B": Step(run=memory_b, limit_seconds=45, asks="table B against its forecast"),
+    "memory-C": Step(run=memory_c, limit_seconds=45, asks="table C against its forecast"),
+    "memory-A": Step(run=memory_a, limit_seconds=50, asks="table A against its forecast"),
+    "time": Step(run=time_step, limit_seconds=45, asks="seconds of a step against every peer at equal peak"),
+    "overhead": Step(run=overhead_step, limit_seconds=20, asks="the host's work per op"),
+    "offload": Step(run=offload, limit_seconds=40, asks="are copies hidden, and is every bit right in many steps"),
+    "nf4": Step(run=nf4, limit_seconds=30, asks="4-bit weights under plans"),
+    "memory-D": Step(run=memory_d, limit_seconds=50, asks="do the longest contexts run that were forecast"),
+    "compiled": Step(run=compiled, limit_seconds=60, asks="plans in compiled code"),
+    "memory-S": Step(run=memory_s, limit_seconds=40, asks="small steps of several kinds against their forecast"),
+}

@@ -1,0 +1,204 @@
+"""The kit for a card (`benchmarks/gpu`), as far as a CPU can run it.
+
+Its steps run here by the same code with tiny shapes. That a step which hangs or dies costs no result is tested with
+steps of the test's own, so that it takes no time. No card is needed, and none has run it yet.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+KIT = Path(__file__).parents[1] / "benchmarks" / "gpu"
+RESULTS = KIT.parent / "results"
+
+
+def kit_module(name: str) -> ModuleType:
+    """One that imports nothing of the others."""
+    spec = importlib.util.spec_from_file_location(f"gpu_kit_{name}", KIT / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def dry_run(folder: Path, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(KIT / "run.py"), "--out", str(folder), "--dry-run", *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    logs = "".join(log.read_text(encoding="utf-8")[-2000:] for log in sorted(folder.glob("*.log")))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert found["is_dry"] and not found["torn"]
+    return found["steps"]  # type: ignore[no-any-return]
+
+
+def check_memory(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        assert "failed" not in row["measured"], row
+        assert row["measured"]["reserved_bytes"] is None  # a CPU has no caching allocator, and nothing is guessed
+        # torch.utils.checkpoint saves random states, which only tiny steps show
+        off = 0.15 if row["mode"] == "every-block" else 0.005
+        assert abs(row["off_by"]["allocated_bytes"]) < off, row
+        assert row["measured"].get("fallbacks", 0) == 0
+
+
+def test_steps_run_dry(tmp_path: Path) -> None:
+    steps = dry_run(tmp_path, "--steps", "environment,memory-B", "--seconds", "600", "--step-seconds", "300")
+    assert [step["outcome"] for step in steps.values()] == ["done", "done"]
+    facts, registered = steps["environment"]["rows"][:2]
+    assert facts["facts"]["device"] == "cpu" and facts["facts"]["environment"]["torch"]
+    assert registered["registered"]["missing"] == []
+    rows = steps["memory-B"]["rows"]
+    assert [row["mode"] for row in rows] == ["none", "tightfit, least, exact"]
+    check_memory(rows)
+
+
+@pytest.mark.slow
+def test_every_step_runs_dry(tmp_path: Path) -> None:
+    steps = dry_run(tmp_path, "--seconds", "6000", "--step-seconds", "1200")
+    assert len(steps) == 13
+    for name, step in steps.items():
+        assert step["outcome"] == "done" and step["rows"], name
+        assert not [row for row in step["rows"] if "failed" in row or "error" in row], (name, step["rows"])
+    for row in steps["repeatability"]["rows"]:
+        assert row["same_ops"] and not row["not_the_same_twice"] and not row["gradients_differ"]
+        assert row["backward_ops_seen"] > 0
+    for row in (*steps["gradients"]["rows"], *steps["nf4"]["rows"][1:]):
+        assert row["checks"]["gradients"]["passed"], row
+    for table in "ABCS":
+        check_memory(steps[f"memory-{table}"]["rows"])
+    (race,) = [row for row in steps["offload"]["rows"] if "wrong_steps" in row]
+    assert race["wrong_steps"] == [] and race["gradients"] > 0
+    assert steps["offload"]["rows"][0]["offloaded_bytes"] > 0
+    peaks = {row["way"]: row["allocated_bytes"] for row in steps["time"]["rows"]}
+    for peer in ("every-block", "selective"):
+        assert peaks[f"tightfit at {peer}'s peak"] <= peaks[peer] * 1.005
+    proof = steps["compiled"]["rows"][-1]
+    assert proof["way"] == "proof" and proof["passed"], proof
+
+
+STEPS = """
+import dataclasses, os, subprocess, sys, time
+
+def well(card):
+    yield {"n": 1}
+    yield {"n": 2}
+
+def hangs(card):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield {"child": child.pid}
+    time.sleep(600)
+
+def dies(card):
+    yield {"n": 1}
+    os.abort()
+
+def raises(card):
+    yield {"n": 1}
+    raise ValueError("of the step's own")
+
+@dataclasses.dataclass
+class Step:
+    run: object
+    limit_seconds: float
+
+STEPS = {"well": Step(well, 60), "hangs": Step(hangs, 2), "dies": Step(dies, 60), "raises": Step(raises, 60),
+         "after": Step(well, 60)}
+"""
+
+
+def runs(process: int) -> bool:
+    """Does the process still run? One that has ended may wait to be asked for its status."""
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_step_that_hangs_or_dies_costs_only_itself(tmp_path: Path) -> None:
+    shutil.copy(KIT / "run.py", tmp_path)
+    (tmp_path / "steps.py").write_text(STEPS, encoding="utf-8")
+    (tmp_path / "card.py").write_text("class Card:\n    def __init__(self, *, is_dry): pass\n", encoding="utf-8")
+    main = tmp_path / "main.py"
+    main.write_text(
+        "import sys, run\nif __name__ == '__main__':\n    run.PRELOADED = []\n"
+        "    sys.exit(run.main(['--out', 'out', '--dry-run']))\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, str(main)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    steps = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["steps"]
+    assert list(steps) == ["well", "hangs", "dies", "raises", "after"]
+    assert [step["outcome"] for step in steps.values()] == [
+        "done", "ended after its 2 seconds", "failed with exit status -6", "failed with exit status 1", "done",
+    ]  # fmt: skip
+    assert [row["n"] for row in steps["well"]["rows"]] == [1, 2]
+    assert [row["n"] for row in steps["dies"]["rows"]] == [1]
+    assert steps["raises"]["rows"][1]["error"] == "ValueError: of the step's own"
+    assert not runs(steps["hangs"]["rows"][0]["child"])  # what a step has started ends with it
+
+
+def test_a_line_that_was_cut_off_loses_no_other(tmp_path: Path) -> None:
+    run = kit_module("run")
+    lines = run.Lines(tmp_path / "lines.jsonl")
+    lines.append({"step": "memory-A", "case": "A-1024"})
+    lines.append({"step": "memory-A", "case": "A-2048"})
+    with (tmp_path / "lines.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": "memory-A", "case": "A-40')
+    document = run.fold(tmp_path, is_dry=False)
+    assert document["torn"] == 1
+    assert [row["case"] for row in document["steps"]["memory-A"]["rows"]] == ["A-1024", "A-2048"]
+    assert document["steps"]["memory-A"]["outcome"] == "cut off"
+    lines.append({"step": "memory-A", "case": "A-8192"})  # a second call goes on behind the torn line
+    assert [row["case"] for row in run.fold(tmp_path, is_dry=False)["steps"]["memory-A"]["rows"]][-1] == "A-8192"
+
+
+def wheel(folder: Path, name: str, size: int) -> Path:
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        said = "Metadata-Version: 2.1\nRequires-Dist: numpy\nRequires-Dist: pytest; extra == 'test'\n"
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", said)
+        archive.writestr("data", b"x" * size)
+    return path
+
+
+def test_what_travels_stays_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = kit_module("prepare")
+    sizes = {"highspy": 1000, "bitsandbytes": 100_000}
+    monkeypatch.setattr(prepare, "own", lambda folder: wheel(folder, "tightfit", 10))
+    monkeypatch.setattr(prepare, "download", lambda package, folder: wheel(folder, package, sizes[package]))
+    carry = tmp_path / "carry"
+    assert prepare.gather(["highspy"], ["bitsandbytes"], carry, 1 << 20) == []
+    assert len(list(carry.glob("*.whl"))) == 3
+    assert prepare.gather(["highspy"], ["bitsandbytes"], carry, 50_000) == ["bitsandbytes"]
+    assert [each.name.split("-")[0] for each in sorted(carry.glob("*.whl"))] == ["highspy", "tightfit"]
+    assert prepare.needs(next(carry.glob("highspy*"))) == ["numpy"]
+    with pytest.raises(SystemExit, match="with highspy it is more than"):
+        prepare.gather(["highspy"], [], carry, 500)
+
+
+def test_every_registered_plan_is_the_one_that_was_forecast() -> None:
+    tables = json.loads((RESULTS / "gpu_predictions.json").read_text(encoding="utf-8"))
+    said = {
+        (row["case"], mode): forecast
+        for table in tables.values()
+        for row in table["rows"]
+        for mode, forecast in row["modes"].items()
+    }
+    with zipfile.ZipFile(RESULTS / "gpu_plans.zip") as archive:
+        for name in archive.namelist():
+            case, mode = name.removesuffix(".json").split("/", 1)
+            plan = json.loads(archive.read(name))
+            plan = plan.get("plan", plan)
+            assert said[case, mode]["peak_bytes"] == plan["peak_bytes"], name
+    for table in tables.values():
+        assert table["date"] and table["commit"] and table["card"] and table["environment"]["torch"]
