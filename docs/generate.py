@@ -34,6 +34,7 @@ TRAPS = Path(__file__).with_name("traps.md")
 SWITCHES = Path(__file__).with_name("switches.md")
 LEVERS = Path(__file__).with_name("levers_measured.md")
 SEVERAL_GPUS = Path(__file__).with_name("several_gpus_measured.md")
+GPU = Path(__file__).with_name("gpu.md")
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 REFERENCE = Path(__file__).with_name("reference.md")
@@ -87,7 +88,12 @@ def render() -> str:
 
 def measured() -> str:
     """README's measured part, from the results files that are there."""
-    parts = []
+    parts = [
+        "Every figure in this part was measured on a CPU. "
+        + ("No GPU has run tightfit yet. " if _of_a_card() is None else "What a GPU measured is on a page of its own. ")
+        + "What is forecast for one, against published tables, is in [docs/gpu.md](docs/gpu.md), with the list of "
+        "which figures are from what.\n"
+    ]
     for name in ("gpt2", "gpt2-medium"):
         file = RESULTS / f"measure_{name}.json"
         if file.exists():
@@ -675,6 +681,178 @@ def several_gpus_page() -> str:
                 f"| {row['communication_seconds']:.2f} s | {row['all_seconds']:.0f} s |"
             )
     return "\n".join(parts).rstrip() + "\n"
+
+
+def gpu_page() -> str:
+    """docs/gpu.md: public tables, what was forecast for them, and what a card measured, where one did."""
+    registered = _read("gpu_predictions")
+    measured = _of_a_card()
+    dates = sorted(table["date"][:10] for table in registered.values())
+    one = next(iter(registered.values()))
+    versions, card = one["environment"], one["card"]
+    parts = [
+        "<!-- Written by docs/generate.py (`make docs`); do not edit. -->\n\n# GPU: published, forecast, measured\n",
+        _said_of_card(measured),
+        f"The forecasts were registered on {dates[0]}"
+        + (f" to {dates[-1]}" if dates[-1] != dates[0] else "")
+        + f" with torch {versions['torch']}, transformers {versions['transformers']} and the kernels of `{card}` "
+        "(`benchmarks/gpu/predict.py`), before any card was seen; `benchmarks/results/gpu_predictions.json` has the "
+        "commit of each. The published figures are others' own, measured by them. The kit that measures the same "
+        "cases is `benchmarks/gpu/`, and its README says how to run it.\n",
+        "Each cell is allocated / reserved: what tensors take at the peak, and what the allocator has taken from the "
+        "driver by then. *Every block* is the usual checkpointing. *Least* is the lowest peak that tightfit finds: "
+        "with levers that give the same bits, and with tiles. It recomputes more than a plan for a budget would.\n",
+        "## Which figures are from a card\n",
+        "| where | figures | from |",
+        "|---|---|---|",
+        *(f"| {where} | {what} | {origin} |" for where, what, origin in _figures(measured)),
+    ]
+    for name, table in registered.items():
+        parts.append(f"\n## {name}: {table['title']}\n")
+        if table["source"]:
+            address, _, where = table["source"].partition(" ")
+            parts.append(f"Published in <{address}>{f' {where}' if where else ''}.\n")
+        parts += [f"- {each}" for each in table["assumed"]]
+        parts.append("")
+        parts += _longest_rows(table) if name == "D" else _peak_rows(name, table)
+        parts += _measured_rows(name, measured)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _of_a_card() -> dict[str, Any] | None:
+    """What a card measured; None where none did."""
+    file = RESULTS / "gpu_measured.json"
+    if not file.exists():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if found["is_dry"]:
+        raise SystemExit(f"{file}: a dry run is no measurement; put there what a card has measured")
+    return found
+
+
+def _said_of_card(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return "**No card has run tightfit yet.** Every figure of tightfit on this page is a forecast.\n"
+    facts = measured["steps"]["environment"]["rows"][0]["facts"]
+    return (
+        f"One card has run tightfit: {facts['name']}, on {measured['date'][:10]}, with torch "
+        f"{facts['environment']['torch']}. What it measured stands below each forecast.\n"
+    )
+
+
+def _figures(measured: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    card = "forecast; not measured yet" if measured is None else "forecast, and measured on a card"
+    return [
+        ("README, [peers](peers.md), [architectures](zoo.md), [traps](traps.md), [switches](switches.md)",
+         "peaks, FLOPs, gradients, seconds", "measured on a CPU"),
+        ("[torch.compile](how_to/compile.md)", "peaks, FLOPs, gradients", "measured on a CPU"),
+        ("[levers](levers_measured.md)", "its tables of small models; of large ones",
+         "measured on a CPU; forecast for a card"),
+        ("[the forecast](forecast.md)", "how far it is off; from GPT-2 to 70B",
+         "measured on a CPU; forecast for a card"),
+        ("[several GPUs](several_gpus_measured.md)", "processes on gloo; from 8 to 1,024 H100s",
+         "measured on a CPU; forecast for cards"),
+        ("this page", "tables A to D and S", card),
+    ]  # fmt: skip
+
+
+#: The modes of the tables by the names that `benchmarks/gpu/cases.py` gives them, and as the page says them.
+GPU_MODES = {
+    "none": "no checkpointing",
+    "every-block": "every block",
+    "tightfit, least, exact": "least, exact",
+    "tightfit, least, tiles": "least, tiles",
+    "tightfit, 60%": "tightfit, 60 %",
+}
+
+
+def _peak_rows(name: str, table: dict[str, Any]) -> Iterator[str]:
+    unit, said = (2**30, "GiB") if name == "C" else (1e9, "GB")
+    modes = [mode for mode in GPU_MODES if any(mode in row["modes"] for row in table["rows"])]
+    published = any(row["published_bytes"] for row in table["rows"])
+    yield _row(["case", *([f"published, {said}"] * published), *(f"{GPU_MODES[mode]}, {said}" for mode in modes)])
+    yield "|---" * (1 + published + len(modes)) + "|"
+    for row in table["rows"]:
+        theirs = "; ".join(f"{who}: {size / unit:.4g}" for who, size in row["published_bytes"].items())
+        cells = [
+            " / ".join(f"{row['modes'][mode][key] / unit:.2f}" for key in ("allocated_bytes", "reserved_bytes"))
+            for mode in modes
+        ]
+        yield _row([row["case"], *([theirs] * published), *cells])
+    yield from _against_published(name, table)
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _against_published(name: str, table: dict[str, Any]) -> Iterator[str]:
+    """How far the row that matches a published figure is from it."""
+    matching = {
+        "A": ("FlashAttention-2", "every-block", "reserved_bytes"),
+        "B": ("LitGPT", "none", "allocated_bytes"),
+        "C": ("plain", "none", "allocated_bytes"),
+    }
+    if name not in matching:
+        return
+    who, mode, key = matching[name]
+    off = [
+        row["modes"][mode][key] / row["published_bytes"][who] - 1
+        for row in table["rows"]
+        if who in row["published_bytes"]
+    ]
+    within = f"{min(off):+.0%} to {max(off):+.0%}" if len(off) > 1 else f"{off[0]:+.1%}"
+    yield (
+        f"\nThe forecast of {GPU_MODES[mode]} ({key.removesuffix('_bytes')}) is {within} against the published "
+        f"*{who}*. The programs and the cards are not the same, so this says how near the two are and not how far the "
+        "forecast is off."
+    )
+
+
+def _longest_rows(table: dict[str, Any]) -> Iterator[str]:
+    modes = list(GPU_MODES)[1:4]
+    who = list(table["rows"][0]["published_tokens"])
+    yield f"| card | {who[0]}, published | " + " | ".join(GPU_MODES[m] for m in modes) + f" | {who[1]}, published |"
+    yield "|---" * (3 + len(modes)) + "|"
+    for row in table["rows"]:
+        tokens = [row["modes"][mode]["tokens"] for mode in modes]
+        theirs = row["published_tokens"]
+        yield (
+            f"| {row['card_gib']} GB | {theirs[who[0]]:,} | " + " | ".join(f"{each:,}" for each in tokens)
+            + f" | {theirs[who[1]]:,} |"
+        )  # fmt: skip
+    least = [
+        (row["modes"][modes[1]]["tokens"], *(row["published_tokens"][each] for each in who)) for row in table["rows"]
+    ]
+    ratios = [(exact / first, exact / second) for exact, first, second in least]
+    tiled = [row["modes"][modes[2]]["tokens"] / row["published_tokens"][who[1]] for row in table["rows"]]
+    yield (
+        f"\nWith exact levers the forecast is {min(r for r, _ in ratios):.1f} to {max(r for r, _ in ratios):.1f} times "
+        f"the context of {who[0]}, and {min(r for _, r in ratios):.2f} to {max(r for _, r in ratios):.2f} of that of "
+        f"{who[1]}. With tiles, which do not give the same bits, it is {min(tiled):.2f} to {max(tiled):.2f} of it. "
+        f"{who[1]} moves activations to host memory; these plans use none."
+    )
+
+
+def _measured_rows(name: str, measured: dict[str, Any] | None) -> Iterator[str]:
+    rows = ((measured or {}).get("steps", {}).get(f"memory-{name}") or {"rows": []})["rows"]
+    if not rows:
+        return
+    yield "\n| case | way | forecast, allocated / reserved | measured | off by |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        case, way, found = row.get("case", ""), GPU_MODES[row["mode"]], row.get("measured", {})
+        said = row.get("forecast") or {}
+        if "allocated_bytes" not in found:
+            why = row.get("skipped") or row.get("failed") or found.get("failed", "")
+            yield f"| {case} | {way} | | {why.replace('|', '/')} | |"
+            continue
+        pairs = [
+            " / ".join(f"{each.get(key, 0) / 1e9:.2f} GB" for key in ("allocated_bytes", "reserved_bytes"))
+            for each in (said, found)
+        ]
+        off = " / ".join(f"{each:+.1%}" for each in row.get("off_by", {}).values())
+        yield f"| {case} | {way} | {pairs[0]} | {pairs[1]} | {off} |"
 
 
 # ---------------------------------------------------------------------------------------- measured parts
@@ -1268,7 +1446,8 @@ def main() -> int:
     pages = [
         (PAGE, render()), (PEERS, peers_page()), (ZOO, zoo_page()), (FORECAST, forecast_page()),
         (TRAPS, traps_page()), (SWITCHES, switches_page()), (LEVERS, levers_page()),
-        (SEVERAL_GPUS, several_gpus_page()), (REFERENCE, reference_page()), (ARCHITECTURE, architecture_svg()),
+        (SEVERAL_GPUS, several_gpus_page()), (GPU, gpu_page()), (REFERENCE, reference_page()),
+        (ARCHITECTURE, architecture_svg()),
     ]  # fmt: skip
     written = {page for page, _ in pages}
     others = [README, *sorted(page for page in README.with_name("docs").rglob("*.md") if page not in written)]

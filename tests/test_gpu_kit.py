@@ -202,3 +202,40 @@ def test_every_registered_plan_is_the_one_that_was_forecast() -> None:
             assert said[case, mode]["peak_bytes"] == plan["peak_bytes"], name
     for table in tables.values():
         assert table["date"] and table["commit"] and table["card"] and table["environment"]["torch"]
+
+
+def test_the_page_tells_a_card_from_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("docs_generate_gpu", KIT.parents[1] / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, generate)  # its dataclasses ask for it
+    spec.loader.exec_module(generate)
+    shutil.copy(RESULTS / "gpu_predictions.json", tmp_path)
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    assert "No card has run tightfit yet" in generate.gpu_page()
+    forecast = {"allocated_bytes": 10**10, "reserved_bytes": 2 * 10**10}
+    measured: dict[str, Any] = {
+        "date": "2026-12-01T00:00:00", "is_dry": True,
+        "steps": {
+            "environment": {"rows": [{"facts": {"name": "A card", "environment": {"torch": "2.11.0+cu130"}}}]},
+            "memory-B": {
+                "rows": [
+                    {
+                        "case": "B-lora", "mode": "none", "forecast": forecast,
+                        "measured": {"allocated_bytes": 8 * 10**9, "reserved_bytes": 2 * 10**10},
+                        "off_by": {"allocated_bytes": 0.25, "reserved_bytes": 0.0},
+                    },
+                    {"case": "B-nf4", "mode": "none", "forecast": forecast, "measured": {"failed": "OutOfMemoryError"}},
+                ]
+            },
+        },
+    }  # fmt: skip
+    file = tmp_path / "gpu_measured.json"
+    file.write_text(json.dumps(measured), encoding="utf-8")
+    with pytest.raises(SystemExit, match="a dry run is no measurement"):
+        generate.gpu_page()
+    file.write_text(json.dumps({**measured, "is_dry": False}), encoding="utf-8")
+    page = generate.gpu_page()
+    assert "One card has run tightfit: A card" in page and "No card" not in page
+    assert "| B-lora | no checkpointing | 10.00 GB / 20.00 GB | 8.00 GB / 20.00 GB | +25.0% / +0.0% |" in page
+    assert "| B-nf4 | no checkpointing | | OutOfMemoryError | |" in page

@@ -39,7 +39,7 @@ class Card:
         if not is_dry and not torch.cuda.is_available():
             raise SystemExit("torch finds no CUDA device here: run with --dry-run, or on a machine that has one")
         self.is_dry = is_dry
-        self.device = torch.device("cpu" if is_dry else "cuda")
+        self.device = torch.device("cpu") if is_dry else torch.device("cuda", 0)
 
     @property
     def is_cuda(self) -> bool:

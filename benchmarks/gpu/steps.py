@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import json
 import os
 import random
 from collections import Counter
@@ -22,33 +21,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from card import Card, as_row
-from cases import (
-    EVERY_BLOCK,
-    LEAST,
-    LONGEST,
-    LONGEST_SETUP,
-    MIDDLE,
-    MODEL_OF_TIME,
-    NONE,
-    TABLES,
-    TINY,
-    TINY_LONGEST_SETUP,
-    Case,
-    forecast_of,
-    kept_plans,
-    longer,
-    plan_of,
-    recorded,
-    step_of,
-)
-from predict import CARD, RESULTS, longest
-from predict import MODES as LONGEST_MODES
+from card import Card
+from cases import EVERY_BLOCK, LEAST, MIDDLE, MODEL_OF_TIME, NONE, Case, plan_of, step_of
+from memory import failed, memory_a, memory_b, memory_c, memory_d, memory_s, what_is_registered
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tightfit
-from tightfit.catalog import gpu
 from tightfit.core import BudgetInfeasible, Plan
 from tightfit.device.allocator import CachingAllocator
 from tightfit.engine.checksum import checksum
@@ -87,17 +66,13 @@ def _repeatable_products() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 
-def _failed(error: BaseException) -> dict[str, Any]:
-    return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]}
-
-
 # ------------------------------------------------------------------------------------------------ environment
 
 
 def environment_step(card: Card) -> Rows:
     """Versions and card; cuBLAS's workspaces; the caching allocator against its model; the device's rates."""
     yield {"facts": card.facts()}
-    yield {"registered": _registered()}
+    yield {"registered": what_is_registered()}
     yield {"allocator": _allocator(card)}  # first, while nothing else has left segments behind
     yield {"workspaces": _workspaces(card)}
     if card.is_cuda:
@@ -105,23 +80,6 @@ def environment_step(card: Card) -> Rows:
     yield {"rates": calibrated("here", card.device) if card.is_cuda else None}
     if card.is_cuda:
         yield {"facts_after": card.facts()}
-
-
-def _registered() -> dict[str, Any]:
-    """Tables with the date of their forecast, and cases that have no forecast or no plan."""
-    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    plans, missing = kept_plans(), []
-    for table, said in TABLES.items():
-        rows = registered(table)
-        asked = {(case.name, mode) for case in said.cases for mode in case.modes}
-        asked |= {(f"D-{gib}", mode) for gib in LONGEST for mode in LONGEST_MODES} if table == "D" else set()
-        for case, mode in sorted(asked):
-            forecast = rows.get(case, {}).get("modes", {}).get(mode)
-            if forecast is None:
-                missing.append(f"{case}, {mode}: no forecast")
-            elif mode not in (NONE, EVERY_BLOCK) and forecast.get("tokens") != 0 and (case, mode) not in plans:
-                missing.append(f"{case}, {mode}: no plan")
-    return {"dates": {table: each["date"] for table, each in found.items()}, "missing": missing}
 
 
 def _workspaces(card: Card) -> dict[str, Any]:
@@ -283,7 +241,7 @@ def _proofs(card: Card, case: Case, modes: tuple[str, ...], kernels: tuple[str, 
             try:
                 trace = tightfit.trace(model, batch, loss=loss, optimizer=optimizer, tiles=False)
             except Exception as error:
-                yield row | _failed(error)
+                yield row | failed(error)
                 continue
             for mode in modes:
                 yield row | {"mode": mode} | _proof(model, batch, plan_of(trace, mode), loss, optimizer)
@@ -296,7 +254,7 @@ def _proof(model: Any, batch: Any, plan: Plan | None, loss: Any, optimizer: Any)
     try:
         proof = tightfit.verify(model, batch, plan, loss=loss, optimizer=optimizer)
     except Exception as error:
-        return _failed(error)
+        return failed(error)
     return {
         "passed": proof.passed, "replays": plan.replays, "exact": plan.exact,
         "checks": {
@@ -318,178 +276,6 @@ def gradients(card: Card) -> Rows:
         modes, kernels, cases = modes[:2], kernels[:1], cases[:3]
     for kind, dtype, method in cases:
         yield from _proofs(card, _small(card, kind, dtype, method), modes, kernels)
-
-
-# --------------------------------------------------------------------------------------- memory, as registered
-
-
-def registered(table: str) -> dict[str, Any]:
-    """The registered rows of a table, by case."""
-    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    return {row["case"]: row for row in found.get(table, {}).get("rows", ())}
-
-
-class _Built:
-    """The model of the case before, kept while the next one differs only in its batch."""
-
-    def __init__(self, card: Card) -> None:
-        self.card = card
-        self._key: Any = None
-        self._model: Any = None
-        self._optimizer: Any = None
-
-    def step(self, case: Case) -> tuple[Any, Any, Any]:
-        from tightfit.integrations.transformers import random_batch
-
-        key = (dataclasses.replace(case.setup, batch=1, seq=2), case.targets)
-        if key != self._key:
-            self._model = self._optimizer = self._key = None
-            self.card.empty()
-            self._model, _, self._optimizer = step_of(case, self.card.device)
-            self._key = key
-        return self._model, random_batch(self._model, case.setup.batch, case.setup.seq), self._optimizer
-
-
-def _in_force(model: Any, mode: str, plan: Plan | None) -> Any:
-    if mode == EVERY_BLOCK:
-        return every_block_checkpointed(model)
-    return contextlib.nullcontext() if plan is None else tightfit.apply(model, plan)
-
-
-def _one_step(model: Any, batch: Any, optimizer: Any) -> None:
-    compute_loss(model, batch).backward()
-    optimizer.step()
-    model.zero_grad(set_to_none=True)
-
-
-def _measured(card: Card, built: _Built, case: Case, mode: str, plan: Plan | None, repeats: int = 2) -> dict[str, Any]:
-    """Peak and seconds of whole steps of a case. The first step makes the optimizer's state and is not counted."""
-    model, batch, optimizer = built.step(case)
-    try:
-        with no_key_value_cache(model), _in_force(model, mode, plan) as applied:
-            _one_step(model, batch, optimizer)
-            held = static_bytes(model, optimizer, batch)
-            seconds = []
-            with card.peak(held) as peak:
-                for _ in range(repeats if card.is_cuda else 1):
-                    seconds.append(card.seconds(lambda: _one_step(model, batch, optimizer)))
-            stats = applied.stats() if plan is not None and mode != EVERY_BLOCK else None
-        row = {"static_bytes": held, "step_seconds": min(seconds), **as_row(peak)}
-        return row | ({} if stats is None else {"fallbacks": stats.fallbacks})
-    except (torch.OutOfMemoryError, RuntimeError, tightfit.TightfitError) as error:
-        return _failed(error)
-    finally:
-        model.zero_grad(set_to_none=True)
-        card.empty()
-
-
-def _plan(case: Case, mode: str) -> tuple[Plan | None, str]:
-    """The registered plan of a mode, or one that is made here where none was kept; and which of the two."""
-    if mode in (NONE, EVERY_BLOCK):
-        return None, "none"
-    text = kept_plans().get((case.name, mode))
-    if text is not None:
-        return tightfit.core.loads(Plan, text), "registered"
-    return plan_of(recorded(case, gpu(CARD)), mode), "made here"
-
-
-def _against(forecast: dict[str, Any] | None, measured: dict[str, Any]) -> dict[str, Any]:
-    """How far a forecast was off, as a part of what was measured."""
-    if forecast is None or "allocated_bytes" not in measured:
-        return {}
-    off = {}
-    for key in ("allocated_bytes", "reserved_bytes"):
-        said = forecast.get(key, forecast["peak_bytes"] if key == "allocated_bytes" else None)
-        if said is not None and measured.get(key):
-            off[key] = said / measured[key] - 1
-    return {"off_by": off}
-
-
-def _memory(card: Card, table: str, modes: tuple[str, ...], most: int = 1 << 62) -> Rows:
-    """A table's cases by each of `modes`, the modes in the order of their importance."""
-    said = {} if card.is_dry else registered(table)
-    built = _Built(card)
-    for mode in modes:
-        for case in TINY[table] if card.is_dry else TABLES[table].cases:
-            if mode not in case.modes:
-                continue
-            if card.is_dry:
-                trace = recorded(case, None)
-                plan, origin = plan_of(trace, mode), "made here"
-                forecast: dict[str, Any] | None = forecast_of(trace, plan)
-            else:
-                forecast = said.get(case.name, {}).get("modes", {}).get(mode)
-                total = card.total_bytes() or most
-                if forecast is not None and forecast["reserved_bytes"] > 0.97 * total:
-                    yield {"case": case.name, "mode": mode, "forecast": forecast, "skipped": "more than the card has"}
-                    continue
-                try:
-                    plan, origin = _plan(case, mode)
-                except Exception as error:
-                    yield {"case": case.name, "mode": mode, **_failed(error)}
-                    continue
-            try:
-                measured = _measured(card, built, case, mode, plan)
-            except Exception as error:  # the model itself could not be built
-                measured = _failed(error)
-            yield {
-                "case": case.name, "mode": mode, "plan": origin, "forecast": forecast, "measured": measured,
-                **_against(forecast, measured),
-            }  # fmt: skip
-
-
-def memory_a(card: Card) -> Rows:
-    """Table A: Llama-2-7B in 4 bits from 1k to 32k tokens."""
-    yield from _memory(card, "A", (EVERY_BLOCK, LEAST, NONE))
-
-
-def memory_b(card: Card) -> Rows:
-    """Table B: Llama-2-7B with LoRA on query and value, in bf16 and in 4 bits."""
-    yield from _memory(card, "B", (NONE, LEAST, EVERY_BLOCK))
-
-
-def memory_c(card: Card) -> Rows:
-    """Table C: Llama-3.2-3B, full, LoRA and QLoRA."""
-    yield from _memory(card, "C", (NONE, EVERY_BLOCK, LEAST))
-
-
-def memory_s(card: Card) -> Rows:
-    """Table S: small steps of several kinds."""
-    yield from _memory(card, "S", (NONE, EVERY_BLOCK, MIDDLE))
-
-
-def memory_d(card: Card) -> Rows:
-    """Table D: does the longest context that was forecast run in as much memory as a smaller card has?"""
-    if card.is_dry:
-        case = Case(name="D-tiny", setup=TINY_LONGEST_SETUP, modes=())
-        found, plan = longest(
-            lambda seq, tiles: recorded(dataclasses.replace(case, setup=longer(case.setup, seq)), None),
-            LEAST, 1 << 20, first=128, most=512,
-        )  # fmt: skip
-        rows = [{"case": "D-tiny", "room_bytes": 1 << 20, "modes": {LEAST: found}}]
-        plans = {("D-tiny", LEAST): plan}
-    else:
-        rows, plans = list(registered("D").values()), {}
-    for mode in (LEAST, EVERY_BLOCK):
-        for row in rows:
-            forecast = row["modes"].get(mode)
-            if not forecast or not forecast["tokens"]:
-                continue
-            setup = longer(TINY_LONGEST_SETUP if card.is_dry else LONGEST_SETUP, forecast["tokens"])
-            case = Case(name=row["case"], setup=setup, modes=())
-            card.cap(card.total_bytes() or 1)
-            built = _Built(card)
-            built.step(dataclasses.replace(case, setup=longer(setup, 64)))  # 16 bits first, so beyond the cap
-            card.empty()
-            card.cap(row["room_bytes"])
-            made, origin = (plans[row["case"], mode], "made here") if card.is_dry else _plan(case, mode)
-            measured = _measured(card, built, case, mode, made, repeats=1)
-            yield {
-                "case": row["case"], "mode": mode, "plan": origin, "tokens": forecast["tokens"],
-                "room_bytes": row["room_bytes"], "forecast": forecast, "measured": measured,
-                **_against(forecast, measured),
-            }  # fmt: skip
-            del built
 
 
 # ------------------------------------------------------------------------------------------------------- time
@@ -550,7 +336,7 @@ def time_step(card: Card) -> Rows:
                 try:
                     plan = tightfit.plan(trace, budget, exact=True)
                 except BudgetInfeasible as error:
-                    yield {"case": case.name, "way": mine, **_failed(error)}
+                    yield {"case": case.name, "way": mine, **failed(error)}
                     continue
                 applied = tightfit.apply(model, plan)
                 applied.suspend()
@@ -596,7 +382,7 @@ def offload(card: Card) -> Rows:
         trace = tightfit.trace(model, batch, tiles=False)
         fixed, top = sum(trace.static_bytes.values()), tightfit.simulate(trace).peak_bytes
         plan = None
-        for part in (4, 5, 6, 7, 8):
+        for part in (4, 6, 8):
             with contextlib.suppress(BudgetInfeasible):
                 plan = tightfit.plan(trace, fixed + (top - fixed) * part // 10, levers={"recompute", "offload"})
                 if plan.offloaded_bytes:
@@ -702,7 +488,7 @@ def compiled(card: Card) -> Rows:
         model.compile(backend=backend)
         return model, batch
 
-    for budget in (0.5,) if card.is_dry else (0.5, 0.2):
+    for budget in (0.5,):  # another costs a minute of compiling
         row: dict[str, Any] = {"case": case.name, "activation_memory_budget": budget}
         try:
             with functorch_config.patch(activation_memory_budget=budget):
@@ -724,7 +510,7 @@ def compiled(card: Card) -> Rows:
             applied.remove()
             yield row | {"way": "proof"} | _proof(model, batch, plan, None, None)
         except Exception as error:
-            yield row | _failed(error)
+            yield row | failed(error)
 
 
 def nf4(card: Card) -> Rows:
@@ -751,9 +537,9 @@ STEPS: dict[str, Step] = {
     "memory-A": Step(run=memory_a, limit_seconds=50, asks="table A against its forecast"),
     "time": Step(run=time_step, limit_seconds=45, asks="seconds of a step against every peer at equal peak"),
     "overhead": Step(run=overhead_step, limit_seconds=20, asks="the host's work per op"),
-    "offload": Step(run=offload, limit_seconds=40, asks="are copies hidden, and is every bit right in many steps"),
+    "offload": Step(run=offload, limit_seconds=60, asks="are copies hidden, and is every bit right in many steps"),
     "nf4": Step(run=nf4, limit_seconds=30, asks="4-bit weights under plans"),
-    "memory-D": Step(run=memory_d, limit_seconds=50, asks="do the longest contexts run that were forecast"),
-    "compiled": Step(run=compiled, limit_seconds=60, asks="plans in compiled code"),
+    "memory-D": Step(run=memory_d, limit_seconds=75, asks="do the longest contexts run that were forecast"),
+    "compiled": Step(run=compiled, limit_seconds=100, asks="plans in compiled code"),
     "memory-S": Step(run=memory_s, limit_seconds=40, asks="small steps of several kinds against their forecast"),
 }
