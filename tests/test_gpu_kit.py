@@ -89,7 +89,7 @@ def test_every_step_runs_dry(tmp_path: Path) -> None:
 
 
 STEPS = """
-import dataclasses, os, subprocess, sys, time
+import os, subprocess, sys, time
 
 def well(card):
     yield {"n": 1}
@@ -108,13 +108,7 @@ def raises(card):
     yield {"n": 1}
     raise ValueError("of the step's own")
 
-@dataclasses.dataclass
-class Step:
-    run: object
-    limit_seconds: float
-
-STEPS = {"well": Step(well, 60), "hangs": Step(hangs, 2), "dies": Step(dies, 60), "raises": Step(raises, 60),
-         "after": Step(well, 60)}
+STEPS = {"well": well, "hangs": hangs, "dies": dies, "raises": raises, "after": well}
 """
 
 
@@ -131,6 +125,7 @@ def test_a_step_that_hangs_or_dies_costs_only_itself(tmp_path: Path) -> None:
     main = tmp_path / "main.py"
     main.write_text(
         "import sys, run\nif __name__ == '__main__':\n    run.PRELOADED = []\n"
+        "    run.LIMITS = {'well': 60, 'hangs': 2, 'dies': 60, 'raises': 60, 'after': 60}\n"
         "    sys.exit(run.main(['--out', 'out', '--dry-run']))\n",
         encoding="utf-8",
     )

@@ -148,7 +148,7 @@ TABLES: dict[str, Table] = {
         source="https://unsloth.ai/blog/llama3-3",
         assumed=(
             "A card of n GB has n GiB, of which the driver takes 600 MiB and 2 % are kept free.",
-            "Fused AdamW; the adapters are float32. A context is a multiple of 64 tokens.",
+            "Fused AdamW; the adapters are float32. The context is looked for to two parts in a hundred, from below.",
             "`every-block` stands for Hugging Face with FlashAttention-2.",
         ),
     ),

@@ -36,8 +36,7 @@ from cases import (
 from tightfit.catalog import gpu
 from tightfit.core import Device, Plan, Trace
 from tightfit.forecast import device_asked, usable_bytes
-from tightfit.forecast.search import QUICK, bytes_reserved, fitted
-from tightfit.levers import exact_only
+from tightfit.forecast.search import bytes_reserved
 from tightfit.step.environment import environment
 
 ROOT = Path(__file__).parents[2]
@@ -69,46 +68,35 @@ def of_case(case: Case, device: Device | None, plans: Plans) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ the longest context
 
 
-def runs(trace: Trace, mode: str, room_bytes: int) -> tuple[Plan | None, int]:
-    """The plan by which the step runs in `room_bytes` (None: none does), and what its lowest makes one reserve."""
-    made = plan_of(trace, mode)
-    reserved = bytes_reserved(trace, made)
-    assert reserved is not None
-    if bytes_reserved(trace, made, room_bytes) is not None:
-        return made, reserved
-    if mode == EVERY_BLOCK or (made is not None and made.peak_bytes > room_bytes):
-        return None, reserved
-    return fitted(trace, room_bytes, QUICK, exact_only(None) if mode == LEAST else None), reserved
-
-
 def longest(
     traced: Callable[[int, bool], Trace], mode: str, room_bytes: int, *, first: int = 4096, most: int = 1 << 20
 ) -> tuple[dict[str, Any], Plan | None]:
-    """The longest context, in steps of 64 tokens and to a part in a hundred, whose step runs in `room_bytes`, with its
-    forecast and its plan. What is longer by `searched_to` does not run.
+    """The longest context, in steps of 64 tokens and to two parts in a hundred, whose step runs in `room_bytes` by the
+    plan of `mode`, with its forecast and that plan. `searched_to` is the shortest that was found not to run.
 
-    Bytes are nearly affine in the tokens. So the line through two answers says where to look next, and every answer is
-    a step that was traced, planned and laid out.
+    Bytes are nearly affine in the tokens. Where the reserved bytes meet the room the step surely runs; where the
+    allocated ones do, nothing is left to give back. The answer is between the two, and every guess is a step that was
+    traced, planned and laid out by the allocator's rules.
     """
-    tiles = mode == LEAST_TILED
-    reserved: dict[int, int] = {}
+    known: list[tuple[int, int, int]] = []  # guess, reserved, allocated
     best: tuple[int, Plan | None, Trace] | None = None
-    low, high, guess = 0, most // STEP + 1, first // STEP
-    while high - low > max(1, low // 100) and len(reserved) < 8:
-        trace = traced(guess * STEP, tiles)
-        made, reserved[guess] = runs(trace, mode, room_bytes)
-        print(f"  {mode}: {guess * STEP} tokens, {reserved[guess] / 2**30:.2f} GiB, {made is not None}", flush=True)
-        if made is not None:
+    low, high, guess = 0, most // STEP + 1, max(1, first // STEP)
+    while high - low > max(1, low // 50) and len(known) < 9:
+        trace = traced(guess * STEP, mode == LEAST_TILED)
+        made = plan_of(trace, mode)
+        reserved = bytes_reserved(trace, made)
+        assert made is not None and reserved is not None
+        runs = made.peak_bytes <= room_bytes and bytes_reserved(trace, made, room_bytes) is not None
+        print(f"  {mode}: {guess * STEP} tokens, {reserved / 2**30:.2f} GiB, {runs}", flush=True)
+        if runs:
             low, best = guess, (guess * STEP, made, trace)
         else:
             high = guess
-        known = sorted(reserved, key=lambda n: abs(reserved[n] - room_bytes))[:2]
-        if len(known) == 2 and reserved[known[0]] != reserved[known[1]]:
-            slope = (reserved[known[1]] - reserved[known[0]]) / (known[1] - known[0])
-            guess = int(known[0] + (room_bytes - reserved[known[0]]) / slope)
-            guess += max(1, guess // 200) if guess <= low else -max(1, guess // 200) if guess >= high else 0
-        else:
-            guess = guess * 4 if low else guess // 4
+        known.append((guess, reserved, made.peak_bytes))
+        if len(known) == 1:
+            known.append((0, *[sum(trace.static_bytes.values())] * 2))
+        surely, at_most = (_meets(known, column, room_bytes) for column in (1, 2))
+        guess = (max(low, surely) + min(high, at_most)) // 2
         guess = min(max(guess, low + 1), high - 1)
     if best is None:
         return {"tokens": 0}, None
@@ -116,7 +104,15 @@ def longest(
     return {"tokens": tokens, "searched_to": high * STEP} | forecast_of(trace, made), made
 
 
-def of_longest(plans: Plans) -> list[dict[str, Any]]:
+def _meets(known: list[tuple[int, int, int]], column: int, room_bytes: int) -> int:
+    """Where the line through the two nearest answers meets the room."""
+    one, other = sorted(known, key=lambda each: abs(each[column] - room_bytes))[:2]
+    if one[column] == other[column]:
+        return one[0]
+    return int(one[0] + (room_bytes - one[column]) * (other[0] - one[0]) / (other[column] - one[column]))
+
+
+def of_longest(plans: Plans, modes: tuple[str, ...] = MODES) -> list[dict[str, Any]]:
     known: dict[tuple[int, bool], Trace] = {}
 
     def traced(seq: int, tiles: bool) -> Trace:
@@ -133,7 +129,7 @@ def of_longest(plans: Plans) -> list[dict[str, Any]]:
         }
         for card_gib, published in LONGEST.items()
     ]  # fmt: skip
-    for mode in MODES:
+    for mode in modes:
         for row in rows:
             room = row["room_bytes"]
             per_token = 2_600_000 if mode == EVERY_BLOCK else 1_600_000 if mode == LEAST else 400_000

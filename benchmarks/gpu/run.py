@@ -5,7 +5,7 @@
     python benchmarks/gpu/run.py --out runs/gpu --steps memory-B,time
     python benchmarks/gpu/run.py --out runs/gpu --fold          # only make results.json of the lines that are there
 
-The steps stand in `steps.STEPS`, the most important first. Each is a process of its own with a limit of its own, so
+The steps stand in `LIMITS`, the most important first. Each is a process of its own with a limit of its own, so
 that one which hangs or crashes costs only itself. A step writes each result as a line of `lines.jsonl` when it has it,
 and what is there when time is up stays. At the end the lines are folded into `results.json`, with the outcome of every
 step. A second call with the same `--out` appends.
@@ -32,6 +32,23 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+#: The steps, the most important first, and the seconds that each may take. `steps.STEPS` says what they do; it needs
+#: torch, which this process does without: only the process that the steps are forked from spends time on importing it.
+LIMITS: dict[str, float] = {
+    "environment": 30,
+    "repeatability": 35,
+    "gradients": 60,
+    "memory-B": 45,
+    "memory-C": 45,
+    "memory-A": 50,
+    "time": 45,
+    "overhead": 20,
+    "offload": 60,
+    "nf4": 30,
+    "memory-D": 75,
+    "compiled": 100,
+    "memory-S": 40,
+}
 ALL_SECONDS = 360
 #: A step is not begun with less than this left.
 LEAST_SECONDS = 5
@@ -78,7 +95,7 @@ def run_step(name: str, is_dry: bool, folder: str) -> None:
         import steps
         from card import Card
 
-        for record in steps.STEPS[name].run(Card(is_dry=is_dry)):
+        for record in steps.STEPS[name](Card(is_dry=is_dry)):
             lines.append({"step": name, **record})
     except BaseException as error:
         traceback.print_exc()
@@ -89,19 +106,27 @@ def run_step(name: str, is_dry: bool, folder: str) -> None:
         sys.stderr.flush()
 
 
-def _probe() -> None:
+_TOUCHED, _NO_CARD = 3, 4
+
+
+def _probe(is_dry: bool) -> None:
     """Has the process that steps are forked from touched the card? Then its children could not."""
     torch = sys.modules.get("torch")
-    sys.exit(int(torch is not None and torch.cuda._is_in_bad_fork()))
+    if torch is not None and torch.cuda._is_in_bad_fork():
+        sys.exit(_TOUCHED)
+    if torch is not None and not is_dry and not torch.cuda.is_available():
+        sys.exit(_NO_CARD)
 
 
-def fork_or_spawn() -> Any:
-    """Processes that begin with everything imported, where that can be had."""
+def fork_or_spawn(is_dry: bool) -> Any:
+    """Processes that begin with everything imported, where that can be had. None: there is no card."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    probe = context.Process(target=_probe)
+    probe: Any = context.Process(target=_probe, args=(is_dry,))
     probe.start()
     probe.join()
+    if probe.exitcode == _NO_CARD:
+        return None
     return context if probe.exitcode == 0 else multiprocessing.get_context("spawn")
 
 
@@ -115,11 +140,12 @@ def end(process: Any) -> None:
 
 
 def run(names: list[str], is_dry: bool, folder: Path, all_seconds: float, step_seconds: float | None) -> bool:
-    from steps import STEPS
-
     lines = Lines(folder / "lines.jsonl")
     started = time.monotonic()
-    context = fork_or_spawn()
+    context = fork_or_spawn(is_dry)
+    if context is None:
+        print("torch finds no CUDA device on this machine: run where there is one, or with --dry-run", file=sys.stderr)
+        raise SystemExit(2)
     well = True
     for name in names:
         left = all_seconds - (time.monotonic() - started)
@@ -128,7 +154,7 @@ def run(names: list[str], is_dry: bool, folder: Path, all_seconds: float, step_s
             well = False
             continue
         begun = time.monotonic()
-        limit = min(left, STEPS[name].limit_seconds if step_seconds is None else step_seconds)
+        limit = min(left, LIMITS[name] if step_seconds is None else step_seconds)
         process = context.Process(target=run_step, args=(name, is_dry, str(folder)))
         process.start()
         process.join(limit)
@@ -168,19 +194,17 @@ def fold(folder: Path, *, is_dry: bool) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from steps import STEPS
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the folder of results and logs; lines are appended")
     parser.add_argument("--dry-run", action="store_true", help="the same code on the CPU, with tiny shapes")
-    parser.add_argument("--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--steps", default=",".join(LIMITS), help=f"of {', '.join(LIMITS)}")
     parser.add_argument("--seconds", type=float, default=ALL_SECONDS, help="for all steps together")
     parser.add_argument("--step-seconds", type=float, help="for each step, instead of the limit of its own")
     parser.add_argument("--fold", action="store_true", help="run nothing, fold the lines that are there")
     given = parser.parse_args(arguments)
     names = [name for name in given.steps.split(",") if name]
-    if unknown := [name for name in names if name not in STEPS]:
-        parser.error(f"unknown step {unknown[0]!r}: use {', '.join(STEPS)}")
+    if unknown := [name for name in names if name not in LIMITS]:
+        parser.error(f"unknown step {unknown[0]!r}: use {', '.join(LIMITS)}")
     given.out.mkdir(parents=True, exist_ok=True)
     well = True
     if not given.fold:

@@ -17,13 +17,13 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from card import Card
 from cases import EVERY_BLOCK, LEAST, MIDDLE, MODEL_OF_TIME, NONE, Case, plan_of, step_of
 from memory import failed, memory_a, memory_b, memory_c, memory_d, memory_s, what_is_registered
+from run import LIMITS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,13 +41,6 @@ from tightfit.verify.measure import every_block_checkpointed
 from tightfit.verify.peak import static_bytes
 
 Rows = Iterator[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    run: Callable[[Card], Rows]
-    limit_seconds: float
-    asks: str
 
 
 @contextlib.contextmanager
@@ -528,18 +521,19 @@ def nf4(card: Card) -> Rows:
     yield from _proofs(card, _small(card, "llama", method="qlora"), modes, kernels)
 
 
-STEPS: dict[str, Step] = {
-    "environment": Step(run=environment_step, limit_seconds=30, asks="what a result depends on"),
-    "repeatability": Step(run=repeatability, limit_seconds=35, asks="which ops are not the same twice"),
-    "gradients": Step(run=gradients, limit_seconds=60, asks="are gradients the same bit for bit under plans"),
-    "memory-B": Step(run=memory_b, limit_seconds=45, asks="table B against its forecast"),
-    "memory-C": Step(run=memory_c, limit_seconds=45, asks="table C against its forecast"),
-    "memory-A": Step(run=memory_a, limit_seconds=50, asks="table A against its forecast"),
-    "time": Step(run=time_step, limit_seconds=45, asks="seconds of a step against every peer at equal peak"),
-    "overhead": Step(run=overhead_step, limit_seconds=20, asks="the host's work per op"),
-    "offload": Step(run=offload, limit_seconds=60, asks="are copies hidden, and is every bit right in many steps"),
-    "nf4": Step(run=nf4, limit_seconds=30, asks="4-bit weights under plans"),
-    "memory-D": Step(run=memory_d, limit_seconds=75, asks="do the longest contexts run that were forecast"),
-    "compiled": Step(run=compiled, limit_seconds=100, asks="plans in compiled code"),
-    "memory-S": Step(run=memory_s, limit_seconds=40, asks="small steps of several kinds against their forecast"),
+STEPS: dict[str, Callable[[Card], Rows]] = {
+    "environment": environment_step,
+    "repeatability": repeatability,
+    "gradients": gradients,
+    "memory-B": memory_b,
+    "memory-C": memory_c,
+    "memory-A": memory_a,
+    "time": time_step,
+    "overhead": overhead_step,
+    "offload": offload,
+    "nf4": nf4,
+    "memory-D": memory_d,
+    "compiled": compiled,
+    "memory-S": memory_s,
 }
+assert list(STEPS) == list(LIMITS)
