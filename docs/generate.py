@@ -736,7 +736,8 @@ def _said_of_card(measured: dict[str, Any] | None) -> str:
     facts = measured["steps"]["environment"]["rows"][0]["facts"]
     return (
         f"One card has run tightfit: {facts['name']}, on {measured['date'][:10]}, with torch "
-        f"{facts['environment']['torch']}. What it measured stands below each forecast.\n"
+        f"{facts['environment']['torch']}, at commit {measured['commit'] or 'unknown'}. What it measured stands below "
+        "each forecast.\n"
     )
 
 

@@ -176,6 +176,7 @@ def test_what_travels_stays_within_its_limit(tmp_path: Path, monkeypatch: pytest
     assert len(list(carry.glob("*.whl"))) == 3
     assert prepare.gather(["highspy"], ["bitsandbytes"], carry, 50_000) == ["bitsandbytes"]
     assert [each.name.split("-")[0] for each in sorted(carry.glob("*.whl"))] == ["highspy", "tightfit"]
+    assert (carry / "commit").exists()
     assert prepare.needs(next(carry.glob("highspy*"))) == ["numpy"]
     with pytest.raises(SystemExit, match="with highspy it is more than"):
         prepare.gather(["highspy"], [], carry, 500)
@@ -210,7 +211,7 @@ def test_the_page_tells_a_card_from_a_dry_run(tmp_path: Path, monkeypatch: pytes
     assert "No card has run tightfit yet" in generate.gpu_page()
     forecast = {"allocated_bytes": 10**10, "reserved_bytes": 2 * 10**10}
     measured: dict[str, Any] = {
-        "date": "2026-12-01T00:00:00", "is_dry": True,
+        "date": "2026-12-01T00:00:00", "commit": "c0ffee", "is_dry": True,
         "steps": {
             "environment": {"rows": [{"facts": {"name": "A card", "environment": {"torch": "2.11.0+cu130"}}}]},
             "memory-B": {
@@ -231,6 +232,7 @@ def test_the_page_tells_a_card_from_a_dry_run(tmp_path: Path, monkeypatch: pytes
         generate.gpu_page()
     file.write_text(json.dumps({**measured, "is_dry": False}), encoding="utf-8")
     page = generate.gpu_page()
-    assert "One card has run tightfit: A card" in page and "No card" not in page
+    assert "One card has run tightfit: A card, on 2026-12-01, with torch 2.11.0+cu130, at commit c0ffee." in page
+    assert "No card" not in page
     assert "| B-lora | no checkpointing | 10.00 GB / 20.00 GB | 8.00 GB / 20.00 GB | +25.0% / +0.0% |" in page
     assert "| B-nf4 | no checkpointing | | OutOfMemoryError | |" in page

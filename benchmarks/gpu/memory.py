@@ -80,6 +80,7 @@ class _Built:
         return self._model, random_batch(self._model, case.setup.batch, case.setup.seq), self._optimizer
 
 
+#: Steps of more tokens take seconds each.
 _LONG_TOKENS = 8192
 
 

@@ -91,6 +91,10 @@ def gather(needed: list[str], welcome: list[str], carry: Path, most_bytes: int) 
         carry.mkdir(parents=True)
         for wheel in chosen:
             shutil.move(wheel, carry / wheel.name)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    (carry / "commit").write_text(done.stdout, encoding="utf-8")  # the card's machine may have no git
     return left_out
 
 

@@ -16,11 +16,13 @@ Exit status: 0 if every step ended well, 1 if one did not, 2 for wrong input.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -172,6 +174,17 @@ def run(names: list[str], is_dry: bool, folder: Path, all_seconds: float, step_s
     return well
 
 
+def commit() -> str | None:
+    """The commit of this checkout, or the one that `prepare.py` has noted; None where neither is known."""
+    asked = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip()
+    noted = HERE / "carry" / "commit"
+    return (noted.read_text(encoding="utf-8").strip() or None) if noted.exists() else None
+
+
 def fold(folder: Path, *, is_dry: bool) -> dict[str, Any]:
     """All lines as one document, by step; a step that was run again has the later outcome and all its lines."""
     steps: dict[str, Any] = {}
@@ -185,7 +198,10 @@ def fold(folder: Path, *, is_dry: bool) -> dict[str, Any]:
             found |= {"outcome": record["outcome"], "seconds": record["seconds"]}
         else:
             found["rows"].append({key: value for key, value in record.items() if key != "step"})
-    document = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "is_dry": is_dry, "torn": torn, "steps": steps}
+    document = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "is_dry": is_dry, "torn": torn,
+        "steps": steps,
+    }  # fmt: skip
     target = folder / "results.json"
     temporary = target.with_suffix(".json.part")
     temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
