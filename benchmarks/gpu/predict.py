@@ -69,10 +69,16 @@ def of_case(case: Case, device: Device | None, plans: Plans) -> dict[str, Any]:
 
 
 def longest(
-    traced: Callable[[int, bool], Trace], mode: str, room_bytes: int, *, first: int = 4096, most: int = 1 << 20
+    traced: Callable[[int, bool], Trace],
+    mode: str,
+    room_bytes: int,
+    *,
+    first: int = 4096,
+    most: int = 1 << 20,
+    probes: int = 9,
 ) -> tuple[dict[str, Any], Plan | None]:
     """The longest context, in steps of 64 tokens and to two parts in a hundred, whose step runs in `room_bytes` by the
-    plan of `mode`, with its forecast and that plan. `searched_to` is the shortest that was found not to run.
+    plan of `mode`, with its forecast and that plan. `searched_to` is the shortest that was found not to run, None where none was.
 
     Bytes are nearly affine in the tokens. Where the reserved bytes meet the room the step surely runs; where the
     allocated ones do, nothing is left to give back. The answer is between the two, and every guess is a step that was
@@ -80,8 +86,8 @@ def longest(
     """
     known: list[tuple[int, int, int]] = []  # guess, reserved, allocated
     best: tuple[int, Plan | None, Trace] | None = None
-    low, high, guess = 0, most // STEP + 1, max(1, first // STEP)
-    while high - low > max(1, low // 50) and len(known) < 9:
+    low, high, guess, tried = 0, most // STEP + 1, max(1, first // STEP), 0
+    while high - low > max(1, low // 50) and tried < probes:
         trace = traced(guess * STEP, mode == LEAST_TILED)
         made = plan_of(trace, mode)
         reserved = bytes_reserved(trace, made)
@@ -92,6 +98,7 @@ def longest(
             low, best = guess, (guess * STEP, made, trace)
         else:
             high = guess
+        tried += 1
         known.append((guess, reserved, made.peak_bytes))
         if len(known) == 1:
             known.append((0, *[sum(trace.static_bytes.values())] * 2))
@@ -101,7 +108,8 @@ def longest(
     if best is None:
         return {"tokens": 0}, None
     tokens, made, trace = best
-    return {"tokens": tokens, "searched_to": high * STEP} | forecast_of(trace, made), made
+    searched_to = None if high > most // STEP else high * STEP
+    return {"tokens": tokens, "searched_to": searched_to} | forecast_of(trace, made), made
 
 
 def _meets(known: list[tuple[int, int, int]], column: int, room_bytes: int) -> int:
@@ -132,8 +140,10 @@ def of_longest(plans: Plans, modes: tuple[str, ...] = MODES) -> list[dict[str, A
     for mode in modes:
         for row in rows:
             room = row["room_bytes"]
-            per_token = 2_600_000 if mode == EVERY_BLOCK else 1_600_000 if mode == LEAST else 400_000
-            found, made = longest(traced, mode, room, first=max(1024, (room - 6 * 10**9) // per_token))
+            per_token = 2_600_000 if mode == EVERY_BLOCK else 1_600_000 if mode == LEAST else 360_000
+            first = max(1024, (room - 66 * 10**8) // per_token)
+            # a trace with tiles takes several times as long, so fewer are looked at
+            found, made = longest(traced, mode, room, first=first, probes=2 if mode == LEAST_TILED else 9)
             row["modes"][mode] = found
             if made is not None and mode != EVERY_BLOCK:
                 plans[row["case"], mode] = made
