@@ -78,7 +78,8 @@ def longest(
     probes: int = 9,
 ) -> tuple[dict[str, Any], Plan | None]:
     """The longest context, in steps of 64 tokens and to two parts in a hundred, whose step runs in `room_bytes` by the
-    plan of `mode`, with its forecast and that plan. `searched_to` is the shortest that was found not to run, None where none was.
+    plan of `mode`, with its forecast and that plan. `searched_to` is the shortest that was found not to run; None where
+    none was. At most `probes` lengths are looked at.
 
     Bytes are nearly affine in the tokens. Where the reserved bytes meet the room the step surely runs; where the
     allocated ones do, nothing is left to give back. The answer is between the two, and every guess is a step that was
