@@ -156,7 +156,9 @@ def of_longest(plans: Plans, modes: tuple[str, ...] = MODES) -> list[dict[str, A
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    """The last commit that changed what a forecast is made of."""
+    asked = ["git", "log", "-1", "--format=%H", "--", "src"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
