@@ -88,6 +88,52 @@ def test_every_step_runs_dry(tmp_path: Path) -> None:
     assert proof["way"] == "proof" and proof["passed"], proof
 
 
+NOTICES = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import torch, steps
+from card import Card
+from torch import nn
+from tightfit.engine.offload import Parcel
+
+class Counts(nn.Module):
+    # not the same twice: a number that grows with each call scales what comes out of one op
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(8, 8), [0]
+
+    def forward(self, x):
+        self.calls[0] += 1
+        return (torch.relu(self.layer(x)) * self.calls[0]).sum()
+
+found = steps._two_runs(Counts(), torch.randn(4, 8))
+assert found["not_the_same_twice"] == {"aten.mul.Tensor": 2}, found  # in forward and in backward
+assert found["gradients_differ"] == 2, found
+
+fetch, fetched = Parcel.fetch, [0]
+def late(parcel):
+    # a copy that is used before it has arrived, once
+    fetched[0] += 1
+    fresh = fetch(parcel)
+    return fresh.zero_() if fetched[0] == 100 else fresh
+Parcel.fetch, race_of = late, steps._race
+def counted(*args, **kwargs):
+    fetched[0] = 0  # what was fetched before is not compared with anything
+    return race_of(*args, **kwargs)
+steps._race = counted
+(race,) = [row for row in steps.offload(Card(is_dry=True)) if "wrong_steps" in row]
+assert fetched[0] > 100 and len(race["wrong_steps"]) == 1, (fetched, race)
+"""
+
+
+@pytest.mark.slow
+def test_the_kit_notices_what_it_looks_for() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NOTICES, str(KIT), str(KIT.parent)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 STEPS = """
 import os, subprocess, sys, time
 
