@@ -234,6 +234,9 @@ def step_of(case: Case, device: torch.device | str) -> tuple[Any, dict[str, torc
     if setup.method != "full":
         with torch.device(device):
             model = add_lora(model, rank=setup.rank, targets=list(case.targets) or "all-linear")
+        for name, parameter in model.named_parameters() if device.type != "meta" else ():
+            if "lora_B" in name:  # PEFT makes them zero, and then half of the gradients are zero whatever goes wrong
+                nn.init.normal_(parameter, std=0.02)
     if device.type == "meta":
         ids = torch.zeros(setup.batch, setup.seq, dtype=torch.long)
         batch = {"input_ids": ids, "labels": ids}
