@@ -778,8 +778,8 @@ def _peak_rows(name: str, table: dict[str, Any]) -> Iterator[str]:
     for row in table["rows"]:
         theirs = "; ".join(f"{who}: {size / unit:.4g}" for who, size in row["published_bytes"].items())
         cells = [
-            " / ".join(f"{row['modes'][mode][key] / unit:.2f}" for key in ("allocated_bytes", "reserved_bytes"))
-            for mode in modes
+            " / ".join(f"{found[key] / unit:.2f}" for key in ("allocated_bytes", "reserved_bytes") if key in found)
+            for found in (row["modes"].get(mode, {}) for mode in modes)
         ]
         yield _row([row["case"], *([theirs] * published), *cells])
     yield from _against_published(name, table)
