@@ -67,7 +67,7 @@ def test_steps_run_dry(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_step_runs_dry(tmp_path: Path) -> None:
     steps = dry_run(tmp_path, "--seconds", "6000", "--step-seconds", "1200")
-    assert len(steps) == 13
+    assert len(steps) == 14
     for name, step in steps.items():
         assert step["outcome"] == "done" and step["rows"], name
         assert not [row for row in step["rows"] if "failed" in row or "error" in row], (name, step["rows"])

@@ -45,6 +45,7 @@ LIMITS: dict[str, float] = {
     "memory-A": 50,
     "time": 45,
     "overhead": 20,
+    "calibration": 60,
     "offload": 60,
     "nf4": 30,
     "memory-D": 75,

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import json
 import os
 import random
 from collections import Counter
@@ -28,10 +29,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tightfit
-from tightfit.core import BudgetInfeasible, Plan
+from tightfit.core import BudgetInfeasible, Plan, dumps
 from tightfit.device.allocator import CachingAllocator
 from tightfit.engine.checksum import checksum
-from tightfit.forecast import Setup, calibrated
+from tightfit.forecast import Setup, calibrate
 from tightfit.step.ops import UNWRITTEN, op_name
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.run import compute_loss, tensors_in
@@ -63,14 +64,13 @@ def _repeatable_products() -> None:
 
 
 def environment_step(card: Card) -> Rows:
-    """Versions and card; cuBLAS's workspaces; the caching allocator against its model; the device's rates."""
+    """Versions and card; cuBLAS's workspaces; the caching allocator against its model."""
     yield {"facts": card.facts()}
     yield {"registered": what_is_registered()}
     yield {"allocator": _allocator(card)}  # first, while nothing else has left segments behind
     yield {"workspaces": _workspaces(card)}
     if card.is_cuda:
         yield {"pinned": _pinned()}
-    yield {"rates": calibrated("here", card.device) if card.is_cuda else None}
     if card.is_cuda:
         yield {"facts_after": card.facts()}
 
@@ -363,6 +363,12 @@ def overhead_step(card: Card) -> Rows:
     yield overhead.measured(card.device, 3 if card.is_dry else 25)
 
 
+def calibration(card: Card) -> Rows:
+    """What `tightfit calibrate` measures of the device, in a process that has not used it yet. Nothing is kept of it,
+    so the registered forecasts stay what they are."""
+    yield {"calibration": json.loads(dumps(calibrate(card.device)))}
+
+
 # ---------------------------------------------------------------------------------------------------- offload
 
 
@@ -530,6 +536,7 @@ STEPS: dict[str, Callable[[Card], Rows]] = {
     "memory-A": memory_a,
     "time": time_step,
     "overhead": overhead_step,
+    "calibration": calibration,
     "offload": offload,
     "nf4": nf4,
     "memory-D": memory_d,
