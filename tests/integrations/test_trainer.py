@@ -568,3 +568,31 @@ def test_what_the_plan_may_not_use_it_does_not_use(tmp_path: Path) -> None:
     with pytest.raises(BudgetInfeasible):
         callback = TightfitCallback("35%", levers=parse_levers("recompute,nest"))
         trainer("trainer", tmp_path, [callback], subject=wide(), data=data, max_steps=1).train()
+
+
+@pytest.mark.parametrize("clips", [True, False])
+def test_the_optimizer_steps_in_backward_where_nothing_reads_gradients(clips: bool, tmp_path: Path) -> None:
+    def wide() -> nn.Module:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2, vocab_size=260,
+            attention_dropout=0.1,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+
+    changes = {"max_steps": 6, "max_grad_norm": 1.0 if clips else 0.0}
+    callback = TightfitCallback("85%", exact=True)
+    ours = trainer("trainer", tmp_path / "ours", [callback], subject=wide(), **changes)
+    if clips:  # clipping needs all gradients at once
+        with pytest.raises(BudgetInfeasible, match="beside='state_in_host'"):
+            ours.train()
+        return
+    ours.train()
+    plain = trainer("trainer", tmp_path / "plain", subject=wide(), **changes)
+    plain.train()
+    assert callback.plan is not None and "step_in_backward" in callback.plan.settings
+    assert max(callback.peaks) <= callback.plan.budget_bytes * 1.005
+    assert told(ours) == told(plain)
+    for one, other in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert untouched(ours) and "step" not in vars(ours.optimizer.optimizer)

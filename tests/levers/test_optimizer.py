@@ -32,7 +32,7 @@ from tightfit.levers.optimizer_chunks import DEFINITION as CHUNKS
 from tightfit.levers.optimizer_step import in_backward, in_chunks, not_in_backward, state_in_host
 from tightfit.levers.state_in_host import DEFINITION as STATE
 from tightfit.levers.step_in_backward import DEFINITION as BACKWARD
-from tightfit.levers.step_in_backward.hooks import is_half_taken
+from tightfit.levers.step_in_backward.hooks import gradient_norms_kept, is_half_taken
 from tightfit.plan import simulate
 from tightfit.step.optimizers import Part, refusal, step_parts
 from tightfit.step.snapshot import undisturbed
@@ -322,6 +322,22 @@ def test_clipping_is_refused(clip: str) -> None:
         optimizer.step()
     model(IDS).backward()
     getattr(torch.nn.utils, clip)(model.parameters(), 1.0)  # the same function as before
+
+
+def test_a_norm_that_is_only_logged_is_there() -> None:
+    model, optimizer = stepping()
+    model(IDS).backward()
+    expected = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+    optimizer.zero_grad()
+    with gradient_norms_kept(), in_force(model, optimizer, [BACKWARD]):
+        torch.manual_seed(0)
+        stepping()  # the same random numbers for dropout as before
+        model(IDS).backward()
+        found = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"), norm_type=2.0)
+        with pytest.raises(Unsupported, match="finds no gradients"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert torch.equal(found, expected)
 
 
 def test_a_rate_that_changes_after_backward_is_refused() -> None:

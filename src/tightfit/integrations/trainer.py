@@ -45,6 +45,7 @@ from tightfit.fitting.fit import planned
 from tightfit.integrations import conflicts
 from tightfit.integrations.longest import Extent, longest_batch, plain
 from tightfit.levers import exact_only
+from tightfit.levers.step_in_backward.hooks import gradient_norms_kept
 from tightfit.step.environment import environment
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.ranks import anywhere
@@ -166,7 +167,8 @@ class TightfitCallback(PeakCallback):
     the first real batch with and without the plan. `batch` overrides the batch that is planned for; give it when the
     data cannot be looked at before training. `levers`: what the plan may use, as in `tightfit.plan`; by default what
     gives the same bits, and tiles, whose gradients are proven against float64, only where nothing else fits;
-    `exact=True` forbids those.
+    `exact=True` forbids those. `beside`: levers with the default ones. The optimizer steps in backward by default where
+    the Trainer neither clips (`max_grad_norm=0`), nor accumulates, nor scales gradients, and no callback looks at them.
 
     Checkpointing that TRL's configs or PEFT's `prepare_model_for_kbit_training` switched on by default is off while the
     plan is in force, and back afterwards.
@@ -188,9 +190,11 @@ class TightfitCallback(PeakCallback):
         batch: Any = None,
         levers: Collection[Lever | str] | str | None = None,
         exact: bool = False,
+        beside: Collection[Lever | str] | str = (),
     ) -> None:
         super().__init__()
         self.budget = budget
+        self.beside = levers_named(beside) or frozenset()
         self.levers, self.exact = levers_named(levers), exact
         self.verify = verify
         self.batch: Any = None if batch is None else plain(batch)
@@ -205,7 +209,7 @@ class TightfitCallback(PeakCallback):
         self._extent = Extent()
         self._peak_checks: tuple[Check, ...] = ()
         self._suspended: conflicts.Suspended | None = None
-        self._cache = ExitStack()
+        self._cache, self._norms = ExitStack(), ExitStack()
         self._warned = False
 
     # -- planning
@@ -263,7 +267,13 @@ class TightfitCallback(PeakCallback):
             return recorded
 
         levers = self.levers
-        beside = frozenset({Lever.STEP_IN_BACKWARD} if levers is None and not self._reads_gradients() else ())
+        reads = self._reads_gradients()
+        if reads and Lever.STEP_IN_BACKWARD in (self.beside | (levers or frozenset())):
+            raise Unsupported(
+                f"step_in_backward was asked for, but {reads} needs the gradients after backward: leave one of the two "
+                "out"
+            )
+        beside = self.beside | ({Lever.STEP_IN_BACKWARD} if levers is None and not reads else set())
         if self.plan is not None and self.plan.exact:
             # in the middle of a training nothing is proven anew, so only what gives the same bits by design
             levers, beside = exact_only(levers) | beside, frozenset()
@@ -341,6 +351,7 @@ class TightfitCallback(PeakCallback):
         if self.applied is None:
             if self.verify:
                 self._prove(state, model)
+            self._norms.enter_context(gradient_norms_kept())  # which the Trainer logs
             self.applied = Applied(model, self.plan, self.trace, optimizer=_bare(kwargs["optimizer"]))
         super().on_step_begin(args, state, control, **kwargs)
 
@@ -447,6 +458,7 @@ class TightfitCallback(PeakCallback):
             self.applied.remove()
             self.applied = None
         self._cache.close()
+        self._norms.close()
         if self._suspended is not None:
             self._suspended.restore()
             self._suspended = None

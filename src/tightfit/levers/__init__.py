@@ -13,6 +13,7 @@ Invariant: planning needs no torch, so a definition imports its torch side only 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Collection
@@ -20,7 +21,10 @@ from collections.abc import Collection
 from tightfit.core import Lever, Plan, PlanMismatch, Trace
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 
-__all__ = ["allowed", "as_recorded", "defined", "every", "exact_only", "granted", "inexact", "require_known", "used"]
+__all__ = [
+    "allowed", "as_recorded", "changes_optimizer", "defined", "every", "exact_only", "granted", "inexact", "of_units",
+    "require_known", "used",
+]  # fmt: skip
 
 
 @functools.cache
@@ -43,6 +47,17 @@ def allowed(levers: Collection[Lever] | None) -> tuple[LeverDefinition, ...]:
 def used(plan: Plan) -> tuple[LeverDefinition, ...]:
     """The definitions of the levers that `plan` uses."""
     return tuple(each for each in every() if each.is_used(plan))
+
+
+def changes_optimizer(plan: Plan) -> bool:
+    """Does `plan` change how the optimizer steps?"""
+    return any(lever.steps_optimizer for lever in used(plan))
+
+
+def of_units(plan: Plan) -> Plan:
+    """`plan` without what it does to the optimizer: for steps that end with backward."""
+    gone = {lever.lever.value for lever in used(plan) if lever.steps_optimizer}
+    return dataclasses.replace(plan, settings={k: v for k, v in plan.settings.items() if k not in gone})
 
 
 def as_recorded(trace: Trace) -> Variant:

@@ -10,7 +10,6 @@ No torch here: a trace that was read from JSON is enough.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Collection, Iterator
 from importlib import metadata
@@ -95,7 +94,7 @@ def plan(
             least, least_way = line, lowest_way
     advice = advice_for(trace, least, budget_bytes)
     if least_way is not None and not chosen:
-        advice = (*_other_levers(trace, least_way, budget_bytes, levers), *advice)
+        advice = (*_other_levers(every_way, least_way, budget_bytes, levers), *advice)
     if exact and (inexact_ways := [way for way in every_way if not way.is_exact]):
         peak_bytes = _lowest(inexact_ways, None)[1].peak_bytes
         if peak_bytes <= budget_bytes:
@@ -105,13 +104,18 @@ def plan(
     raise BudgetInfeasible(budget_bytes, least.peak_bytes, advice)
 
 
-def _other_levers(trace: Trace, way: Way, budget_bytes: int, levers: Collection[Lever] | None) -> Iterator[str]:
+def _other_levers(
+    ways: Collection[Way], way: Way, budget_bytes: int, levers: Collection[Lever] | None
+) -> Iterator[str]:
     """What levers that were not asked for would reach with the choices of `way`, where that is within the budget."""
     of_optimizer = [each for each in every() if each.steps_optimizer]
     others = [each for each in of_optimizer if each not in allowed(levers)]
     # whatever is done to the optimizer's step now, the others would do it in their own way
-    bare = dataclasses.replace(way.step, levers=way.step.levers - {each.lever for each in of_optimizer})
-    tried: list[tuple[tuple[LeverDefinition, ...], Variant]] = [((), bare)]
+    left = way.step.levers - {each.lever for each in of_optimizer}
+    plain = next((each.step for each in ways if each.step.levers == left), None)
+    if plain is None:
+        return
+    tried: list[tuple[tuple[LeverDefinition, ...], Variant]] = [((), plain)]
     for lever in others:
         for used, step in list(tried):
             tried += [((*used, lever), variant) for variant in lever.variants(step)]

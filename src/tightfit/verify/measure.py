@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tightfit.core import Lever, Measurement, Plan, Row, Trace, Unsupported, format_bytes
 from tightfit.engine import apply
+from tightfit.levers import changes_optimizer, of_units
 from tightfit.plan import every_block, simulate
 from tightfit.plan import plan as make_plan
 from tightfit.report.text import how_it_fits
@@ -38,7 +39,7 @@ from tightfit.verify.gradients import Outcome, differences
 from tightfit.verify.peak import PeakMeter, run_step, static_bytes, untrained
 from tightfit.verify.rounding import TOLERANCE
 from tightfit.verify.seconds import timed
-from tightfit.verify.stepped import changes_optimizer, check_of_optimizer, of_units
+from tightfit.verify.stepped import check_of_optimizer
 
 __all__ = ["FlopCount", "every_block_checkpointed", "measure"]
 

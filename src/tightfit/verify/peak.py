@@ -16,6 +16,7 @@ from torch import nn
 from tightfit import accelerator
 from tightfit.core import Check, Plan, Unsupported, format_bytes
 from tightfit.engine import apply
+from tightfit.levers import of_units
 from tightfit.step.parallel import local_of
 from tightfit.step.patches import compiled_entries, no_key_value_cache, uncompiled
 from tightfit.step.ranks import are_several
@@ -84,10 +85,12 @@ def peak_checks(
 ) -> tuple[Check, ...]:
     """The checks `peak` and `prediction` of `verify` alone: one planned step, and one before it that makes the
     optimizer's state."""
-    with undisturbed(model, batch) as restart, no_key_value_cache(model), apply(model, plan, optimizer=optimizer):
-        with uncompiled(model), restart.watching():
+    with undisturbed(model, batch) as restart, no_key_value_cache(model):
+        # no step of the optimizer in this backward, which nothing would undo
+        with apply(model, of_units(plan)), uncompiled(model), restart.watching():
             compute_loss(model, batch, loss).backward()
-        return tuple(checks_of_peak(model, batch, plan, loss, optimizer, restart))
+        with apply(model, plan, optimizer=optimizer):
+            return tuple(checks_of_peak(model, batch, plan, loss, optimizer, restart))
 
 
 def measured_peak_bytes(

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from tightfit.core import Check, Plan, Proof
+from tightfit.levers import changes_optimizer, of_units
 from tightfit.step.environment import environment
 from tightfit.step.patches import compiled_entries, no_key_value_cache, uncompiled
 from tightfit.step.run import LossFunction, compute_loss
@@ -29,7 +30,7 @@ from tightfit.verify.float64 import compiled_checks, float64_checks
 from tightfit.verify.gradients import Outcome, Switch, compared
 from tightfit.verify.peak import checks_of_peak
 from tightfit.verify.seconds import time_check
-from tightfit.verify.stepped import changes_optimizer, check_of_optimizer, of_units
+from tightfit.verify.stepped import check_of_optimizer
 
 
 def verify(

@@ -6,7 +6,6 @@ Invariant: afterwards the parameters and the optimizer's state are what they wer
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,27 +15,17 @@ from torch import nn
 
 from tightfit.core import Check, Plan
 from tightfit.engine import apply
-from tightfit.levers import used
+from tightfit.levers import of_units
 from tightfit.levers.step_in_backward.hooks import gradients_told
 from tightfit.step.optimizers import bare
 from tightfit.step.run import LossFunction
 from tightfit.verify.gradients import copy_of, difference
 from tightfit.verify.peak import run_step, untrained
 
-__all__ = ["changes_optimizer", "check_of_optimizer", "of_units"]
+__all__ = ["check_of_optimizer"]
 
 #: The first makes the optimizer's state, the second steps with it.
 _STEPS = 2
-
-
-def changes_optimizer(plan: Plan) -> bool:
-    return any(lever.steps_optimizer for lever in used(plan))
-
-
-def of_units(plan: Plan) -> Plan:
-    """`plan` without what it does to the optimizer: for steps that end with backward."""
-    gone = {lever.lever.value for lever in used(plan) if lever.steps_optimizer}
-    return dataclasses.replace(plan, settings={k: v for k, v in plan.settings.items() if k not in gone})
 
 
 def check_of_optimizer(

@@ -8,6 +8,7 @@ Refused, when it happens: a second backward before `step()`, clipping, scaled gr
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from tightfit.core import Unsupported
 from tightfit.step.optimizers import Cut, replaced_step, step_parts
 
-__all__ = ["gradients_told", "is_half_taken", "stepping_in_backward"]
+__all__ = ["gradient_norms_kept", "gradients_told", "is_half_taken", "stepping_in_backward"]
 
 _AWAY = "leave step_in_backward out of the levers"
 
@@ -36,6 +37,21 @@ def gradients_told(listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
         _listeners.remove(listener)
 
 
+_norms_kept = 0
+
+
+@contextlib.contextmanager
+def gradient_norms_kept() -> Iterator[None]:
+    """The norm of each gradient is kept until the optimizer's step, so that a loop which only logs their total norm
+    (`clip_grad_norm_` with no limit, as transformers' Trainer does without clipping) still gets it."""
+    global _norms_kept  # noqa: PLW0603 - a count of those who want it
+    _norms_kept += 1
+    try:
+        yield
+    finally:
+        _norms_kept -= 1
+
+
 #: What reads the gradients of all parameters at once, and would find none.
 _CLIPS = ("clip_grad_norm_", "clip_grad_value_", "get_total_norm")
 
@@ -47,6 +63,7 @@ class _Step:
         self.optimizer = optimizer
         self.parts = {p: cut.of(group, p) for group in optimizer.param_groups for p in group["params"]}
         self.taken: set[torch.Tensor] = set()
+        self.norms: dict[torch.Tensor, torch.Tensor] = {}
         self.settings: list[dict[str, Any]] = []
         self.known_states = len(optimizer.state)
 
@@ -62,6 +79,8 @@ class _Step:
             self.settings = self._settings()
         for listener in _listeners:
             listener(parameter)
+        if _norms_kept and parameter.grad is not None:
+            self.norms[parameter] = torch.linalg.vector_norm(parameter.grad.detach())
         self.taken.add(parameter)  # before the step: one that fails half way was begun
         with torch.no_grad():
             step_parts(self.optimizer, [self.parts[parameter]])
@@ -91,9 +110,17 @@ class _Step:
                     )
         others = [part for p, part in self.parts.items() if p not in self.taken and p.grad is not None]
         self.taken.clear()
+        self.norms.clear()
         step_parts(self.optimizer, others)
         if len(self.optimizer.state) != self.known_states:
             self._put_in_order()
+
+    def total_norm(self, parameters: list[torch.Tensor]) -> torch.Tensor | None:
+        """The norm of the gradients that were there; None: they were not kept."""
+        norms = [self.norms[p] if p in self.norms else torch.linalg.vector_norm(p.grad)
+                 for p in parameters if p in self.norms or p.grad is not None]  # fmt: skip
+        kept = all(p in self.norms for p in parameters if p in self.taken)
+        return torch.linalg.vector_norm(torch.stack(norms)) if kept and norms else None
 
     def _put_in_order(self) -> None:
         """Backward made the state of the last parameters first. Put it in the order in which a whole step makes it."""
@@ -134,6 +161,11 @@ def _no_clipping(step: _Step) -> Iterator[None]:
         def clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
             given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
             if any(each in step.taken for each in given if isinstance(each, torch.nn.Parameter)):
+                asked = dict(zip(("max_norm", "norm_type"), args, strict=False)) | kwargs
+                only_asks = asked.get("max_norm") == math.inf and asked.get("norm_type", 2) == 2
+                total = step.total_norm(given) if only_asks and name == "clip_grad_norm_" else None
+                if total is not None:
+                    return total
                 raise Unsupported(
                     f"{name} finds no gradients: each parameter was stepped in backward and its gradient is gone; "
                     f"do without clipping, or {_AWAY}"
