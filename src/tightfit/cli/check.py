@@ -28,7 +28,7 @@ def check(
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "full",
-    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch; with --trainer dpo, pairs of them.")] = 1,
     seq: Annotated[
         int | None, typer.Option(help="Tokens in a sequence.", show_default="2048, or the model's positions")
     ] = None,
@@ -42,7 +42,7 @@ def check(
     trainer: Annotated[
         str,
         typer.Option(
-            help="Whose step: model (its own loss, as transformers' Trainer takes it), or sft (TRL's, as installed)."
+            help="Whose step: model (its own loss, as transformers' Trainer takes it), sft or dpo (TRL's, as installed)."
         ),
     ] = "model",
     accumulate: Annotated[

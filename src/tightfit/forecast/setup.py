@@ -22,7 +22,7 @@ from tightfit.step.parallel import Strategy
 STRATEGIES = tuple(each.value for each in Strategy)
 
 
-TRAINERS = ("model", "sft")
+TRAINERS = ("model", "sft", "dpo")
 
 
 METHODS = ("full", "lora", "qlora")
@@ -53,7 +53,7 @@ class Setup:
 
     model: str
     method: str = "full"
-    batch: int = 1
+    batch: int = 1  # sequences; with trainer dpo, pairs of them
     seq: int = 2048
     dtype: str = "bf16"
     optimizer: str = "adamw"
@@ -62,7 +62,7 @@ class Setup:
     world_size: int = 1  # processes, each with a device and a batch of its own
     strategy: str = "one"  # how the step is spread over them
     reshard: bool = True  # FSDP2: are a unit's weights given back between its forward and its backward?
-    trainer: str = "model"  # whose loss: the model's own, as transformers' Trainer takes it, or TRL's for SFT
+    trainer: str = "model"  # whose loss: the model's own, as transformers' Trainer takes it, or TRL's for SFT or DPO
     settings: tuple[tuple[str, Any], ...] = ()  # of that trainer, as its config names them
 
     def checked(self) -> Setup:
@@ -81,6 +81,8 @@ class Setup:
             raise InvalidInput("only FSDP2 gives weights back: --no-reshard goes with --strategy fsdp2")
         if self.method == "qlora" and self.strategy == "fsdp2":
             raise Unsupported("4-bit weights cannot be sharded by FSDP2: use strategy ddp, or method lora")
+        if self.trainer == "dpo" and self.strategy == "fsdp2":
+            raise Unsupported("how FSDP2 shards DPO's reference is not forecast: use strategy ddp, or one")
         if self.batch < 1:
             raise InvalidInput(f"expected a batch of at least 1 sequence, not {self.batch}")
         if self.seq < 2:
