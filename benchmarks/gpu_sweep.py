@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
 import torch
 import transformers
 
@@ -127,7 +128,7 @@ def main() -> int:
         print(json.dumps(row), flush=True)
     record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "rows": rows}
     target = before if given.predict else RESULTS / f"gpu_measured_{device.name}.json"
-    target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    drawn.write(target, record)
     return 0
 
 

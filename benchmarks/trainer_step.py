@@ -2,8 +2,8 @@
 
     python benchmarks/trainer_step.py             # minutes; writes benchmarks/results/trainer_step.json
 
-The forecast is of the installed TRL's own SFT or DPO loss around a model without weights (`tightfit.integrations.trainer_step`);
-the count is of a real `training_step` on a batch of its own collator. Beside it what the model's own loss would
+The forecast is of the installed TRL's own SFT or DPO loss around a model without weights
+(`tightfit.integrations.trainer_step`); the count is of a real `training_step` on a batch of its own collator. Beside it what the model's own loss would
 have been forecast to need, which is what a forecast that does not look at the trainer says.
 """
 
@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import drawn
 
 RESULTS = Path(__file__).parent / "results" / "trainer_step.json"
 LLAMA = {
@@ -54,9 +56,7 @@ CASES: dict[str, Case] = {
     "gpt2, LoRA and dft": Case(config=GPT2, method="lora", seq=256, settings={"loss_type": "dft"}),
     "llama, DPO": Case(config=LLAMA, trainer="dpo"),
     "llama, DPO, LoRA": Case(config=LLAMA, trainer="dpo", method="lora"),
-    "llama, DPO, reference precomputed": Case(
-        config=LLAMA, trainer="dpo", settings={"precompute_ref_log_probs": True}
-    ),
+    "llama, DPO, reference precomputed": Case(config=LLAMA, trainer="dpo", settings={"precompute_ref_log_probs": True}),
     "llama, DPO, two losses": Case(
         config=LLAMA, trainer="dpo", seq=64, settings={"loss_type": ("ipo", "sft"), "ld_alpha": 0.5}
     ),
@@ -183,7 +183,7 @@ def main() -> int:
         record = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "rows": rows,
         }  # fmt: skip
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        drawn.write(RESULTS, record)
     return int(any(abs(row["off"]) > 0.005 for row in rows))
 
 

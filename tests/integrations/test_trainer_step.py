@@ -108,7 +108,7 @@ def test_what_trl_refuses_is_one_line(folder: str) -> None:
         ("precompute_ref_log_probs: true", "full", "the reference's answers are in the data"),
     ],
 )
-def test_doctor_takes_a_run_of_dpo_as_it_is(lines: str, method: str, reference: str, folder: str, tmp_path: Path) -> None:
+def test_doctor_takes_a_run_of_dpo(lines: str, method: str, reference: str, folder: str, tmp_path: Path) -> None:
     run = tmp_path / "dpo.yaml"
     run.write_text(
         f"model_name_or_path: {folder}\nper_device_train_batch_size: 3\nmax_length: 64\nloss_type: [ipo, sft]\n"

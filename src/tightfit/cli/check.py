@@ -42,7 +42,7 @@ def check(
     trainer: Annotated[
         str,
         typer.Option(
-            help="Whose step: model (its own loss, as transformers' Trainer takes it), sft or dpo (TRL's, as installed)."
+            help="Whose step: model (its own loss, as in transformers' Trainer), sft or dpo (TRL's, as installed)."
         ),
     ] = "model",
     accumulate: Annotated[
