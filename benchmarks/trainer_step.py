@@ -3,8 +3,9 @@
     python benchmarks/trainer_step.py             # minutes; writes benchmarks/results/trainer_step.json
 
 The forecast is of the installed TRL's own SFT or DPO loss around a model without weights
-(`tightfit.integrations.trainer_step`); the count is of a real `training_step` on a batch of its own collator. Beside it what the model's own loss would
-have been forecast to need, which is what a forecast that does not look at the trainer says.
+(`tightfit.integrations.trainer_step`); the count is of a real `training_step` on a batch of its own collator. Beside it
+what the model's own loss would have been forecast to need, which is what a forecast that does not look at the trainer
+says.
 """
 
 from __future__ import annotations

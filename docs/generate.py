@@ -1,6 +1,7 @@
 """Write `docs/cli.md` from the program's own `--help`, `docs/reference.md` from its docstrings, `docs/architecture.svg`
 and the table of packages beside it from its imports; `docs/peers.md`, `docs/zoo.md`, `docs/forecast.md`,
-`docs/traps.md`, `docs/switches.md` and every page's measured parts from `benchmarks/results`; in the README there, which of them are older than the code.
+`docs/traps.md`, `docs/switches.md`, and every page's measured parts from `benchmarks/results`. The README there is told
+which results are older than the code.
 
 Invariant: the page depends on the program alone, not on the terminal: the width is fixed and colour is off; every
 figure in a measured part (between `<!-- measured: NAME; written by docs/generate.py -->` and `<!-- measured: end -->`)

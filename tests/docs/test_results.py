@@ -80,7 +80,8 @@ def test_a_change_of_other_code_or_of_words_is_none(source: Path) -> None:
     other.write_text(other.read_text(encoding="utf-8") + "\nLATER = 1\n", encoding="utf-8")
     words = source / "trace" / "fake.py"
     text = words.read_text(encoding="utf-8")
-    words.write_text(f'"""Said otherwise."""\n\n# a word more\n{text[text.index("from __future__") :]}', encoding="utf-8")
+    code = text[text.index("from __future__") :]
+    words.write_text(f'"""Said otherwise."""\n\n# a word more\n{code}', encoding="utf-8")
     assert drawn.changed(block, "trainer_step", source) == ()
 
 

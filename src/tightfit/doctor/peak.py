@@ -119,9 +119,7 @@ def _rung(line: Timeline, recorded: Trace) -> Rung:
     )
 
 
-def explain_peak(
-    setup: Setup, *, device: Device | None = NOMINAL_CUDA, progress: Progress = lambda _: None
-) -> Why:
+def explain_peak(setup: Setup, *, device: Device | None = NOMINAL_CUDA, progress: Progress = lambda _: None) -> Why:
     """Why checkpointing does not save more in the step of `setup`, and what would.
 
     `device`: whose kernels are taken (`None`: this machine's CPU). Raises as `forecast.trace_setup` does.

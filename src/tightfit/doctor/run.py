@@ -16,6 +16,7 @@ from typing import Any
 
 from tightfit.accelerator import any_card
 from tightfit.core import InvalidInput, Unsupported
+from tightfit.core.errors import nearly, unknown
 from tightfit.forecast import Setup, default_length
 
 __all__ = ["Case", "Run", "case_of", "is_true", "read_run", "setup_of"]
@@ -109,7 +110,7 @@ def read_run(path: str | Path, trainer: str | None = None) -> Run:
     that cannot be read, is no mapping, or has no key that one of them knows.
     """
     if trainer is not None and trainer not in _TRAINERS:
-        raise InvalidInput(f"unknown trainer {trainer!r}: use {', '.join(_TRAINERS)}")
+        raise unknown("trainer", trainer, _TRAINERS)
     try:
         import yaml
 
@@ -156,9 +157,10 @@ def read_run(path: str | Path, trainer: str | None = None) -> Run:
                 f"{str(path)!r} is a run of TRL's {name} (it has {key}), whose step is not forecast: doctor reads runs "
                 f"of {', '.join(_TRAINERS)}; with --trainer it is read as one of those"
             )
-    unknown = sorted(set(values) - every)
-    if unknown:
-        notes.append(f"not looked at, since TRL and transformers do not know it: {', '.join(unknown)}")
+    if others := sorted(set(values) - every):
+        near = {name: nearly(name, every) for name in others}
+        said = ", ".join(f"{name} (did you mean {near[name]}?)" if near[name] else name for name in others)
+        notes.append(f"not looked at, since TRL and transformers do not know it: {said}")
     return Run(source=str(path), trainer=trainer, values=values, notes=tuple(notes))
 
 

@@ -17,6 +17,7 @@ from tightfit.core import (
     InvalidInput,
     Unsupported,
 )
+from tightfit.core.errors import unknown
 from tightfit.step.parallel import Strategy
 
 STRATEGIES = tuple(each.value for each in Strategy)
@@ -72,7 +73,7 @@ class Setup:
             ("strategy", self.strategy, STRATEGIES), ("trainer", self.trainer, TRAINERS),
         ):  # fmt: skip
             if value not in known:
-                raise InvalidInput(f"unknown {what} {value!r}: use {', '.join(known)}")
+                raise unknown(what, value, known)
         if not 1 <= self.world_size <= 1 << 16:
             raise InvalidInput(f"expected a world size from 1 to {1 << 16}, not {self.world_size}")
         if self.world_size > 1 and self.strategy == "one":

@@ -193,15 +193,18 @@ def _on_meta(add_adapter: Any) -> Any:
 def _put_back_afterwards(model: Any, restored: contextlib.ExitStack) -> None:
     """Everything that TRL's trainers change about a model when they are made around it."""
     base = _causal_model(model)
-    configs = [getattr(base, name, None) for name in ("config", "generation_config")]
-    if hasattr(configs[0], "get_text_config"):
-        configs.append(configs[0].get_text_config())
+    config = getattr(base, "config", None)
+    configs = [config, getattr(base, "generation_config", None)]
+    if config is not None and hasattr(config, "get_text_config"):
+        configs.append(config.get_text_config())
     for holder in {id(each): each for each in (model, base, *configs) if each is not None}.values():
         restored.callback(_attributes_put_back, holder, dict(vars(holder)))
     dropouts = [(each, each.p) for each in model.modules() if isinstance(each, nn.Dropout)]
     requires = [(each, each.requires_grad) for each in model.parameters()]
-    restored.callback(lambda: [setattr(each, "p", share) for each, share in dropouts])
-    restored.callback(lambda: [each.requires_grad_(needs) for each, needs in requires])
+    for dropout, share in dropouts:
+        restored.callback(setattr, dropout, "p", share)
+    for parameter, needs in requires:
+        restored.callback(parameter.requires_grad_, needs)
 
 
 def _causal_model(model: Any) -> Any:
