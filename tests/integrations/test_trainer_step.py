@@ -94,7 +94,7 @@ def test_what_trl_refuses_is_one_line(folder: str) -> None:
         with pytest.raises(Unsupported, match=f"{trainer.upper()}Trainer cannot be made here") as error:
             trace_setup(setup(folder, trainer=trainer, settings=tuple(settings.items())))
         assert "\n" not in str(error.value)
-    with pytest.raises(InvalidInput, match="unknown trainer 'ppo': use model, sft, dpo"):
+    with pytest.raises(InvalidInput, match=r"unknown trainer 'ppo'; did you mean 'dpo'\?: use model, sft, dpo"):
         setup(folder, trainer="ppo").checked()
     with pytest.raises(Unsupported, match="how FSDP2 shards DPO's reference is not forecast"):
         setup(folder, trainer="dpo", strategy="fsdp2", world_size=2).checked()
