@@ -25,6 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import torch
@@ -179,7 +181,7 @@ def main() -> int:
         "environment": environment(),
         "rows": [rows[name] for name in ROWS if name in rows],
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    drawn.write(RESULTS, record, parts=[only] if only else list(ROWS))
     failed = [each["model"] for each in rows.values() if each.get("tightfit_lowest", {}).get("passed") is False]
     return int(bool(failed))
 

@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -165,7 +166,7 @@ def main() -> int:
         "time_ratio_note": "" if wants_seconds else "not measured: the machine was not quiet; run with --seconds",
     }  # fmt: skip
     print(json.dumps({k: v for k, v in record.items() if k != "environment"}, indent=1))
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    drawn.write(RESULTS, record)
     return 0
 
 

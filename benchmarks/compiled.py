@@ -24,6 +24,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -190,14 +192,11 @@ def main() -> None:
             for make in (gpt2, llama_lora):
                 print(backend, make.__name__, flush=True)
                 cases[backend, make.__name__] = compared(make, backend)
-                _write({"wrong_above": WRONG, "cases": [*cases.values()]})
-
-
-def _write(results: dict[str, Any]) -> None:
-    record = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "environment": environment(), **results}
-    temporary = RESULTS.with_suffix(".json.part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(RESULTS)
+                record = {
+                    "date": datetime.now(UTC).strftime("%Y-%m-%d"), "environment": environment(),
+                    "wrong_above": WRONG, "cases": [*cases.values()],
+                }  # fmt: skip
+                drawn.write(RESULTS, record, parts=[f"{backend}, {make.__name__}"])
 
 
 if __name__ == "__main__":

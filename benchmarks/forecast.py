@@ -25,6 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -233,7 +235,7 @@ def main() -> int:
     if given.seed == 0 and given.cases >= 60:
         record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(),
                   "seed": given.seed, "summary": found, "rows": rows}  # fmt: skip
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        drawn.write(RESULTS, record)
     return 0
 
 

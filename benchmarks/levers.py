@@ -22,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -178,7 +180,7 @@ def main() -> None:
     for name in asked:
         results[name] = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "result": parts[name]()}
         results["environment"] = environment()
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        drawn.write(RESULTS, results, parts=[name])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -156,7 +157,7 @@ def main() -> int:
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), **measured("cpu"),
     }  # fmt: skip
     print(json.dumps({k: v for k, v in record.items() if k != "environment"}, indent=1))
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    drawn.write(RESULTS, record)
     return 0
 
 

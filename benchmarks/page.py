@@ -29,6 +29,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "page.json"
 LOADS = 7
@@ -251,8 +253,6 @@ def record() -> dict[str, Any]:
         "model": MODEL, "method": METHOD, "seq": SEQ, "budget": BUDGET, "page_bytes": len(text.encode()),
         "browser": version, "load_average_at_start": load, "loads": rows, "environment": environment(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-        .stdout.strip(),
     }  # fmt: skip
 
 
@@ -314,7 +314,7 @@ def main(arguments: list[str]) -> int:
         screenshots(Path(arguments[-1]))
         return 0
     if "--draw-only" not in arguments:
-        RESULTS.write_text(json.dumps(record(), indent=1) + "\n", encoding="utf-8")
+        drawn.write(RESULTS, record())
     draw()
     return 0
 

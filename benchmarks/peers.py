@@ -29,6 +29,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -393,7 +395,7 @@ def main() -> int:
                 print(json.dumps(row), flush=True)
     if not (asked.models or asked.no_time or asked.seq or asked.peer):
         record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "rows": rows}
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        drawn.write(RESULTS, record)
     compared = [r for r in rows if "extra_flops" in r]
     beaten = [r for r in compared if r["extra_flops"] > r["peer_extra_flops"] * 0.9 + 1e-6]
     for row in beaten:

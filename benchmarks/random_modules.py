@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import torch
@@ -302,7 +304,7 @@ def main(arguments: list[str]) -> int:
     }
     print(json.dumps({k: v for k, v in record.items() if k != "environment"}, indent=1))
     if not arguments:
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        drawn.write(RESULTS, record)
     return 1 if tally.failures else 0
 
 

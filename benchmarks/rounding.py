@@ -20,6 +20,8 @@ from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+import drawn
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "rounding.json"
 INSTRUCTIONS = ("default", "avx2", "avx512")
@@ -109,7 +111,7 @@ def main() -> int:
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "seeds": asked.seeds,
         "rows": rows,
     }  # fmt: skip
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    drawn.write(RESULTS, record)
     return int(any(row.get("alarms") for row in rows))
 
 

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
 import transformers
 
 from tightfit.catalog import gpu
@@ -102,7 +103,7 @@ def main() -> int:
     print(json.dumps(answers), flush=True)
     record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(),
               "rows": rows, "standard_question": answers}  # fmt: skip
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    drawn.write(RESULTS, record)
     return 0
 
 

@@ -28,6 +28,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import drawn
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -311,7 +313,7 @@ def main() -> None:
     for name in sys.argv[1:] or list(parts):
         results[name] = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "result": parts[name]()}
         results["environment"] = environment()
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        drawn.write(RESULTS, results, parts=[name])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -167,7 +169,7 @@ def main() -> int:
     for part in (planning, frontier, prediction):
         record[part.__name__] = part()
         print(json.dumps(record[part.__name__], indent=1))
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    drawn.write(RESULTS, record)
     return 0 if all(row["passed"] for row in record["prediction"]) else 1
 
 

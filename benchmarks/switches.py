@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -123,7 +124,7 @@ def main() -> int:
     }  # fmt: skip
     for one, other in itertools.pairwise(record["footprint"]["rows"]):  # type: ignore[index]
         assert one["footprint_bytes"] == other["footprint_bytes"], "the sentence would be right after all"
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    drawn.write(RESULTS, record)
     print(json.dumps({k: v for k, v in record.items() if k != "environment"}, indent=1))
     return 0
 

@@ -22,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -157,7 +159,7 @@ def draw(found: dict[str, Any]) -> None:
 
 def main() -> None:
     if "--draw-only" not in sys.argv[1:]:
-        RESULTS.write_text(json.dumps(record(), indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
+        drawn.write(RESULTS, record(), indent=None)
     draw(json.loads(RESULTS.read_text(encoding="utf-8")))
 
 

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tightfit.core import to_json, write_text
+import drawn
+
+from tightfit.core import to_json
 from tightfit.doctor import TRAPS, probed
 from tightfit.step.environment import environment, versions
 
@@ -31,7 +32,7 @@ def main() -> None:
             }
         )  # fmt: skip
     document = {"environment": environment(), "date": datetime.now(UTC).date().isoformat(), "rows": rows}
-    write_text(RESULT, json.dumps(document, indent=1) + "\n")
+    drawn.write(RESULT, document)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import drawn
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "versions.json"
 ROWS = ("least", "pinned", "newest")
@@ -93,24 +95,16 @@ def summary(output: str, status: int, seconds: float) -> dict[str, Any]:
     return {
         "status": "passed" if status == 0 else "failed", **counts, "seconds": round(seconds),
         "tests_failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": drawn.commit(),
     }  # fmt: skip
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    changed = subprocess.run(["git", "status", "--short", "src", "tests"], cwd=ROOT, capture_output=True, check=False)
-    return done.stdout.strip() + ("+changes" if changed.stdout else "")
 
 
 def record(found: dict[str, Any]) -> None:
     """Put one row into the results, the others as they were."""
     before = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
     rows = {each.get("row"): each for each in before if each.get("row") in ROWS} | {found["row"]: found}
-    text = json.dumps({"rows": [rows[name] for name in ROWS if name in rows]}, indent=1) + "\n"
-    RESULTS.write_text(text, encoding="utf-8")
+    document = {"rows": [rows[name] for name in ROWS if name in rows]}
+    drawn.write(RESULTS, document, parts=[found["row"]], torch=found["installed"]["torch"])
 
 
 def _last(text: str) -> str:

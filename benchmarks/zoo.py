@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import drawn
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -285,7 +287,7 @@ def main(asked: list[str]) -> int:
         from tightfit.step.environment import environment
 
         record = {"environment": environment(), "counts": counts, "rows": [dataclasses.asdict(o) for o in found]}
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        drawn.write(RESULTS, record)
     return 1 if set(counts) & {"wrong", "over", "error"} else 0
 
 

@@ -1,6 +1,7 @@
 """Write `docs/cli.md` from the program's own `--help`, `docs/reference.md` from its docstrings, `docs/architecture.svg`
 and the table of packages beside it from its imports; `docs/peers.md`, `docs/zoo.md`, `docs/forecast.md`,
-`docs/traps.md`, `docs/switches.md` and every page's measured parts from `benchmarks/results`.
+`docs/traps.md`, `docs/switches.md`, and every page's measured parts from `benchmarks/results`. The README there is told
+which results are older than the code.
 
 Invariant: the page depends on the program alone, not on the terminal: the width is fixed and colour is off; every
 figure in a measured part (between `<!-- measured: NAME; written by docs/generate.py -->` and `<!-- measured: end -->`)
@@ -1279,9 +1280,20 @@ def _crosses(start: tuple[int, int], end: tuple[int, int], box: tuple[int, int])
     return False
 
 
+def results_part() -> str:
+    """When each results file was drawn, and whether the code that it measures has changed since."""
+    if (place := str(RESULTS.parent)) not in sys.path:
+        sys.path.append(place)
+    import drawn
+
+    table: str = drawn.table()
+    return table
+
+
 #: Measured and generated parts by the name that a page gives them.
 PARTS: dict[str, Callable[[], str]] = {
     "packages": packages_part,
+    "results": results_part,
     "compiled": compiled_part,
     "readme": measured,
     "gpt2": gpt2_part,
@@ -1453,7 +1465,8 @@ def main() -> int:
         (ARCHITECTURE, architecture_svg()),
     ]  # fmt: skip
     written = {page for page, _ in pages}
-    others = [README, *sorted(page for page in README.with_name("docs").rglob("*.md") if page not in written)]
+    others = [README, RESULTS / "README.md"]
+    others += sorted(page for page in README.with_name("docs").rglob("*.md") if page not in written)
     pages += [(page, with_measured(page)) for page in others]
     for page, text in pages:
         on_disk = page.read_text(encoding="utf-8") if page.exists() else ""

@@ -397,3 +397,50 @@ def test_a_budget_that_nothing_holds_is_an_answer_in_json(tmp_path: Path) -> Non
     assert done.returncode == 1 and answer["fits"] is False
     assert answer["least_bytes"] > answer["budget_bytes"] == 1_000_000 and answer["advice"]
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------ a guard in CI
+
+_GUARDED = ("--gpu", "24GiB", *SMALL, "--dtype", "fp32", "--no-search", "--json")
+
+
+def _guard(capsys: pytest.CaptureFixture[str], model: str, *asked: str) -> tuple[int, dict[str, Any]]:
+    status = main(["check", model, *_GUARDED, *asked])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_a_guard_says_no_by_its_exit_status(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, plain = _guard(capsys, model)
+    assert status == 0 and plain["max"] is None
+    taken = {mode["mode"]: mode["reserved_bytes"] for mode in plain["modes"]}
+    for mode, more, within in (("none", 0, True), ("none", -1, False)):
+        status, answer = _guard(capsys, model, "--max", str(taken[mode] + more), "--max-of", mode)
+        assert status == (0 if within else 1)
+        assert answer["max"] == {
+            "max_bytes": taken[mode] + more, "mode": mode, "reserved_bytes": taken[mode], "within": within,
+        }  # fmt: skip
+    # a plan for the whole card would take more than a guard that a smaller plan keeps
+    status, answer = _guard(capsys, model, "--max", str(taken["none"] - 1))
+    assert status == 0 and answer["max"]["within"] and answer["max"]["reserved_bytes"] < taken["none"]
+
+
+@pytest.mark.slow
+def test_a_guard_that_no_plan_keeps(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, answer = _guard(capsys, model, "--max", "3MB")
+    assert status == 1 and not answer["max"]["within"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--max", "lots"), "expected a size"),
+        (("--max", "80%"), "is a percentage"),
+        (("--max", "1GiB", "--gpu", "all"), "give it with one --gpu"),
+        (("--max", "1GiB", "--budget", "1GiB"), "leave --budget out"),
+    ],
+)
+def test_a_guard_that_cannot_be_meant(
+    asked: tuple[str, ...], said: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", model, *SMALL, *asked]) == 2
+    assert said in capsys.readouterr().err

@@ -437,7 +437,7 @@ def test_the_step_of_a_run(tmp_path: Path) -> None:
     )  # fmt: skip
     setup, notes = setup_of(read_run(write(tmp_path, text + "beta: 0.1\n")))
     assert setup is not None
-    assert setup.batch == 6
+    assert (setup.trainer, setup.batch) == ("dpo", 3)  # pairs
     assert any("chosen and rejected" in note for note in notes)
     changed = case_of(write(tmp_path, text), batch=1, optimizer="sgd").setup
     assert changed is not None

@@ -299,3 +299,24 @@ def test_a_first_forward_that_sets_something_up_is_not_the_step() -> None:
 
     recorded = tightfit.trace(Lazy(), torch.randn(4, 8))
     assert "aten.sin.default" not in {op.name for op in recorded.ops}
+
+
+@pytest.mark.parametrize("where", ["alone", "in a mapping"])
+def test_a_jagged_batch_is_refused_in_one_line(where: str) -> None:
+    class Jagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x.values().square().mean()
+
+    rows = torch.nested.nested_tensor([torch.randn(3, WIDTH), torch.randn(5, WIDTH)], layout=torch.jagged)
+    for call in (tightfit.trace, lambda model, batch: tightfit.fit(model, batch, "90%")):
+        with pytest.raises(
+            Unsupported, match=r"NestedTensor, and steps on nested .* are not recorded: pad it"
+        ) as error:
+            call(Jagged(), rows if where == "alone" else {"x": rows})
+        assert "\n" not in str(error.value)

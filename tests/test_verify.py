@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from typing import Any
 
 import pytest
@@ -277,3 +279,81 @@ def test_a_unit_whose_calls_take_different_branches_is_kept_whole_and_says_so() 
     assert all("different ops" in unit.pinned for unit in trace.units)
     with pytest.raises(BudgetInfeasible):
         tightfit.plan(trace, "80%")
+
+
+# --------------------------------------------------------------------- a step that is not the same twice
+
+
+class _Unsteady(torch.autograd.Function):
+    """As a kernel that adds in any order: another rounding error in each backward."""
+
+    turns = itertools.count(1)
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad * (1 + 1e-6 * math.sin(next(_Unsteady.turns)))
+
+
+class Unsteady(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.tail = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = _Unsteady.apply(self.head(x))  # type: ignore[no-untyped-call]
+        for block in self.blocks:
+            x = block(x)
+        return self.tail(x).square().mean()
+
+
+@pytest.fixture
+def unsteady() -> tuple[nn.Module, torch.Tensor, None, Plan]:
+    torch.manual_seed(0)
+    model, batch = Unsteady(), torch.randn(256, WIDTH)
+    return model, batch, None, tightfit.plan(tightfit.trace(model, batch), "60%")
+
+
+def test_what_varies_without_the_plan_is_named_and_held_to_its_own_repeats(unsteady: Any) -> None:
+    assert unsteady[3].replays == 3
+    check = proof_of(unsteady)["gradients"]
+    assert check.passed
+    assert "bit for bit, but for 2 that vary without the plan too (head.weight, head.bias)" in check.tolerance
+    assert "4 times what its repeats differ by" in check.tolerance
+    assert (
+        check.measured == f"{len(list(unsteady[0].parameters())) - 2} identical, 2 no farther off than without the plan"
+    )
+
+
+@pytest.mark.parametrize("name", ["head.weight", "tail.weight", "blocks.1.inner.bias"])
+def test_an_error_beside_what_varies_is_found(name: str, unsteady: Any) -> None:
+    """More than a gradient varies by; the least there is, of one that does not vary."""
+    model = unsteady[0]
+    factor = 1.0001 if name.startswith("head") else 1 + 2**-23
+
+    def wrong(grad: torch.Tensor) -> torch.Tensor:
+        in_force = any(getattr(each.forward, "__tightfit__", False) for each in model.modules())
+        return grad * factor if in_force else grad
+
+    dict(model.named_parameters())[name].register_hook(wrong)
+    check = proof_of(unsteady)["gradients"]
+    assert not check.passed
+    assert f"wrong: {name}" in check.measured
+
+
+def test_a_first_step_that_sets_things_up_loosens_nothing(subject: Any) -> None:
+    """Its gradients are far from the later ones, which are all the same: these are held to their bits."""
+    model, batch, _, plan = subject
+    steps = itertools.count()
+    weight = model.blocks[0].inner.weight
+    weight.register_hook(lambda grad: grad * 2 if not next(steps) else grad)
+    assert tightfit.verify(model, batch, plan)["gradients"].tolerance == "none: bit for bit"
+    steps = itertools.count()
+    in_force = lambda: any(getattr(each.forward, "__tightfit__", False) for each in model.modules())  # noqa: E731
+    weight.register_hook(lambda grad: grad * (1 + 2**-20) if in_force() else grad)
+    assert not tightfit.verify(model, batch, plan)["gradients"].passed

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tightfit
-from tightfit.core import Unsupported
+from tightfit.core import BudgetInfeasible, Unsupported
 from tightfit.integrations.bitsandbytes import no_repacking, quantise
 from tightfit.integrations.peft import add_lora, no_input_gradients, prepare_for_kbit_training
 from tightfit.integrations.transformers import random_batch
@@ -116,3 +116,10 @@ def test_4_bit_layers_keep_their_layout_in_evaluation() -> None:
     model.train()
     with pytest.raises(Unsupported, match="evaluation mode"), no_repacking(model):
         pass
+
+
+def test_prefix_tuning_says_why_its_blocks_are_kept_whole() -> None:
+    model = get_peft_model(llama(), PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)).train()
+    ids = torch.randint(0, 256, (4, 48))
+    with pytest.raises(BudgetInfeasible, match=r"4 of 4 units are kept whole, .* \(PEFT's prefix tuning gives one"):
+        tightfit.fit(model, {"input_ids": ids, "labels": ids}, "70%")

@@ -32,9 +32,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in harness.CASES]
 )
 def test_the_forecast_is_what_the_trainer_needs(name: str) -> None:
-    row = harness.compared(name)
+    row = harness.compared(name, harness.CASES[name])
     assert abs(row["off"]) <= 0.005, row
     assert abs(row["own_loss_off"]) > 0.1  # what a forecast of the model's own loss says is about another step
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_forecast_of_dpo_is_what_the_trainer_needs(method: str) -> None:
+    """Both references: the model with its adapters off, and a second model. `CASES` has the larger ones."""
+    small = {**harness.LLAMA, "vocab_size": 2048}
+    row = harness.compared(method, harness.Case(config=small, trainer="dpo", method=method, batch=2, seq=96))
+    assert abs(row["off"]) <= 0.005, row
+    assert abs(row["own_loss_off"]) > 0.1
 
 
 def setup(folder: str, **more: Any) -> Setup:
@@ -57,25 +66,70 @@ def test_on_cuda_the_trainers_kernels_stand_for_themselves(folder: str) -> None:
     assert before == (chunked_logprob._use_triton, chunked_logprob._forward_kernel, utils._use_triton)
 
 
-def test_the_model_is_given_back(folder: str) -> None:
-    asked = setup(folder, trainer="sft", settings=(("neftune_noise_alpha", 5.0),))
+@pytest.mark.parametrize(("trainer", "method"), [("sft", "full"), ("dpo", "full"), ("dpo", "lora")])
+def test_the_model_is_given_back(trainer: str, method: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**harness.GPT2, "vocab_size": 512, "n_embd": 32}))
+    asked = setup(str(tmp_path), trainer=trainer, method=method, settings=(("neftune_noise_alpha", 5.0),))
     model = build_model(asked.model, asked.method, asked.dtype, asked.rank)
-    before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    hooks = len(model.get_input_embeddings()._forward_hooks)
+
+    def seen() -> dict[str, Any]:
+        found: dict[str, Any] = {name: set(vars(module)) for name, module in model.named_modules()}
+        found |= {f"{name}.p": each.p for name, each in model.named_modules() if isinstance(each, torch.nn.Dropout)}
+        found |= {f"{name} trains": each.requires_grad for name, each in model.named_parameters()}
+        found |= {"config": dict(vars(model.config)), "generation": dict(vars(model.generation_config))}
+        return found
+
+    before, hooks = seen(), len(model.get_input_embeddings()._forward_hooks)
+    assert any(value for name, value in before.items() if name.endswith(".p"))
     trace_setup(asked)
     assert "forward" not in vars(model)
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == {n: set(v) for n, v in before.items()}
+    assert seen() == before
     assert len(model.get_input_embeddings()._forward_hooks) == hooks
-    own = trace_setup(setup(folder))
+    own = trace_setup(setup(str(tmp_path), method=method))
     assert own.losses  # the model's own loss, as if nothing had been
 
 
 def test_what_trl_refuses_is_one_line(folder: str) -> None:
-    with pytest.raises(Unsupported, match="SFTTrainer cannot be made here") as error:
-        trace_setup(setup(folder, trainer="sft", settings=(("loss_type", "no such loss"),)))
-    assert "\n" not in str(error.value)
-    with pytest.raises(InvalidInput, match="unknown trainer 'ppo': use model, sft"):
+    for trainer, settings in (("sft", {"loss_type": "no such loss"}), ("dpo", {"loss_weights": (0.5, 0.5)})):
+        with pytest.raises(Unsupported, match=f"{trainer.upper()}Trainer cannot be made here") as error:
+            trace_setup(setup(folder, trainer=trainer, settings=tuple(settings.items())))
+        assert "\n" not in str(error.value)
+    with pytest.raises(InvalidInput, match=r"unknown trainer 'ppo'; did you mean 'dpo'\?: use model, sft, dpo"):
         setup(folder, trainer="ppo").checked()
+    with pytest.raises(Unsupported, match="how FSDP2 shards DPO's reference is not forecast"):
+        setup(folder, trainer="dpo", strategy="fsdp2", world_size=2).checked()
+
+
+@pytest.mark.parametrize(
+    ("lines", "method", "reference"),
+    [
+        ("use_peft: true", "lora", "the model with its adapters off"),
+        ("beta: 0.2", "full", "a second model"),
+        ("precompute_ref_log_probs: true", "full", "the reference's answers are in the data"),
+    ],
+)
+def test_doctor_takes_a_run_of_dpo(lines: str, method: str, reference: str, folder: str, tmp_path: Path) -> None:
+    run = tmp_path / "dpo.yaml"
+    run.write_text(
+        f"model_name_or_path: {folder}\nper_device_train_batch_size: 3\nmax_length: 64\nloss_type: [ipo, sft]\n"
+        f"loss_weights: [0.8, 0.2]\n{lines}\n"
+    )
+    case = case_of(str(run))
+    assert case.setup is not None
+    assert (case.setup.trainer, case.setup.method, case.setup.batch) == ("dpo", method, 3)
+    assert dict(case.setup.settings)["loss_type"] == ("ipo", "sft")
+    assert any("3 pairs, so 6 sequences" in note and reference in note for note in case.notes)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "line"), [("KTO", "desirable_weight: 1.0"), ("Reward", "center_rewards_coefficient: 0.1")]
+)
+def test_another_trainers_run_is_not_read_as_dpo(trainer: str, line: str, folder: str, tmp_path: Path) -> None:
+    """`beta` and `disable_dropout` are DPO's, and others' too."""
+    run = tmp_path / "run.yaml"
+    run.write_text(f"model_name_or_path: {folder}\nbeta: 0.1\ndisable_dropout: true\n{line}\n")
+    with pytest.raises(Unsupported, match=f"a run of TRL's {trainer}Trainer"):
+        case_of(str(run))
 
 
 def test_doctor_sells_nothing_that_has_nothing_to_act_on(folder: str, tmp_path: Path) -> None:

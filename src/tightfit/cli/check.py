@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from tightfit.core import Trace
 from tightfit.cli.options import Calibration, Html, Json, Model
 from tightfit.cli.output import EXIT_NO, can_write, console_on_stdout, emit, progress_shown, write_page
-from tightfit.core import HOST_KIND
+from tightfit.core import HOST_KIND, InvalidInput, format_apart, parse_bytes
+from tightfit.core.errors import unknown
 from tightfit.device.calibration import NO_FILE
 
 
@@ -28,7 +29,7 @@ def check(
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "full",
-    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch; with --trainer dpo, pairs of them.")] = 1,
     seq: Annotated[
         int | None, typer.Option(help="Tokens in a sequence.", show_default="2048, or the model's positions")
     ] = None,
@@ -42,7 +43,7 @@ def check(
     trainer: Annotated[
         str,
         typer.Option(
-            help="Whose step: model (its own loss, as transformers' Trainer takes it), or sft (TRL's, as installed)."
+            help="Whose step: model (its own loss, as in transformers' Trainer), sft or dpo (TRL's, as installed)."
         ),
     ] = "model",
     accumulate: Annotated[
@@ -59,6 +60,13 @@ def check(
         str | None,
         typer.Option(help="A size, or a percentage of the GPU's memory.", show_default="all that is usable"),
     ] = None,
+    most: Annotated[
+        str | None,
+        typer.Option("--max", help="A size: exit status 1 if the step takes more. A guard for CI."),
+    ] = None,
+    guarded: Annotated[
+        str, typer.Option("--max-of", help="Whose bytes --max judges: tightfit, every-block or none (no plan).")
+    ] = "tightfit",
     lengths: Annotated[
         Path | None, typer.Option(help="Lengths of the examples: a histogram, a list, or JSON lines; sets --seq.")
     ] = None,
@@ -74,7 +82,7 @@ def check(
     """Will it run on --gpu? Needs neither the GPU nor the weights."""
     can_write({"--calibrate": calibrate, "--html": html})
     from tightfit import forecast
-    from tightfit.report import forecast_document, forecast_report, forecast_table, gpus_table, study
+    from tightfit.report import MODES, forecast_document, forecast_report, forecast_table, gpus_table, study
 
     if calibrate is not None:
         from tightfit.accelerator import device_named
@@ -96,6 +104,14 @@ def check(
     ).checked()  # fmt: skip
     if gpu is None:
         gpu = "rtx-4090" if calibration in (None, NO_FILE) else forecast.HERE
+    if guarded not in MODES:
+        raise unknown("--max-of", guarded, MODES)
+    if most is not None:
+        most_bytes = parse_bytes(most)
+        if gpu.strip().lower() == "all":
+            raise InvalidInput("--max is about one device: give it with one --gpu")
+        if budget is not None and guarded == "tightfit":
+            raise InvalidInput("--max is the budget of the plan that it judges: leave --budget out, or say --max-of")
     if gpu.strip().lower() == "all":
         with progress_shown() as say:
             answers = forecast.which_gpus(setup, budget=budget, progress=say)
@@ -108,6 +124,8 @@ def check(
             raise typer.Exit(EXIT_NO)
         return
     target = forecast.device_asked(gpu)
+    if most is not None and guarded == "tightfit":
+        budget = str(min(most_bytes, forecast.usable_bytes(target)))
     traces: list[Trace] = []
     with progress_shown() as say:
         answer = forecast.check(setup, target, budget=budget, search=search, progress=say, traced=traces.append)
@@ -115,9 +133,17 @@ def check(
         if html is not None:
             say("planning for other budgets too, for the page")
             write_page(html, forecast_document(answer, study(traces[0], answer.plan)))
+    guard = None
+    if most is not None:
+        taken = next(mode.reserved_bytes for mode in answer.modes if mode.mode == guarded)
+        guard = {"max_bytes": most_bytes, "mode": guarded, "reserved_bytes": taken, "within": taken <= most_bytes}
     if as_json:
-        emit(json.dumps(forecast_report(answer)))
+        emit(json.dumps({**forecast_report(answer), "max": guard}))
     else:
         console_on_stdout().print(forecast_table(answer))
-    if not answer.fits:
+        if guard is not None:
+            said = "within" if guard["within"] else "more than"
+            found, limit = format_apart(taken, most_bytes)
+            emit(f"--max: {MODES[guarded]} takes {found}, {said} {limit}")
+    if not (answer.fits if guard is None or guarded == "tightfit" else guard["within"]):
         raise typer.Exit(EXIT_NO)

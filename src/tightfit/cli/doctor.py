@@ -14,6 +14,7 @@ from tightfit.cli.output import EXIT_NO, console_on_stdout, emit, progress_shown
 from tightfit.core import (
     InvalidInput,
 )
+from tightfit.core.errors import unknown
 
 
 def doctor(
@@ -53,8 +54,9 @@ def doctor(
     from tightfit import doctor as consultation
     from tightfit.report import doctor_table
 
-    if kernels not in (None, "cpu", "cuda"):
-        raise InvalidInput(f"unknown --kernels {kernels!r}: use cuda or cpu")
+    kinds = ("cuda", "cpu")
+    if kernels is not None and kernels not in kinds:
+        raise unknown("--kernels", kernels, kinds)
     changed = {
         "method": method, "batch": batch, "seq": seq, "dtype": dtype, "optimizer": optimizer, "rank": rank,
     }  # fmt: skip

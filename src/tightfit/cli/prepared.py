@@ -14,6 +14,7 @@ from tightfit.core import (
     Unsupported,
     parse_bytes,
 )
+from tightfit.core.errors import unknown
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +37,9 @@ def prepare(
     """Build what `measure` and `plan` work on. Raises `InvalidInput` before anything large is made, where it can."""
     parse_bytes(budget, whole_bytes=2**40)  # what it is a percentage of is known later, its form is not
     if method not in ("full", "lora"):
-        raise InvalidInput(f"unknown method {method!r}: use full or lora")
+        raise unknown("method", method, ("full", "lora"))
     if optimizer not in ("adamw", "adamw8bit", "sgd", "none"):
-        raise InvalidInput(f"unknown optimizer {optimizer!r}: use adamw, adamw8bit, sgd or none")
+        raise unknown("optimizer", optimizer, ("adamw", "adamw8bit", "sgd", "none"))
     if not 0 <= seed < 2**32:
         raise InvalidInput(f"expected a seed from 0 to {2**32 - 1}, not {seed}")
     for option, value, least in (("--batch", batch, 1), ("--seq", seq, 2)):

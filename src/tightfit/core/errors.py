@@ -6,7 +6,9 @@ code.
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 from tightfit.core.formats import format_apart
 
@@ -45,6 +47,25 @@ class BudgetInfeasible(TightfitError):
         budget, least = format_apart(budget_bytes, least_bytes)
         message = f"a budget of {budget} cannot hold this step: the least that is feasible is {least}"
         super().__init__("; ".join((message, *advice)))
+
+
+def nearly(name: object, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` nearly is."""
+    there = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(str(name).strip().lower(), there, n=1)
+    return there[close[0]] if close else None
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """`; did you mean 'lora'?` to stand behind a name that is nearly one of `known`; else nothing."""
+    near = nearly(name, known)
+    return "" if near is None else f"; did you mean {near!r}?"
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> InvalidInput:
+    """The error for a name that is none of `known`."""
+    names = list(known)
+    return InvalidInput(f"unknown {what} {name!r}{did_you_mean(name, names)}: use {', '.join(names)}")
 
 
 def reason_of(error: BaseException) -> str:

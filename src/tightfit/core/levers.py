@@ -5,11 +5,10 @@ Invariant: one line of `Lever` for each lever. Refused: names that are none (`In
 
 from __future__ import annotations
 
-import difflib
 import enum
 from collections.abc import Collection
 
-from tightfit.core.errors import InvalidInput
+from tightfit.core.errors import InvalidInput, did_you_mean
 
 
 class Lever(enum.Enum):
@@ -45,8 +44,7 @@ def levers_named(asked: Collection[Lever | str] | str | None) -> frozenset[Lever
 
 def _no_lever(name: object) -> str:
     known = [lever.value for lever in Lever]
-    close = difflib.get_close_matches(str(name).replace("-", "_"), known, n=1)
-    return f"unknown lever {name!r}{f'; did you mean {close[0]!r}?' if close else ''}: use {', '.join(known)}"
+    return f"unknown lever {name!r}{did_you_mean(str(name).replace('-', '_'), known)}: use {', '.join(known)}"
 
 
 def parse_levers(text: str) -> frozenset[Lever] | None:

@@ -97,7 +97,6 @@ def peak_of(case: Case, *, kernels: str | None = None, progress: Progress = lamb
         return case, explain_peak(
             case.setup,
             device=_device_of(kernels),
-            plain_loss=case.plain_loss,
             progress=progress,
         )
     except Unsupported as error:

@@ -119,19 +119,15 @@ def _rung(line: Timeline, recorded: Trace) -> Rung:
     )
 
 
-def explain_peak(
-    setup: Setup, *, device: Device | None = NOMINAL_CUDA, plain_loss: bool = True, progress: Progress = lambda _: None
-) -> Why:
+def explain_peak(setup: Setup, *, device: Device | None = NOMINAL_CUDA, progress: Progress = lambda _: None) -> Why:
     """Why checkpointing does not save more in the step of `setup`, and what would.
 
-    `device`: whose kernels are taken (`None`: this machine's CPU). `plain_loss`: the loss is the model's own cross
-    entropy, which can be made in place. Raises as `forecast.trace_setup` does.
+    `device`: whose kernels are taken (`None`: this machine's CPU). Raises as `forecast.trace_setup` does.
     """
 
     @functools.lru_cache(maxsize=8)
     def traced(asked: Setup) -> Trace:
-        recorded = retimed(trace_setup(asked, device), NOMINAL_CPU if device is None else device)
-        return recorded if plain_loss else dataclasses.replace(recorded, losses=())
+        return retimed(trace_setup(asked, device), NOMINAL_CPU if device is None else device)
 
     return _explained(traced, setup, progress, on_gpu=device is not None, optimizer=setup.optimizer)
 

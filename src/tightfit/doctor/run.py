@@ -16,6 +16,7 @@ from typing import Any
 
 from tightfit.accelerator import any_card
 from tightfit.core import InvalidInput, Unsupported
+from tightfit.core.errors import nearly, unknown
 from tightfit.forecast import Setup, default_length
 
 __all__ = ["Case", "Run", "case_of", "is_true", "read_run", "setup_of"]
@@ -109,7 +110,7 @@ def read_run(path: str | Path, trainer: str | None = None) -> Run:
     that cannot be read, is no mapping, or has no key that one of them knows.
     """
     if trainer is not None and trainer not in _TRAINERS:
-        raise InvalidInput(f"unknown trainer {trainer!r}: use {', '.join(_TRAINERS)}")
+        raise unknown("trainer", trainer, _TRAINERS)
     try:
         import yaml
 
@@ -150,15 +151,16 @@ def read_run(path: str | Path, trainer: str | None = None) -> Run:
             f"read as a run of TRL's {trainer.upper()} trainer"
             + (f", since it has {only_dpo[0]}" if only_dpo else "; for another give --trainer")
         )
-        if not only_dpo and (other := _another_trainer(set(values) - every)):
+        if other := _another_trainer(set(values) - every):
             name, key = other
             raise Unsupported(
                 f"{str(path)!r} is a run of TRL's {name} (it has {key}), whose step is not forecast: doctor reads runs "
                 f"of {', '.join(_TRAINERS)}; with --trainer it is read as one of those"
             )
-    unknown = sorted(set(values) - every)
-    if unknown:
-        notes.append(f"not looked at, since TRL and transformers do not know it: {', '.join(unknown)}")
+    if others := sorted(set(values) - every):
+        near = {name: nearly(name, every) for name in others}
+        said = ", ".join(f"{name} (did you mean {near[name]}?)" if near[name] else name for name in others)
+        notes.append(f"not looked at, since TRL and transformers do not know it: {said}")
     return Run(source=str(path), trainer=trainer, values=values, notes=tuple(notes))
 
 
@@ -207,24 +209,21 @@ def setup_of(run: Run) -> tuple[Setup | None, tuple[str, ...]]:
     if optimizer == "none":
         notes.append(f"the optimizer {asked_optimizer} is not forecast: its state and step are left out")
     per_device = _whole(run, "per_device_train_batch_size", 8)
-    batch = 2 * per_device if run.trainer == "dpo" else per_device
     if run.trainer == "dpo":
-        notes.append(
-            "a DPO batch is chosen and rejected together; cross entropy stands for its loss, the reference is left out"
-        )
+        notes.append(_of_dpo(run, method, per_device))
     longest = run.get("max_length")
     seq = default_length(name) if longest is None else min(_whole(run, "max_length", 1024), _most_tokens(name))
     setup = Setup(
         model=name,
         method=method,
-        batch=batch,
+        batch=per_device,
         seq=seq,
         dtype=_dtype_of(run, name),
         optimizer=optimizer,
         rank=_whole(run, "lora_r", 16),
         accumulate=_whole(run, "gradient_accumulation_steps", 1) > 1,
-        trainer="sft" if run.trainer == "sft" else "model",
-        settings=_settings(run) if run.trainer == "sft" else (),
+        trainer=run.trainer if run.trainer in ("sft", "dpo") else "model",
+        settings=_settings(run) if run.trainer in ("sft", "dpo") else (),
     )
     return setup.checked(), tuple(notes)
 
@@ -245,10 +244,29 @@ def _hub_kernels(run: Run) -> bool:
 
 def _settings(run: Run) -> tuple[tuple[str, Any], ...]:
     """What the file says of how TRL computes a step."""
-    from tightfit.integrations.trainer_step import SETTINGS
+    from tightfit.integrations.trainer_step import settings_of
 
-    found = ((name, run.values[name]) for name in sorted(SETTINGS & set(run.values)))
-    return tuple((name, value) for name, value in found if isinstance(value, (bool, int, float, str)))
+    plain = (bool, int, float, str)
+    found = []
+    for name in sorted(settings_of(run.trainer) & set(run.values)):
+        value = run.values[name]
+        if isinstance(value, list) and all(isinstance(each, plain) for each in value):
+            value = tuple(value)
+        if isinstance(value, (*plain, tuple)):
+            found.append((name, value))
+    return tuple(found)
+
+
+def _of_dpo(run: Run, method: str, pairs: int) -> str:
+    """What a batch of DPO is, and what it is compared with."""
+    if is_true(run.get("precompute_ref_log_probs")):
+        reference = "the reference's answers are in the data"
+    elif method == "full":
+        reference = "the reference is a second model, whose weights count"
+    else:
+        reference = "the reference is the model with its adapters off"
+    said = "1 pair" if pairs == 1 else f"{pairs} pairs"
+    return f"a batch of DPO is {said}, so {2 * pairs} sequences, chosen and rejected; {reference}"
 
 
 def _whole(run: Run, key: str, default: int) -> int:
@@ -294,7 +312,6 @@ class Case:
     asked: str
     run: Run | None
     setup: Setup | None  # none: no model is named, or its kernels are not those that can be traced
-    plain_loss: bool = True  # the loss is the model's cross entropy
     notes: tuple[str, ...] = ()
 
 
@@ -324,9 +341,7 @@ def case_of(asked: str, *, trainer: str | None = None, **changed: Any) -> Case:
                 "use_kernels: kernels of the hub run on a GPU alone; a plan reruns them as ops or keeps their blocks "
                 "whole, and this forecast is of the layers that they stand in for",
             )
-        return Case(
-            asked=asked, run=run, setup=setup, plain_loss=run.trainer != "dpo", notes=(*run.notes, *notes)
-        )  # fmt: skip
+        return Case(asked=asked, run=run, setup=setup, notes=(*run.notes, *notes))
     if path.suffix == ".py":
         raise InvalidInput(
             f"{asked!r} is a script, which would have to be run: give its model or its YAML, or call "

@@ -121,7 +121,9 @@ def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = 
                 return compute_loss(model, batch, own_loss)
 
         autocast = compute is not None and not spread.shards  # FSDP2 casts what it gathers instead
-        recorded = _traced(model, batch, loss if autocast else own_loss, device, units, tiles, spread)
+        step_loss = loss if autocast else own_loss
+        twice = setup.trainer == "dpo" and not dict(setup.settings).get("precompute_ref_log_probs")
+        recorded = _traced(model, batch, step_loss, device, units, tiles, spread, shortened=not twice)
     recorded = spread.with_buckets(model, recorded, FakeStep(device).granule_bytes)
     if setup.optimizer == "none":
         return recorded
@@ -134,10 +136,11 @@ def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = 
 @contextlib.contextmanager
 def _trainers_step(model: nn.Module, setup: Setup, cuda: bool) -> Iterator[tuple[LossFunction | None, dict[str, Any]]]:
     """The loss of `setup`'s trainer (`None`: the model's own) and its batch."""
-    if setup.trainer == "sft":
-        from tightfit.integrations.trainer_step import sft_step
+    if setup.trainer != "model":
+        from tightfit.integrations.trainer_step import trainers_step
 
-        with sft_step(model, dict(setup.settings), batch=setup.batch, seq=setup.seq, cuda=cuda) as step:
+        asked = dict(setup.settings)
+        with trainers_step(model, setup.trainer, asked, batch=setup.batch, seq=setup.seq, cuda=cuda) as step:
             yield step
         return
     ids = torch.zeros(setup.batch, setup.seq, dtype=torch.long)
@@ -236,10 +239,21 @@ def _gradients(model: nn.Module, there: bool) -> Iterator[None]:
 
 
 def _traced(
-    model: nn.Module, batch: Any, loss: Any, device: Device | None, units: UnitsAsked, tiles: bool, spread: _Spread
+    model: nn.Module,
+    batch: Any,
+    loss: Any,
+    device: Device | None,
+    units: UnitsAsked,
+    tiles: bool,
+    spread: _Spread,
+    *,
+    shortened: bool,
 ) -> Trace:
-    """The whole model's trace, by way of a few of its blocks where these are alike."""
-    stack = _stack(model) if units is None else None
+    """The whole model's trace, by way of a few of its blocks where these are alike.
+
+    `shortened`: each block runs once, so that a few may stand for all. DPO's reference runs them a second time.
+    """
+    stack = _stack(model) if units is None and shortened else None
     blocks = LEAST_BLOCKS + 2 * spread.shards  # sharded, a block reaches into the time of its neighbours
     if stack is not None and len(find_units(model)) < (blocks + 2) * stack.period:
         stack = None

@@ -17,12 +17,13 @@ from tightfit.core import (
     InvalidInput,
     Unsupported,
 )
+from tightfit.core.errors import unknown
 from tightfit.step.parallel import Strategy
 
 STRATEGIES = tuple(each.value for each in Strategy)
 
 
-TRAINERS = ("model", "sft")
+TRAINERS = ("model", "sft", "dpo")
 
 
 METHODS = ("full", "lora", "qlora")
@@ -53,7 +54,7 @@ class Setup:
 
     model: str
     method: str = "full"
-    batch: int = 1
+    batch: int = 1  # sequences; with trainer dpo, pairs of them
     seq: int = 2048
     dtype: str = "bf16"
     optimizer: str = "adamw"
@@ -62,7 +63,7 @@ class Setup:
     world_size: int = 1  # processes, each with a device and a batch of its own
     strategy: str = "one"  # how the step is spread over them
     reshard: bool = True  # FSDP2: are a unit's weights given back between its forward and its backward?
-    trainer: str = "model"  # whose loss: the model's own, as transformers' Trainer takes it, or TRL's for SFT
+    trainer: str = "model"  # whose loss: the model's own, as transformers' Trainer takes it, or TRL's for SFT or DPO
     settings: tuple[tuple[str, Any], ...] = ()  # of that trainer, as its config names them
 
     def checked(self) -> Setup:
@@ -72,7 +73,7 @@ class Setup:
             ("strategy", self.strategy, STRATEGIES), ("trainer", self.trainer, TRAINERS),
         ):  # fmt: skip
             if value not in known:
-                raise InvalidInput(f"unknown {what} {value!r}: use {', '.join(known)}")
+                raise unknown(what, value, known)
         if not 1 <= self.world_size <= 1 << 16:
             raise InvalidInput(f"expected a world size from 1 to {1 << 16}, not {self.world_size}")
         if self.world_size > 1 and self.strategy == "one":
@@ -81,6 +82,8 @@ class Setup:
             raise InvalidInput("only FSDP2 gives weights back: --no-reshard goes with --strategy fsdp2")
         if self.method == "qlora" and self.strategy == "fsdp2":
             raise Unsupported("4-bit weights cannot be sharded by FSDP2: use strategy ddp, or method lora")
+        if self.trainer == "dpo" and self.strategy == "fsdp2":
+            raise Unsupported("how FSDP2 shards DPO's reference is not forecast: use strategy ddp, or one")
         if self.batch < 1:
             raise InvalidInput(f"expected a batch of at least 1 sequence, not {self.batch}")
         if self.seq < 2:

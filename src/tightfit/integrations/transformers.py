@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tightfit import accelerator
 from tightfit.catalog import model_names, model_shape, nearest
 from tightfit.core import InvalidInput, format_bytes, reason_of, refused_bytes
+from tightfit.core.errors import unknown
 from tightfit.integrations.trainer import PeakCallback, TightfitCallback
 
 __all__ = [
@@ -53,7 +54,7 @@ def dtype_named(name: str) -> torch.dtype:
     """The dtype that `fp32`, `bf16`, `fp16` or their long names stand for. Raises `InvalidInput` for others."""
     dtype = _DTYPES.get(name.strip().lower().removeprefix("torch."))
     if dtype is None:
-        raise InvalidInput(f"unknown dtype {name!r}: use fp32, bf16 or fp16")
+        raise unknown("dtype", name, ("fp32", "bf16", "fp16"))
     return dtype
 
 

@@ -9,6 +9,7 @@ from tightfit.report.html import forecast_document, measurement_document, page, 
 from tightfit.report.picture import draw
 from tightfit.report.study import Study, study
 from tightfit.report.text import (
+    MODES,
     calibration_table,
     doctor_table,
     explain,
@@ -25,6 +26,7 @@ from tightfit.report.text import (
 )
 
 __all__ = [
+    "MODES",
     "Study",
     "calibration_table",
     "chrome_trace",

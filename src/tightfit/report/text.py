@@ -64,7 +64,7 @@ def measurement_table(measured: Measurement) -> RenderableType:
     )
     table.add_column("")
     for row in measured.rows:
-        table.add_column(_MODES.get(row.mode, row.mode), justify="right")
+        table.add_column(MODES.get(row.mode, row.mode), justify="right")
     base = measured.rows[0]
 
     def line(name: str, cell: Any) -> None:
@@ -83,7 +83,7 @@ def measurement_table(measured: Measurement) -> RenderableType:
     return Group(table, budget, Text(measured.note))
 
 
-_MODES = {"none": "no checkpointing", "every-block": "every block", "tightfit": "tightfit"}
+MODES = {"none": "no checkpointing", "every-block": "every block", "tightfit": "tightfit"}
 
 
 def _off(row: Row) -> str:
@@ -201,7 +201,7 @@ def forecast_table(forecast: Forecast) -> RenderableType:
     table = Table(title="bytes at the peak (forecast)", title_justify="left")
     table.add_column("")
     for mode in forecast.modes:
-        table.add_column(_MODES.get(mode.mode, mode.mode), justify="right")
+        table.add_column(MODES.get(mode.mode, mode.mode), justify="right")
 
     def line(name: str, cell: Any) -> None:
         table.add_row(name, *(cell(mode) for mode in forecast.modes))
@@ -215,7 +215,7 @@ def forecast_table(forecast: Forecast) -> RenderableType:
     line("fits", lambda m: "yes" if m.fits else "no")
     line("step (estimated)", lambda m: f"{m.step_seconds:.2f} s ({m.slowdown:.2f} x)")
     lines = [
-        f"{_MODES.get(m.mode, m.mode)}: the peak is in the {m.peak_phase}, at: {m.peak_owner}" for m in forecast.modes
+        f"{MODES.get(m.mode, m.mode)}: the peak is in the {m.peak_phase}, at: {m.peak_owner}" for m in forecast.modes
     ]
     lines += [f"plan: {said}" for said in forecast.essence]
     if forecast.largest_batch is not None:

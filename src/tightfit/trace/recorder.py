@@ -430,7 +430,10 @@ class Recorder(TorchDispatchMode):
             self.events.append((EventKind.ENTER, frame.id))
             self.open = frame
             if any(_is_cache(item) for item in (*args, *kwargs.values())):
-                frame.pinned = "it is given a key-value cache, which a second run would append to again"
+                frame.pinned = (
+                    "it is given a key-value cache, which a second run would append to again "
+                    "(PEFT's prefix tuning gives one to every block; LoRA gives none)"
+                )
             drawn = _foreign_random_state()
             try:
                 return original(*args, **kwargs)

@@ -52,6 +52,7 @@ from tightfit.step.patches import (
 from tightfit.step.run import (
     LossFunction,
     check_trainable,
+    tensors_in,
 )
 from tightfit.step.snapshot import undisturbed
 from tightfit.trace.fake import FakeStep, faked, refusals_named
@@ -113,6 +114,11 @@ def trace(
         raise Unsupported(
             f"the model calls a function that is compiled ({functions[0]}), and what a compiled function does cannot "
             "be planned op by op: compile the whole block instead (block.compile()), or leave the function uncompiled"
+        )
+    if any(tensor.is_nested for tensor in tensors_in(batch)):
+        raise Unsupported(
+            "the batch has a NestedTensor, and steps on nested (jagged) tensors are not recorded: pad it "
+            "(torch.nested.to_padded_tensor), or pack its rows into one"
         )
     if not torch.is_grad_enabled():
         raise InvalidInput("gradients are switched off here (torch.no_grad): there is no training step to trace")

@@ -19,6 +19,7 @@ from tightfit.core import (
     parse_bytes,
     parse_levers,
 )
+from tightfit.core.errors import unknown
 from tightfit.integrations.recovery import Retry
 from tightfit.integrations.transformers import (
     dtype_named,
@@ -150,9 +151,9 @@ def check_options(options: TrainOptions) -> None:
     if options.seed is not None and not 0 <= options.seed < 2**32:
         raise InvalidInput(f"expected a seed from 0 to {2**32 - 1}, not {options.seed}")
     if options.method is not None and options.method not in METHODS:
-        raise InvalidInput(f"unknown method {options.method!r}: train does full, lora or qlora")
+        raise unknown("method", options.method, METHODS)
     if options.optimizer is not None and options.optimizer not in OPTIMIZERS:
-        raise InvalidInput(f"unknown optimizer {options.optimizer!r}: train does {', '.join(OPTIMIZERS)}")
+        raise unknown("optimizer", options.optimizer, OPTIMIZERS)
     if options.dtype is not None:
         dtype_named(options.dtype)
     if options.device is not None:

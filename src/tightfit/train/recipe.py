@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import importlib
 import json
@@ -33,6 +32,7 @@ from datasets import Dataset, load_dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_dataset
 
 from tightfit.core import InvalidInput
+from tightfit.core.errors import did_you_mean
 from tightfit.train.settings import parse_yaml
 
 __all__ = ["EMBEDDED", "FitArguments", "Recipe", "load_data", "read_config", "resolve"]
@@ -119,7 +119,7 @@ def resolve(
             raise InvalidInput(f"env in the config: expected a mapping of names to values, not {environment!r}")
         for key in keys:
             if key not in actions:
-                raise InvalidInput(f"unknown key {key!r} in the config{_nearest(key, actions)}")
+                raise InvalidInput(f"unknown key {key!r} in the config{did_you_mean(key, actions)}")
         checked = {key: _value(key, value, actions[key]) for key, value in keys.items()}
         os.environ.update({str(name): str(value) for name, value in environment.items()})
         parser.set_defaults_with_config(**checked)
@@ -136,14 +136,9 @@ def resolve(
             raise InvalidInput(f"TRL refuses these settings: {lines[0]}") from error
     if left:
         known = [option for action in parser._actions for option in action.option_strings]
-        raise InvalidInput(f"unknown option {left[0]!r}{_nearest(left[0], known)}")
+        raise InvalidInput(f"unknown option {left[0]!r}{did_you_mean(left[0], known)}")
     fit, script, args, model, mixture = parsed
     return Recipe(fit=fit, script=script, args=args, model=model, mixture=mixture)
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _value(key: str, value: Any, action: Any) -> Any:

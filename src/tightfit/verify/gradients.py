@@ -40,7 +40,7 @@ class Outcome:
     """Copies, on the CPU, of what a step leaves behind. `told`: gradients that were let go in backward."""
 
     def __init__(self, model: nn.Module, told: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
-        self.gradients = {
+        self.gradients: dict[str, torch.Tensor | None] = {
             name: (told or {}).get(p) if p.grad is None else copy_of(p.grad)
             for name, p in model.named_parameters()
             if p.requires_grad
@@ -48,6 +48,32 @@ class Outcome:
         self.buffers: dict[str, torch.Tensor | None] = {
             name: copy_of(b) for name, b in model.named_buffers() if not b.is_meta
         }
+
+    def spread(self, model: nn.Module, step: Callable[[], None]) -> dict[str, float]:
+        """Repeat the step and take the copies anew. Returns what is not the same twice, and how far it is apart.
+
+        A first step may set things up, so that it differs from all later ones and says nothing of how these vary. Where
+        it differs, the later two are compared.
+        """
+        step()
+        apart = self._taken_again(model)
+        if anywhere(model, bool(apart))[0]:
+            step()
+            apart = self._taken_again(model)
+        return apart
+
+    def _taken_again(self, model: nn.Module) -> dict[str, float]:
+        """The copies anew, one by one in the place of the old, so that there are never two of all."""
+        apart: dict[str, float] = {}
+        now: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor | None]] = [
+            (self.gradients, name, p.grad) for name, p in model.named_parameters() if name in self.gradients
+        ]
+        now += [(self.buffers, name, b) for name, b in model.named_buffers() if name in self.buffers]
+        for held, name, tensor in now:
+            copied = None if tensor is None else copy_of(tensor)
+            apart |= spread_of({name: held[name]}, {name: copied})
+            held[name] = copied
+        return apart
 
 
 def copy_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,46 +117,88 @@ def differences(expected: Outcome, found: Outcome) -> dict[str, str]:
     return {key: how for one, other in pairs for key in one if (how := difference(one[key], other.get(key)))}
 
 
-def compared(model: nn.Module, reference: Outcome, planned: Outcome, observe: Callable[[], Outcome]) -> list[Check]:
-    """Where one rank has to run the step once more, all do; a check passes where it passes on every rank."""
+#: How often the step without a plan is run again, at most, where its gradients or buffers are not the plan's.
+_REPEATS = 5
+#: A plan may be so much farther from one run without it than that run's repeats are. With five repeats, a gradient of
+#: one number that is drawn from a normal distribution each time passes that by chance once in a thousand. One of ten
+#: numbers did not in 200,000 simulated proofs.
+_SLACK = 4.0
+_NAMED = 3
+
+
+def compared(
+    model: nn.Module,
+    reference: Outcome,
+    planned: Outcome,
+    observe: Callable[[], Outcome],
+    spread: Mapping[str, float] | None = None,
+) -> list[Check]:
+    """The checks `gradients` and `buffers`. `spread`: what varied between repeats of the step without the plan that ran
+    already, and by how much.
+
+    A kernel that adds in any order gives other bits each time, and the plan can only be held to the same: what varies
+    without the plan is named, and may be so far off as `_SLACK` times what its repeats are from one another. Where one
+    rank has to run the step once more, all do; a check passes where it passes on every rank.
+    """
+    expected, found = _values_of(reference), _values_of(planned)
+    wrong = {key: how for key in expected if (how := difference(expected[key], found[key]))}
+    bounds = dict(spread or {})
+    for _ in range(_REPEATS):
+        if not anywhere(model, any(not _within(expected[k], found[k], bounds.get(k)) for k in wrong))[0]:
+            break
+        for key, apart in spread_of(expected, _values_of(observe())).items():
+            bounds[key] = max(apart, bounds.get(key, 0.0))
+        if not anywhere(model, any(key in bounds for key in wrong))[0]:
+            break  # what differs does not vary
     checks = []
-    again: Outcome | None = None
-    pairs: list[tuple[str, Mapping[str, torch.Tensor | None], Mapping[str, torch.Tensor | None]]] = [
-        ("gradients", reference.gradients, planned.gradients),
-        ("buffers", reference.buffers, planned.buffers),
-    ]
-    for name, expected, found in pairs:
-        if name == "buffers" and not expected:
+    for name, keys in (("gradients", reference.gradients), ("buffers", reference.buffers)):
+        if name == "buffers" and not keys:
             continue
-        wrong = {key: how for key in expected if (how := difference(expected[key], found[key]))}
+        varying = [key for key in keys if key in bounds]
+        excused = [key for key in keys if key in wrong and _within(expected[key], found[key], bounds.get(key))]
+        left = [key for key in keys if key in wrong and key not in excused]
         tolerance = "none: bit for bit"
-        if anywhere(model, bool(wrong))[0]:
-            again = again or observe()
-            repeated = again.gradients if name == "gradients" else again.buffers
-            # a kernel that adds in any order gives other bits each time; the plan can only be held to the same
-            unstable = {key for key in wrong if difference(expected[key], repeated[key]).startswith("differs by")}
-            excused = {key for key in unstable if _within(expected[key], found[key], repeated[key])}
-            wrong = {key: how for key, how in wrong.items() if key not in excused}
-            if excused:
-                tolerance = f"bit for bit, but for {len(excused)} that vary without the plan too: twice that"
-        first = next(iter(wrong.items()), None)
-        here = f"{len(expected)} identical"
-        if first is not None:
-            here = f"{len(wrong)} of {len(expected)} wrong: {first[0]} {first[1]}"
-        elsewhere = anywhere(model, bool(wrong))[0] and first is None
+        if varying:
+            named = ", ".join(varying[:_NAMED]) + (", ..." if len(varying) > _NAMED else "")
+            tolerance = (
+                f"bit for bit, but for {len(varying)} that vary without the plan too ({named}): {_SLACK:g} times what "
+                f"its repeats differ by, at most {_SLACK * max(bounds[key] for key in varying):.3g}"
+            )
+        here = f"{len(keys)} identical"
+        if left:
+            here = f"{len(left)} of {len(keys)} wrong: {left[0]} {wrong[left[0]]}"
+        elif excused:
+            here = f"{len(keys) - len(excused)} identical, {len(excused)} no farther off than without the plan"
+        elsewhere = anywhere(model, bool(left))[0] and not left
         checks.append(
             Check(
                 name=name,
-                expected=f"{len(expected)} identical",
+                expected=f"{len(keys)} identical",
                 measured=f"{here}; not so on another rank" if elsewhere else here,
                 tolerance=tolerance,
-                passed=first is None and not elsewhere,
+                passed=not left and not elsewhere,
             )
         )
     return checks
 
 
-def _within(expected: torch.Tensor | None, found: torch.Tensor | None, repeated: torch.Tensor | None) -> bool:
-    if expected is None or found is None or repeated is None or expected.shape != found.shape:
+def _values_of(outcome: Outcome) -> dict[str, torch.Tensor | None]:
+    return {**outcome.gradients, **outcome.buffers}
+
+
+def spread_of(one: Mapping[str, torch.Tensor | None], other: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
+    """What two runs of one step do not have the same bits of, and how far they are apart. What differs in more than its
+    values is left out: that is no rounding."""
+    return {
+        key: _largest_difference(first, second)
+        for key, first in one.items()
+        if difference(first, second := other.get(key)).startswith("differs by")
+        and first is not None
+        and second is not None
+    }
+
+
+def _within(expected: torch.Tensor | None, found: torch.Tensor | None, bound: float | None) -> bool:
+    if bound is None or expected is None or found is None or expected.shape != found.shape:
         return False
-    return _largest_difference(expected, found) <= 2 * _largest_difference(expected, repeated)
+    return _largest_difference(expected, found) <= _SLACK * bound

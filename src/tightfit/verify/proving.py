@@ -42,6 +42,9 @@ def verify(
 ) -> Proof:
     """Run the step with and without `plan` and compare.
 
+    The step without the plan is run twice first; what differs between its own repeats (atomics, threads) is named, and
+    held to a bound from the repeats in place of its bits.
+
     Checks: `gradients` (every parameter, bit by bit; with tiles, each parameter's error against float64, and `loss`
     too), `buffers` (only where there are any), `peak` (measured
     against the budget, 0.5 %), `prediction` (measured against predicted, 0.5 %), `optimizer` (only for a plan that
@@ -52,26 +55,29 @@ def verify(
     """
     with undisturbed(model, batch) as restart, no_key_value_cache(model):
 
-        def observe() -> Outcome:
+        def step() -> None:
             restart()
             compute_loss(model, batch, loss).backward()
+
+        def observe() -> Outcome:
+            step()
             return Outcome(model)
 
         with uncompiled(model), restart.watching():
-            observe()
-        reference = observe()
+            reference = observe()
+        spread = reference.spread(model, step)
         switch = Switch(model, of_units(plan))
         with switch as applied:
             planned = observe()
             stats = applied.stats()
         if compiled_entries(model):
             checks = compiled_checks(model, batch, switch, loss, restart)
-            checks += [c for c in compared(model, reference, planned, observe) if c.name == "buffers"]
+            checks += [c for c in compared(model, reference, planned, observe, spread) if c.name == "buffers"]
         elif plan.exact:
-            checks = compared(model, reference, planned, observe)
+            checks = compared(model, reference, planned, observe, spread)
         else:
             checks = float64_checks(model, batch, switch, loss, restart)
-            checks += [c for c in compared(model, reference, planned, observe) if c.name == "buffers"]
+            checks += [c for c in compared(model, reference, planned, observe, spread) if c.name == "buffers"]
         del planned, reference
         with Switch(model, plan, optimizer) if changes_optimizer(plan) else switch:
             of_peak = checks_of_peak(model, batch, plan, loss, optimizer, restart)
@@ -94,21 +100,24 @@ def gradient_checks(
     `reference()`: torch's own checkpointing, where the plain step does not fit."""
     with undisturbed(model, batch) as restart, no_key_value_cache(model):
 
-        def observe() -> Outcome:
+        def step() -> None:
             with reference():
                 restart()
                 compute_loss(model, batch, loss).backward()
+
+        def observe() -> Outcome:
+            step()
             return Outcome(model)
 
         with uncompiled(model), restart.watching():
-            observe()
-        expected = observe()
+            expected = observe()
+        spread = expected.spread(model, step)
         switch = Switch(model, of_units(plan))
         with switch:
             restart()
             compute_loss(model, batch, loss).backward()
             planned = Outcome(model)
-        checks = compared(model, expected, planned, observe)
+        checks = compared(model, expected, planned, observe, spread)
         if compiled_entries(model):
             checks = [check for check in checks if check.name == "buffers"]
             checks += compiled_checks(model, batch, switch, loss, restart)
