@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tightfit.accelerator import device_named
 from tightfit.core import (
     InvalidInput,
     Unsupported,
@@ -45,6 +44,7 @@ def prepare(
     for option, value, least in (("--batch", batch, 1), ("--seq", seq, 2)):
         if value < least:
             raise InvalidInput(f"expected {option} of at least {least}, not {value}")
+    from tightfit.accelerator import device_named
     from tightfit.integrations.transformers import (
         config_named,
         dtype_named,

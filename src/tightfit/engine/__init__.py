@@ -82,7 +82,8 @@ class Applied:
         self._patches: list[ForwardPatch] = []
         self._decisions: dict[str, Decision] = {}
         self._known: dict[tuple[Choice, str], ForwardPatch] = {}  # of plans that were in force before, too
-        self._switches = contextlib.ExitStack()
+        self._switches, self._optimizer_switches = contextlib.ExitStack(), contextlib.ExitStack()
+        self._optimizer_is_open = False
         self._on_remove: list[Callable[[], None]] = []
         self.resume(plan, trace)
 
@@ -104,10 +105,15 @@ class Applied:
             self._switches.enter_context(own_checkpointing_off(self.model))
             self._switches.enter_context(no_key_value_cache(self.model))
             self._switches.enter_context(doors(self.model))
+            kept = self._optimizer_is_open
             for lever in used(plan):
+                if lever.steps_optimizer and kept:
+                    continue
                 counts = self._stats.levers.get(lever.lever.value)
                 given = Given(stats=counts, optimizer=self.optimizer, pool=self.pool)
-                self._switches.enter_context(lever.in_force(self.model, plan, given))
+                stack = self._optimizer_switches if lever.steps_optimizer else self._switches
+                stack.enter_context(lever.in_force(self.model, plan, given))
+            self._optimizer_is_open = True
             for choice, module in matched:
                 frame_plan = _frame_plan(plan, choice)
                 if frame_plan is not None:
@@ -116,11 +122,22 @@ class Applied:
             self.suspend()
             raise
 
-    def suspend(self) -> None:
-        """Restore the model until `resume`. Graphs that were made before stay valid."""
+    def suspend(self, *, keep_optimizer: bool = False) -> None:
+        """Restore the model until `resume`. Graphs that were made before stay valid. `keep_optimizer`: what the plan
+        does to the optimizer stays."""
         while self._patches:
             self._patches.pop().undo()
         self._switches.close()
+        if not keep_optimizer:
+            self._optimizer_switches.close()
+            self._optimizer_is_open = False
+
+    def exchange(self, plan: Plan, trace: Trace | None) -> None:
+        """Go on under another plan that was in force before. In the middle of accumulated gradients there is no room
+        for what the optimizer keeps elsewhere, so where both plans do the same to the optimizer it stays as it is."""
+        same = _of_optimizer(plan) == _of_optimizer(self.plan)
+        self.suspend(keep_optimizer=same)
+        self.resume(plan, trace, agreed=True)
 
     def on_remove(self, run: Callable[[], None]) -> None:
         """Make `remove` call `run` too."""
@@ -216,6 +233,10 @@ class Applied:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+def _of_optimizer(plan: Plan) -> dict[str, str]:
+    return {lever.lever.value: plan.settings[lever.lever.value] for lever in used(plan) if lever.steps_optimizer}
 
 
 def _agree(plan: Plan) -> None:

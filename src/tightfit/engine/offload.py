@@ -95,7 +95,8 @@ class Pool:
         """A buffer of at least `size_bytes` for something of `device` that is not a parcel; `room_is_free` returns it.
         None: there is no room left."""
         size_bytes = -(-size_bytes // _GRANULE_BYTES) * _GRANULE_BYTES
-        buffer = self._buffer(size_bytes, device)
+        waiting = self._free[device, size_bytes]
+        buffer = waiting.pop()[0] if waiting else self._buffer(size_bytes, device)
         if buffer is not None:
             self.stored_bytes += size_bytes
             self.most_bytes = max(self.most_bytes, self.stored_bytes)

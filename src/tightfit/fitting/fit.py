@@ -433,8 +433,7 @@ class _Guard:
         else:
             assert known is not None
             if self.applied.plan is not known.plan:
-                self.applied.suspend()
-                self.applied.resume(known.plan, known.trace, agreed=True)
+                self.applied.exchange(known.plan, known.trace)
             return
         if are_several(module) and not together:
             self._warn_once(f"{said}; under no_sync or join the ranks cannot plan anew together", advice)

@@ -31,7 +31,7 @@ from tightfit.integrations.trainer import TightfitCallback, running_trainer
 from tightfit.levers import exact_only, used
 from tightfit.levers.step_in_backward.hooks import is_half_taken
 from tightfit.plan import plan
-from tightfit.step.optimizers import close_door
+from tightfit.step.optimizers import MARK, close_door
 from tightfit.step.snapshot import random_states, restore_random_states
 
 __all__ = ["OutOfMemory", "Recovery", "Retry", "TornStep", "is_out_of_memory"]
@@ -145,6 +145,7 @@ class Recovery(TrainerCallback):
 
         # schedulers mark the method that they count the calls of, and look for the mark
         vars(call).update(getattr(inside, "__dict__", {}))
+        setattr(call, MARK, True)
         setattr(owner, name, call)
 
         def undo() -> None:

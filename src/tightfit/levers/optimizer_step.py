@@ -6,6 +6,7 @@ Invariant: forward and backward keep their ops and values, and what other levers
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 
 from tightfit.core import (
@@ -188,11 +189,11 @@ def not_in_backward(trace: Trace) -> str:
         return at.refused
     if trace.static_bytes.get(Category.GRADIENTS.value, 0):
         return "there are gradients before the step: accumulated ones are stepped when all are there"
-    known = _by_kind(at)
     ready = [trace.values[e.subject] for e in trace.events[: at.events] if e.what is EventKind.READY]
     if not ready:
         return "the trace does not say when gradients are there"
-    if any((value.dtype, value.size_bytes) not in known for value in ready):
+    came = Counter((value.dtype, value.size_bytes) for value in ready)
+    if came - Counter((p.dtype, p.size_bytes) for part in at.in_chunks for p in part.parameters):
         return "the model has trained parameters that the optimizer does not hold"
     return ""
 

@@ -112,7 +112,9 @@ def _other_levers(
     others = [each for each in of_optimizer if each not in allowed(levers)]
     # whatever is done to the optimizer's step now, the others would do it in their own way
     left = way.step.levers - {each.lever for each in of_optimizer}
-    plain = next((each.step for each in ways if each.step.levers == left), None)
+    tiling = way.step.decided.get("tiling")  # a step in tiles has other ops, and choices are for its own
+    alike = (each.step for each in ways if each.step.levers == left and each.step.decided.get("tiling") == tiling)
+    plain = next(alike, None)
     if plain is None:
         return
     tried: list[tuple[tuple[LeverDefinition, ...], Variant]] = [((), plain)]

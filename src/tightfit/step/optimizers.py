@@ -1,11 +1,12 @@
 """Step an optimizer for some of its parameters at a time.
 
-Any `torch.optim.Optimizer` steps the parameters that its groups list. So a group that lists a few of them for a moment
-steps these few. Whether that gives the same bits depends on the optimizer: one that looks at all parameters at once, or
-counts its steps in the group, would take another step. `refusal` tries it instead of assuming it.
+An optimizer steps the parameters that its groups list. So a group that lists a few of them for a moment steps these
+few. Whether that gives the same bits depends on the optimizer: one that looks at all parameters at once, or counts its
+steps in the group, would take another step. `refusal` tries it instead of assuming it. A trial cannot show everything
+(a norm that is only clipped where it is large), so only torch's own optimizers are tried (`not_torchs_own`).
 
 Invariant: outside a step the groups are what they were, the same objects. Hooks of the optimizer run once a step.
-Refused: optimizers that need a closure, or whose bits differ (`refusal` says why).
+Refused: other packages' optimizers, those that need a closure, and those whose bits differ.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import types
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,9 +25,13 @@ from tightfit.accelerator import HOST
 from tightfit.step.parallel import local_of
 
 __all__ = [
-    "Cut", "Part", "around", "bare", "bytes_of", "chunks", "close_door", "cut_for", "door", "movable_state", "narrowed",
-    "refusal", "replaced_step", "step_parts",
+    "AROUND", "MARK", "Cut", "Part", "bare", "bytes_of", "chunks", "close_door", "cut_for", "door", "movable_state",
+    "narrowed", "not_torchs_own", "refusal", "replaced_step", "step_parts",
 ]  # fmt: skip
+
+
+#: What tightfit puts in the place of a step has it.
+MARK = "__tightfit__"
 
 
 class Part(NamedTuple):
@@ -36,6 +40,10 @@ class Part(NamedTuple):
     group: dict[str, Any]
     parameters: list[torch.Tensor]
     slices: int = 1
+
+
+#: Smaller parameters are stepped whole: nothing is won, and a slice must not be a single number.
+_LEAST_SLICED = 256
 
 
 class Cut(NamedTuple):
@@ -47,7 +55,7 @@ class Cut(NamedTuple):
     def of(self, group: dict[str, Any], parameter: torch.Tensor) -> Part:
         """The step of one parameter."""
         slices = 1
-        if self.sliced and parameter.dim():
+        if self.sliced and parameter.dim() and parameter.numel() >= _LEAST_SLICED:
             slices = min(-(-bytes_of(parameter) // max(1, self.limit_bytes)), parameter.shape[0])
         return Part(group, [parameter], max(1, slices))
 
@@ -80,7 +88,7 @@ def chunks(optimizer: Optimizer, cut: Cut) -> list[Part]:
     for group in optimizer.param_groups:
         filled_bytes = None
         for parameter in group["params"]:
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.grad is None:  # one with a gradient is stepped by torch too
                 continue
             size_bytes = bytes_of(parameter)
             if cut.sliced and size_bytes > cut.limit_bytes:
@@ -108,10 +116,10 @@ def narrowed(optimizer: Optimizer, part: Part) -> Iterator[None]:
         optimizer.param_groups = groups
 
 
-#: What is around the step of a part: whoever has the optimizer's state elsewhere brings it.
-around: weakref.WeakKeyDictionary[Optimizer, Callable[[Part], contextlib.AbstractContextManager[None]]] = (
-    weakref.WeakKeyDictionary()
-)
+#: Attribute of an optimizer: what is around the step of a part, as whoever has its state elsewhere brings it. An
+#: attribute, so that it goes with the optimizer.
+AROUND = "_tightfit_around"
+_DOOR = "_tightfit_door"
 
 
 def movable_state(optimizer: Optimizer, parameter: torch.Tensor) -> dict[Any, torch.Tensor]:
@@ -120,13 +128,16 @@ def movable_state(optimizer: Optimizer, parameter: torch.Tensor) -> dict[Any, to
     return {
         name: value
         for name, value in state.items()
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided and value.numel() > 1
+        if isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and value.numel() > 1
+        and value.untyped_storage().nbytes() == value.numel() * value.element_size()  # not a view of something larger
     }
 
 
 def step_parts(optimizer: Optimizer, parts: Iterable[Part]) -> None:
     """Step each part in its turn, without the optimizer's hooks."""
-    beside = around.get(optimizer)
+    beside = vars(optimizer).get(AROUND)
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):  # torch wraps each class's step so that hooks run
         step = step.__wrapped__
@@ -199,7 +210,7 @@ class _Door:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.run: Callable[[], None] | None = None
+        self.runs: list[Callable[[], None]] = []  # the last is done
         self.users = 0
         before = optimizer.step
         self.own = vars(optimizer).get("step")
@@ -209,14 +220,13 @@ class _Door:
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            assert self.run is not None
-            self.run()
+            self.runs[-1]()
             return loss
 
         hooked: Any = Optimizer.profile_hook_step(planned)  # type: ignore[arg-type]  # it wants a step without a result
 
         def step(self_: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            if self.run is None:
+            if not self.runs:
                 return before(*args, **kwargs)
             self_._opt_called = True  # type: ignore[attr-defined]  # what a scheduler's wrapper notes
             return hooked(self_, *args, **kwargs)
@@ -224,19 +234,18 @@ class _Door:
         for name, value in vars(before.__func__ if isinstance(before, types.MethodType) else before).items():
             setattr(step, name, value)  # by these a scheduler knows its own wrapper
         step.hooked = True  # type: ignore[attr-defined]
+        setattr(step, MARK, True)
         self.bound = types.MethodType(step, optimizer)
         optimizer.step = self.bound  # type: ignore[method-assign]
-
-
-_doors: weakref.WeakKeyDictionary[Optimizer, _Door] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def door(optimizer: Optimizer) -> Iterator[_Door]:
     """A place meanwhile where `replaced_step` can act, inside whatever wraps `optimizer.step` from now on."""
-    found = _doors.get(optimizer)
+    found: _Door | None = vars(optimizer).get(_DOOR)
     if found is None:
-        found = _doors[optimizer] = _Door(optimizer)
+        found = _Door(optimizer)
+        setattr(optimizer, _DOOR, found)
     found.users += 1
     try:
         yield found
@@ -247,9 +256,9 @@ def door(optimizer: Optimizer) -> Iterator[_Door]:
 
 def close_door(optimizer: Optimizer) -> None:
     """Take the door off, if nobody uses it and nothing is wrapped around it."""
-    found = _doors.get(optimizer)
+    found: _Door | None = vars(optimizer).get(_DOOR)
     if found is not None and not found.users and vars(optimizer).get("step") is found.bound:
-        del _doors[optimizer]
+        delattr(optimizer, _DOOR)
         if found.own is None:
             del optimizer.step
         else:
@@ -260,16 +269,31 @@ def close_door(optimizer: Optimizer) -> None:
 def replaced_step(optimizer: Optimizer, run: Callable[[], None]) -> Iterator[None]:
     """`optimizer.step()` does `run` meanwhile: hooks once before and after it, closures first, as torch has it."""
     with door(optimizer) as found:
-        before, found.run = found.run, run
+        found.runs.append(run)
         try:
             yield
         finally:
-            found.run = before
+            found.runs.remove(run)
 
 
 #: Of other dtypes torch's CPU kernels round the few numbers that fill no whole vector otherwise, and which these are
 #: depends on where a slice ends.
 _SLICED = (torch.float32, torch.float64)
+
+
+def not_torchs_own(optimizer: Optimizer) -> str:
+    """Why no trial can tell that the step of `optimizer` goes parameter by parameter; empty: it is one of torch's."""
+    kind = type(optimizer)
+    if not kind.__module__.startswith("torch.optim."):
+        return (
+            f"{kind.__module__}.{kind.__name__} is not torch's own: a trial on small tensors cannot show what its step "
+            "does on others"
+        )
+    own = vars(optimizer).get("step")
+    if own is not None and not any(getattr(own, mark, False) for mark in ("_wrapped_by_lr_sched", MARK)):
+        return "its step() was replaced, and steps of some parameters would go past what replaced it"
+    return ""
+
 
 _TRIED_STEPS = 3
 _TRIED_PARAMETERS = 4
@@ -315,9 +339,14 @@ def _tried(make: Any, groups: Sequence[dict[str, Any]], slices: int) -> list[Any
         for parameter in parameters:
             parameter.grad = drawn(parameter)
         if slices:
-            cut = Cut(1, sliced=slices > 1)
-            singles = [cut.of(group, p) for group in optimizer.param_groups for p in group["params"]]
-            step_parts(optimizer, [part._replace(slices=min(part.slices, slices)) for part in singles])
+            step_parts(
+                optimizer,
+                [
+                    Part(group, [p], slices if p.dim() and p.shape[0] >= slices and p.numel() > slices else 1)
+                    for group in optimizer.param_groups
+                    for p in group["params"]
+                ],
+            )
         else:
             optimizer.step()
     found: list[Any] = [p.detach() for p in parameters]

@@ -33,7 +33,17 @@ from tightfit.core import (
     Value,
 )
 from tightfit.levers.optimizer_step import moved, only_made
-from tightfit.step.optimizers import Cut, Part, bare, chunks, cut_for, movable_state, refusal, step_parts
+from tightfit.step.optimizers import (
+    Cut,
+    Part,
+    bare,
+    chunks,
+    cut_for,
+    movable_state,
+    not_torchs_own,
+    refusal,
+    step_parts,
+)
 from tightfit.step.parallel import (
     local_of,
 )
@@ -89,7 +99,7 @@ def record_optimizer(
     if not groups:
         raise InvalidInput("the optimizer holds no trainable parameter")
     make: Any = type(optimizer)
-    refused = refused or refusal(make, groups)
+    refused = refused or not_torchs_own(optimizer) or refusal(make, groups)
     builder = Recorder(dry=True, fake=step)
     builder.recording = False
     try:

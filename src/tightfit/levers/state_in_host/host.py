@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from tightfit.step.optimizers import Part, around, bytes_of, movable_state
+from tightfit.step.optimizers import AROUND, Part, bytes_of, movable_state
 from tightfit.step.run import elsewhere
 
 __all__ = ["HostState"]
@@ -79,7 +79,7 @@ class HostState:
         return room
 
     def __enter__(self) -> HostState:
-        around[self.optimizer] = self._there
+        setattr(self.optimizer, AROUND, self._there)
         for parameter in list(self.optimizer.state):
             if isinstance(parameter, torch.Tensor) and bytes_of(parameter) >= self.least_bytes:
                 self._send(parameter)
@@ -88,7 +88,7 @@ class HostState:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        around.pop(self.optimizer, None)
+        delattr(self.optimizer, AROUND)
         for parameter in list(self._rooms):
             self._bring(parameter)
         self._rooms.clear()

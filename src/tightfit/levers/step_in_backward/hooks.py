@@ -2,14 +2,15 @@
 
 Invariant: `optimizer.step()` takes the same step as ever; most of it was taken before. The learning rate and the other
 settings are those that backward found, and `step()` raises if they are others by then.
-Refused, when it happens: a second backward before `step()`, clipping, scaled gradients (`Unsupported`).
+Refused, when it happens: a second backward before `step()`, torch's clipping functions, scaled losses, hooks before the
+step (`Unsupported`). Not seen: a loop that looks at gradients by itself, skips a step after a backward, or expects a
+step for parameters whose gradients are zero because nothing reached them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch.optim import Optimizer
 
 from tightfit.core import Unsupported
-from tightfit.step.optimizers import Cut, replaced_step, step_parts
+from tightfit.step.optimizers import Cut, Part, replaced_step, step_parts
 
 __all__ = ["gradient_norms_kept", "gradients_told", "is_half_taken", "stepping_in_backward"]
 
@@ -52,20 +53,30 @@ def gradient_norms_kept() -> Iterator[None]:
         _norms_kept -= 1
 
 
-#: What reads the gradients of all parameters at once, and would find none.
-_CLIPS = ("clip_grad_norm_", "clip_grad_value_", "get_total_norm")
-
-
 class _Step:
-    """What of a step was taken in backward."""
+    """What of a step was taken in backward.
+
+    The groups are looked at anew for each step, since loading a state, or adding a group, puts others in their place.
+    """
 
     def __init__(self, optimizer: Optimizer, cut: Cut) -> None:
-        self.optimizer = optimizer
-        self.parts = {p: cut.of(group, p) for group in optimizer.param_groups for p in group["params"]}
+        self.optimizer, self.cut = optimizer, cut
+        self.parts: dict[torch.Tensor, Part] = {}
         self.taken: set[torch.Tensor] = set()
         self.norms: dict[torch.Tensor, torch.Tensor] = {}
         self.settings: list[dict[str, Any]] = []
         self.known_states = len(optimizer.state)
+        self.undo = contextlib.ExitStack()
+        self.hooked: set[torch.Tensor] = set()
+        self.look()
+
+    def look(self) -> None:
+        """The optimizer's parameters as they are now, each with its hook."""
+        self.parts = {p: self.cut.of(group, p) for group in self.optimizer.param_groups for p in group["params"]}
+        for parameter in self.parts:
+            if parameter.requires_grad and parameter not in self.hooked:
+                self.hooked.add(parameter)
+                self.undo.callback(parameter.register_post_accumulate_grad_hook(self.ready).remove)
 
     def ready(self, parameter: torch.Tensor) -> None:
         """The gradient of `parameter` is there."""
@@ -76,7 +87,15 @@ class _Step:
                 f"each backward, or {_AWAY}"
             )
         if not self.taken:
+            if self.optimizer._optimizer_step_pre_hooks:
+                raise Unsupported(
+                    "the optimizer has a hook before its step (register_step_pre_hook), which would come after the "
+                    f"parameters were stepped in backward: remove it, or {_AWAY}"
+                )
+            self.look()
             self.settings = self._settings()
+        if parameter not in self.parts:  # it has left the optimizer
+            return
         for listener in _listeners:
             listener(parameter)
         if _norms_kept and parameter.grad is not None:
@@ -108,6 +127,7 @@ class _Step:
                         f"{changed!r} of the optimizer is {now.get(changed)} at its step, and was {before[changed]} in "
                         f"backward, where the parameters were stepped: change it before backward, or {_AWAY}"
                     )
+        self.look()
         others = [part for p, part in self.parts.items() if p not in self.taken and p.grad is not None]
         self.taken.clear()
         self.norms.clear()
@@ -130,56 +150,106 @@ class _Step:
             state[parameter] = state.pop(parameter)
 
 
-_steps: weakref.WeakKeyDictionary[Optimizer, _Step] = weakref.WeakKeyDictionary()
+#: Attribute of an optimizer: its step in backward. An attribute, so that it goes with the optimizer.
+_STEP = "_tightfit_step"
 
 
 def is_half_taken(optimizer: Optimizer) -> bool:
     """Has a backward stepped parameters of `optimizer` since its last whole step?"""
-    return optimizer in _steps and bool(_steps[optimizer].taken)
+    step: _Step | None = vars(optimizer).get(_STEP)
+    return step is not None and bool(step.taken)
 
 
 @contextlib.contextmanager
 def stepping_in_backward(optimizer: Optimizer, cut: tuple[int, bool]) -> Iterator[None]:
     """Each parameter of `optimizer` is stepped in backward meanwhile. `cut`: as in `Cut`."""
     step = _Step(optimizer, Cut(*cut))
-    with contextlib.ExitStack() as undo:
-        _steps[optimizer] = step
-        undo.callback(_steps.pop, optimizer, None)
-        for parameter in step.parts:
-            if parameter.requires_grad:
-                undo.callback(parameter.register_post_accumulate_grad_hook(step.ready).remove)
-        undo.enter_context(replaced_step(optimizer, step.rest))
-        undo.enter_context(_no_clipping(step))
-        yield
+    with step.undo, replaced_step(optimizer, step.rest):
+        setattr(optimizer, _STEP, step)
+        _guard.add(step)
+        try:
+            yield
+        finally:
+            _guard.discard(step)
+            delattr(optimizer, _STEP)
 
 
-@contextlib.contextmanager
-def _no_clipping(step: _Step) -> Iterator[None]:
-    """Functions that clip gradients raise for parameters whose gradients are gone: they would clip nothing."""
+class _Guard:
+    """While any optimizer steps in backward: functions that clip gradients raise where the gradients are gone, since
+    they would clip nothing, and scaling the loss raises before backward.
 
-    def refusing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    What is replaced is what torch's clipping functions themselves call, so that it does not matter by which name a
+    training loop imported them.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[_Step] = []
+        self.before: list[tuple[Any, str, Any]] = []
+
+    def add(self, step: _Step) -> None:
+        if not self.steps:
+            for name in ("_get_total_norm", "_group_tensors_by_device_and_dtype"):
+                self._replace(torch.nn.utils.clip_grad, name, self._of_gradients)
+            for name in ("clip_grad_norm_", "clip_grad_value_"):
+                for module in (torch.nn.utils, torch.nn.utils.clip_grad):
+                    self._replace(module, name, self._of_parameters)
+            self._replace(torch.amp.GradScaler, "scale", self._scaling)
+        self.steps.append(step)
+
+    def discard(self, step: _Step) -> None:
+        self.steps.remove(step)
+        while not self.steps and self.before:
+            owner, name, original = self.before.pop()
+            setattr(owner, name, original)
+
+    def _replace(self, owner: Any, name: str, make: Callable[[str, Any], Any]) -> None:
+        original = getattr(owner, name, None)
+        if original is not None:
+            self.before.append((owner, name, original))
+            setattr(owner, name, make(name, original))
+
+    def _of_parameters(self, name: str, original: Any) -> Any:
         def clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
             given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-            if any(each in step.taken for each in given if isinstance(each, torch.nn.Parameter)):
+            gone = next((s for s in self.steps if any(each in s.taken for each in given)), None)
+            if gone is not None:
                 asked = dict(zip(("max_norm", "norm_type"), args, strict=False)) | kwargs
                 only_asks = asked.get("max_norm") == math.inf and asked.get("norm_type", 2) == 2
-                total = step.total_norm(given) if only_asks and name == "clip_grad_norm_" else None
+                total = gone.total_norm(given) if only_asks and name == "clip_grad_norm_" else None
                 if total is not None:
                     return total
-                raise Unsupported(
-                    f"{name} finds no gradients: each parameter was stepped in backward and its gradient is gone; "
-                    f"do without clipping, or {_AWAY}"
-                )
+                raise _no_gradients(name)
             return original(given, *args, **kwargs)
 
         return clip
 
-    modules = (torch.nn.utils, torch.nn.utils.clip_grad)
-    before = [(module, name, getattr(module, name)) for module in modules for name in _CLIPS if hasattr(module, name)]
-    for module, name, original in before:
-        setattr(module, name, refusing(name, original))
-    try:
-        yield
-    finally:
-        for module, name, original in before:
-            setattr(module, name, original)
+    def _of_gradients(self, name: str, original: Any) -> Any:
+        def called(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            given = list(tensors) if isinstance(tensors, (list, tuple)) else tensors
+            if (not given or given == [[]]) and any(step.taken for step in self.steps):
+                raise _no_gradients("clipping")
+            return original(given, *args, **kwargs)
+
+        return called
+
+    def _scaling(self, name: str, original: Any) -> Any:
+        steps = self.steps
+
+        def scale(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if steps and self.is_enabled():
+                raise Unsupported(
+                    f"GradScaler scales the loss, and parameters would be stepped with scaled gradients: {_AWAY}"
+                )
+            return original(self, *args, **kwargs)
+
+        return scale
+
+
+def _no_gradients(name: str) -> Unsupported:
+    return Unsupported(
+        f"{name} finds no gradients: each parameter was stepped in backward and its gradient is gone; "
+        f"do without clipping, or {_AWAY}"
+    )
+
+
+_guard = _Guard()
