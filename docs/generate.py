@@ -735,11 +735,13 @@ def _of_a_card() -> dict[str, Any] | None:
 def _said_of_card(measured: dict[str, Any] | None) -> str:
     if measured is None:
         return "**No card has run tightfit yet.** Every figure of tightfit on this page is a forecast.\n"
-    facts = measured["steps"]["environment"]["rows"][0]["facts"]
+    rows = measured["steps"].get("environment", {}).get("rows", [])
+    facts = next((row["facts"] for row in rows if "facts" in row), {})
+    torch = facts.get("environment", {}).get("torch") or measured.get("torch") or "of an unknown version"
     return (
-        f"One card has run tightfit: {facts['name']}, on {measured['date'][:10]}, with torch "
-        f"{facts['environment']['torch']}, at commit {measured['commit'] or 'unknown'}. What it measured stands below "
-        "each forecast.\n"
+        f"One card has run tightfit: {facts.get('name', 'its name was not recorded')}, on {measured['date'][:10]}, "
+        f"with torch {torch}, at commit {measured['commit'] or 'unknown'}. What it measured stands below "
+        "each table; forecasts with tiles were not run.\n"
     )
 
 
@@ -844,15 +846,19 @@ def _measured_rows(name: str, measured: dict[str, Any] | None) -> Iterator[str]:
         return
     yield "\n| case | way | forecast, allocated / reserved | measured | off by |"
     yield "|---|---|---|---|---|"
-    for row in rows:
-        case, way, found = row.get("case", ""), GPU_MODES[row["mode"]], row.get("measured", {})
+    last = {(row.get("case", ""), row.get("mode", "")): row for row in rows}  # of what was run again, the last counts
+    for (case, mode), row in last.items():
+        way, found = GPU_MODES.get(mode, mode), row.get("measured") or {}
         said = row.get("forecast") or {}
         if "allocated_bytes" not in found:
-            why = row.get("skipped") or row.get("failed") or found.get("failed", "")
+            why = row.get("skipped") or row.get("failed") or row.get("error") or found.get("failed", "")
             yield f"| {case} | {way} | | {why.replace('|', '/')} | |"
             continue
         pairs = [
-            " / ".join(f"{each.get(key, 0) / 1e9:.2f} GB" for key in ("allocated_bytes", "reserved_bytes"))
+            " / ".join(
+                f"{each[key] / 1e9:.2f} GB" if each.get(key) is not None else ""
+                for key in ("allocated_bytes", "reserved_bytes")
+            )
             for each in (said, found)
         ]
         off = " / ".join(f"{each:+.1%}" for each in row.get("off_by", {}).values())

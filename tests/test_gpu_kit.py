@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -188,6 +189,31 @@ def test_a_step_that_hangs_or_dies_costs_only_itself(tmp_path: Path) -> None:
     assert not runs(steps["hangs"]["rows"][0]["child"])  # what a step has started ends with it
 
 
+def test_a_step_ends_with_the_kit(tmp_path: Path) -> None:
+    shutil.copy(KIT / "run.py", tmp_path)
+    (tmp_path / "steps.py").write_text(
+        STEPS.replace('"child": child.pid', '"step_id": os.getpid(), "child": child.pid')
+    )
+    (tmp_path / "card.py").write_text("class Card:\n    def __init__(self, *, is_dry): pass\n", encoding="utf-8")
+    main = tmp_path / "main.py"
+    main.write_text(
+        "import sys, run\nif __name__ == '__main__':\n    run.PRELOADED = []\n    run.LIMITS = {'hangs': 60}\n"
+        "    sys.exit(run.main(['--out', 'out', '--dry-run']))\n",
+        encoding="utf-8",
+    )
+    kit = subprocess.Popen([sys.executable, str(main)], cwd=tmp_path)
+    rows: list[dict[str, Any]] = []
+    until = time.monotonic() + 30
+    while not rows and time.monotonic() < until:
+        time.sleep(0.1)
+        rows = [row for row in kit_module("run").Lines(tmp_path / "out" / "lines.jsonl") if "step_id" in row]
+    kit.kill()
+    kit.wait()
+    while any(runs(rows[0][key]) for key in ("step_id", "child")) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not runs(rows[0]["step_id"]) and not runs(rows[0]["child"])
+
+
 def test_a_line_that_was_cut_off_loses_no_other(tmp_path: Path) -> None:
     run = kit_module("run")
     lines = run.Lines(tmp_path / "lines.jsonl")
@@ -282,3 +308,38 @@ def test_the_page_tells_a_card_from_a_dry_run(tmp_path: Path, monkeypatch: pytes
     assert "No card" not in page
     assert "| B-lora | no checkpointing | 10.00 GB / 20.00 GB | 8.00 GB / 20.00 GB | +25.0% / +0.0% |" in page
     assert "| B-nf4 | no checkpointing | | OutOfMemoryError | |" in page
+    steps = measured["steps"]
+    steps["environment"] = {"rows": [{"error": "OutOfMemoryError"}]}  # a run that was cut or failed
+    steps["memory-B"]["rows"] += [{"error": "cut"}, {**steps["memory-B"]["rows"][0], "measured": {"failed": "again"}}]
+    file.write_text(json.dumps({**measured, "is_dry": False}), encoding="utf-8")
+    page = generate.gpu_page()
+    assert "its name was not recorded" in page and page.count("| B-lora | no checkpointing | | again | |") == 1
+    assert "8.00 GB / 20.00 GB" not in page
+
+
+def test_failed_rows_are_said_and_a_fold_knows_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = kit_module("run")
+    lines = run.Lines(tmp_path / "lines.jsonl")
+    lines.append({"step": "", "run": {**run.this_run(is_dry=True), "commit": "c0ffee"}})
+    for row in ({"failed": "x"}, {"passed": False}, {"wrong_steps": [3]}, {"measured": {"failed": "x"}}, {"n": 1}):
+        lines.append({"step": "offload", **row})
+    lines.append({"step": "offload", "outcome": "done", "seconds": 1.0})
+    with (tmp_path / "lines.jsonl").open("a", encoding="utf-8") as file:
+        file.write("[]\n")
+    assert run.main(["--out", str(tmp_path), "--fold"]) == 1
+    assert "offload: 4 of 5 rows failed" in capsys.readouterr().out
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert found["is_dry"] and found["commit"] == "c0ffee" and "PYTORCH_ALLOC_CONF" in found["allocator"]
+    lines.append({"step": "offload", "n": 2})  # run again: the last run counts
+    lines.append({"step": "offload", "outcome": "done", "seconds": 1.0})
+    assert run.main(["--out", str(tmp_path), "--fold"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--out", "no", "--fold"], ["--out", "no", "--steps", ""], ["--out", "/dev/null/x"]]
+)
+def test_wrong_input_makes_nothing(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        kit_module("run").main(arguments)
+    assert refused.value.code == 2 and not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ that one which hangs or crashes costs only itself. A step writes each result as 
 and what is there when time is up stays. At the end the lines are folded into `results.json`, with the outcome of every
 step. A second call with the same `--out` appends.
 
-Exit status: 0 if every step ended well, 1 if one did not, 2 for wrong input.
+Exit status: 0 if every step ended well and no row of one failed, 1 if not, 2 for wrong input.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -81,14 +85,29 @@ class Lines:
             return
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                yield json.loads(line)
+                record = json.loads(line)
             except json.JSONDecodeError:  # the machine went away in the middle of a line
-                yield {"step": "", "torn": line[:80]}
+                record = None
+            yield record if isinstance(record, dict) and "step" in record else {"step": "", "torn": line[:80]}
+
+
+def _die_with_parent() -> None:
+    """End this process group when the kit's own process is gone, killed or not."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_step(name: str, is_dry: bool, folder: str) -> None:
     """One step, in its own process."""
     os.setsid()  # so that its children can be ended with it
+    _die_with_parent()
     log = os.open(Path(folder) / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -177,30 +196,79 @@ def run(names: list[str], is_dry: bool, folder: Path, all_seconds: float, step_s
 
 def commit() -> str | None:
     """The commit of this checkout, or the one that `prepare.py` has noted; None where neither is known."""
+    found = importlib.util.find_spec("tightfit")
+    is_checkout = found is None or found.origin is None or ROOT in Path(found.origin).resolve().parents
+    if not is_checkout and (noted := noted_commit()):  # what runs is the wheel that travelled
+        return noted
     asked = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError):
         done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode == 0 and done.stdout.strip():
             return done.stdout.strip()
+    return noted_commit()
+
+
+def noted_commit() -> str | None:
     noted = HERE / "carry" / "commit"
     return (noted.read_text(encoding="utf-8").strip() or None) if noted.exists() else None
 
 
+def this_run(*, is_dry: bool) -> dict[str, Any]:
+    """What a later fold, perhaps elsewhere, could not know of this run."""
+    settings = {name: os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
+    try:
+        torch_version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        torch_version = None
+    begun = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"is_dry": is_dry, "commit": commit(), "date": begun, "torch": torch_version, "allocator": settings}
+
+
+def has_failed(row: dict[str, Any]) -> bool:
+    measured = row.get("measured")
+    in_measured = isinstance(measured, dict) and "failed" in measured
+    return (
+        in_measured or "failed" in row or "error" in row or row.get("passed") is False or bool(row.get("wrong_steps"))
+    )
+
+
+def say_failed(steps: dict[str, Any]) -> bool:
+    """Print how many rows failed, step by step. Did any?"""
+    counts = {name: sum(map(has_failed, step["rows"])) for name, step in steps.items()}
+    for name, count in counts.items():
+        if count:
+            print(f"{name}: {count} of {len(steps[name]['rows'])} rows failed", flush=True)
+    return any(counts.values())
+
+
 def fold(folder: Path, *, is_dry: bool) -> dict[str, Any]:
-    """All lines as one document, by step; a step that was run again has the later outcome and all its lines."""
+    """The lines as one document, by step; of a step that was run again, the last run counts."""
     steps: dict[str, Any] = {}
+    runs: list[dict[str, Any]] = []
+    is_over: set[str] = set()  # steps whose next line is of another run
     torn = 0
     for record in Lines(folder / "lines.jsonl"):
         if "torn" in record:
             torn += 1
             continue
-        found = steps.setdefault(record["step"], {"outcome": "cut off", "seconds": None, "rows": []})
+        if "run" in record:
+            runs.append(record["run"])
+            is_over |= steps.keys()
+            continue
+        name = record["step"]
+        if name in steps and str(record.get("outcome", "")).startswith("not begun"):
+            continue  # what it gave before stays
+        if name in is_over or name not in steps:
+            steps[name] = {"outcome": "cut off", "seconds": None, "rows": []}
+            is_over.discard(name)
         if "outcome" in record:
-            found |= {"outcome": record["outcome"], "seconds": record["seconds"]}
+            steps[name] |= {"outcome": record["outcome"], "seconds": record["seconds"]}
+            is_over.add(name)
         else:
-            found["rows"].append({key: value for key, value in record.items() if key != "step"})
+            steps[name]["rows"].append({key: value for key, value in record.items() if key != "step"})
+    last = runs[-1] if runs else this_run(is_dry=is_dry)
     document = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "is_dry": is_dry, "torn": torn,
+        **last, "is_dry": any(each["is_dry"] for each in runs) if runs else is_dry, "torn": torn, "runs": runs,
         "steps": steps,
     }  # fmt: skip
     target = folder / "results.json"
@@ -222,12 +290,23 @@ def main(arguments: list[str] | None = None) -> int:
     names = [name for name in given.steps.split(",") if name]
     if unknown := [name for name in names if name not in LIMITS]:
         parser.error(f"unknown step {unknown[0]!r}: use {', '.join(LIMITS)}")
-    given.out.mkdir(parents=True, exist_ok=True)
+    if not names:
+        parser.error(f"--steps names no step: use {', '.join(LIMITS)}")
     well = True
-    if not given.fold:
+    if given.fold:
+        if not any("torn" not in record for record in Lines(given.out / "lines.jsonl")):
+            parser.error(f"nothing to fold: {str(given.out)!r} has no lines.jsonl with results")
+    else:
+        try:
+            given.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"cannot make the folder {str(given.out)!r}: {error.strerror}")
+        # a run record is written first, so that a run that is cut off is known too
+        Lines(given.out / "lines.jsonl").append({"step": "", "run": this_run(is_dry=given.dry_run)})
         well = run(names, given.dry_run, given.out, given.seconds, given.step_seconds)
     document = fold(given.out, is_dry=given.dry_run)
     print(given.out / "results.json")
+    well &= not say_failed(document["steps"])
     return 0 if well and all(step["outcome"] == "done" for step in document["steps"].values()) else 1
 
 
