@@ -300,6 +300,16 @@ def test_the_table_says_what_was_measured(
     assert not devices.exists()
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(forecast, "calibrate", lambda *_, **__: pytest.fail("it measured"))
+    assert main(["calibrate", "--device", "cpu"]) == 2
+    assert "cannot write to" in capsys.readouterr().err
+
+
 def damaged(text: str, **changed: Any) -> str:
     document = json.loads(text)
     document["device"].update(changed)
@@ -317,10 +327,11 @@ def damaged(text: str, **changed: Any) -> str:
         (lambda text: damaged(text, launch_seconds=None), "launch_seconds = None"),
         (lambda text: damaged(text, flops_per_second={}), "without a rate of matrix products"),
         (lambda text: damaged(text, flops_per_second={"float32": float("nan")}), "nan"),
+        (lambda text: damaged(text, workspace_bytes=-1), "workspace_bytes = -1"),
         (lambda text: damaged(text, usable_bytes=2**60), "more usable_bytes than memory_bytes"),
         (lambda text: damaged(text, kind="cuda", name="NVIDIA H200"), "was measured on NVIDIA H200 (cuda)"),
     ],
-    ids=["cut", "other", "schema", "key", "negative", "none", "no-rate", "nan", "too-much", "foreign"],
+    ids=["cut", "other", "schema", "key", "negative", "none", "no-rate", "nan", "workspace", "too-much", "foreign"],
 )
 def test_a_file_that_is_none_is_refused_in_one_line(
     spoil: Any, said: str, devices: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

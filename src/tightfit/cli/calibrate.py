@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from tightfit.cli.options import Json
 from tightfit.cli.output import can_write, console_on_stdout, emit, progress_shown
-from tightfit.core import to_json
+from tightfit.core import InvalidInput, to_json
 from tightfit.device.calibration import path_of
 
 
@@ -33,9 +34,13 @@ def calibrate(
     from tightfit import accelerator, forecast
 
     where = accelerator.current() if device is None else accelerator.device_named(device)
+    path = path_of(accelerator.model_of(where)) if out is None else out
+    if out is None:  # before anything is measured; `save` makes the folders that are not there
+        there = next(each for each in path.parents if each.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise InvalidInput(f"cannot write to {str(path)!r}: {str(there)!r} is not yours to write; give --out")
     with progress_shown() as say:
         made = forecast.calibrate(where, progress=say)
-    path = path_of(made.device.name) if out is None else out
     made.save(path)
     if as_json:
         emit(json.dumps({"path": str(path), **to_json(made)}))

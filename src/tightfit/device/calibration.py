@@ -62,6 +62,9 @@ class Calibration:
         for name, value in rates.items():
             if value is None or not 0 < value < math.inf:
                 raise InvalidInput(f"a calibration with {name} = {value}: expected a number above zero")
+        workspace_bytes = self.device.workspace_bytes
+        if workspace_bytes is not None and not 0 <= workspace_bytes <= self.device.memory_bytes:
+            raise InvalidInput(f"a calibration with workspace_bytes = {workspace_bytes}: expected 0 to memory_bytes")
         if (self.device.usable_bytes or 0) > self.device.memory_bytes:
             raise InvalidInput("a calibration with more usable_bytes than memory_bytes")
 
