@@ -384,8 +384,11 @@ def test_regions_of_two_threads_do_not_meet(checkpoint: Checkpoint, layer: nn.Li
         inside.wait()  # both are in their forward, and later both in their replay
         return hidden.exp()
 
+    # drawn here: two threads that seed and draw at once get each other's numbers
+    leaves = {which: x().detach().mul(which).requires_grad_() for which in (1, 2)}
+
     def run(which: int) -> None:
-        leaf = x().detach().mul(which).requires_grad_()
+        leaf = leaves[which]
         (found[which],) = torch.autograd.grad(checkpoint(body, leaf, early_stop=False).sum(), leaf)
 
     threads = [threading.Thread(target=run, args=(which,)) for which in (1, 2)]
