@@ -26,6 +26,7 @@ from tightfit.engine import Applied
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
 from tightfit.step.modules import UnitsAsked, find_units
+from tightfit.step.optimizers import bare
 from tightfit.step.run import LossFunction, tensors_in, unique_bytes
 from tightfit.trace.recording import trace
 
@@ -102,8 +103,7 @@ def _static_bytes(
     model: nn.Module, batch: Any, optimizer: Any, devices: Mapping[str, str]
 ) -> dict[str, dict[str, int]]:
     """By device and category. Weights on disk (`meta`) weigh nothing while nothing runs."""
-    bare = getattr(optimizer, "optimizer", optimizer)
-    state = [] if bare is None else tensors_in([list(s.values()) for s in bare.state.values()])
+    state = [] if optimizer is None else tensors_in([list(s.values()) for s in bare(optimizer).state.values()])
     parameters = list(model.parameters())
     kinds: dict[str, list[torch.Tensor]] = {
         Category.PARAMETERS.value: [p.data for p in parameters],

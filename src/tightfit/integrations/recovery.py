@@ -31,7 +31,7 @@ from tightfit.integrations.trainer import TightfitCallback, running_trainer
 from tightfit.levers import exact_only, used
 from tightfit.levers.step_in_backward.hooks import is_half_taken
 from tightfit.plan import plan
-from tightfit.step.optimizers import MARK, close_door
+from tightfit.step.optimizers import MARK, bare, close_door
 from tightfit.step.snapshot import random_states, restore_random_states
 
 __all__ = ["OutOfMemory", "Recovery", "Retry", "TornStep", "is_out_of_memory"]
@@ -132,7 +132,7 @@ class Recovery(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
         self._trainer = running_trainer()
-        self._optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate wraps it
+        self._optimizer = bare(kwargs["optimizer"])
         self._buffers = _Buffers(kwargs["model"])
         self._wrap(self._trainer, "training_step", self._training_step)
         self._wrap(self._optimizer, "step", self._optimizer_step)

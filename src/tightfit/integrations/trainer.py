@@ -47,6 +47,7 @@ from tightfit.integrations.longest import Extent, longest_batch, plain
 from tightfit.levers import exact_only
 from tightfit.levers.step_in_backward.hooks import gradient_norms_kept
 from tightfit.step.environment import environment
+from tightfit.step.optimizers import bare
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.ranks import anywhere
 from tightfit.step.run import parameter_tensors, tensors_in, unique_bytes
@@ -111,7 +112,7 @@ class PeakCallback(TrainerCallback):
         return run_epoch
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer = _bare(kwargs["optimizer"])
+        optimizer = bare(kwargs["optimizer"])
         if len(optimizer.state) != self._states:  # it makes its state in its first step; nothing else changes
             self._states = len(optimizer.state)
             self._static_bytes = static_bytes(self._wrapped, optimizer, self._beside)
@@ -242,7 +243,7 @@ class TightfitCallback(PeakCallback):
                     planned = self._step(self.batch)
                     with _accumulating(model, args.gradient_accumulation_steps > 1):
                         self._peak_checks = peak_checks(
-                            model, planned, chosen, loss=self._loss(), optimizer=_bare(kwargs["optimizer"])
+                            model, planned, chosen, loss=self._loss(), optimizer=bare(kwargs["optimizer"])
                         )
         except BudgetInfeasible as error:
             self.close()
@@ -263,7 +264,7 @@ class TightfitCallback(PeakCallback):
         def record(tiles: bool) -> Trace:
             nonlocal recorded
             with _accumulating(model, args.gradient_accumulation_steps > 1):
-                recorded = _recorded(model, self._step(batch), self._loss(), _bare(optimizer), tiles)
+                recorded = _recorded(model, self._step(batch), self._loss(), bare(optimizer), tiles)
             return recorded
 
         levers = self.levers
@@ -352,7 +353,7 @@ class TightfitCallback(PeakCallback):
             if self.verify:
                 self._prove(state, model)
             self._norms.enter_context(gradient_norms_kept())  # which the Trainer logs
-            self.applied = Applied(model, self.plan, self.trace, optimizer=_bare(kwargs["optimizer"]))
+            self.applied = Applied(model, self.plan, self.trace, optimizer=bare(kwargs["optimizer"]))
         super().on_step_begin(args, state, control, **kwargs)
 
     def _longer_batch(self) -> Batch | None:
@@ -503,12 +504,6 @@ def _replaced(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callab
             setattr(owner, name, original)
         else:
             delattr(owner, name)
-
-
-def _bare(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside accelerate's wrapper."""
-    bare: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return bare
 
 
 def _weights_beside(trainer: Any, model: nn.Module) -> list[torch.Tensor]:

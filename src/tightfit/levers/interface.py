@@ -6,6 +6,7 @@ Invariant: no torch here, and no lever's name. A method that a lever does not ov
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -68,6 +69,11 @@ class Walked:
     plan: Plan
     line: Timeline
     walk: Callable[[Plan], Timeline]  # of the recorded step under another plan
+
+    def bought_by_setting(self, lever: Lever) -> int:
+        """Bytes that the peak would be higher if the plan did not have its setting of `lever`."""
+        settings = {name: value for name, value in self.plan.settings.items() if name != lever.value}
+        return self.walk(dataclasses.replace(self.plan, settings=settings)).peak_bytes - self.line.peak_bytes
 
 
 class RecordedStep(Protocol):
@@ -142,8 +148,8 @@ class LeverDefinition:
     # ---------------------------------------------------------------------------------- engine
 
     def is_used(self, plan: Plan) -> bool:
-        """Does `plan` use it?"""
-        raise NotImplementedError
+        """Does `plan` use it? By default: does it have a setting of it, as `Variant.with_setting` makes one?"""
+        return self.lever.value in plan.settings
 
     def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:
         """Open while `plan`, which uses it, is in force on `model`."""

@@ -8,9 +8,8 @@ Offers the planner: the step with that in place of the whole one. Walked by the 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tightfit.core import InvalidInput, Lever, Plan, PlanMismatch, Trace, format_bytes
@@ -47,29 +46,24 @@ class OptimizerChunks(LeverDefinition):
             )
         return in_chunks(trace)
 
-    def is_used(self, plan: Plan) -> bool:
-        return self.lever.value in plan.settings
-
-    @contextlib.contextmanager
-    def in_force(self, model: Any, plan: Plan, given: Given) -> Iterator[None]:
-        from tightfit.step.optimizers import Cut, chunks, replaced_step, step_parts
+    def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:
+        from tightfit.step.optimizers import Cut, stepping_in_chunks
 
         if given.optimizer is None:
             raise InvalidInput("the plan steps the optimizer in chunks, and none was given: pass optimizer=")
         cut = Cut(*cut_of(plan.settings[self.lever.value]))
-
-        def step() -> None:
-            step_parts(given.optimizer, chunks(given.optimizer, cut))
-
-        with replaced_step(given.optimizer, step):
-            yield
+        return stepping_in_chunks(given.optimizer, cut)
 
     def share(self, walked: Walked) -> Share | None:
         if not self.is_used(walked.plan):
             return None
-        without = {k: v for k, v in walked.plan.settings.items() if k != self.lever.value}
-        bought = walked.walk(dataclasses.replace(walked.plan, settings=without)).peak_bytes - walked.line.peak_bytes
-        return Share(lever=self.lever, bought_bytes=bought, seconds=0.0, flops=0, what=self.said(walked.plan))
+        return Share(
+            lever=self.lever,
+            bought_bytes=walked.bought_by_setting(self.lever),
+            seconds=0.0,
+            flops=0,
+            what=self.said(walked.plan),
+        )
 
     def how(self, plan: Plan) -> str:
         return "with the optimizer's step in chunks"

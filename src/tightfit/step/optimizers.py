@@ -26,7 +26,7 @@ from tightfit.step.parallel import local_of
 
 __all__ = [
     "AROUND", "MARK", "Cut", "Part", "bare", "bytes_of", "chunks", "close_door", "cut_for", "door", "movable_state",
-    "narrowed", "not_torchs_own", "refusal", "replaced_step", "step_parts",
+    "narrowed", "not_torchs_own", "refusal", "replaced_step", "step_parts", "stepping_in_chunks",
 ]  # fmt: skip
 
 
@@ -274,6 +274,11 @@ def replaced_step(optimizer: Optimizer, run: Callable[[], None]) -> Iterator[Non
             yield
         finally:
             found.runs.remove(run)
+
+
+def stepping_in_chunks(optimizer: Optimizer, cut: Cut) -> contextlib.AbstractContextManager[None]:
+    """`optimizer.step()` steps its `chunks` in turn meanwhile."""
+    return replaced_step(optimizer, lambda: step_parts(optimizer, chunks(optimizer, cut)))
 
 
 #: Of other dtypes torch's CPU kernels round the few numbers that fill no whole vector otherwise, and which these are

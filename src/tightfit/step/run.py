@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tightfit.accelerator import HOST, is_card
 from tightfit.core import Category, InvalidInput
+from tightfit.step.optimizers import bare
 from tightfit.step.parallel import (
     bucket_bytes,
     gradients_are_views,
@@ -98,7 +99,7 @@ def static_bytes_by_category(
     model: nn.Module, batch: Any = None, optimizer: torch.optim.Optimizer | None = None, granule_bytes: int = 1
 ) -> dict[str, int]:
     """Bytes that live through a whole step, each storage counted once; gradients only where they exist already."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    optimizer = None if optimizer is None else bare(optimizer)
     kept = [] if optimizer is None else tensors_in([list(s.values()) for s in optimizer.state.values()])
     state = [tensor for tensor in kept if tensor not in elsewhere]
     seen: set[int] = set()

@@ -36,6 +36,7 @@ from tightfit.core import (
 from tightfit.device.cost import NOMINAL_CUDA
 from tightfit.step.environment import calibrated_here
 from tightfit.step.modules import UnitsAsked, find_units
+from tightfit.step.optimizers import bare
 from tightfit.step.parallel import (
     Strategy,
     inside,
@@ -122,7 +123,7 @@ def trace(
         )
     if not torch.is_grad_enabled():
         raise InvalidInput("gradients are switched off here (torch.no_grad): there is no training step to trace")
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    optimizer = None if optimizer is None else bare(optimizer)
     if fake:
         step = FakeStep(target)
         with (

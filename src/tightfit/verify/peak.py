@@ -17,6 +17,7 @@ from tightfit import accelerator
 from tightfit.core import Check, Plan, Unsupported, format_bytes
 from tightfit.engine import apply
 from tightfit.levers import of_units
+from tightfit.step.optimizers import bare
 from tightfit.step.parallel import local_of
 from tightfit.step.patches import compiled_entries, no_key_value_cache, uncompiled
 from tightfit.step.ranks import are_several
@@ -147,7 +148,7 @@ def untrained(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
     if optimizer is None:
         yield
         return
-    optimizer = getattr(optimizer, "optimizer", optimizer)
+    optimizer = bare(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     values = [copy_of(p) for p in parameters]
     states = {

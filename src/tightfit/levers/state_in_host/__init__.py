@@ -12,7 +12,6 @@ It is no default: it needs room elsewhere, and it has not been measured on a GPU
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,39 +62,28 @@ class StateInHost(LeverDefinition):
             )
         return state_in_host(trace, self._least_bytes(plan))
 
-    def is_used(self, plan: Plan) -> bool:
-        return self.lever.value in plan.settings
-
     @contextlib.contextmanager
     def in_force(self, model: Any, plan: Plan, given: Given) -> Iterator[None]:
         from tightfit.levers.state_in_host.host import HostState
-        from tightfit.step.optimizers import Cut, chunks, replaced_step, step_parts
+        from tightfit.step.optimizers import Cut, stepping_in_chunks
 
         if given.optimizer is None:
             raise InvalidInput(
                 "the plan keeps optimizer state in host memory, and no optimizer was given: pass optimizer="
             )
         cut = Cut(*cut_of(plan.settings[self.lever.value].partition(" ")[2]))
-
-        def step() -> None:
-            step_parts(given.optimizer, chunks(given.optimizer, cut))
-
-        with HostState(given.optimizer, self._least_bytes(plan), given.pool), replaced_step(given.optimizer, step):
+        waiting = HostState(given.optimizer, self._least_bytes(plan), given.pool)
+        with waiting, stepping_in_chunks(given.optimizer, cut):
             yield
-
-    def not_compiled(self, plan: Plan, whole: bool) -> str:
-        return ""
 
     def share(self, walked: Walked) -> Share | None:
         if not self.is_used(walked.plan):
             return None
-        settings = {name: value for name, value in walked.plan.settings.items() if name != self.lever.value}
-        bought = walked.walk(dataclasses.replace(walked.plan, settings=settings)).peak_bytes - walked.line.peak_bytes
         at = walked.planned.optimizer
         waiting = 0 if at is None else waiting_bytes(at, self._least_bytes(walked.plan))
         return Share(
             lever=self.lever,
-            bought_bytes=bought,
+            bought_bytes=walked.bought_by_setting(self.lever),
             seconds=0.0,
             flops=0,
             what=f"{waiting:,} bytes of optimizer state wait in host memory",

@@ -12,7 +12,6 @@ nothing of that is on, use it by themselves.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -45,9 +44,6 @@ class StepInBackward(LeverDefinition):
             raise PlanMismatch(f"the plan steps the optimizer in backward, which this step cannot: {reason}")
         return in_backward(trace)
 
-    def is_used(self, plan: Plan) -> bool:
-        return self.lever.value in plan.settings
-
     def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:
         from tightfit.levers.step_in_backward.hooks import stepping_in_backward
 
@@ -61,9 +57,9 @@ class StepInBackward(LeverDefinition):
     def share(self, walked: Walked) -> Share | None:
         if not self.is_used(walked.plan):
             return None
-        without = {k: v for k, v in walked.plan.settings.items() if k != self.lever.value}
-        bought = walked.walk(dataclasses.replace(walked.plan, settings=without)).peak_bytes - walked.line.peak_bytes
-        return Share(lever=self.lever, bought_bytes=bought, seconds=0.0, flops=0, what=self.summary)
+        return Share(
+            lever=self.lever, bought_bytes=walked.bought_by_setting(self.lever), seconds=0.0, flops=0, what=self.summary
+        )
 
     def how(self, plan: Plan) -> str:
         return "with the optimizer's step in backward"
