@@ -7,6 +7,7 @@
 Each row has an environment of its own, with the wheel of this checkout. `least`: the lower bounds of pyproject.toml,
 and of the rest what pip finds to go with them. `pinned`: constraints.txt. `newest`: no constraints at all. torch is the
 build that pip is offered; a CUDA build runs these tests on the CPU as well. A row is written as soon as it is there.
+`ATEN_CPU_CAPABILITY=default` (or `avx2`, `avx512`) chooses torch's own kernels; the row says which it had.
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ def tested(row: str, python: Path, tests: list[str]) -> dict[str, Any]:
     """What the suite says in the environment of `python`."""
     listed = subprocess.run([python, "-m", "pip", "list", "--format", "json"], capture_output=True, check=True)
     found = {each["name"]: each["version"] for each in json.loads(listed.stdout)}
+    asked = subprocess.run(
+        [python, "-c", "import torch; print(torch.backends.cpu.get_cpu_capability())"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
     began = time.monotonic()
     # the checkout's own source, whether the environment has the wheel or not
     done = subprocess.run(
@@ -83,9 +88,11 @@ def tested(row: str, python: Path, tests: list[str]) -> dict[str, Any]:
             "PATH": f"{python.parent}:{os.environ['PATH']}",
         },
     )  # fmt: skip
-    return {"row": row, "installed": {name: found[name] for name in PACKAGES if name in found}} | summary(
-        done.stdout, done.returncode, time.monotonic() - began
-    )
+    return {
+        "row": row,
+        "installed": {name: found[name] for name in PACKAGES if name in found},
+        "cpu_capability": asked.stdout.strip(),
+    } | summary(done.stdout, done.returncode, time.monotonic() - began)
 
 
 def summary(output: str, status: int, seconds: float) -> dict[str, Any]:
