@@ -21,7 +21,7 @@ import transformers
 
 import tightfit
 from tightfit.integrations.peft import add_lora
-from tightfit.plan import Model
+from tightfit.plan.choose import Model
 from tightfit.step.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "planning.json"

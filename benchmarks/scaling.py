@@ -25,7 +25,8 @@ import transformers
 from tightfit.catalog import gpu
 from tightfit.core import BudgetInfeasible, Plan
 from tightfit.device.cost import retimed
-from tightfit.forecast import Setup, reached, trace_setup
+from tightfit.forecast import Setup, trace_setup
+from tightfit.forecast.recording import reached
 from tightfit.plan import Effort, every_block, plan, simulate
 from tightfit.step.environment import environment
 

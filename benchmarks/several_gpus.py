@@ -39,7 +39,8 @@ import torch.distributed as dist
 import tightfit
 from tightfit.catalog import gpu
 from tightfit.core import Category
-from tightfit.forecast import Setup, sent_bytes, trace_for, usable_bytes
+from tightfit.forecast import Setup, trace_for, usable_bytes
+from tightfit.forecast.recording import sent_bytes
 from tightfit.integrations.fsdp import sharded
 from tightfit.integrations.peft import add_lora
 from tightfit.plan import Effort, every_block, plan, simulate

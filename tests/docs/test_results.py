@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def test_every_script_writes_its_results_with_their_record() -> None:
         ]
         assert not written, f"{script.name}, line {written[0].lineno}: write it with drawn.write"
         assert "drawn.write(" in text, script.name
+
+
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda script: script.stem)
+def test_what_a_script_imports_is_there(script: Path) -> None:
+    """A benchmark is run now and then only, so a name that has moved would long go unnoticed."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tightfit":
+            place = drawn.SOURCE.parent.joinpath(*str(node.module).split("."))
+            text = (place / "__init__.py" if place.is_dir() else place.with_suffix(".py")).read_text(encoding="utf-8")
+            for name in (each.name for each in node.names):  # importing all of it would take half a minute
+                found = re.search(rf"\b{name}\b", text) or (place / name).is_dir() or (place / f"{name}.py").exists()
+                assert found, f"line {node.lineno}: {node.module} has no {name}"
 
 
 def test_what_is_measured_is_there() -> None:
