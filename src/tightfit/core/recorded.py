@@ -261,6 +261,13 @@ class Trace:
     expandable_segments: bool = False  # of the allocator that the step runs on
     calibration: str = ""  # one line: where rates that were measured on the device come from
 
+    def __post_init__(self) -> None:
+        # Equal programs become one object. What is worked out for a program is found again by it, and comparing two
+        # equal programs of a large block op by op takes longer than most of that work.
+        first: dict[Program, Program] = {}
+        one_each = {frame: first.setdefault(program, program) for frame, program in self.programs.items()}
+        object.__setattr__(self, "programs", one_each)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:

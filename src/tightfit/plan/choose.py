@@ -31,6 +31,15 @@ _TIE = 1e-6
 #: Bytes weigh this much against seconds, so that every release of the solver prefers the same of equally fast choices.
 _HAIR = 1e-7
 
+#: With this many options or fewer the choice is exact. With more, the last digits would take nearly all of the time.
+_FEW = 400
+
+#: Then a choice is good enough if it is proven to be within this part of the step's seconds of the best ...
+_GAP = 1e-4
+
+#: ... and a bound if it is proven to be within this part of the highest that this program gives.
+_BOUND_GAP = 5e-4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
@@ -63,13 +72,15 @@ class Model(Table):
         how = frozenset({answer.how}).union(*(found.how for found in self.frontiers.values()))
         if budget_bytes is None:
             return Solution(points=answer.chosen, seconds=answer.seconds, bound_seconds=0.0, how=how)
-        bound = min(answer.bound, answer.seconds)
-        if not (proves and self.effort.proves) or self.offload:
-            bound = 0.0
-        elif answer.seconds > 0:
-            relaxed = self._solve(budget_bytes, self._relaxed())
-            bound = 0.0 if relaxed is None else min(relaxed.bound, answer.seconds)
+        bound = min(self.bound_seconds(budget_bytes), answer.seconds) if proves and answer.seconds > 0 else 0.0
         return Solution(points=answer.chosen, seconds=answer.seconds, bound_seconds=bound, how=how)
+
+    def bound_seconds(self, budget_bytes: int) -> float:
+        """No choices within the budget take fewer seconds than this. It is zero where no bound is known."""
+        if not self.effort.proves or self.offload:
+            return 0.0
+        relaxed = self._solve(budget_bytes, self._relaxed())
+        return 0.0 if relaxed is None else relaxed.bound
 
     def _relaxed(self) -> dict[str, Floats]:
         """A table for the bound: for each option, bytes that are nowhere above those of any kept set with at least the
@@ -131,16 +142,17 @@ class Model(Table):
         return np.asarray(np.cumsum(change)[: len(self.marks)])
 
     def _absent(self, path: str) -> Floats:
-        """At every mark, the bytes of values that the unit could keep but whose keeping adds nothing there: Python or
-        another frame holds them anyway, they are not made yet, or their backward has begun."""
+        """At every mark, the bytes of values and inputs that the unit could keep but whose keeping adds nothing there:
+        Python or another frame holds them anyway, they are not made yet, or their backward has begun."""
         trace = self.trace
         change = np.zeros(len(self.marks) + 1)
         for frame in self.frames_of[path] if path in self.programs else ():
             program = self.programs[path]
             loads = [self.load[slot] for slot in self.slots[frame] if slot in self.load]
             read = {value for step in program.steps for value in step.reads}.union(program.needed)
-            for ordinal in read.difference(program.held):
-                value = trace.values[self.values[frame][ordinal]]
+            own = [self.values[frame][ordinal] for ordinal in read.difference(program.held)]
+            for value_id in (*own, *self._waiting_inputs(path, frame)):
+                value = trace.values[value_id]
                 change[0] += value.size_bytes
                 end = self.freed.get(value.id, len(trace.events))
                 natural = end if value.natural_end is None else value.natural_end
@@ -161,6 +173,7 @@ class Model(Table):
             start = groups[-1].stop if groups else 0
             groups.append(slice(start, start + len(self.options[path])))
         unit_seconds = np.array([self.seconds[path][i] for path, i in columns])
+        step_seconds = sum(op.seconds for op in self.trace.ops)
         usage = np.array([table[path][i] for path, i in columns]).T if columns else np.zeros((len(self.base_top), 0))
         away = np.array([self.away_bytes[path][i] for path, i in columns], dtype=np.float64)
         lanes = copy_lanes(self.trace) if away.any() else ()
@@ -177,20 +190,25 @@ class Model(Table):
 
         second_scale = float(max(unit_seconds.max(), 1e-12)) if columns else 1.0
         costs = unit_seconds / second_scale
+        near = 0.0 if len(columns) <= _FEW else _GAP if table is self.table else _BOUND_GAP
         if table is self.table and usage.size:  # not for the bound, where a hair would be one too many
             costs = costs + _HAIR * (usage.mean(axis=0) - usage.mean(axis=0).min()) / max(1.0, np.ptp(usage))
         program = self._program(budget_bytes, usage, room, rows, costs, groups)
         waits = [(lane.bytes_per_second * second_scale, lane.beside_seconds / second_scale) for lane in lanes]
+        program = _with_lanes(program, away, waits, 1.0 if budget_bytes is not None else _TIE)
+        # the step's own seconds count too, so that the gap is a part of the whole step
+        own = step_seconds / second_scale if budget_bytes is not None and near else 0.0
         answer = solver.solve(
-            _with_lanes(program, away, waits, 1.0 if budget_bytes is not None else _TIE),
+            program.plus(own) if own else program,
             seconds=self.effort.solver_seconds,
-            gap=1e-4 if budget_bytes is None else 0.0,
+            gap=1e-4 if budget_bytes is None else near,
             attainable=budget_bytes is None,
         )
-        chosen, bound, how = None, max(0.0, answer.bound) * second_scale, answer.how
+        chosen, bound, how = None, max(0.0, answer.bound - own) * second_scale, answer.how
         if answer.values is not None:
             chosen = [group.start + int(np.argmax(answer.values[group])) for group in groups]
-        if answer.verdict is not Verdict.OPTIMAL:
+        known = 0.0 if chosen is None else float(unit_seconds[chosen].sum())
+        if answer.verdict is not Verdict.OPTIMAL and (chosen is None or known - bound > _BOUND_GAP * step_seconds):
             # the seconds as if no copy ran beside the compute
             priced = unit_seconds + sum((away / lane.bytes_per_second for lane in lanes), np.zeros(len(columns)))
             top = self.base_top[rows] if budget_bytes is None else -room

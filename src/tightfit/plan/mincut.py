@@ -25,13 +25,20 @@ __all__ = ["fewest", "hull"]
 _PER_SECOND = 10**12
 
 
-def hull(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float], many: int) -> list[frozenset[int]]:
+def hull(
+    program: Program,
+    sizes_bytes: Sequence[int],
+    seconds: Sequence[float],
+    many: int,
+    inputs: Sequence[tuple[int, frozenset[int]]] = (),
+) -> list[frozenset[int]]:
     """The kept sets at the corners of the hull, from the most bytes to the fewest: `many`, or a few more.
 
     `sizes_bytes[v]` is the size of the value with ordinal v, `seconds[i]` the time of the op with ordinal i. Values in
-    `program.held` are not in the sets.
+    `program.held` are not in the sets. `inputs` are pairs of a size and the clusters that read it: those bytes count as
+    kept if one of the clusters reruns.
     """
-    network = _Network(program, sizes_bytes, seconds)
+    network = _Network(program, sizes_bytes, seconds, inputs)
     fastest, smallest = network.cut(1, network.total_bytes + 1), network.smallest()
     corners = {fastest.kept: fastest, smallest.kept: smallest}
     pending = deque([(fastest, smallest)])
@@ -48,9 +55,15 @@ def hull(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float],
     return [corner.kept for corner in sorted(corners.values(), key=lambda corner: (-corner.size, corner.time))]
 
 
-def fewest(program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float]) -> frozenset[int]:
-    """The kept set of the fewest bytes that are possible, and of the fewest seconds among those."""
-    return _Network(program, sizes_bytes, seconds).smallest().kept
+def fewest(
+    program: Program,
+    sizes_bytes: Sequence[int],
+    seconds: Sequence[float],
+    inputs: Sequence[tuple[int, frozenset[int]]] = (),
+) -> frozenset[int]:
+    """The kept set of the fewest bytes that are possible, and of the fewest seconds among those. `inputs` as in
+    `hull`."""
+    return _Network(program, sizes_bytes, seconds, inputs).smallest().kept
 
 
 class _Corner:
@@ -61,10 +74,16 @@ class _Corner:
 
 
 class _Network:
-    """The network of the cut. Its nodes are source, sink, one for each cluster ("it reruns") and one for each value
-    ("it is wanted"). A node on the source's side of the cut means yes."""
+    """The network of the cut. Its nodes are source, sink, one for each cluster ("it reruns"), one for each value ("it
+    is wanted") and one for each input ("it is held"). A node on the source's side of the cut means yes."""
 
-    def __init__(self, program: Program, sizes_bytes: Sequence[int], seconds: Sequence[float]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        sizes_bytes: Sequence[int],
+        seconds: Sequence[float],
+        inputs: Sequence[tuple[int, frozenset[int]]],
+    ) -> None:
         groups, self.owner = clusters(program), cluster_of(program)
         self.sizes = [int(size) for size in sizes_bytes]
         self.times = [round(sum(seconds[op] for op in ops) * _PER_SECOND) for ops in groups]
@@ -72,7 +91,9 @@ class _Network:
         self.times = [time * (len(groups) + 1) + 1 for time in self.times]
         self.clusters, self.values = len(groups), program.values
         self.fixed = [not rerunnable(program, cluster) for cluster in range(self.clusters)]
-        self.total_time, self.total_bytes = sum(self.times), sum(self.sizes)
+        self.inputs = inputs
+        self.total_time = sum(self.times)
+        self.total_bytes = sum(self.sizes) + sum(size for size, _ in inputs)
         free = frozenset(program.held)
         self.priced = [v for v in range(program.values) if self.owner[v] is not None and v not in free]
         self.needed = [v for v in program.needed if self.owner[v] is not None and v not in free]
@@ -88,7 +109,9 @@ class _Network:
 
     def cut(self, price: int, per: int) -> _Corner:
         """The kept set of the least `per` x time + `price` x bytes."""
-        source, sink, first_value = self.clusters + self.values, self.clusters + self.values + 1, self.clusters
+        first_value, first_input = self.clusters, self.clusters + self.values
+        source = first_input + len(self.inputs)
+        sink = source + 1
         endless = 1 + per * self.total_time + price * self.total_bytes
         flow = _Flow(sink + 1)
         for cluster in range(self.clusters):
@@ -103,10 +126,15 @@ class _Network:
             flow.edge(cluster, first_value + value, endless)
         for cluster, other in self.follows:
             flow.edge(cluster, other, endless)
+        for place, (size, readers) in enumerate(self.inputs):
+            flow.edge(first_input + place, sink, price * size)
+            for cluster in readers:
+                flow.edge(cluster, first_input + place, endless)
         yes = flow.source_side(source, sink)
         kept = frozenset(v for v in self.priced if first_value + v in yes and self.owner[v] not in yes)
+        held_bytes = sum(size for place, (size, _) in enumerate(self.inputs) if first_input + place in yes)
         time = sum(self.times[cluster] for cluster in range(self.clusters) if cluster in yes)
-        return _Corner(kept, sum(self.sizes[v] for v in kept), time)
+        return _Corner(kept, sum(self.sizes[v] for v in kept) + held_bytes, time)
 
 
 class _Flow:

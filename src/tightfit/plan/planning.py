@@ -87,9 +87,8 @@ def plan(
             return best
         lowest_way, line = _lowest(ways, levers)
         if line.peak_bytes <= budget_bytes:
-            return _plan(
-                trace, lowest_way, budget_bytes, lowest_way.lowest.choices, line, unplanned, 0.0, lowest_way.lowest.how
-            )
+            found, bound = lowest_way.lowest, lowest_way.bound_seconds(budget_bytes)
+            return _plan(trace, lowest_way, budget_bytes, found.choices, line, unplanned, bound, found.how)
         if line.peak_bytes < least.peak_bytes:
             least, least_way = line, lowest_way
     advice = advice_for(trace, least, budget_bytes)

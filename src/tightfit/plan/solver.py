@@ -106,6 +106,12 @@ class MixedProgram:
             row_high=np.append(self.row_high, high),
         )
 
+    def plus(self, cost: float) -> MixedProgram:
+        """The program with one more column, which is always one: every answer costs `cost` more."""
+        more = self.extended(([len(self.costs)], [1.0]), high=1.0, cost=cost)
+        more.lower[-1] = more.upper[-1] = 1.0
+        return more
+
     def rescaled(self) -> MixedProgram:
         """The same program with each row, and the costs, divided by a power of two near the middle of their sizes."""
         scale = np.ones(len(self.row_low))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tightfit.core import EventKind, Program, Saved, Trace, Unsupported
-from tightfit.plan.frontier import MANY, Frontier, Point, frontier
+from tightfit.plan.frontier import MANY, Frontier, Input, Point, frontier
 from tightfit.plan.nest import Nesting
 from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, reads_copy, recipe, shared
 
@@ -60,7 +60,7 @@ class Table:
         self.programs: dict[str, Program] = {}  # of units that can be planned: one for all calls
         self.frontiers: dict[str, Frontier] = {}
         self.options: dict[str, tuple[Point | None, ...]] = {}  # None: keep everything, no engine in the unit
-        known: dict[str, Frontier] = {}
+        known: dict[tuple[str, tuple[Input, ...]], Frontier] = {}
         kinds = len({unit.digest for unit in trace.units})
         for unit in trace.units:
             frames = self.frames_of[unit.path]
@@ -68,16 +68,20 @@ class Table:
             program = shared([trace.programs[f] for f in frames])
             if program is not None and not unit.pinned and program.needed:
                 self.programs[unit.path] = program
-                if unit.digest not in known:
+                kind = unit.digest, self._held_inputs(unit.path)
+                if kind not in known:
                     try:
-                        known[unit.digest] = self._frontier(program, frames, kinds)
+                        known[kind] = self._frontier(program, frames, kinds, kind[1])
                     except Unsupported:
-                        known[unit.digest] = Frontier(points=())
-                self.frontiers[unit.path] = known[unit.digest]
+                        known[kind] = Frontier(points=())
+                self.frontiers[unit.path] = found = known[kind]
+                choosable = found.points  # the last is the one that keeps the fewest values
+                if found.barest is not None and found.barest not in choosable:
+                    choosable += (found.barest,)
                 if self.nesting.lends(unit.path):  # the engine has work there even if backward asks for nothing
-                    points = known[unit.digest].points
+                    points = choosable
                 else:
-                    points += tuple(p for p in known[unit.digest].points if self._replays(unit.path, p))
+                    points += tuple(p for p in choosable if self._replays(unit.path, p))
                 if offload:  # before the plain points: the last is the one that keeps the fewest bytes
                     points = points[:1] + tuple(self._moved(unit.path)) + points[1:]
             self.options[unit.path] = points
@@ -118,6 +122,11 @@ class Table:
         for op in trace.ops:
             if op.frame is not None and op.ordinal is not None:
                 self.ops[op.frame].append(op.id)
+        self.readers: dict[int, set[str]] = defaultdict(set)  # units whose ops read a value
+        for op in trace.ops:
+            if op.frame is not None:
+                for value_id in op.inputs:
+                    self.readers[value_id].add(trace.frames[op.frame].unit)
         self.maker: dict[int, int] = {}
         for value in trace.values:
             if value.producer is not None and value.ordinal is not None:
@@ -169,7 +178,40 @@ class Table:
 
     # -- one unit
 
-    def _frontier(self, program: Program, frames: Sequence[int], kinds: int) -> Frontier:
+    def _held_inputs(self, path: str) -> tuple[Input, ...]:
+        """The values from outside that only replays of this unit would hold between its forward and its backward."""
+        trace = self.trace
+        found = []
+        for frame in self.frames_of[path]:
+            read_by: dict[int, set[int]] = defaultdict(set)
+            for value_id in self._waiting_inputs(path, frame):
+                read_by[value_id] = {op for op in self.ops[frame] if value_id in trace.ops[op].inputs}
+            found += [
+                Input(
+                    size_bytes=trace.values[value_id].size_bytes,
+                    read_by=frozenset(ordinal for op in ops if (ordinal := trace.ops[op].ordinal) is not None),
+                )
+                for value_id, ops in read_by.items()
+            ]
+        return tuple(found)
+
+    def _waiting_inputs(self, path: str, frame: int) -> list[int]:
+        """Ids of values from outside that no other unit reads and that are gone, as the step was recorded, before the
+        frame's backward first asks for a saved tensor."""
+        trace = self.trace
+        first = min((self.load[s] for s in self.slots[frame] if s in self.load), default=-1)
+        borrowed = self.nesting.borrowed(path)
+        return [
+            value_id
+            for value_id in dict.fromkeys(v for op in self.ops[frame] for v in trace.ops[op].inputs)
+            if self.maker.get(value_id) != frame
+            and trace.values[value_id].producer is not None
+            and self.readers[value_id] == {path}
+            and value_id not in borrowed
+            and self.freed.get(value_id, len(trace.events)) < first
+        ]
+
+    def _frontier(self, program: Program, frames: Sequence[int], kinds: int, inputs: tuple[Input, ...]) -> Frontier:
         """The frontier of a unit over all its calls. `kinds` frontiers have to be found in all, so each gets fewer
         points where they are many."""
         trace = self.trace
@@ -179,7 +221,7 @@ class Table:
         many = max(
             min(12, self.effort.points), min(self.effort.points, 8000 // max(1, len(program.steps)), 800 // kinds)
         )
-        return _found(program, tuple(sizes), tuple(seconds), many)
+        return _found(program, tuple(sizes), tuple(seconds), many, inputs)
 
     def _moved(self, path: str) -> Iterator[Point]:
         """Points of the unit with its inputs, with what it keeps, or with both waiting off the device."""
@@ -476,6 +518,8 @@ class Table:
 
 
 @functools.lru_cache(maxsize=256)
-def _found(program: Program, sizes_bytes: tuple[int, ...], seconds: tuple[float, ...], many: int) -> Frontier:
+def _found(
+    program: Program, sizes_bytes: tuple[int, ...], seconds: tuple[float, ...], many: int, inputs: tuple[Input, ...]
+) -> Frontier:
     """Solved once for a trace and for what a lever makes of it, which leaves the units as they are."""
-    return frontier(program, sizes_bytes, seconds, many)
+    return frontier(program, sizes_bytes, seconds, many, inputs)

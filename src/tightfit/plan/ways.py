@@ -144,6 +144,10 @@ class Way:
         for its segments stands for."""
         return solution.bound_seconds if self.segments is None else 0.0
 
+    def bound_seconds(self, budget_bytes: int) -> float:
+        """No choices for the units take fewer seconds within the budget. Zero where no bound is known: see `proven`."""
+        return self.model.bound_seconds(budget_bytes) if self.segments is None else 0.0
+
     @functools.cached_property
     def fewest(self) -> tuple[Choice, ...]:
         """Every unit keeps as little as it can."""
