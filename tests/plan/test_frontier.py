@@ -9,7 +9,8 @@ import pytest
 from tests.plan.programs import random_program
 
 from tightfit.core import Program
-from tightfit.plan.frontier import frontier
+from tightfit.plan import solver
+from tightfit.plan.frontier import Input, frontier
 from tightfit.plan.program import recipe
 
 
@@ -35,8 +36,11 @@ def rerun_ops(program: Program, kept: frozenset[int]) -> set[int] | None:
     return ops
 
 
-def brute_force(program: Program, sizes: list[int], seconds: list[float]) -> list[tuple[int, float]]:
-    """(kept bytes, seconds) of every kept set that is possible. Held values are always kept, and free."""
+def brute_force(
+    program: Program, sizes: list[int], seconds: list[float], inputs: list[Input] | None = None
+) -> list[tuple[int, float]]:
+    """(kept bytes, seconds) of every kept set that is possible. Held values are always kept, and free. An input is held
+    if an op that reads it runs again."""
     free = set(program.held)
     others = [v for v in range(program.values) if v not in free]
     found = []
@@ -44,7 +48,8 @@ def brute_force(program: Program, sizes: list[int], seconds: list[float]) -> lis
         for chosen in itertools.combinations(others, count):
             ops = rerun_ops(program, frozenset(chosen) | free)
             if ops is not None:
-                found.append((sum(sizes[v] for v in chosen), sum(seconds[op] for op in ops)))
+                held = sum(each.size_bytes for each in inputs or () if not each.read_by.isdisjoint(ops))
+                found.append((sum(sizes[v] for v in chosen) + held, sum(seconds[op] for op in ops)))
     return found
 
 
@@ -69,6 +74,47 @@ def test_no_kept_set_beats_the_frontier(seed: int) -> None:
     fastest = min(spent for _, spent in every)
     assert points[0].seconds == pytest.approx(fastest)
     assert points[-1].kept_bytes <= min(size for size, _ in every) + max(1, sum(sizes)) * 1e-3
+
+
+def drawn_inputs(draw: random.Random, program: Program, sizes: list[int]) -> list[Input]:
+    ops = range(len(program.steps))
+    return [
+        Input(
+            size_bytes=draw.randint(1, max(sizes)),
+            read_by=frozenset(draw.sample(ops, draw.randint(1, min(3, len(ops))))),
+        )
+        for _ in range(draw.randint(1, 2))
+    ]
+
+
+@pytest.mark.parametrize("by_cuts", [False, True])
+@pytest.mark.parametrize("seed", range(60))
+def test_inputs_that_replays_hold_count_as_kept(seed: int, by_cuts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(500 + seed)
+    program, sizes, seconds = random_program(draw)
+    inputs = drawn_inputs(draw, program, sizes)
+    if by_cuts:
+
+        def broken(*_: object) -> solver.Claim:
+            raise RuntimeError("no solver")
+
+        monkeypatch.setattr(solver, "engine", broken)
+    found = frontier(program, sizes, seconds, inputs=inputs)
+    every = brute_force(program, sizes, seconds, inputs)
+    if not every:
+        assert not found.points and found.barest is None
+        return
+    for point, after in itertools.zip_longest(found.points, found.points[1:]):
+        ops = rerun_ops(program, point.kept)
+        assert ops is not None
+        held = sum(each.size_bytes for each in inputs if not each.read_by.isdisjoint(ops))
+        assert point.kept_bytes == held + sum(sizes[v] for v in point.kept if v not in program.held)
+        limit = after.seconds if after is not None else float("inf")
+        assert all(size > point.kept_bytes - point.passed_bytes for size, spent in every if spent < limit - 1e-9)
+    assert found.points[-1].kept_bytes == min(size for size, _ in every)
+    assert found.barest is not None
+    kept_bytes = sum(sizes[v] for v in found.barest.kept if v not in program.held)
+    assert kept_bytes == min(size for size, _ in brute_force(program, sizes, seconds))
 
 
 @pytest.mark.parametrize("seed", range(150))

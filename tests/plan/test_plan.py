@@ -8,10 +8,11 @@ import functools
 import itertools
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from tests.plan.stacks import brute_force, traced
+from tests.plan.stacks import Lean, brute_force, traced
 from torch import nn
 
 import tightfit
@@ -21,12 +22,12 @@ from tightfit.plan.choose import Model
 from tightfit.plan.program import kept_values, recipe
 from tightfit.plan.simulate import simulate_choices
 
-SHAPES = [(2, 16, 4, 64), (2, 8, 64, 64), (3, 8, 8, 32)]
+SHAPES = [(2, 16, 4, 64), (2, 8, 64, 64), (3, 8, 8, 32), (3, 16, 4, 64, Lean), (2, 16, 64, 64, Lean)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("share", [1.0, 0.9, 0.75, 0.6, 0.53, 0.45, 0.37, 0.3, 0.22, 0.15, 0.07, 0.0])
-def test_plan_against_every_combination(shape: tuple[int, int, int, int], share: float) -> None:
+def test_plan_against_every_combination(shape: tuple[Any, ...], share: float) -> None:
     trace, every = traced(*shape), brute_force(*shape)
     least = min(peak for peak, _ in every)
     unplanned = tightfit.simulate(trace).peak_bytes

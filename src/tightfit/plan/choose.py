@@ -45,7 +45,6 @@ _BOUND_GAP = 5e-4
 class Solution:
     points: Mapping[str, int]  # unit path -> index of its point; -1: keep everything
     seconds: float
-    bound_seconds: float
     how: frozenset[str] = frozenset()  # by which ways the points were found and chosen
 
 
@@ -60,25 +59,23 @@ class Model(Table):
         option."""
         return int((self.base_top + sum(self.table[path][index] for path, index in points.items())).max())
 
-    def solve(self, budget_bytes: int | None, *, proves: bool = True) -> Solution | None:
-        """The cheapest options within the budget; with `None` as the budget, the options of the lowest peak. The answer
-        is None when nothing fits.
+    def is_own_moment(self, points: Mapping[str, int]) -> bool:
+        """With these options, is the peak in a unit's own forward or backward, as the model computes it?"""
+        use = self.base_top + sum(self.table[path][index] for path, index in points.items())
+        segment = int(np.argmax(use))
+        return segment < len(self.starts) and any(self._own_segments(path)[segment] for path in self.options)
 
-        With `proves=False` no bound is looked for.
-        """
+    def solve(self, budget_bytes: int | None) -> Solution | None:
+        """The cheapest options within the budget; with `None` as the budget, the options of the lowest peak. The answer
+        is None when nothing fits."""
         answer = self._solve(budget_bytes, self.table)
         if answer is None:
             return None
         how = frozenset({answer.how}).union(*(found.how for found in self.frontiers.values()))
-        if budget_bytes is None:
-            return Solution(points=answer.chosen, seconds=answer.seconds, bound_seconds=0.0, how=how)
-        bound = min(self.bound_seconds(budget_bytes), answer.seconds) if proves and answer.seconds > 0 else 0.0
-        return Solution(points=answer.chosen, seconds=answer.seconds, bound_seconds=bound, how=how)
+        return Solution(points=answer.chosen, seconds=answer.seconds, how=how)
 
     def bound_seconds(self, budget_bytes: int) -> float:
-        """No choices within the budget take fewer seconds than this. It is zero where no bound is known."""
-        if not self.effort.proves or self.offload:
-            return 0.0
+        """No choices within the budget take fewer seconds than this. Meant for a table of the frontiers' own points."""
         relaxed = self._solve(budget_bytes, self._relaxed())
         return 0.0 if relaxed is None else relaxed.bound
 

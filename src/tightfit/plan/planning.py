@@ -33,6 +33,8 @@ from tightfit.device.cost import copy_lanes
 from tightfit.levers import allowed, every, granted, inexact
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.advice import advice_for
+from tightfit.plan.choose import Model
+from tightfit.plan.polish import polished
 from tightfit.plan.program import shared
 from tightfit.plan.simulate import simulate_choices
 from tightfit.plan.table import THOROUGH, Effort
@@ -87,8 +89,9 @@ def plan(
             return best
         lowest_way, line = _lowest(ways, levers)
         if line.peak_bytes <= budget_bytes:
-            found, bound = lowest_way.lowest, lowest_way.bound_seconds(budget_bytes)
-            return _plan(trace, lowest_way, budget_bytes, found.choices, line, unplanned, bound, found.how)
+            found = _polished(lowest_way, lowest_way.lowest, budget_bytes, 0.0)
+            bound = lowest_way.bound_seconds(budget_bytes)
+            return _plan(trace, lowest_way, budget_bytes, found.choices, found.line, unplanned, bound, found.how)
         if line.peak_bytes < least.peak_bytes:
             least, least_way = line, lowest_way
     advice = advice_for(trace, least, budget_bytes)
@@ -148,34 +151,49 @@ def _best(
             return _plan(trace, way, budget_bytes, nothing, line, unplanned, 0.0)
     if Grant.DROP not in granted(levers):
         return None
+    found = _fitting(way, model, budget_bytes)
+    bound = way.bound_seconds(budget_bytes) if found is None or found.line.recompute_seconds else 0.0
+    near = _NEAR * sum(op.seconds for op in trace.ops)
+    if way.proves and (found is None or found.line.recompute_seconds - bound > near):
+        both = (found, _fitting(way, way.lean_model, budget_bytes))
+        found = min((each for each in both if each), key=lambda each: each.line.recompute_seconds, default=None)
+    if found is None:
+        if way.lowest.line.peak_bytes > budget_bytes:
+            return None
+        found = _unhurried(way, model, budget_bytes, budget_bytes, way.lowest)
+    found = _polished(way, found, budget_bytes, bound + near)
+    return _plan(trace, way, budget_bytes, found.choices, found.line, unplanned, bound, found.how)
+
+
+def _polished(way: Way, found: Refereed, budget_bytes: int, near_seconds: float) -> Refereed:
+    """`found`, or choices near it that take fewer seconds, where it takes more than `near_seconds`."""
+    if not way.effort.proves or way.advances or found.line.recompute_seconds <= near_seconds:
+        return found
+    return Refereed(*polished(way.trace, found.choices, found.line, budget_bytes), found.how)
+
+
+def _fitting(way: Way, model: Model, budget_bytes: int) -> Refereed | None:
+    """The cheapest of the model's choices that the referee finds within the budget; None: there are none."""
     target = budget_bytes
-    bound = 0.0
-    for attempt in range(_REFEREE_ROUNDS):
-        solution = model.solve(target, proves=attempt == 0)
+    for _ in range(_REFEREE_ROUNDS):
+        solution = model.solve(target)
         if solution is None:
             break
-        bound = way.proven(solution) if attempt == 0 else bound  # of a lower target it would be too high
-        choices, line = way.refereed(solution.points)
+        choices, line = way.refereed(solution.points, model)
         if line.peak_bytes <= budget_bytes:
-            found = Refereed(choices, line, solution.how)
-            choices, line, how = _unhurried(way, budget_bytes, target, found)
-            return _plan(trace, way, budget_bytes, choices, line, unplanned, bound, how)
+            return _unhurried(way, model, budget_bytes, target, Refereed(choices, line, solution.how))
         # the model's peak was too low by this many bytes: ask it for as many bytes less
         target -= max(1, line.peak_bytes - budget_bytes)
     solution = model.solve(None)
     assert solution is not None
-    choices, line = way.refereed(solution.points)
-    found = Refereed(choices, line, solution.how)
-    target = model.peak_bytes(solution.points)
+    choices, line = way.refereed(solution.points, model)
     if line.peak_bytes > budget_bytes:
-        if way.lowest.line.peak_bytes > budget_bytes:
-            return None
-        found, target = way.lowest, budget_bytes
-    choices, line, how = _unhurried(way, budget_bytes, target, found)
-    return _plan(trace, way, budget_bytes, choices, line, unplanned, 0.0, how)
+        return None
+    found = Refereed(choices, line, solution.how)
+    return _unhurried(way, model, budget_bytes, model.peak_bytes(solution.points), found)
 
 
-def _unhurried(way: Way, budget_bytes: int, target_bytes: int, found: Refereed) -> Refereed:
+def _unhurried(way: Way, model: Model, budget_bytes: int, target_bytes: int, found: Refereed) -> Refereed:
     """`found`, or choices of fewer seconds. The model gave `found` for `target_bytes`, and it may have been too
     careful.
 
@@ -188,10 +206,10 @@ def _unhurried(way: Way, budget_bytes: int, target_bytes: int, found: Refereed) 
         if slack_bytes <= _SLACK * budget_bytes or not found.line.recompute_seconds:
             break
         raised = target_bytes + slack_bytes if too_high is None else (target_bytes + too_high) // 2
-        solution = way.model.solve(raised, proves=False)
+        solution = model.solve(raised)
         if solution is None:
             break
-        choices, line = way.refereed(solution.points)
+        choices, line = way.refereed(solution.points, model)
         if line.peak_bytes > budget_bytes:
             too_high = raised
             continue
@@ -200,6 +218,10 @@ def _unhurried(way: Way, budget_bytes: int, target_bytes: int, found: Refereed) 
             break
         found = Refereed(choices, line, solution.how)
     return found
+
+
+#: A plan within this part of the step's seconds of its bound is near enough. Otherwise options are added and tried.
+_NEAR = 0.01
 
 
 #: Nesting runs units once more. It is tried when a plan without it reruns at least this part of the forward.

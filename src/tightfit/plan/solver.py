@@ -38,6 +38,10 @@ def scale_of(largest_bytes: float) -> float:
     return max(1.0, largest_bytes / 1000)
 
 
+#: A search ends after so many nodes of its tree. Unlike seconds, they are the same on a busy machine.
+NODES = 1000
+
+
 class Verdict(enum.Enum):
     OPTIMAL = "optimal"
     FEASIBLE = "feasible"  # a point, not proven to be the best
@@ -158,7 +162,7 @@ class Claim:
     said: str  # the solver's own word for how it ended
     values: Floats | None = None
     bound: float = float("-inf")
-    out_of_time: bool = False
+    out_of_time: bool = False  # or out of nodes: asking again would end the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +199,7 @@ def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> 
     solver = highspy.Highs()
     for option, value in (
         ("output_flag", False), ("threads", 1), ("random_seed", 0), ("mip_rel_gap", gap), ("mip_abs_gap", 1e-9),
-        ("time_limit", seconds), ("presolve", "choose" if presolve else "off"),
+        ("time_limit", seconds), ("mip_max_nodes", NODES), ("presolve", "choose" if presolve else "off"),
     ):  # fmt: skip
         solver.setOptionValue(option, value)
     infinity = highspy.kHighsInf
@@ -223,7 +227,7 @@ def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> 
         said=str(status).rpartition(".")[2],
         values=np.array(solver.getSolution().col_value, dtype=np.float64) if found else None,
         bound=float(info.mip_dual_bound),
-        out_of_time=status == highspy.HighsModelStatus.kTimeLimit,
+        out_of_time=status in (highspy.HighsModelStatus.kTimeLimit, highspy.HighsModelStatus.kSolutionLimit),
     )
 
 

@@ -21,12 +21,14 @@ import numpy as np
 
 from tightfit.core import EventKind, Program, Saved, Trace, Unsupported
 from tightfit.plan.frontier import MANY, Frontier, Input, Point, frontier
+from tightfit.plan.leaner import leaner
 from tightfit.plan.nest import Nesting
 from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, reads_copy, recipe, shared
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-SOLVER_SECONDS = 2.0
+#: A choice across the units normally ends by itself in less than one second, or by `solver.NODES`.
+SOLVER_SECONDS = 10.0
 
 #: Of a unit's points, so many or not many more are also looked at with what they keep off the device.
 _MOVED = 8
@@ -51,12 +53,19 @@ class Table:
     """
 
     def __init__(
-        self, trace: Trace, effort: Effort = THOROUGH, nesting: Nesting | None = None, *, offload: bool = False
+        self,
+        trace: Trace,
+        effort: Effort = THOROUGH,
+        nesting: Nesting | None = None,
+        *,
+        offload: bool = False,
+        lean: bool = False,
     ) -> None:
         self.trace, self.effort, self.offload = trace, effort, offload
         self.nesting = nesting or Nesting(links=(), advances=(), passes={})
         self._index()
         self.base = self._base()
+        self._cut()
         self.programs: dict[str, Program] = {}  # of units that can be planned: one for all calls
         self.frontiers: dict[str, Frontier] = {}
         self.options: dict[str, tuple[Point | None, ...]] = {}  # None: keep everything, no engine in the unit
@@ -85,7 +94,23 @@ class Table:
                 if offload:  # before the plain points: the last is the one that keeps the fewest bytes
                     points = points[:1] + tuple(self._moved(unit.path)) + points[1:]
             self.options[unit.path] = points
+        if lean:
+            self._add_leaner()
         self._tabulate()
+
+    def _add_leaner(self) -> None:
+        """Give every unit options whose own backward holds less at its worst moment, before its last option."""
+        alike: dict[tuple[str, int], list[str]] = defaultdict(list)
+        for unit in self.trace.units:
+            if unit.path in self.frontiers and self.frontiers[unit.path].points:
+                alike[unit.digest, len(self.frames_of[unit.path])].append(unit.path)
+        for paths in alike.values():
+            # when the last of them runs backward, all others still hold what they keep
+            found = leaner(self, paths[-1], others=len(paths) - 1, kinds=len(alike))
+            for path in paths:
+                options = self.options[path]
+                more = tuple(p for p in found if p not in options and self._replays(path, p))
+                self.options[path] = options[:-1] + more + options[-1:] if options[-1] is not None else options
 
     # -- the trace, indexed
 
@@ -407,8 +432,8 @@ class Table:
 
     # -- all units, cut into segments
 
-    def _tabulate(self) -> None:
-        """Fill `table[unit][option, segment]`: the bytes that the option adds to the segment's fullest mark."""
+    def _cut(self) -> None:
+        """Cut the step's marks into segments, where units begin and end."""
         trace = self.trace
         cuts = {0}
         self.spans: dict[int, list[tuple[int, int]]] = {}
@@ -424,6 +449,9 @@ class Table:
                 cuts |= {start, end}
         self.starts = np.array(sorted(c for c in cuts if c < len(self.marks)), dtype=np.int64)
         self.base_top = np.maximum.reduceat(self.base, self.starts)
+
+    def _tabulate(self) -> None:
+        """Fill `table[unit][option, segment]`: the bytes that the option adds to the segment's fullest mark."""
         # each sweep has a row of its own: the live bytes just before it, and what the largest unit on the way adds
         sweeps = self._sweeps()
         before = [mark for mark, _ in sweeps]
@@ -495,6 +523,23 @@ class Table:
             mine = [v for v in dict.fromkeys(op.inputs) if last[v] == number and self.maker.get(v) == frame]
             level -= sum(trace.values[v].size_bytes for v in mine if trace.values[v].ordinal != lent)
         return float(top)
+
+    def worst(self, path: str, kept: frozenset[int], others: int) -> tuple[float, float]:
+        """Of a unit that keeps `kept`: the most bytes above the static ones during its own forward and backward, while
+        `others` units hold what it holds outside of those; and the seconds of its replays.
+
+        Raises `Unsupported` for a set that cannot be.
+        """
+        change, spikes, seconds = self._effect(path, Point(kept=kept, kept_bytes=0, seconds=0.0, passed_bytes=1))
+        own = np.zeros(len(self.marks), dtype=bool)
+        for frame in self.frames_of[path]:
+            for start, end in self.spans[frame]:
+                own[start:end] = True
+        outside = float(change[~own].min(initial=0.0))
+        most = float((self.base + change)[own].max(initial=0.0))
+        for mark, top in spikes:
+            most = max(most, self._just_before(mark, change) + top)
+        return most - sum(self.trace.static_bytes.values()) + others * outside, seconds
 
     def _just_before(self, mark: int, delta: Floats) -> float:
         """Live bytes when a replay begins, with the values that it will leave behind: the live bytes of the mark that

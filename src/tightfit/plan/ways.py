@@ -41,7 +41,7 @@ _EVENTS_TO_TRY = 200_000
 _SEGMENT_POINTS = 40
 
 
-_SEGMENTS_SECONDS = 0.5
+_SEGMENTS_SECONDS = 2.5
 
 
 #: In a quick search only every third nesting is tried.
@@ -118,35 +118,41 @@ class Way:
     def model(self) -> Model:
         return self._model(self.planned)
 
-    def _model(self, trace: Trace) -> Model:
-        # for segments no bound is looked for: see `proven`
+    @functools.cached_property
+    def lean_model(self) -> Model:
+        """The model with more options for units whose own backward is the fullest moment. It proves no bound."""
+        return self._model(self.planned, lean=True)
+
+    def _model(self, trace: Trace, *, lean: bool = False) -> Model:
         effort = self.effort
         if self.segments is not None:
             effort = Effort(
                 points=min(_SEGMENT_POINTS, effort.points),
                 solver_seconds=min(_SEGMENTS_SECONDS, effort.solver_seconds),
-                proves=False,
+                proves=effort.proves,
             )
-        return Model(trace, effort, self.nesting, offload=self.moves)
+        lean = lean and self.effort.proves and not self.moves
+        return Model(trace, effort, self.nesting, offload=self.moves, lean=lean)
 
     def choices(self, points: Mapping[str, int], model: Model | None = None) -> tuple[Choice, ...]:
         """`points` of the model's units as choices for the units of the trace."""
         chosen = (model or self.model).choices(points)
         return chosen if self.segments is None else self.segments.joined(chosen)
 
-    def refereed(self, points: Mapping[str, int]) -> tuple[tuple[Choice, ...], Timeline]:
-        """The choices that `points` stand for, and what the referee says of them."""
-        choices = self.choices(points)
+    def refereed(self, points: Mapping[str, int], model: Model) -> tuple[tuple[Choice, ...], Timeline]:
+        """The choices that `points` of the model's options stand for, and what the referee says of them."""
+        choices = self.choices(points, model)
         return choices, simulate_choices(self.trace, choices, self.advances)
 
-    def proven(self, solution: Solution) -> float:
-        """The bound of `solution`. For segments there is none, because a unit may keep sets of values that no choice
-        for its segments stands for."""
-        return solution.bound_seconds if self.segments is None else 0.0
+    @property
+    def proves(self) -> bool:
+        """Is there a bound? For segments there is none, because a unit may keep sets of values that no choice for its
+        segments stands for. Where values may wait off the device there is none either."""
+        return self.effort.proves and self.segments is None and not self.moves
 
     def bound_seconds(self, budget_bytes: int) -> float:
-        """No choices for the units take fewer seconds within the budget. Zero where no bound is known: see `proven`."""
-        return self.model.bound_seconds(budget_bytes) if self.segments is None else 0.0
+        """No choices for the units take fewer seconds within the budget. Zero where no bound is known."""
+        return self.model.bound_seconds(budget_bytes) if self.proves else 0.0
 
     @functools.cached_property
     def fewest(self) -> tuple[Choice, ...]:
@@ -181,12 +187,24 @@ class Way:
         the next run.
 
         The frontiers' points depend on the ops' seconds, and so does the lowest peak among them. Measured seconds vary
-        from run to run, so estimated ones are used here. The model's lowest peak is not always the referee's, so the
-        referee is also asked about choices that differ by one step in a unit.
+        from run to run, so estimated ones are used here. More options for the units are only tried where the fullest
+        moment is in a unit's own backward.
         """
-        model = self._model(retimed(self.planned, NOMINAL_CPU))
+        trace = retimed(self.planned, NOMINAL_CPU)
+        model = self._model(trace)
         solution = model.solve(None)
         assert solution is not None
+        found = self._lowest_by(model, solution)
+        if not self.effort.proves or not model.is_own_moment(solution.points):
+            return found
+        model = self._model(trace, lean=True)
+        solution = model.solve(None)
+        assert solution is not None
+        return min(found, self._lowest_by(model, solution), key=lambda each: each.line.peak_bytes)
+
+    def _lowest_by(self, model: Model, solution: Solution) -> Refereed:
+        """The choices of the lowest peak near `solution`, the model's own answer. The model's lowest peak is not always
+        the referee's, so the referee is also asked about choices that differ by one step in a unit."""
         tries = max(_FEWEST_TRIES, _EVENTS_TO_TRY // max(1, len(self.trace.events))) if self.effort.proves else 2
         seen: dict[tuple[int, ...], Timeline] = {}
 

@@ -1,0 +1,94 @@
+"""Better choices near the chosen ones, found by the referee alone.
+
+Idea: `plan.choose` adds up what each unit does to each stretch of the step, from above. So the chosen options may leave
+room that the program cannot see. Here one more value is kept in a unit, or in all units that are alike, wherever that
+saves seconds and the referee (`plan.simulate`) still finds the step within the budget. What saves most is tried first.
+
+Invariant: what is returned is within the budget by the referee's word, and takes no more seconds than what came in.
+Refused: choices that are nested or that move values off the device; they come back as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from tightfit.core import Action, Choice, Program, Timeline, Trace, Unsupported
+from tightfit.plan.program import clusters, kept_values, live_clusters, shared
+from tightfit.plan.simulate import simulate_choices
+
+#: The referee walks so many events in all. On a step of a few hundred ops every value can be tried.
+_EVENTS = 60_000
+
+
+def polished(
+    trace: Trace, choices: tuple[Choice, ...], line: Timeline, budget_bytes: int
+) -> tuple[tuple[Choice, ...], Timeline]:
+    """`choices`, of which the referee says `line`, with values kept in addition as long as that fits."""
+    chosen = {choice.unit: choice for choice in choices}
+    if any(
+        choice.lends or Action.OFFLOAD in choice.actions or any(each is not Action.KEEP for each in choice.inputs)
+        for choice in choices
+    ):
+        return choices, line
+    tries = _EVENTS // max(1, len(trace.events))
+    for _, paths, value in sorted(_additions(trace, chosen), key=lambda each: (-each[0], each[1], each[2])):
+        if tries <= 0:
+            break
+        changed = chosen | {path: _keeping(chosen[path], value) for path in paths}
+        if changed == chosen:
+            continue
+        tries -= 1
+        found = simulate_choices(trace, tuple(changed.values()))
+        if found.peak_bytes <= budget_bytes and found.recompute_seconds < line.recompute_seconds:
+            chosen, line = changed, found
+    return tuple(chosen.values()), line
+
+
+def _additions(trace: Trace, chosen: Mapping[str, Choice]) -> list[tuple[float, tuple[str, ...], int]]:
+    """What could be kept as well: (seconds that it saves, units, value)."""
+    frames: dict[str, list[int]] = defaultdict(list)
+    for frame in trace.frames:
+        frames[frame.unit].append(frame.id)
+    seconds: dict[int, dict[int, float]] = defaultdict(dict)  # of each op, by frame and ordinal
+    for op in trace.ops:
+        if op.frame is not None and op.ordinal is not None:
+            seconds[op.frame][op.ordinal] = op.seconds
+    saved: dict[tuple[str, tuple[Action, ...], int], list[tuple[float, str]]] = defaultdict(list)
+    for unit in trace.units:
+        program = shared([trace.programs[frame] for frame in frames[unit.path]])
+        if program is None or unit.path not in chosen:
+            continue
+        actions = chosen[unit.path].actions
+        times = [sum(seconds[frame].get(op, 0.0) for frame in frames[unit.path]) for op in range(len(program.steps))]
+        for value, gain in _gains(program, actions, times):
+            saved[unit.digest, actions, value].append((gain, unit.path))
+    found: list[tuple[float, tuple[str, ...], int]] = []
+    for (_, _, value), each in saved.items():
+        found += [(gain, (path,), value) for gain, path in each]
+        if len(each) > 1:
+            found.append((sum(gain for gain, _ in each), tuple(path for _, path in each), value))
+    return found
+
+
+def _gains(program: Program, actions: Sequence[Action], seconds: Sequence[float]) -> list[tuple[int, float]]:
+    """The values that the unit makes again, each with the seconds that keeping it as well would save."""
+    kept = kept_values(actions)
+    groups = clusters(program)
+
+    def spent(values: frozenset[int]) -> float:
+        return sum(seconds[op] for cluster in live_clusters(program, values) for op in groups[cluster])
+
+    try:
+        now = spent(kept)
+    except Unsupported:
+        return []
+    read = {value for step in program.steps for value in step.reads}.union(program.needed)
+    gains = [(value, now - spent(kept | {value})) for value in sorted(read - kept)]
+    return [(value, gain) for value, gain in gains if gain > 0]
+
+
+def _keeping(choice: Choice, value: int) -> Choice:
+    actions = tuple(Action.KEEP if at == value else action for at, action in enumerate(choice.actions))
+    return dataclasses.replace(choice, actions=actions)

@@ -1,0 +1,59 @@
+"""What is added to the frontier's points: options with a lower moment of their own, and values kept by the referee."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tests.plan.stacks import Lean, steady, traced
+
+import tightfit
+from tightfit.core import Trace
+from tightfit.device.cost import NOMINAL_CPU, retimed
+from tightfit.plan import every_block, lowest, table, ways
+from tightfit.plan.polish import polished
+from tightfit.plan.simulate import simulate_choices
+
+
+@pytest.fixture(scope="module")
+def llama() -> Trace:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=500, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
+    )
+    ids = torch.randint(0, 500, (2, 96))
+    model = transformers.LlamaForCausalLM(config).train()
+    return retimed(tightfit.trace(model, {"input_ids": ids, "labels": ids}), NOMINAL_CPU)
+
+
+def test_options_of_a_lower_moment_lower_the_peak(llama: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fullest moment is in a block's own backward, which the frontier does not see."""
+    with_them = lowest(llama, levers=("recompute",))
+    monkeypatch.setattr(ways, "_latest", None)
+    monkeypatch.setattr(table, "leaner", lambda *_, **__: [])
+    without = lowest(llama, levers=("recompute",))
+    monkeypatch.setattr(ways, "_latest", None)
+    assert with_them.peak_bytes < 0.98 * without.peak_bytes
+    assert tightfit.simulate(llama, with_them).peak_bytes == with_them.peak_bytes
+    fixed = sum(llama.static_bytes.values())
+    assert with_them.peak_bytes > fixed
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
+def test_polish_stays_within_the_budget_and_never_costs(share: float) -> None:
+    trace = traced(3, 16, 4, 64, Lean)
+    start = every_block(trace)
+    line = simulate_choices(trace, start.choices)
+    unplanned = tightfit.simulate(trace).peak_bytes
+    budget = line.peak_bytes + int(share * (unplanned - line.peak_bytes))
+    choices, found = polished(trace, start.choices, line, budget)
+    assert found == simulate_choices(trace, choices)
+    assert found.peak_bytes <= budget
+    assert found.recompute_seconds <= line.recompute_seconds
+    if share == 1.0:
+        assert found.recompute_seconds < 0.1 * line.recompute_seconds
+
+
+def test_seconds_that_a_busy_machine_bends_do_not_move_the_lowest_peak() -> None:
+    trace = traced(3, 16, 4, 64, Lean)
+    assert lowest(trace).peak_bytes == lowest(steady(trace)).peak_bytes
