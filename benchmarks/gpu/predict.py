@@ -110,7 +110,7 @@ def longest(
         return {"tokens": 0}, None
     tokens, made, trace = best
     searched_to = None if high > most // STEP else high * STEP
-    return {"tokens": tokens, "searched_to": searched_to} | forecast_of(trace, made), made
+    return {"tokens": tokens, "searched_to": searched_to} | forecast_of(trace, made, room_bytes), made
 
 
 def _meets(known: list[tuple[int, int, int]], column: int, room_bytes: int) -> int:
