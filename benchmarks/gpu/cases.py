@@ -203,7 +203,7 @@ TINY = {
     "B": (
         Case(
             name="B-tiny", setup=Setup(model="tiny-llama", method="lora", rank=2, batch=2, seq=64),
-            targets=("q_proj", "v_proj"), modes=(NONE, LEAST),
+            targets=("q_proj", "v_proj"), modes=(NONE, LEAST, LEAST_TILED),
         ),
     ),
     "C": (

@@ -10,7 +10,6 @@ steps measure the same cases against it. Nothing is tuned afterwards: a forecast
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -32,6 +31,7 @@ from cases import (
     plan_of,
     recorded,
 )  # fmt: skip
+from run import git
 
 from tightfit.catalog import gpu
 from tightfit.core import Device, Plan, Trace
@@ -156,14 +156,15 @@ def of_longest(plans: Plans, modes: tuple[str, ...] = MODES) -> list[dict[str, A
 
 
 def commit() -> str:
-    """The last commit that changed what a forecast is made of."""
-    asked = ["git", "log", "-1", "--format=%H", "--", "src"]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """The last commit that changed what a forecast is made of. Refuses to register where git does not say it."""
+    found = git("log", "-1", "--format=%H", "--", "src")
+    if not found:
+        raise SystemExit(f"git tells no commit of {ROOT}, and a forecast is registered with one: run it in a checkout")
+    return found
 
 
 def registered(table: str) -> dict[str, Any]:
-    said = TABLES[table]
+    said, of_commit = TABLES[table], commit()
     plans: Plans = {}
     rows = of_longest(plans) if table == "D" else []
     for case in said.cases:
@@ -172,7 +173,7 @@ def registered(table: str) -> dict[str, Any]:
     keep_plans(plans)
     return {
         "title": said.title, "source": said.source, "assumed": list(said.assumed),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "card": CARD,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": of_commit, "card": CARD,
         "environment": environment(), "rows": rows,
     }  # fmt: skip
 
