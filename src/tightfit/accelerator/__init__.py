@@ -329,27 +329,40 @@ def pinned_if_possible(size_bytes: int) -> torch.Tensor | None:
 # -------------------------------------------------------------------------------------------- memory
 
 
-@functools.cache
 def counts_peak(device: torch.device) -> bool:
     """Does its allocator keep the most bytes that were ever live? Metal's does not, the host has none that counts.
 
-    Tried out once, on a block of a known size: where no allocator is asked, torch answers zero and raises nothing.
+    Tried out, on a block of a known size: where no allocator is asked, torch answers zero and raises nothing. A peak
+    is forgotten for that, so this is asked where one is measured next. A device that counts is not tried again; one
+    that does not may have been disturbed. Raises torch's error where the card has no room for the block.
     """
     if not is_card(device):
         return False
-    try:
-        before_bytes = peak_begun(device)
-        _take_and_free(device, _TRIED_BYTES)
-        return peak_risen_bytes(device, before_bytes) >= _TRIED_BYTES
-    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError):  # no such device, or no such count
-        return False
+    if device not in _counting and _counts_peak_now(device):
+        _counting.add(device)
+    return device in _counting
 
+
+#: Devices that were seen to count the peak.
+_counting: set[torch.device] = set()
 
 _TRIED_BYTES = 2**20
 
 
-def _take_and_free(device: torch.device, size_bytes: int) -> None:
-    torch.empty(size_bytes, dtype=torch.uint8, device=device)
+def _counts_peak_now(device: torch.device) -> bool:
+    try:
+        before_bytes = peak_begun(device)
+        _take(device, _TRIED_BYTES)
+        return peak_risen_bytes(device, before_bytes) >= _TRIED_BYTES
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError):  # no such device, or no such count
+        return False
+
+
+def _take(device: torch.device, size_bytes: int) -> Any:
+    """A block, which is free again when nobody holds it."""
+    return torch.empty(size_bytes, dtype=torch.uint8, device=device)
 
 
 def peak_unknown(device: torch.device) -> str:
@@ -384,11 +397,19 @@ def reserved_bytes(device: torch.device) -> int | None:
 
 
 def _counted(device: torch.device, name: str) -> int | None:
-    if not is_card(device) or not counts_peak(device):
+    """What its allocator answers; the peak that it keeps stays."""
+    if not is_card(device):
         return None
     synchronize(device)
     with contextlib.suppress(AssertionError, AttributeError, RuntimeError, TypeError, ValueError):
-        return int(_function(device.type, name)(device))
+        asked = _function(device.type, name)
+        counted = int(asked(device))
+        if counted:
+            return counted
+        held = _take(device, _TRIED_BYTES)  # nothing is live, or nothing counts
+        counts = int(asked(device)) > 0
+        del held
+        return 0 if counts else None
     return None
 
 
