@@ -184,14 +184,19 @@ def name_of(device: torch.device) -> str:
 def model_of(device: torch.device) -> str:
     """The name that tells its rates from those of another: the card's model, or the processor and torch's threads."""
     if is_card(device):
-        return name_of(device)
+        return _printable(name_of(device))
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
         processor = found[1].strip() if found else processor
     threads = torch.get_num_threads()
-    return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{_printable(processor)}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _printable(name: str) -> str:
+    """A name that goes into a file and onto a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in name).strip() or "a device without a name"
 
 
 def memory_bytes(device: torch.device) -> int | None:

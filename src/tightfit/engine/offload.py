@@ -22,8 +22,8 @@ Invariants:
 Refused: a file system without room for what is to be spilled (`TightfitError`, before anything is overwritten). The
 file has no name, so it is gone with the process, however the process ends.
 
-No GPU has run the streams yet. `tests/engine/test_pretend.py` runs them on a card that does not exist, which copies as
-late as the rules of streams allow.
+docs/gpu.md says what a card has run of the streams. `tests/engine/test_pretend.py` runs them on a card that does not
+exist, which copies as late as the rules of streams allow.
 """
 
 from __future__ import annotations
