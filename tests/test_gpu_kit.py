@@ -215,6 +215,34 @@ def test_no_step_can_take_the_time_of_another() -> None:
         assert names.index("calibration") < names.index(uses)
 
 
+def test_later_steps_reckon_with_what_was_calibrated(tmp_path: Path) -> None:
+    shutil.copy(KIT / "run.py", tmp_path)
+    (tmp_path / "steps.py").write_text(
+        "import os, run\nfrom pathlib import Path\n"
+        "def calibration(card):\n    yield {'file': os.environ['TIGHTFIT_CALIBRATION']}\n"
+        "    run.device_file(Path('out'), is_dry=True).write_text('{}')\n"
+        "def time(card):\n    yield {'file': os.environ['TIGHTFIT_CALIBRATION']}\n"
+        "STEPS = {'calibration': calibration, 'time': time}\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "card.py").write_text(
+        "class Card:\n    def __init__(self, *, is_dry, folder): pass\n", encoding="utf-8"
+    )
+    main = tmp_path / "main.py"
+    main.write_text(
+        "import sys, run\nif __name__ == '__main__':\n    run.PRELOADED = []\n"
+        "    sys.exit(run.main(['--out', 'out', '--dry-run', '--steps', 'calibration,time']))\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "device.json").write_text("{}")  # a card's: a dry run is not for it
+    (tmp_path / "out" / "dry-device.json").write_text("{}")  # of a run before
+    done = subprocess.run([sys.executable, str(main)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["steps"]
+    assert [steps[name]["rows"][0]["file"] for name in ("calibration", "time")] == ["none", "out/dry-device.json"]
+
+
 def test_a_run_says_its_commit_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = kit_module("run")
     assert run.commit() is not None

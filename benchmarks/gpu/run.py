@@ -65,10 +65,13 @@ MOST_TIMES = 3
 assert sum(LIMITS.values()) + START_SECONDS <= ALL_SECONDS
 #: A step is not begun with less than this left.
 LEAST_SECONDS = 5
-#: In the folder of results: what the step `calibration` has measured.
-DEVICE_FILE = "device.json"
 #: Read once, by the process that the steps are forked from.
 PRELOADED = ["torch", "transformers", "steps"]
+
+
+def device_file(folder: Path, *, is_dry: bool) -> Path:
+    """What the step `calibration` has measured: of the card, or in a dry run of the CPU."""
+    return folder / ("dry-device.json" if is_dry else "device.json")
 
 
 class Lines:
@@ -125,9 +128,9 @@ def run_step(name: str, is_dry: bool, folder: str) -> None:
         import steps
         from card import Card
 
-        device_file = Path(folder) / DEVICE_FILE
-        if device_file.exists():  # what `calibration` measured, for the plans of later steps
-            os.environ["TIGHTFIT_CALIBRATION"] = str(device_file)
+        measured = device_file(Path(folder), is_dry=is_dry)
+        # the plans of later steps reckon with it; no file of the user's is taken
+        os.environ["TIGHTFIT_CALIBRATION"] = str(measured) if measured.exists() else "none"
         for record in steps.STEPS[name](Card(is_dry=is_dry, folder=Path(folder))):
             lines.append({"step": name, **record})
     except BaseException as error:
@@ -187,6 +190,8 @@ def run(names: list[str], is_dry: bool, folder: Path, all_seconds: float, step_s
         print("torch finds no CUDA device on this machine: run where there is one, or with --dry-run", file=sys.stderr)
         raise SystemExit(2)
     well = True
+    if "calibration" in names:  # measured anew
+        device_file(folder, is_dry=is_dry).unlink(missing_ok=True)
     for turn, name in enumerate(names):
         left = all_seconds - (time.monotonic() - started)
         if left < LEAST_SECONDS:

@@ -24,7 +24,7 @@ import torch
 from card import Card
 from cases import EVERY_BLOCK, LEAST, LEAST_TILED, MIDDLE, MODEL_OF_TIME, NONE, Case, plan_of, step_of
 from memory import failed, memory_a, memory_b, memory_c, memory_d, memory_s, what_is_registered
-from run import DEVICE_FILE, LIMITS
+from run import LIMITS, device_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -375,7 +375,7 @@ def calibration(card: Card) -> Rows:
     steps make reckon with it; registered forecasts and plans stay what they are."""
     made = calibrate(card.device, effort=Effort(whole_seconds=12))
     yield {"calibration": json.loads(dumps(made))}
-    made.save(card.folder / DEVICE_FILE)
+    made.save(device_file(card.folder, is_dry=card.is_dry))
 
 
 # ---------------------------------------------------------------------------------------------------- offload
