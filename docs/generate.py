@@ -862,12 +862,16 @@ def _longest_rows(table: dict[str, Any]) -> Iterator[str]:
     yield f"| card | {who[0]}, published | " + " | ".join(GPU_MODES[m] for m in modes) + f" | {who[1]}, published |"
     yield "|---" * (3 + len(modes)) + "|"
     for row in table["rows"]:
-        tokens = [row["modes"][mode]["tokens"] for mode in modes]
+        found = [row["modes"][mode] for mode in modes]
+        # what a later registration did not look for again says so
+        tokens = [f"{each['tokens']:,}" + ("\\*" if "registered" in each else "") for each in found]
         theirs = row["published_tokens"]
         yield (
-            f"| {row['card_gib']} GB | {theirs[who[0]]:,} | " + " | ".join(f"{each:,}" for each in tokens)
+            f"| {row['card_gib']} GB | {theirs[who[0]]:,} | " + " | ".join(tokens)
             + f" | {theirs[who[1]]:,} |"
         )  # fmt: skip
+    kept = {each["registered"] for row in table["rows"] for each in row["modes"].values() if "registered" in each}
+    yield from (f"\n\\* Registered {each}." for each in sorted(kept))
     least = [
         (row["modes"][modes[1]]["tokens"], *(row["published_tokens"][each] for each in who)) for row in table["rows"]
     ]

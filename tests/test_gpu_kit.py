@@ -353,7 +353,8 @@ def test_every_registered_plan_is_the_one_that_was_forecast() -> None:
             assert said[case, mode]["peak_bytes"] == plan["peak_bytes"], name
     for row in tables["D"]["rows"]:
         for mode, forecast in row["modes"].items():  # under the cap that the kit sets
-            assert forecast["reserved_bytes"] <= row["room_bytes"], (row["case"], mode)
+            assert forecast.get("reserved_bytes", 0) <= row["room_bytes"], (row["case"], mode)
+            assert "reserved_bytes" in forecast or "registered" in forecast  # of before, without the cap: it says so
     for table in tables.values():
         assert table["date"] and table["commit"] and table["card"] and table["environment"]["torch"]
 
