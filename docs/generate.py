@@ -15,6 +15,7 @@ import argparse
 import ast
 import difflib
 import html
+import importlib.util
 import inspect
 import json
 import math
@@ -37,6 +38,7 @@ LEVERS = Path(__file__).with_name("levers_measured.md")
 SEVERAL_GPUS = Path(__file__).with_name("several_gpus_measured.md")
 GPU = Path(__file__).with_name("gpu.md")
 README = ROOT / "README.md"
+KIT = ROOT / "benchmarks" / "gpu"
 RESULTS = ROOT / "benchmarks" / "results"
 REFERENCE = Path(__file__).with_name("reference.md")
 ARCHITECTURE = Path(__file__).with_name("architecture.svg")
@@ -704,6 +706,9 @@ def gpu_page() -> str:
         "driver by then. *Every block* is the usual checkpointing. *Least* is the lowest peak that tightfit finds: "
         "with levers that give the same bits, and with tiles. It recomputes more than a plan for a budget would. "
         "*Step in backward* lets the optimizer step there, which not every training loop allows.\n",
+        "## What a card has run\n",
+        "These are the steps of the kit. Other pages link to this table where a claim waits for a card.\n",
+        kit_part(),
         "## Which figures are from a card\n",
         "| where | figures | from |",
         "|---|---|---|",
@@ -741,8 +746,44 @@ def _said_of_card(measured: dict[str, Any] | None) -> str:
     return (
         f"One card has run tightfit: {facts.get('name', 'its name was not recorded')}, on {measured['date'][:10]}, "
         f"with torch {torch}, at commit {measured['commit'] or 'unknown'}. What it measured stands below "
-        "each table; forecasts with tiles were not run.\n"
+        "each table.\n"
     )
+
+
+def kit_part() -> str:
+    """The steps of the kit for a card: the seconds that each is sure of, what it answers, and what came of it."""
+    spec = importlib.util.spec_from_file_location("gpu_kit_run", KIT / "run.py")
+    assert spec is not None and spec.loader is not None
+    kit = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kit)  # it imports nothing that is not Python's own
+    measured = (_of_a_card() or {}).get("steps", {})
+    answers = _kit_answers()
+    lines = ["| step | seconds | what it answers | on a card |", "|---|---|---|---|"]
+    for name, limit in kit.LIMITS.items():
+        done = measured.get(name)
+        came = "not run" if done is None else done.get("outcome", "cut off")
+        if done is not None and (failed := sum(map(kit.has_failed, done["rows"]))):
+            came += f"; {failed} of {len(done['rows'])} rows failed"
+        lines.append(f"| `{name}` | {limit:.0f} | {answers[name]} | {came} |")
+    return "\n".join(lines) + (
+        f"\n\nThe limits add up to {sum(kit.LIMITS.values()):.0f} s. With {kit.START_SECONDS} s for the start and for "
+        f"ending steps that hang they are within the {kit.ALL_SECONDS} s of a call, so every step is sure of its own. "
+        f"What a step leaves over is there for later ones, up to {kit.MOST_TIMES} times their limit. The last one "
+        "takes all that is left.\n"
+    )
+
+
+def _kit_answers() -> dict[str, str]:
+    """What each step says of itself, read from the source, so that torch need not be there."""
+    said, steps = {}, {}
+    for file in ("steps.py", "memory.py"):
+        for node in ast.parse((KIT / file).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                said[node.name] = " ".join((ast.get_docstring(node) or "").split()).rstrip(".")
+            elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "STEPS":
+                assert isinstance(node.value, ast.Dict)
+                steps = {ast.literal_eval(k): ast.unparse(v) for k, v in zip(node.value.keys, node.value.values) if k}
+    return {name: said[function] for name, function in steps.items()}
 
 
 def _figures(measured: dict[str, Any] | None) -> list[tuple[str, str, str]]:
@@ -821,12 +862,16 @@ def _longest_rows(table: dict[str, Any]) -> Iterator[str]:
     yield f"| card | {who[0]}, published | " + " | ".join(GPU_MODES[m] for m in modes) + f" | {who[1]}, published |"
     yield "|---" * (3 + len(modes)) + "|"
     for row in table["rows"]:
-        tokens = [row["modes"][mode]["tokens"] for mode in modes]
+        found = [row["modes"][mode] for mode in modes]
+        # what a later registration did not look for again says so
+        tokens = [f"{each['tokens']:,}" + ("\\*" if "registered" in each else "") for each in found]
         theirs = row["published_tokens"]
         yield (
-            f"| {row['card_gib']} GB | {theirs[who[0]]:,} | " + " | ".join(f"{each:,}" for each in tokens)
+            f"| {row['card_gib']} GB | {theirs[who[0]]:,} | " + " | ".join(tokens)
             + f" | {theirs[who[1]]:,} |"
         )  # fmt: skip
+    kept = {each["registered"] for row in table["rows"] for each in row["modes"].values() if "registered" in each}
+    yield from (f"\n\\* Registered {each}." for each in sorted(kept))
     least = [
         (row["modes"][modes[1]]["tokens"], *(row["published_tokens"][each] for each in who)) for row in table["rows"]
     ]
@@ -1300,6 +1345,7 @@ def results_part() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "packages": packages_part,
     "results": results_part,
+    "kit": kit_part,
     "compiled": compiled_part,
     "readme": measured,
     "gpt2": gpt2_part,
@@ -1471,7 +1517,7 @@ def main() -> int:
         (ARCHITECTURE, architecture_svg()),
     ]  # fmt: skip
     written = {page for page, _ in pages}
-    others = [README, RESULTS / "README.md"]
+    others = [README, RESULTS / "README.md", KIT / "README.md"]
     others += sorted(page for page in README.with_name("docs").rglob("*.md") if page not in written)
     pages += [(page, with_measured(page)) for page in others]
     for page, text in pages:

@@ -102,12 +102,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(accelerator, "_kind_present", lambda: kind)
 
     real = accelerator._module
-    monkeypatch.setattr(accelerator, "_take_and_free", lambda device, size: accelerator._module(device.type).take(size))
-    for cached in (accelerator.counts_peak, accelerator.has_streams):
-        cached.cache_clear()
+    monkeypatch.setattr(accelerator, "_take", lambda device, size: accelerator._module(device.type).take(size))
+    monkeypatch.setattr(accelerator, "_counting", set())
+    accelerator.has_streams.cache_clear()
     yield put
-    for cached in (accelerator.counts_peak, accelerator.has_streams):
-        cached.cache_clear()
+    accelerator.has_streams.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mtia"])
@@ -157,6 +156,41 @@ def test_a_count_that_stays_at_zero_is_none(here: Any, monkeypatch: pytest.Monke
     here("xpu", card)
     monkeypatch.setattr(card, "max_memory_allocated", lambda _: card.live_bytes)
     assert not accelerator.counts_peak(torch.device("xpu"))
+
+
+def test_reading_a_count_keeps_the_peak(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that watches its own peak must not lose it because somebody asks what is live."""
+    card, device = Card(), torch.device("xpu", 0)
+    here("xpu", card)
+    assert accelerator.allocated_bytes(device) == 100
+    assert "reset" not in card.asked and card.most_bytes == 900
+    card.live_bytes = 0
+    assert accelerator.allocated_bytes(device) is None  # zero whatever lives: nothing counts
+    answers = iter([0, 2**20])
+    monkeypatch.setattr(card, "memory_allocated", lambda _: next(answers))
+    assert accelerator.allocated_bytes(device) == 0
+    assert "reset" not in card.asked
+
+
+def test_a_disturbed_trial_is_not_remembered(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    card, device = Card(), torch.device("xpu", 0)
+    here("xpu", card)
+
+    def full(size_bytes: int) -> None:
+        raise torch.OutOfMemoryError("the card is full")
+
+    def disturbed(size_bytes: int) -> None:
+        raise RuntimeError("an error of an op before")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(card, "take", full)
+        with pytest.raises(torch.OutOfMemoryError):  # not "counts no peak"
+            accelerator.peak_unknown(device)
+        patch.setattr(card, "take", disturbed)
+        assert not accelerator.counts_peak(device)
+    assert accelerator.counts_peak(device)
+    card.asked.clear()
+    assert accelerator.counts_peak(device) and not card.asked  # tried once
 
 
 def test_a_peak_that_nothing_counts_is_not_proven(monkeypatch: pytest.MonkeyPatch) -> None:

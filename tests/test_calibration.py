@@ -19,10 +19,10 @@ from tightfit import accelerator, forecast
 from tightfit.catalog import driver_name, gpu, gpu_names
 from tightfit.cli.doctor import _environment_record
 from tightfit.cli.program import main
-from tightfit.core import Device, InvalidInput, dumps, loads
+from tightfit.core import Device, InvalidInput, Unsupported, dumps, loads
 from tightfit.device import calibration
 from tightfit.device.calibration import Calibration, found, path_of, read, using
-from tightfit.device.cost import LAUNCH_SECONDS, op_seconds
+from tightfit.device.cost import LAUNCH_SECONDS, NOMINAL_CPU, op_seconds
 from tightfit.forecast import Effort, Setup, calibrating
 from tightfit.forecast.calibrating import fitted_line
 from tightfit.forecast.room import MARGIN, card_named
@@ -324,14 +324,44 @@ def damaged(text: str, **changed: Any) -> str:
         (lambda text: text.replace('"schema_version": 1', '"schema_version": 99'), "schema version 99"),
         (lambda text: text.replace('"date"', '"dates"'), "unknown key 'dates'"),
         (lambda text: damaged(text, memory_bytes_per_second=-1.0), "memory_bytes_per_second = -1.0"),
+        (lambda text: damaged(text, memory_bytes_per_second=1e30), "memory_bytes_per_second = 1e+30: expected"),
+        (lambda text: damaged(text, h2d_bytes_per_second=float("inf")), "h2d_bytes_per_second = inf"),
+        (lambda text: damaged(text, launch_seconds=3600.0), "launch_seconds = 3600.0"),
+        (lambda text: damaged(text, memory_bytes=2**60), f"memory_bytes = {2**60}"),
+        (lambda text: damaged(text, name="a card\x1b[2J"), "control characters: 'a card\\x1b[2J'"),
+        (lambda text: damaged(text, name=" "), "without the name"),
+        (lambda text: text.replace("2026-11-28T12", "2026-99-28T12"), "date = '2026-99-28T12"),
+        (lambda text: text.replace('"samples": 100', '"samples": -100'), "samples = -100"),
+        (lambda text: text.replace('"estimated": []', '"estimated": ["kind"]'), "'kind' among what was estimated"),
         (lambda text: damaged(text, launch_seconds=None), "launch_seconds = None"),
         (lambda text: damaged(text, flops_per_second={}), "without a rate of matrix products"),
         (lambda text: damaged(text, flops_per_second={"float32": float("nan")}), "nan"),
         (lambda text: damaged(text, workspace_bytes=-1), "workspace_bytes = -1"),
-        (lambda text: damaged(text, usable_bytes=2**60), "more usable_bytes than memory_bytes"),
+        (lambda text: damaged(text, usable_bytes=2**45), "more usable_bytes than memory_bytes"),
         (lambda text: damaged(text, kind="cuda", name="NVIDIA H200"), "was measured on NVIDIA H200 (cuda)"),
     ],
-    ids=["cut", "other", "schema", "key", "negative", "none", "no-rate", "nan", "workspace", "too-much", "foreign"],
+    ids=[
+        "cut",
+        "other",
+        "schema",
+        "key",
+        "negative",
+        "absurd",
+        "infinite",
+        "launch",
+        "memory",
+        "escape",
+        "unnamed",
+        "date",
+        "samples",
+        "estimated",
+        "none",
+        "no-rate",
+        "nan",
+        "workspace",
+        "too-much",
+        "foreign",
+    ],
 )
 def test_a_file_that_is_none_is_refused_in_one_line(
     spoil: Any, said: str, devices: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -357,12 +387,92 @@ def test_a_missing_file_and_a_card_that_is_another(
     assert "was measured on NVIDIA H200 (cuda), and this step is for rtx-4090 (cuda)" in capsys.readouterr().err
 
 
-def test_a_broken_file_in_the_folder_is_said_not_passed_over(devices: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ["{", dumps(gpu("h200")), "", "\x00\x01"], ids=["cut", "another document", "empty", "no text"]
+)
+def test_a_broken_file_that_nobody_named_is_left_out_and_said(
+    text: str, devices: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It came with an older release, or a disk was full: a step of today must not fail for it."""
+    calibration._said.cache_clear()
     devices.mkdir(parents=True)
-    path_of("NVIDIA H200").write_text("{")
+    path_of("NVIDIA H200").write_text(text)
     assert not card_named("rtx-4090").calibration  # another card's
-    with pytest.raises(InvalidInput, match="is not JSON"):
+    assert not caplog.messages
+    for _ in range(2):
+        assert card_named("h200") == gpu("h200")
+    (line,) = caplog.messages  # once, in one line
+    assert str(path_of("NVIDIA H200")) in line and "left out: run tightfit calibrate again" in line and "\n" not in line
+    with pytest.raises(InvalidInput), using(path_of("NVIDIA H200")):  # who names it is told
         card_named("h200")
+
+
+def test_fit_doctor_and_check_go_on_beside_a_broken_file(
+    devices: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    calibration._said.cache_clear()
+    devices.mkdir(parents=True)
+    path_of(accelerator.model_of(torch.device("cpu"))).write_text("{")
+    module, batch = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(4, 8)
+    with tightfit.fit(module, batch, "100%", loss=_loss) as applied:
+        assert applied.trace.calibration == ""
+    assert _environment_record()["calibration"] in ("", "none", None)
+    assert len(caplog.messages) == 1
+    assert main(["plan", model, "--seq", "32", "--batch", "1", "--budget", "90%", "--out", str(tmp_path / "p")]) == 0
+    capsys.readouterr()
+
+
+def test_a_part_that_fails_costs_only_itself(devices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_copies(bench: Any, *, outward: bool) -> Any:
+        if outward:
+            raise RuntimeError("the link is down\nand more of it")
+        return real(bench, outward=outward)
+
+    real = calibrating._copies
+    monkeypatch.setattr(calibrating, "_copies", no_copies)
+    monkeypatch.setattr(calibrating, "_launch_seconds", lambda bench: float("nan"))
+    made = forecast.calibrate(torch.device("cpu"), effort=QUICK)
+    assert made.estimated == ("d2h_bytes_per_second", "launch_seconds")
+    assert made.device.flops_per_second and made.device.h2d_bytes_per_second > 0
+    assert len(made.notes) >= 2 and all("\n" not in note for note in made.notes)
+    assert any("copies to the host: could not be measured" in n and "the link is down" in n for n in made.notes)
+    made.save(path_of(made.device.name))
+    again = read(path_of(made.device.name))
+    mine = dataclasses.replace(NOMINAL_CPU, d2h_bytes_per_second=123e6, launch_seconds=None)
+    over = again.over(mine)
+    assert (over.d2h_bytes_per_second, over.launch_seconds) == (123e6, None)  # whoever asks keeps his own
+    assert over.h2d_bytes_per_second == made.device.h2d_bytes_per_second
+    assert over.name == mine.name and over.calibration
+
+
+def test_a_device_of_which_nothing_could_be_measured_has_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    for name in ("_launch_seconds", "_product_rates", "_move_rate", "_copies"):
+        monkeypatch.setattr(calibrating, name, broken)
+    with pytest.raises(Unsupported, match=r"nothing could be measured on cpu: .*an illegal memory access"):
+        forecast.calibrate(torch.device("cpu"), effort=QUICK)
+
+
+def test_usable_memory_is_read_when_all_else_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver takes for kernels and libraries comes with their first use."""
+    order: list[str] = []
+    for name in ("_workspace_bytes", "_product_rates", "_move_rate", "_usable_bytes"):
+        real = getattr(calibrating, name)
+        monkeypatch.setattr(calibrating, name, lambda *a, name=name, real=real: (order.append(name), real(*a))[1])
+    forecast.calibrate(torch.device("cpu"), effort=QUICK)
+    assert order == ["_workspace_bytes", "_product_rates", "_move_rate", "_usable_bytes"]
+
+
+def test_a_name_is_one_that_a_file_and_a_terminal_can_have(devices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(accelerator, "name_of", lambda _: "A card\x1b[31m\n")
+    assert accelerator.model_of(card) == "A card [31m"
+    for name in ("\u65e5\u672c", "x" * 500):
+        made = measured(name, gpu("h200"))
+        made.save(path_of(name))
+        assert found(name, kind="cuda", memory_bytes=gpu("h200").memory_bytes) is not None
 
 
 def test_the_variable_names_a_file_or_none(devices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,11 +514,12 @@ def test_what_a_card_has_left_is_what_its_driver_and_the_caps_leave(monkeypatch:
     monkeypatch.setattr(accelerator, "free_bytes", lambda _: 900 * MIB)
     monkeypatch.setattr(accelerator, "reserved_bytes", lambda _: 20 * MIB)
     monkeypatch.setattr(accelerator, "allocator_settings", lambda _: {})
-    assert calibrating._usable_bytes(card, 1000 * MIB) == (920 * MIB, {"not_usable": "80.0 MiB"})
+    said: dict[str, str] = {}
+    assert calibrating._usable_bytes(card, 1000 * MIB, said) == 920 * MIB and said == {"not_usable": "80.0 MiB"}
     monkeypatch.setattr(accelerator, "allocator_settings", lambda _: {"per_process_memory_fraction": "0.5"})
-    assert calibrating._usable_bytes(card, 1000 * MIB)[0] == 500 * MIB
+    assert calibrating._usable_bytes(card, 1000 * MIB, {}) == 500 * MIB
     monkeypatch.setattr(accelerator, "free_bytes", lambda _: None)
-    assert calibrating._usable_bytes(card, 1000 * MIB)[0] == 1000 * MIB
+    assert calibrating._usable_bytes(card, 1000 * MIB, {}) == 1000 * MIB
 
 
 def test_what_stays_allocated_is_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from tightfit.core import Device, InvalidInput, Unsupported
 from tightfit.forecast import Setup, lengths, recording
 from tightfit.forecast.advice import ERROR_CASES, WORST_ERROR
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, room_bytes
+from tightfit.plan.simulate import allocations
 
 ROOT = Path(__file__).parents[1]
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "forecast.py"))
@@ -79,7 +80,10 @@ def test_cuda_rounds_every_block_and_keeps_boolean_dropout_masks() -> None:
     assert all(value.size_bytes % 512 == 0 for value in recorded.values)
     masks = [v for op in recorded.ops if op.name == "aten.native_dropout.default" for v in op.outputs[1:]]
     assert masks and all(recorded.values[v].dtype == "bool" for v in masks)
-    assert recorded.static_bytes["workspace"] == 32 * 2**20
+    # the forward's thread has a cuBLAS handle, and so has autograd's; each handle has a workspace
+    assert recorded.static_bytes["workspace"] == 2 * 32 * 2**20
+    static, _ = allocations(recorded)
+    assert static[-2:] == [32 * 2**20] * 2  # a block each
     assert recorded.random_state_bytes == 0
 
 

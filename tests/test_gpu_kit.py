@@ -1,7 +1,7 @@
 """The kit for a card (`benchmarks/gpu`), as far as a CPU can run it.
 
 Its steps run here by the same code with tiny shapes. That a step which hangs or dies costs no result is tested with
-steps of the test's own, so that it takes no time. No card is needed, and none has run it yet.
+steps of the test's own, so that it takes no time. No card is needed.
 """
 
 from __future__ import annotations
@@ -59,9 +59,11 @@ def test_steps_run_dry(tmp_path: Path) -> None:
     assert [step["outcome"] for step in steps.values()] == ["done", "done"]
     facts, registered = steps["environment"]["rows"][:2]
     assert facts["facts"]["device"] == "cpu" and facts["facts"]["environment"]["torch"]
+    assert facts["facts"]["allocator"] == {}  # a card's settings stand here
     assert registered["registered"]["missing"] == []
     rows = steps["memory-B"]["rows"]
-    assert [row["mode"] for row in rows] == ["none", "tightfit, least, exact"]
+    assert [row["mode"] for row in rows] == ["none", "tightfit, least, exact", "tightfit, least, tiles"]
+    assert not rows[2]["forecast"]["exact"] and rows[1]["forecast"]["exact"]
     check_memory(rows)
 
 
@@ -92,6 +94,7 @@ def test_every_step_runs_dry(tmp_path: Path) -> None:
 NOTICES = """
 import sys
 sys.path[:0] = sys.argv[1:]
+from pathlib import Path
 import torch, steps
 from card import Card
 from torch import nn
@@ -122,7 +125,7 @@ def counted(*args, **kwargs):
     fetched[0] = 0  # what was fetched before is not compared with anything
     return race_of(*args, **kwargs)
 steps._race = counted
-(race,) = [row for row in steps.offload(Card(is_dry=True)) if "wrong_steps" in row]
+(race,) = [row for row in steps.offload(Card(is_dry=True, folder=Path("."))) if "wrong_steps" in row]
 assert fetched[0] > 100 and len(race["wrong_steps"]) == 1, (fetched, race)
 """
 
@@ -168,11 +171,13 @@ def runs(process: int) -> bool:
 def test_a_step_that_hangs_or_dies_costs_only_itself(tmp_path: Path) -> None:
     shutil.copy(KIT / "run.py", tmp_path)
     (tmp_path / "steps.py").write_text(STEPS, encoding="utf-8")
-    (tmp_path / "card.py").write_text("class Card:\n    def __init__(self, *, is_dry): pass\n", encoding="utf-8")
+    (tmp_path / "card.py").write_text(
+        "class Card:\n    def __init__(self, *, is_dry, folder): pass\n", encoding="utf-8"
+    )
     main = tmp_path / "main.py"
     main.write_text(
         "import sys, run\nif __name__ == '__main__':\n    run.PRELOADED = []\n"
-        "    run.LIMITS = {'well': 60, 'hangs': 2, 'dies': 60, 'raises': 60, 'after': 60}\n"
+        "    run.LIMITS, run.MOST_TIMES = {'well': 60, 'hangs': 2, 'dies': 60, 'raises': 60, 'after': 60}, 1\n"
         "    sys.exit(run.main(['--out', 'out', '--dry-run']))\n",
         encoding="utf-8",
     )
@@ -189,12 +194,90 @@ def test_a_step_that_hangs_or_dies_costs_only_itself(tmp_path: Path) -> None:
     assert not runs(steps["hangs"]["rows"][0]["child"])  # what a step has started ends with it
 
 
+def test_no_step_can_take_the_time_of_another() -> None:
+    run = kit_module("run")
+    names = list(run.LIMITS)
+    assert sum(run.LIMITS.values()) + run.START_SECONDS <= run.ALL_SECONDS <= 360
+    for hangs in (set(), {"gradients"}, {"compiled", "memory-A"}, set(names)):
+        left = run.ALL_SECONDS - run.START_SECONDS
+        for turn, name in enumerate(names):
+            limit = run.limit_of(name, names[turn + 1 :], left)
+            assert run.LIMITS[name] <= limit <= left, (hangs, name)
+            if name != names[-1]:
+                assert limit <= run.MOST_TIMES * run.LIMITS[name]
+            left -= limit if name in hangs else 1
+    # what was given up by quick steps is there for slow ones
+    assert run.limit_of("memory-D", ["compiled"], 200) == run.MOST_TIMES * run.LIMITS["memory-D"]
+    assert run.limit_of("compiled", [], 200) == 200
+    # where all of them begin late, the first are served
+    assert run.limit_of("environment", names[1:], run.ALL_SECONDS - 100) == run.LIMITS["environment"]
+    for uses in ("time", "offload", "compiled"):
+        assert names.index("calibration") < names.index(uses)
+
+
+def test_later_steps_reckon_with_what_was_calibrated(tmp_path: Path) -> None:
+    shutil.copy(KIT / "run.py", tmp_path)
+    (tmp_path / "steps.py").write_text(
+        "import os, run\nfrom pathlib import Path\n"
+        "def calibration(card):\n    yield {'file': os.environ['TIGHTFIT_CALIBRATION']}\n"
+        "    run.device_file(Path('out'), is_dry=True).write_text('{}')\n"
+        "def time(card):\n    yield {'file': os.environ['TIGHTFIT_CALIBRATION']}\n"
+        "STEPS = {'calibration': calibration, 'time': time}\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "card.py").write_text(
+        "class Card:\n    def __init__(self, *, is_dry, folder): pass\n", encoding="utf-8"
+    )
+    main = tmp_path / "main.py"
+    main.write_text(
+        "import sys, run\nif __name__ == '__main__':\n    run.PRELOADED = []\n"
+        "    sys.exit(run.main(['--out', 'out', '--dry-run', '--steps', 'calibration,time']))\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "device.json").write_text("{}")  # a card's: a dry run is not for it
+    (tmp_path / "out" / "dry-device.json").write_text("{}")  # of a run before
+    done = subprocess.run([sys.executable, str(main)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["steps"]
+    assert [steps[name]["rows"][0]["file"] for name in ("calibration", "time")] == ["none", "out/dry-device.json"]
+
+
+def test_a_run_says_its_commit_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = kit_module("run")
+    assert run.commit() is not None
+    for name in ("HERE", "ROOT"):
+        monkeypatch.setattr(run, name, tmp_path)  # no checkout, and what runs is not in it
+    assert run.commit() is None
+    (tmp_path / "carry").mkdir()
+    (tmp_path / "carry" / "commit").write_text("c0ffee\n", encoding="utf-8")
+    assert run.commit() == "c0ffee" == run.this_run(is_dry=False)["commit"]
+    (tmp_path / "carry" / "commit").write_text("\n", encoding="utf-8")  # prepared where there was no git
+    assert run.commit() is None
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda _: None)  # the checkout itself, copied without git
+    assert run.commit() is None
+    (tmp_path / "carry" / "commit").write_text("c0ffee\n", encoding="utf-8")
+    assert run.commit() == "c0ffee"
+    monkeypatch.setenv("PATH", str(tmp_path))  # a machine that has no git
+    assert run.commit() == "c0ffee" and run.git("log") == ""
+
+
+def test_a_wheel_has_not_the_commit_of_the_checkout_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = kit_module("run")
+    monkeypatch.setattr(run, "HERE", tmp_path)  # nothing was noted
+    spec = importlib.util.spec_from_file_location("tightfit", tmp_path / "tightfit" / "__init__.py")
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda _: spec)
+    assert run.commit() is None
+
+
 def test_a_step_ends_with_the_kit(tmp_path: Path) -> None:
     shutil.copy(KIT / "run.py", tmp_path)
     (tmp_path / "steps.py").write_text(
         STEPS.replace('"child": child.pid', '"step_id": os.getpid(), "child": child.pid')
     )
-    (tmp_path / "card.py").write_text("class Card:\n    def __init__(self, *, is_dry): pass\n", encoding="utf-8")
+    (tmp_path / "card.py").write_text(
+        "class Card:\n    def __init__(self, *, is_dry, folder): pass\n", encoding="utf-8"
+    )
     main = tmp_path / "main.py"
     main.write_text(
         "import sys, run\nif __name__ == '__main__':\n    run.PRELOADED = []\n    run.LIMITS = {'hangs': 60}\n"
@@ -268,6 +351,10 @@ def test_every_registered_plan_is_the_one_that_was_forecast() -> None:
             plan = json.loads(archive.read(name))
             plan = plan.get("plan", plan)
             assert said[case, mode]["peak_bytes"] == plan["peak_bytes"], name
+    for row in tables["D"]["rows"]:
+        for mode, forecast in row["modes"].items():  # under the cap that the kit sets
+            assert forecast.get("reserved_bytes", 0) <= row["room_bytes"], (row["case"], mode)
+            assert "reserved_bytes" in forecast or "registered" in forecast  # of before, without the cap: it says so
     for table in tables.values():
         assert table["date"] and table["commit"] and table["card"] and table["environment"]["torch"]
 
@@ -280,13 +367,15 @@ def test_the_page_tells_a_card_from_a_dry_run(tmp_path: Path, monkeypatch: pytes
     spec.loader.exec_module(generate)
     shutil.copy(RESULTS / "gpu_predictions.json", tmp_path)
     monkeypatch.setattr(generate, "RESULTS", tmp_path)
-    assert "No card has run tightfit yet" in generate.gpu_page()
+    assert "No card has run tightfit yet" in generate.gpu_page() and "No GPU has run" in generate.measured()
+    assert generate.kit_part().count("| not run |") == len(kit_module("run").LIMITS)
     forecast = {"allocated_bytes": 10**10, "reserved_bytes": 2 * 10**10}
     measured: dict[str, Any] = {
         "date": "2026-12-01T00:00:00", "commit": "c0ffee", "is_dry": True,
         "steps": {
             "environment": {"rows": [{"facts": {"name": "A card", "environment": {"torch": "2.11.0+cu130"}}}]},
             "memory-B": {
+                "outcome": "ended after its 25 seconds",
                 "rows": [
                     {
                         "case": "B-lora", "mode": "none", "forecast": forecast,
@@ -305,7 +394,8 @@ def test_the_page_tells_a_card_from_a_dry_run(tmp_path: Path, monkeypatch: pytes
     file.write_text(json.dumps({**measured, "is_dry": False}), encoding="utf-8")
     page = generate.gpu_page()
     assert "One card has run tightfit: A card, on 2026-12-01, with torch 2.11.0+cu130, at commit c0ffee." in page
-    assert "No card" not in page
+    assert "No card" not in page and "No GPU has run" not in generate.measured()
+    assert "| ended after its 25 seconds; 1 of 2 rows failed |" in page and "| not run |" in page
     assert "| B-lora | no checkpointing | 10.00 GB / 20.00 GB | 8.00 GB / 20.00 GB | +25.0% / +0.0% |" in page
     assert "| B-nf4 | no checkpointing | | OutOfMemoryError | |" in page
     steps = measured["steps"]

@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from tightfit import accelerator
 from tightfit.step.environment import environment
 from tightfit.verify.peak import PeakMeter
 
@@ -33,12 +35,12 @@ class Peak:
 
 
 class Card:
-    """`is_dry`: tiny shapes on the CPU, whatever this machine has."""
+    """`is_dry`: tiny shapes on the CPU, whatever this machine has. `folder`: where the results go."""
 
-    def __init__(self, *, is_dry: bool) -> None:
+    def __init__(self, *, is_dry: bool, folder: Path) -> None:
         if not is_dry and not torch.cuda.is_available():
             raise SystemExit("torch finds no CUDA device here: run with --dry-run, or on a machine that has one")
-        self.is_dry = is_dry
+        self.is_dry, self.folder = is_dry, folder
         self.device = torch.device("cpu") if is_dry else torch.device("cuda", 0)
 
     @property
@@ -116,7 +118,10 @@ class Card:
 
     def facts(self) -> dict[str, Any]:
         """What a result depends on."""
-        said: dict[str, Any] = {"environment": environment(), "is_dry": self.is_dry, "device": str(self.device)}
+        said: dict[str, Any] = {
+            "environment": environment(), "is_dry": self.is_dry, "device": str(self.device),
+            "allocator": accelerator.allocator_settings(self.device),
+        }  # fmt: skip
         if self.is_cuda:
             properties = torch.cuda.get_device_properties(self.device)
             free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
@@ -126,7 +131,6 @@ class Card:
                 "capability": list(torch.cuda.get_device_capability(self.device)),
                 "processors": properties.multi_processor_count,
                 "context_bytes": total_bytes - free_bytes - torch.cuda.memory_reserved(self.device),
-                "allocator": torch.cuda.get_allocator_backend(),
             }  # fmt: skip
         return said
 

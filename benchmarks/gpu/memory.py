@@ -22,6 +22,7 @@ from cases import (
     EVERY_BLOCK,
     LEAST,
     LEAST_STEPPED,
+    LEAST_TILED,
     LONGEST,
     LONGEST_SETUP,
     MIDDLE,
@@ -127,7 +128,7 @@ def _plan(case: Case, mode: str) -> tuple[Plan | None, str]:
     text = kept_plans().get((case.name, mode))
     if text is not None:
         return tightfit.core.loads(Plan, text), "registered"
-    return plan_of(recorded(case, gpu(CARD)), mode), "made here"
+    return plan_of(recorded(case, gpu(CARD), tiles=mode == LEAST_TILED), mode), "made here"
 
 
 def _against(forecast: dict[str, Any] | None, measured: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _memory(card: Card, table: str, modes: tuple[str, ...], most: int = 1 << 62)
             if mode not in case.modes:
                 continue
             if card.is_dry:
-                trace = recorded(case, None)
+                trace = recorded(case, None, tiles=mode == LEAST_TILED)
                 plan, origin = plan_of(trace, mode), "made here"
                 forecast: dict[str, Any] | None = forecast_of(trace, plan)
             else:
@@ -177,17 +178,17 @@ def _memory(card: Card, table: str, modes: tuple[str, ...], most: int = 1 << 62)
 
 def memory_a(card: Card) -> Rows:
     """Table A: Llama-2-7B in 4 bits from 1k to 32k tokens."""
-    yield from _memory(card, "A", (EVERY_BLOCK, LEAST, NONE))
+    yield from _memory(card, "A", (EVERY_BLOCK, LEAST, NONE, LEAST_TILED))
 
 
 def memory_b(card: Card) -> Rows:
     """Table B: Llama-2-7B with LoRA on query and value, in bf16 and in 4 bits."""
-    yield from _memory(card, "B", (NONE, LEAST, EVERY_BLOCK))
+    yield from _memory(card, "B", (NONE, LEAST, LEAST_TILED, EVERY_BLOCK))
 
 
 def memory_c(card: Card) -> Rows:
     """Table C: Llama-3.2-3B, full, LoRA and QLoRA."""
-    yield from _memory(card, "C", (NONE, EVERY_BLOCK, LEAST_STEPPED, LEAST))
+    yield from _memory(card, "C", (NONE, EVERY_BLOCK, LEAST_STEPPED, LEAST, LEAST_TILED))
 
 
 def memory_s(card: Card) -> Rows:
@@ -207,7 +208,7 @@ def memory_d(card: Card) -> Rows:
         plans = {("D-tiny", LEAST): plan}
     else:
         rows, plans = list(registered("D").values()), {}
-    for mode in (LEAST, EVERY_BLOCK):
+    for mode in (LEAST, EVERY_BLOCK, LEAST_TILED):
         for row in rows:
             forecast = row["modes"].get(mode)
             if not forecast or not forecast["tokens"]:

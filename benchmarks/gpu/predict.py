@@ -10,7 +10,6 @@ steps measure the same cases against it. Nothing is tuned afterwards: a forecast
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -32,6 +31,7 @@ from cases import (
     plan_of,
     recorded,
 )  # fmt: skip
+from run import git
 
 from tightfit.catalog import gpu
 from tightfit.core import Device, Plan, Trace
@@ -110,7 +110,7 @@ def longest(
         return {"tokens": 0}, None
     tokens, made, trace = best
     searched_to = None if high > most // STEP else high * STEP
-    return {"tokens": tokens, "searched_to": searched_to} | forecast_of(trace, made), made
+    return {"tokens": tokens, "searched_to": searched_to} | forecast_of(trace, made, room_bytes), made
 
 
 def _meets(known: list[tuple[int, int, int]], column: int, room_bytes: int) -> int:
@@ -122,6 +122,8 @@ def _meets(known: list[tuple[int, int, int]], column: int, room_bytes: int) -> i
 
 
 def of_longest(plans: Plans, modes: tuple[str, ...] = MODES) -> list[dict[str, Any]]:
+    """The rows of table D. Each search begins at the length that was registered before, if one was."""
+    before = {row["case"]: row["modes"] for row in _kept().get("D", {}).get("rows", ())}
     known: dict[tuple[int, bool], Trace] = {}
 
     def traced(seq: int, tiles: bool) -> Trace:
@@ -142,7 +144,9 @@ def of_longest(plans: Plans, modes: tuple[str, ...] = MODES) -> list[dict[str, A
         for row in rows:
             room = row["room_bytes"]
             per_token = 2_600_000 if mode == EVERY_BLOCK else 1_600_000 if mode == LEAST else 360_000
-            first = max(1024, (room - 66 * 10**8) // per_token)
+            first = before.get(row["case"], {}).get(mode, {}).get("tokens") or max(
+                1024, (room - 66 * 10**8) // per_token
+            )
             # a trace with tiles takes several times as long, so fewer are looked at
             found, made = longest(traced, mode, room, first=first, probes=2 if mode == LEAST_TILED else 9)
             row["modes"][mode] = found
@@ -156,14 +160,21 @@ def of_longest(plans: Plans, modes: tuple[str, ...] = MODES) -> list[dict[str, A
 
 
 def commit() -> str:
-    """The last commit that changed what a forecast is made of."""
-    asked = ["git", "log", "-1", "--format=%H", "--", "src"]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """The last commit that changed what a forecast is made of. Refuses to register where git does not say it."""
+    found = git("log", "-1", "--format=%H", "--", "src")
+    if not found:
+        raise SystemExit(f"git tells no commit of {ROOT}, and a forecast is registered with one: run it in a checkout")
+    return found
+
+
+def _kept() -> dict[str, Any]:
+    """What is registered now, by table."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return found
 
 
 def registered(table: str) -> dict[str, Any]:
-    said = TABLES[table]
+    said, of_commit = TABLES[table], commit()
     plans: Plans = {}
     rows = of_longest(plans) if table == "D" else []
     for case in said.cases:
@@ -172,7 +183,7 @@ def registered(table: str) -> dict[str, Any]:
     keep_plans(plans)
     return {
         "title": said.title, "source": said.source, "assumed": list(said.assumed),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "card": CARD,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": of_commit, "card": CARD,
         "environment": environment(), "rows": rows,
     }  # fmt: skip
 
@@ -180,7 +191,7 @@ def registered(table: str) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     for table in arguments or list(TABLES):
         made = registered(table)
-        found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        found = _kept()
         found = {name: each for name in TABLES if (each := made if name == table else found.get(name))}
         temporary = RESULTS.with_suffix(".json.part")
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -6,9 +6,10 @@
     python benchmarks/gpu/run.py --out runs/gpu --fold          # only make results.json of the lines that are there
 
 The steps stand in `LIMITS`, the most important first. Each is a process of its own with a limit of its own, so
-that one which hangs or crashes costs only itself. A step writes each result as a line of `lines.jsonl` when it has it,
-and what is there when time is up stays. At the end the lines are folded into `results.json`, with the outcome of every
-step. A second call with the same `--out` appends.
+that one which hangs or crashes costs only itself. All limits together are within the six minutes, so a step cannot take
+the time of a later one: it may only take what earlier ones have left. A step writes each result as a line of
+`lines.jsonl` when it has it, and what is there when time is up stays. At the end the lines are folded into
+`results.json`, with the outcome of every step. A second call with the same `--out` appends.
 
 Exit status: 0 if every step ended well and no row of one failed, 1 if not, 2 for wrong input.
 """
@@ -38,29 +39,39 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-#: The steps, the most important first, and the seconds that each may take. `steps.STEPS` says what they do; it needs
+#: The steps, the most important first, and the seconds that each is sure of. `steps.STEPS` says what they do; it needs
 #: torch, which this process does without: only the process that the steps are forked from spends time on importing it.
 LIMITS: dict[str, float] = {
-    "environment": 30,
-    "repeatability": 35,
-    "gradients": 60,
-    "memory-B": 45,
-    "memory-C": 45,
-    "memory-A": 50,
-    "time": 45,
-    "overhead": 20,
-    "calibration": 60,
-    "offload": 60,
-    "nf4": 30,
-    "memory-D": 75,
-    "compiled": 100,
-    "memory-S": 40,
+    "environment": 10,
+    "repeatability": 15,
+    "gradients": 40,
+    "calibration": 25,  # before `time`, `offload` and `compiled`, whose plans reckon with it
+    "memory-B": 25,
+    "memory-C": 25,
+    "memory-A": 30,
+    "time": 25,
+    "offload": 25,
+    "memory-D": 30,
+    "nf4": 15,
+    "overhead": 10,
+    "memory-S": 10,
+    "compiled": 45,  # takes whatever is left, since nothing comes after it
 }
 ALL_SECONDS = 360
+#: Of them, for importing what all steps need and for ending steps that hang.
+START_SECONDS = 30
+#: A step may take so many times its limit of what earlier ones have left over.
+MOST_TIMES = 3
+assert sum(LIMITS.values()) + START_SECONDS <= ALL_SECONDS
 #: A step is not begun with less than this left.
 LEAST_SECONDS = 5
 #: Read once, by the process that the steps are forked from.
 PRELOADED = ["torch", "transformers", "steps"]
+
+
+def device_file(folder: Path, *, is_dry: bool) -> Path:
+    """What the step `calibration` has measured: of the card, or in a dry run of the CPU."""
+    return folder / ("dry-device.json" if is_dry else "device.json")
 
 
 class Lines:
@@ -117,7 +128,10 @@ def run_step(name: str, is_dry: bool, folder: str) -> None:
         import steps
         from card import Card
 
-        for record in steps.STEPS[name](Card(is_dry=is_dry)):
+        measured = device_file(Path(folder), is_dry=is_dry)
+        # the plans of later steps reckon with it; no file of the user's is taken
+        os.environ["TIGHTFIT_CALIBRATION"] = str(measured) if measured.exists() else "none"
+        for record in steps.STEPS[name](Card(is_dry=is_dry, folder=Path(folder))):
             lines.append({"step": name, **record})
     except BaseException as error:
         traceback.print_exc()
@@ -161,6 +175,13 @@ def end(process: Any) -> None:
     process.join(10)
 
 
+def limit_of(name: str, later: list[str], left: float) -> float:
+    """The seconds that `name` may take of the `left` ones: its own, and what is not promised to the steps after it."""
+    own = LIMITS[name]
+    spare = left - sum(LIMITS[each] for each in later)
+    return min(left, max(own, spare if not later else min(spare, MOST_TIMES * own)))
+
+
 def run(names: list[str], is_dry: bool, folder: Path, all_seconds: float, step_seconds: float | None) -> bool:
     lines = Lines(folder / "lines.jsonl")
     started = time.monotonic()
@@ -169,14 +190,16 @@ def run(names: list[str], is_dry: bool, folder: Path, all_seconds: float, step_s
         print("torch finds no CUDA device on this machine: run where there is one, or with --dry-run", file=sys.stderr)
         raise SystemExit(2)
     well = True
-    for name in names:
+    if "calibration" in names:  # measured anew
+        device_file(folder, is_dry=is_dry).unlink(missing_ok=True)
+    for turn, name in enumerate(names):
         left = all_seconds - (time.monotonic() - started)
         if left < LEAST_SECONDS:
             lines.append({"step": name, "outcome": "not begun: no time was left", "seconds": 0.0})
             well = False
             continue
         begun = time.monotonic()
-        limit = min(left, LIMITS[name] if step_seconds is None else step_seconds)
+        limit = limit_of(name, names[turn + 1 :], left) if step_seconds is None else min(left, step_seconds)
         process = context.Process(target=run_step, args=(name, is_dry, str(folder)))
         process.start()
         process.join(limit)
@@ -194,18 +217,22 @@ def run(names: list[str], is_dry: bool, folder: Path, all_seconds: float, step_s
     return well
 
 
+def git(*asked: str) -> str:
+    """What git says of this checkout; empty where there is no git, or no checkout."""
+    with contextlib.suppress(OSError):
+        done = subprocess.run(["git", *asked], cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return ""
+
+
 def commit() -> str | None:
-    """The commit of this checkout, or the one that `prepare.py` has noted; None where neither is known."""
+    """The commit of what runs: of this checkout, or the one that `prepare.py` has noted; None where it is not known."""
     found = importlib.util.find_spec("tightfit")
     is_checkout = found is None or found.origin is None or ROOT in Path(found.origin).resolve().parents
-    if not is_checkout and (noted := noted_commit()):  # what runs is the wheel that travelled
-        return noted
-    asked = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.strip()
-    return noted_commit()
+    if not is_checkout:  # what runs is the wheel that travelled
+        return noted_commit()
+    return git("describe", "--always", "--dirty", "--abbrev=40") or noted_commit()
 
 
 def noted_commit() -> str | None:

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from card import Card
-from cases import EVERY_BLOCK, LEAST, MIDDLE, MODEL_OF_TIME, NONE, Case, plan_of, step_of
+from cases import EVERY_BLOCK, LEAST, LEAST_TILED, MIDDLE, MODEL_OF_TIME, NONE, Case, plan_of, step_of
 from memory import failed, memory_a, memory_b, memory_c, memory_d, memory_s, what_is_registered
-from run import LIMITS
+from run import LIMITS, device_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +33,7 @@ from tightfit.core import BudgetInfeasible, Plan, dumps
 from tightfit.device.allocator import CachingAllocator
 from tightfit.engine.checksum import checksum
 from tightfit.forecast import Setup, calibrate
+from tightfit.forecast.calibrating import Effort
 from tightfit.step.ops import UNWRITTEN, op_name
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.run import compute_loss, tensors_in
@@ -64,7 +65,9 @@ def _repeatable_products() -> None:
 
 
 def environment_step(card: Card) -> Rows:
-    """Versions and card; cuBLAS's workspaces; the caching allocator against its model."""
+    """Versions, card and the allocator's settings; which forecasts are registered; the caching allocator against
+    `tightfit.device.allocator`; cuBLAS's workspaces in the calling thread and in backward's; what pinned requests take.
+    """
     yield {"facts": card.facts()}
     yield {"registered": what_is_registered()}
     yield {"allocator": _allocator(card)}  # first, while nothing else has left segments behind
@@ -198,7 +201,8 @@ def _small(card: Card, kind: str, dtype: str = "bf16", method: str = "full", seq
 
 
 def repeatability(card: Card) -> Rows:
-    """Two runs of the plain step, op by op: where bits differ without any plan, no plan can be held to them."""
+    """The plain step twice, op by op, with the default kernels and the deterministic ones: which ops give other bits
+    from the same arguments. Where bits differ without any plan, no plan can be held to them."""
     _repeatable_products()
     for kind, method in (("gpt2", "full"), ("llama", "lora")):
         model, batch, _ = step_of(_small(card, kind, method=method), card.device)
@@ -225,14 +229,14 @@ def _loss_of(case: Case, card: Card) -> Any:
     return loss
 
 
-def _proofs(card: Card, case: Case, modes: tuple[str, ...], kernels: tuple[str, ...]) -> Rows:
+def _proofs(card: Card, case: Case, modes: tuple[str, ...], kernels: tuple[str, ...], *, tiles: bool = False) -> Rows:
     model, batch, optimizer = step_of(case, card.device)
     loss = _loss_of(case, card)
     for kernel in kernels:
         with deterministic(kernel == "deterministic"):
             row: dict[str, Any] = {"case": case.name, "kernels": kernel}
             try:
-                trace = tightfit.trace(model, batch, loss=loss, optimizer=optimizer, tiles=False)
+                trace = tightfit.trace(model, batch, loss=loss, optimizer=optimizer, tiles=tiles)
             except Exception as error:
                 yield row | failed(error)
                 continue
@@ -258,7 +262,8 @@ def _proof(model: Any, batch: Any, plan: Plan | None, loss: Any, optimizer: Any)
 
 
 def gradients(card: Card) -> Rows:
-    """Every gradient bit by bit under plans; with deterministic kernels nothing is excused."""
+    """Every gradient bit by bit under plans: GPT-2 with dropout, Llama with LoRA; fp32, bf16, autocast. With
+    deterministic kernels nothing is excused. Then a plan with tiles, piece by piece against float64."""
     _repeatable_products()
     modes, kernels = (EVERY_BLOCK, MIDDLE, LEAST), ("deterministic", "default")
     cases = (
@@ -269,6 +274,7 @@ def gradients(card: Card) -> Rows:
         modes, kernels, cases = modes[:2], kernels[:1], cases[:3]
     for kind, dtype, method in cases:
         yield from _proofs(card, _small(card, kind, dtype, method), modes, kernels)
+    yield from _proofs(card, _small(card, "llama", method="lora"), (LEAST_TILED,), kernels[:1], tiles=True)
 
 
 # ------------------------------------------------------------------------------------------------------- time
@@ -304,7 +310,8 @@ def _peak_and_way(card: Card, model: Any, batch: Any, context: Callable[[], Any]
 
 
 def time_step(card: Card) -> Rows:
-    """Seconds of a step by each peer, and by tightfit at the peer's own measured peak."""
+    """Seconds of a step without checkpointing, with every block, with torch's selective checkpointing, and by tightfit
+    at the peak that each of these was measured at."""
     repeats = 2 if card.is_dry else 10
     for kind, method in (("llama", "lora"), ("gpt2", "full"))[: 1 if card.is_dry else 2]:
         case = _small(card, kind, method=method, seq=1024 if kind == "gpt2" else 2048)
@@ -364,16 +371,19 @@ def overhead_step(card: Card) -> Rows:
 
 
 def calibration(card: Card) -> Rows:
-    """What `tightfit calibrate` measures of the device, in a process that has not used it yet. Nothing is kept of it,
-    so the registered forecasts stay what they are."""
-    yield {"calibration": json.loads(dumps(calibrate(card.device)))}
+    """What `tightfit calibrate` measures of the device, in a process that has not used it yet. The plans that later
+    steps make reckon with it; registered forecasts and plans stay what they are."""
+    made = calibrate(card.device, effort=Effort(whole_seconds=12))
+    yield {"calibration": json.loads(dumps(made))}
+    made.save(device_file(card.folder, is_dry=card.is_dry))
 
 
 # ---------------------------------------------------------------------------------------------------- offload
 
 
 def offload(card: Card) -> Rows:
-    """How much of the copies is hidden behind the compute; then many steps under a checksum."""
+    """How much of the copies is hidden behind the compute; then 200 steps whose gradients must all have the same
+    checksum, while other blocks are written and freed between them."""
     _repeatable_products()
     case = _small(card, "llama", method="lora", seq=2048)
     model, batch, _ = step_of(case, card.device)
@@ -473,7 +483,7 @@ def _race(card: Card, model: Any, run: Callable[[], None], resumed: Callable[[],
 
 
 def compiled(card: Card) -> Rows:
-    """A compiled step by torch's own budget, and by tightfit's plan at its peak; and the proof of the plan."""
+    """A compiled step by torch's `activation_memory_budget`, and by tightfit at its peak; the proof of the plan."""
     import torch._functorch.config as functorch_config
 
     backend = "aot_eager_decomp_partition" if card.is_dry else "inductor"
@@ -513,7 +523,7 @@ def compiled(card: Card) -> Rows:
 
 
 def nf4(card: Card) -> Rows:
-    """4-bit weights with LoRA: gradients, peak and forecast, with bitsandbytes' own kernels."""
+    """4-bit weights with LoRA under plans, by bitsandbytes' own kernels, if it travelled."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -531,16 +541,16 @@ STEPS: dict[str, Callable[[Card], Rows]] = {
     "environment": environment_step,
     "repeatability": repeatability,
     "gradients": gradients,
+    "calibration": calibration,
     "memory-B": memory_b,
     "memory-C": memory_c,
     "memory-A": memory_a,
     "time": time_step,
-    "overhead": overhead_step,
-    "calibration": calibration,
     "offload": offload,
-    "nf4": nf4,
     "memory-D": memory_d,
-    "compiled": compiled,
+    "nf4": nf4,
+    "overhead": overhead_step,
     "memory-S": memory_s,
+    "compiled": compiled,
 }
 assert list(STEPS) == list(LIMITS)

@@ -25,6 +25,26 @@ def test_pages_are_up_to_date() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+#: That no card has run something. It would stay where it stands when one has.
+BY_HAND = re.compile(
+    r"\b(no (gpu|card) has (run|measured|been)|none has run it|never run on a gpu|(cuda|offload) was never run"
+    r"|only cpus have run)\b",
+    re.IGNORECASE,
+)
+
+
+def test_that_no_card_has_run_is_said_by_results_alone(generate: ModuleType) -> None:
+    """`gpu_measured.json` of the first session takes it out of every page, because no page says it by itself."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    own = {ROOT / "CHANGELOG.md", ROOT / "docs" / "log.md", generate.GPU, Path(__file__)}  # two tell of their day
+    own |= {ROOT / "tests" / "test_gpu_kit.py", ROOT / "docs" / "generate.py"}
+    for path in {*pages, *sources} - own:
+        text = generate.MEASURED.sub("", path.read_text(encoding="utf-8"))
+        found = BY_HAND.search(" ".join(text.split()))
+        assert not found, f"{path}: {found and found[0]}: link to docs/gpu.md"
+
+
 # ----------------------------------------------------------------------------- the picture of the packages
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom

@@ -90,6 +90,33 @@ def test_the_order_of_the_copies(told: list[str]) -> None:
     assert told[4].startswith("compute waits for event") and "of back" in told[4]
 
 
+def test_who_takes_a_buffer_waits_for_the_last_copy_out_of_it(told: list[str]) -> None:
+    """The copy may be of another thread's stream, which this one does not wait for otherwise."""
+    device, pool = torch.device("cpu"), Pool()
+
+    def given_back() -> str:
+        parcel = pool.store(torch.randn(100))
+        assert parcel is not None
+        parcel.fetch()
+        arrived = told[-1].removeprefix("compute waits for ")
+        parcel.give_back()
+        told.clear()
+        assert "of back" in arrived
+        return arrived
+
+    arrived = given_back()
+    assert pool.store(torch.randn(100)) is not None
+    assert f"out waits for {arrived}" in told
+    arrived = given_back()
+    room = pool.room(400, device)
+    assert room is not None and told == [f"compute waits for {arrived}"]
+    pool.room_is_free(room, device)
+    told.clear()
+    assert pool.store(torch.randn(100)) is not None
+    # what was copied out of the room comes first
+    assert any(line.startswith("out waits for event") and line.endswith("of compute") for line in told)
+
+
 def test_all_pools_have_the_same_streams(told: list[str]) -> None:
     device = torch.device("cpu")
     assert Pool().lanes(device) is Pool().lanes(device)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tightfit
@@ -25,6 +26,8 @@ CHANGES: dict[str, Callable[[], Any]] = {
     "sums in bf16": lambda: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
     "cuDNN off": lambda: setattr(torch.backends.cudnn, "enabled", False),
     "determinism": lambda: torch.use_deterministic_algorithms(True, warn_only=True),
+    "another BLAS": lambda: torch.backends.cuda.preferred_blas_library("ck"),
+    "attention in another order": lambda: torch._C._set_sdp_priority_order([0, 1, 2, 3, 4]),
     "oneDNN off": lambda: torch._C._set_mkldnn_enabled(False),
 }
 
@@ -115,3 +118,28 @@ def test_bits_follow_the_switch() -> None:
     expected = gradients(block)
     found = gradients(lambda given: tightfit.checkpoint(block, given))
     assert all(map(torch.equal, expected, found)) and len(expected) == len(found) == 4
+
+
+def test_the_order_of_sdpa_kernel_comes_back() -> None:
+    """What `sdpa_kernel` leaves around a forward is put in for its replay, and taken out again."""
+    kinds = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
+    seen: list[list[int]] = []
+
+    def attention(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch._C._get_sdp_priority_order())
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    usual = torch._C._get_sdp_priority_order()
+    x = torch.randn(1, 2, 8, 4, requires_grad=True)
+    with sdpa_kernel(kinds, set_priority=True):
+        inside = torch._C._get_sdp_priority_order()
+        loss = tightfit.checkpoint(attention, x).sum()
+    loss.backward()
+    assert inside != usual and seen == [inside, inside]
+    assert torch._C._get_sdp_priority_order() == usual
+
+
+def test_a_preferred_linalg_library_is_a_switch() -> None:
+    """A build for CPUs cannot be set to another one, so what is asked is whether it would be."""
+    wanted: Any = {"linalg": torch._C._get_linalg_preferred_backend(), "blas": torch._C._get_blas_preferred_backend()}
+    assert all(value in numerics.switches() for value in wanted.values())

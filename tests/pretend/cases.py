@@ -464,6 +464,70 @@ def a_wait_that_is_left_out_is_seen() -> None:
     assert is_right()
 
 
+@case
+def a_buffer_that_is_still_read_is_not_written() -> None:
+    """Another stream, as of another thread, gets a buffer whose content is on its way to the first one."""
+    here = torch.device("pretend:0")
+    other = accelerator.new_stream(here)
+
+    def forced(stream: Any) -> None:
+        """All of `stream` is done, and of other streams no more than it waits for."""
+        event = stream.record_event()
+        event.synchronize()
+
+    def taken_by_a_parcel(pool: Pool) -> None:
+        parcel = pool.store(torch.zeros(300, device=here))
+        assert parcel is not None
+        forced(offload._lanes_of(here).outward)
+        parcel.land()
+
+    def taken_as_room(pool: Pool) -> None:
+        room = pool.room(4 * 300, here)
+        assert room is not None
+        room[: 4 * 300].copy_(torch.zeros(300, device=here).view(torch.uint8))
+
+    def is_right(taken: Callable[[Pool], None], *, of_room: bool = False) -> bool:
+        for order, _ in ORDERS:
+            pool = Pool()
+            control().order(order, 1)
+            start = torch.randn(300, device=here)
+            if of_room:
+                room = pool.room(4 * 300, here)
+                assert room is not None
+                room[: 4 * 300].copy_(start.view(torch.uint8))
+                back = torch.empty(4 * 300, dtype=torch.uint8, device=here).copy_(room[: 4 * 300], non_blocking=True)
+                pool.room_is_free(room, here)
+            else:
+                parcel = pool.store(start * 1)
+                assert parcel is not None
+                forced(offload._lanes_of(here).outward)  # else it would be written once more, behind the other one
+                parcel.land()
+                back = parcel.fetch()
+                parcel.give_back()
+            taken_bytes = pool.taken_bytes
+            with accelerator.on_stream(other):
+                taken(pool)
+            assert pool.taken_bytes == taken_bytes  # it is the same buffer
+            if not torch.equal(back.view(torch.float32).cpu(), start.cpu()):
+                return False
+        return True
+
+    ways = [(taken, of_room) for taken in (taken_by_a_parcel, taken_as_room) for of_room in (False, True)]
+    for taken, of_room in ways:
+        assert is_right(taken, of_room=of_room), (taken.__name__, of_room)
+    lanes = offload._lanes_of(here)
+    with replaced(lanes, "outward", _Deaf(lanes.outward, "wait_event")):
+        assert not is_right(taken_by_a_parcel), "out, after the last copy back"
+    with replaced(Pool, "give_back", lambda self, parcel, last_read: _given(self, parcel)):
+        assert not is_right(taken_by_a_parcel), "a parcel, and nobody says until when it is read"
+        assert not is_right(taken_as_room), "room, and nobody says until when it is read"
+
+
+def _given(pool: Pool, parcel: Any) -> None:
+    pool.stored_bytes -= parcel.buffer.numel()
+    pool._free[parcel.device, parcel.buffer.numel()].append((parcel.buffer, None))
+
+
 class _Deaf:
     """A stream that does not wait when it is told to by one of its methods."""
 

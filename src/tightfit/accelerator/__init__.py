@@ -184,14 +184,19 @@ def name_of(device: torch.device) -> str:
 def model_of(device: torch.device) -> str:
     """The name that tells its rates from those of another: the card's model, or the processor and torch's threads."""
     if is_card(device):
-        return name_of(device)
+        return _printable(name_of(device))
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
         processor = found[1].strip() if found else processor
     threads = torch.get_num_threads()
-    return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{_printable(processor)}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _printable(name: str) -> str:
+    """A name that goes into a file and onto a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in name).strip() or "a device without a name"
 
 
 def memory_bytes(device: torch.device) -> int | None:
@@ -329,27 +334,40 @@ def pinned_if_possible(size_bytes: int) -> torch.Tensor | None:
 # -------------------------------------------------------------------------------------------- memory
 
 
-@functools.cache
 def counts_peak(device: torch.device) -> bool:
     """Does its allocator keep the most bytes that were ever live? Metal's does not, the host has none that counts.
 
-    Tried out once, on a block of a known size: where no allocator is asked, torch answers zero and raises nothing.
+    Tried out, on a block of a known size: where no allocator is asked, torch answers zero and raises nothing. A peak
+    is forgotten for that, so this is asked where one is measured next. A device that counts is not tried again; one
+    that does not may have been disturbed. Raises torch's error where the card has no room for the block.
     """
     if not is_card(device):
         return False
-    try:
-        before_bytes = peak_begun(device)
-        _take_and_free(device, _TRIED_BYTES)
-        return peak_risen_bytes(device, before_bytes) >= _TRIED_BYTES
-    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError):  # no such device, or no such count
-        return False
+    if device not in _counting and _counts_peak_now(device):
+        _counting.add(device)
+    return device in _counting
 
+
+#: Devices that were seen to count the peak.
+_counting: set[torch.device] = set()
 
 _TRIED_BYTES = 2**20
 
 
-def _take_and_free(device: torch.device, size_bytes: int) -> None:
-    torch.empty(size_bytes, dtype=torch.uint8, device=device)
+def _counts_peak_now(device: torch.device) -> bool:
+    try:
+        before_bytes = peak_begun(device)
+        _take(device, _TRIED_BYTES)
+        return peak_risen_bytes(device, before_bytes) >= _TRIED_BYTES
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError):  # no such device, or no such count
+        return False
+
+
+def _take(device: torch.device, size_bytes: int) -> Any:
+    """A block, which is free again when nobody holds it."""
+    return torch.empty(size_bytes, dtype=torch.uint8, device=device)
 
 
 def peak_unknown(device: torch.device) -> str:
@@ -384,11 +402,19 @@ def reserved_bytes(device: torch.device) -> int | None:
 
 
 def _counted(device: torch.device, name: str) -> int | None:
-    if not is_card(device) or not counts_peak(device):
+    """What its allocator answers; the peak that it keeps stays."""
+    if not is_card(device):
         return None
     synchronize(device)
     with contextlib.suppress(AssertionError, AttributeError, RuntimeError, TypeError, ValueError):
-        return int(_function(device.type, name)(device))
+        asked = _function(device.type, name)
+        counted = int(asked(device))
+        if counted:
+            return counted
+        held = _take(device, _TRIED_BYTES)  # nothing is live, or nothing counts
+        counts = int(asked(device)) > 0
+        del held
+        return 0 if counts else None
     return None
 
 

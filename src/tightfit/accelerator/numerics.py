@@ -1,4 +1,5 @@
-"""The process-wide switches that decide which bits a kernel gives: TF32, reduced precision, determinism, libraries.
+"""The process-wide switches that decide which bits a kernel gives: TF32, reduced precision, determinism, libraries and
+which of them is preferred, the order in which attention kernels are asked.
 
 A forward under one setting and its replay under another would not give the same bits, so a replay runs under the
 switches of its forward. Older and newer switches of torch stand for the same thing, and torch refuses to read an older
@@ -47,6 +48,18 @@ def _determinism() -> tuple[Callable[[], Any], Callable[[Any], None]]:
     return lambda: (_C._get_deterministic_algorithms(), _C._get_deterministic_algorithms_warn_only()), write
 
 
+def _attention_order() -> tuple[Callable[[], Any], Callable[[Any], None]] | None:
+    """What `sdpa_kernel(..., set_priority=True)` sets."""
+    if not hasattr(_C, "_set_sdp_priority_order"):
+        return None
+    return lambda: tuple(_C._get_sdp_priority_order()), lambda value: _C._set_sdp_priority_order(list(value))
+
+
+def _attention_kernel(name: str) -> tuple[Callable[[], Any], Callable[[Any], None]] | None:
+    read, write = getattr(_C, f"_get_{name}_sdp_enabled", None), getattr(_C, f"_set_sdp_use_{name}", None)
+    return None if read is None or write is None else (read, write)
+
+
 #: The older before the newer, and what stands for all before what stands for one: each setting may change later ones.
 _SWITCHES = tuple(
     found
@@ -63,6 +76,11 @@ _SWITCHES = tuple(
         _precision("generic", "all"),
         *(_precision(backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")),
         _determinism(),
+        *(_flag(name) for name in ("blas_preferred_backend", "linalg_preferred_backend")),
+        *((_flag("rocm_fa_preferred_backend"),) if torch.version.hip else ()),
+        _flag("cublaslt_prefer_grouped_gemm"),
+        _attention_order(),
+        *map(_attention_kernel, ("fa3", "overrideable")),
     )
     if found is not None
 )  # fmt: skip

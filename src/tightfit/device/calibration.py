@@ -6,8 +6,10 @@ device's name, and is found there by that name alone: a forecast for a card find
 
 Invariant: without a file everything is as if this module did not exist. A file is only ever used for the device that it
 was measured on, and whoever uses it says so (`Device.calibration`).
-Refused, in one line each (`InvalidInput`): a file that cannot be read, is none of these, has another schema version, or
-has a figure that no device can have; a file that was named for a step on another device.
+Refused, in one line each (`InvalidInput`): a file that was named and cannot be read, is none of these, has another
+schema version, or has a figure that no device can have; a file that was named for a step on another device. Where
+nobody named it, such a file is left out, with one line in the log: it came with an older release or was cut off, and a
+step must not fail for it.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import math
+import datetime
+import functools
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tightfit.core import Device, InvalidInput, dumps, loads, write_text
 
@@ -32,6 +37,32 @@ NO_FILE = "none"
 
 #: Two readings of one card's memory differ by what the driver and error correction take; two cards by more.
 _SAME_MEMORY = 0.12
+
+
+#: Least and most that any device has of what is measured, by orders of magnitude beyond those that there are.
+POSSIBLE: Mapping[str, tuple[float, float]] = {
+    "flops_per_second": (1e6, 1e18),
+    "memory_bytes_per_second": (1e6, 1e15),
+    "h2d_bytes_per_second": (1e5, 1e14),
+    "d2h_bytes_per_second": (1e5, 1e14),
+    "launch_seconds": (1e-9, 1.0),
+    "usable_bytes": (1, 2**50),
+    "workspace_bytes": (0, 2**40),
+}
+
+
+def require_possible(name: str, value: Any) -> None:
+    """Raise `InvalidInput` for a figure that no device can have. Of rates by dtype each one is asked."""
+    if isinstance(value, Mapping):
+        for dtype, rate in value.items():
+            _require_within(f"{name} of {dtype}", rate, *POSSIBLE[name])
+    else:
+        _require_within(name, value, *POSSIBLE.get(name, (2**20, 2**50)))
+
+
+def _require_within(name: str, value: float | None, least: float, most: float) -> None:
+    if value is None or not least <= value <= most:  # not a number is within nothing
+        raise InvalidInput(f"a calibration with {name} = {value}: expected {least:g} to {most:g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,27 +77,42 @@ class Calibration:
     settings: Mapping[str, str]  # of the allocator and the arithmetic, when it was measured
     environment: Mapping[str, str]
     notes: tuple[str, ...] = ()  # what could not be measured, each in one line
+    estimated: tuple[str, ...] = ()  # figures of `device` that could not be measured: whoever asks keeps his own
 
     def __post_init__(self) -> None:
-        rates = {
-            **{f"flops_per_second of {dtype}": rate for dtype, rate in self.device.flops_per_second.items()},
-            "memory_bytes": self.device.memory_bytes,
-            "memory_bytes_per_second": self.device.memory_bytes_per_second,
-            "h2d_bytes_per_second": self.device.h2d_bytes_per_second,
-            "d2h_bytes_per_second": self.device.d2h_bytes_per_second,
-            "launch_seconds": self.device.launch_seconds,
-            "usable_bytes": self.device.usable_bytes,
-        }
+        texts = [self.device.name, self.device.source, self.date, *self.notes, *self.spread]
+        texts += [each for pair in (*self.settings.items(), *self.environment.items()) for each in pair]
+        for text in texts:
+            if not text.isprintable():
+                raise InvalidInput(f"a calibration with control characters: {text!r}"[:200])
+        if not self.device.name.strip():
+            raise InvalidInput("a calibration without the name of its device")
+        try:
+            datetime.datetime.fromisoformat(self.date)
+        except ValueError:
+            raise InvalidInput(f"a calibration with date = {self.date!r}: expected one as 2026-11-28") from None
+        if unknown := sorted(set(self.estimated) - POSSIBLE.keys()):
+            raise InvalidInput(f"a calibration with {unknown[0]!r} among what was estimated: use {', '.join(POSSIBLE)}")
         if not self.device.flops_per_second:
             raise InvalidInput("a calibration without a rate of matrix products")
-        for name, value in rates.items():
-            if value is None or not 0 < value < math.inf:
-                raise InvalidInput(f"a calibration with {name} = {value}: expected a number above zero")
-        workspace_bytes = self.device.workspace_bytes
-        if workspace_bytes is not None and not 0 <= workspace_bytes <= self.device.memory_bytes:
-            raise InvalidInput(f"a calibration with workspace_bytes = {workspace_bytes}: expected 0 to memory_bytes")
-        if (self.device.usable_bytes or 0) > self.device.memory_bytes:
-            raise InvalidInput("a calibration with more usable_bytes than memory_bytes")
+        require_possible("memory_bytes", self.device.memory_bytes)
+        for name in POSSIBLE:
+            value = getattr(self.device, name)
+            if value is not None or name not in (*self.estimated, "workspace_bytes"):
+                require_possible(name, value)
+        if max(self.device.workspace_bytes or 0, self.device.usable_bytes or 0) > self.device.memory_bytes:
+            too_much = (
+                "usable_bytes" if (self.device.usable_bytes or 0) > self.device.memory_bytes else "workspace_bytes"
+            )
+            raise InvalidInput(f"a calibration with more {too_much} than memory_bytes")
+        for name, value in {**self.spread, "seconds": self.seconds, "samples": self.samples}.items():
+            if not 0 <= value < 1e9:
+                raise InvalidInput(f"a calibration with {name} = {value}: expected 0 or more")
+
+    def over(self, device: Device) -> Device:
+        """What was measured, under the name of `device`; what could not be measured as it is there."""
+        own = {name: getattr(device, name) for name in self.estimated}
+        return dataclasses.replace(self.device, name=device.name, **own)
 
     def save(self, path: Path) -> None:
         """Write to a temporary file and rename it; the folder is made if it is not there."""
@@ -86,7 +132,11 @@ def folder() -> Path:
 
 def path_of(name: str) -> Path:
     """The file of the device that is called `name`."""
-    return folder() / f"{'-'.join(_words(name))}.json"
+    return folder() / f"{'-'.join(_words(name))[:_LONGEST_NAME] or 'unnamed'}.json"
+
+
+#: Of a file, in letters: file systems take 255 bytes, and a temporary file's name is longer.
+_LONGEST_NAME = 160
 
 
 def read(path: str | Path) -> Calibration:
@@ -129,7 +179,7 @@ def found(
     """What was measured on the device called `name`, by its driver or in the catalog; None: nothing was.
 
     `driver_name`: what its driver calls it, where that has not the words of `name`. Raises `InvalidInput` for a file
-    that is none, and for one that was named and is another device's, but for `one_of_many` devices.
+    that was named and is none, or another device's, but for `one_of_many` devices.
     """
     file = _asked.get() or os.environ.get(VARIABLE, "")
     if file == NO_FILE:
@@ -146,11 +196,26 @@ def found(
         return made
     # the file's name is the device's, so no other file need be readable
     for path in sorted(folder().glob("*.json")):
-        if _is_named(path.stem, driver_name or name) or _words(path.stem) == _words(name):
-            made = read(path)
+        if path == path_of(name) or _is_named(path.stem, driver_name or name) or _words(path.stem) == _words(name):
+            try:
+                made = read(path)
+            except InvalidInput as error:
+                _leave_out(path, error)
+                continue
             if _is_same(made.device, driver_name or name, kind, memory_bytes):
                 return made
     return None
+
+
+@functools.cache
+def _said(line: str) -> None:
+    """Say `line` in the log, once."""
+    logging.getLogger("tightfit").warning("%s", line)
+
+
+def _leave_out(path: Path, error: InvalidInput) -> None:
+    reason = str(error) if str(path) in str(error) else f"the device file {str(path)!r}: {error}"
+    _said(f"{reason}; it is left out: run tightfit calibrate again, or delete it")
 
 
 def calibrated(device: Device, *, driver_name: str = "", one_of_many: bool = False) -> Device:
@@ -159,7 +224,7 @@ def calibrated(device: Device, *, driver_name: str = "", one_of_many: bool = Fal
         device.name, kind=device.kind, memory_bytes=device.memory_bytes, driver_name=driver_name,
         one_of_many=one_of_many,
     )  # fmt: skip
-    return device if made is None else dataclasses.replace(made.device, name=device.name)
+    return device if made is None else made.over(device)
 
 
 def _is_same(measured: Device, name: str, kind: str, memory_bytes: int) -> bool:

@@ -22,8 +22,8 @@ Invariants:
 Refused: a file system without room for what is to be spilled (`TightfitError`, before anything is overwritten). The
 file has no name, so it is gone with the process, however the process ends.
 
-No GPU has run the streams yet. `tests/engine/test_pretend.py` runs them on a card that does not exist, which copies as
-late as the rules of streams allow.
+docs/gpu.md says what a card has run of the streams. `tests/engine/test_pretend.py` runs them on a card that does not
+exist, which copies as late as the rules of streams allow.
 """
 
 from __future__ import annotations
@@ -96,15 +96,19 @@ class Pool:
         None: there is no room left."""
         size_bytes = -(-size_bytes // _GRANULE_BYTES) * _GRANULE_BYTES
         waiting = self._free[device, size_bytes]
-        buffer = waiting.pop()[0] if waiting else self._buffer(size_bytes, device)
+        buffer, last_read = waiting.pop() if waiting else (self._buffer(size_bytes, device), None)
+        if last_read is not None:
+            accelerator.running_stream(device).wait_event(last_read)
         if buffer is not None:
             self.stored_bytes += size_bytes
             self.most_bytes = max(self.most_bytes, self.stored_bytes)
         return buffer
 
     def room_is_free(self, buffer: torch.Tensor, device: torch.device) -> None:
+        """What this thread's stream copies out of it already comes before whatever is written there next."""
         self.stored_bytes -= buffer.numel()
-        self._free[device, buffer.numel()].append((buffer, None))
+        last_read = accelerator.running_stream(device).record_event() if self.lanes(device) is not None else None
+        self._free[device, buffer.numel()].append((buffer, last_read))
 
     def give_back(self, parcel: Parcel, last_read: Any) -> None:
         self.stored_bytes -= parcel.buffer.numel()

@@ -4,8 +4,13 @@ Each rate is the slope of a line through the times of several sizes, and each ti
 runs. The line is Theil's and Sen's, the median of the slopes between all pairs, so that a few disturbed times do not
 move it. The spread that goes with a figure says how far the times lie from the line.
 
-Invariant: what is taken of the device is given back, and random states are as before. A figure that could not be
-measured is none, and a note says so. Refused: a device whose memory torch does not tell (`Unsupported`).
+Invariant: what is taken of the device is given back, and random states are as before. Each figure is a part of its own:
+one that could not be measured, or that no device can have, is named in `Calibration.estimated` and a note says why, and
+the others stay. Refused (`Unsupported`): a device whose memory torch does not tell, and one of which no rate could be
+measured.
+
+Workspaces are measured first, because they are what the first products leave behind. Usable memory is read last: what
+the driver takes for kernels and libraries comes with their first use, and a training step has used them too.
 Source of the line: Sen, "Estimates of the regression coefficient based on Kendall's tau", JASA 63(324), 1968.
 """
 
@@ -14,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import gc
 import itertools
 import math
 import mmap
@@ -28,7 +34,8 @@ import torch
 
 from tightfit import accelerator
 from tightfit.core import Device, Unsupported, format_bytes
-from tightfit.device.calibration import Calibration
+from tightfit.device.calibration import Calibration, require_possible
+from tightfit.device.cost import NOMINAL_CPU, NOMINAL_CUDA
 from tightfit.forecast.setup import Progress
 from tightfit.step.environment import environment
 from tightfit.step.snapshot import random_states, restore_random_states
@@ -144,41 +151,43 @@ def _calibrated(device: torch.device, effort: Effort, progress: Progress) -> Cal
     memory_bytes = accelerator.memory_bytes(device)
     if memory_bytes is None:
         raise Unsupported(f"torch does not tell how much memory {device} has, so it cannot be calibrated")
+    nominal = NOMINAL_CUDA if accelerator.is_card(device) else NOMINAL_CPU
     with torch.no_grad():
         torch.empty(1, device=device)  # what a first use makes is there now: the driver's context
-    usable_bytes, fraction = _usable_bytes(device, memory_bytes)
-    progress("what libraries keep for matrix products")
-    workspace_bytes = _workspace_bytes(device)
     bench = _Bench(device, effort)
+    parts = _Parts(bench, nominal, progress)
+    workspace_bytes = parts.measured(
+        "workspace_bytes", "what libraries keep for matrix products", lambda: _workspace_bytes(device)
+    )
     with torch.no_grad():
-        progress("the launch of an op")
-        one = torch.zeros(1, device=device)
-        launch = bench.timed(1.0, lambda: one.add_(1.0))
-        bench.spread["launch_seconds"] = launch.spread
-        flops_per_second = {}
-        for dtype in _DTYPES:
-            name = str(dtype).removeprefix("torch.")
-            progress(f"matrix products in {name}")
-            try:
-                flops_per_second[name] = bench.rate(f"flops_per_second of {name}", _products(bench, dtype))
-            except RuntimeError as error:
-                bench.notes.append(f"matrix products in {name} were not measured: {_first_line(error)}")
-        progress("ops that only move bytes")
-        moved = statistics.median(
-            bench.rate(f"memory_bytes_per_second of {name}", _moves(bench, name)) for name in ("add", "scale", "copy")
+        launch = parts.measured("launch_seconds", "the launch of an op", lambda: _launch_seconds(bench))
+        flops_per_second = parts.measured(
+            "flops_per_second", "matrix products", lambda: _product_rates(bench, progress)
         )
-        progress("copies from and to the host")
-        out = bench.rate("d2h_bytes_per_second", _copies(bench, outward=True))
-        back = bench.rate("h2d_bytes_per_second", _copies(bench, outward=False))
+        moved = parts.measured("memory_bytes_per_second", "ops that only move bytes", lambda: _move_rate(bench))
+        out = parts.measured(
+            "d2h_bytes_per_second", "copies to the host",
+            lambda: bench.rate("d2h_bytes_per_second", _copies(bench, outward=True)),
+        )  # fmt: skip
+        back = parts.measured(
+            "h2d_bytes_per_second", "copies from the host",
+            lambda: bench.rate("h2d_bytes_per_second", _copies(bench, outward=False)),
+        )  # fmt: skip
+    if parts.estimated.issuperset(_RATES):
+        raise Unsupported(f"nothing could be measured on {device}: {bench.notes[0]}")
     if not accelerator.is_card(device) and (busy := _others_at_work()):
         bench.notes.append(busy)
-    if workspace_bytes is None and accelerator.is_card(device):
-        bench.notes.append(f"workspaces were not measured: {accelerator.peak_unknown(device)}")
-    settings = {**accelerator.allocator_settings(device), **_rounding(device), **fraction}
-    if not accelerator.is_card(device):
-        workspace_bytes = 0
-    settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
-    accelerator.empty_cache()
+    if workspace_bytes is None and accelerator.is_card(device) and (unknown := accelerator.peak_unknown(device)):
+        bench.notes.append(f"workspaces were not measured: {unknown}")
+    settings = {**accelerator.allocator_settings(device), **parts.settings(lambda: _rounding(device))}
+    gc.collect()
+    with contextlib.suppress(RuntimeError):
+        accelerator.empty_cache()
+    said: dict[str, str] = {}
+    usable_bytes = parts.measured(
+        "usable_bytes", "the memory that can be used", lambda: _usable_bytes(device, memory_bytes, said)
+    )
+    settings |= {**said, "float32_matmul_precision": torch.get_float32_matmul_precision()}
     today = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Calibration(
         device=Device(
@@ -192,18 +201,55 @@ def _calibrated(device: torch.device, effort: Effort, progress: Progress) -> Cal
             kind=accelerator.catalog_kind(device),
             compute_capability=accelerator.capability_of(device),
             usable_bytes=usable_bytes,
-            workspace_bytes=workspace_bytes,
-            launch_seconds=launch.seconds,
+            workspace_bytes=workspace_bytes if accelerator.is_card(device) else 0,
+            launch_seconds=launch,
             expandable_segments=_is_expandable(settings),
         ),
         date=today,
         seconds=time.perf_counter() - began,
         samples=bench.samples,
         spread=bench.spread,
-        settings=settings,
+        settings={name: _in_one_line(value) for name, value in settings.items()},
         environment=environment(),
-        notes=tuple(bench.notes),
+        notes=tuple(map(_in_one_line, bench.notes)),
+        estimated=tuple(sorted(parts.estimated)),
     )
+
+
+#: Without any of these a file would say nothing.
+_RATES = frozenset({
+    "launch_seconds", "flops_per_second", "memory_bytes_per_second", "d2h_bytes_per_second", "h2d_bytes_per_second",
+})  # fmt: skip
+
+
+class _Parts:
+    """The parts of a calibration, each of which may fail by itself."""
+
+    def __init__(self, bench: _Bench, nominal: Device, progress: Progress) -> None:
+        self.bench, self.nominal, self.progress = bench, nominal, progress
+        self.estimated: set[str] = set()
+
+    def measured(self, name: str, what: str, measure: Callable[[], Any]) -> Any:
+        """The figure of `Device` that is called `name`; the estimate, with a note, where it could not be had."""
+        self.progress(what)
+        try:
+            value = measure()
+            if value is not None:
+                require_possible(name, value)
+            return value
+        except Exception as error:  # of whatever kind: kernels, drivers and systems fail in their own ways
+            self.bench.notes.append(f"{what}: could not be measured, so the estimate stays ({_first_line(error)})")
+        self.estimated.add(name)
+        with contextlib.suppress(RuntimeError):
+            accelerator.empty_cache()
+        return getattr(self.nominal, name)
+
+    def settings(self, read: Callable[[], dict[str, str]]) -> dict[str, str]:
+        try:
+            return read()
+        except Exception as error:
+            self.bench.notes.append(f"the allocator's rounding could not be seen ({_first_line(error)})")
+            return {}
 
 
 def catalog_entry(made: Calibration, name: str) -> str:
@@ -223,6 +269,35 @@ def catalog_entry(made: Calibration, name: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------- what runs
+
+
+def _launch_seconds(bench: _Bench) -> float:
+    one = torch.zeros(1, device=bench.device)
+    launch = bench.timed(1.0, lambda: one.add_(1.0))
+    bench.spread["launch_seconds"] = launch.spread
+    return launch.seconds
+
+
+def _product_rates(bench: _Bench, progress: Progress) -> dict[str, float]:
+    """By dtype; one that fails is left out, with a note. Raises the last error where all of them fail."""
+    rates, failed = {}, None
+    for dtype in _DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        progress(f"matrix products in {name}")
+        try:
+            rates[name] = bench.rate(f"flops_per_second of {name}", _products(bench, dtype))
+        except RuntimeError as error:
+            failed = error
+            bench.notes.append(f"matrix products in {name} were not measured: {_first_line(error)}")
+    if failed is not None and not rates:
+        raise failed
+    return rates
+
+
+def _move_rate(bench: _Bench) -> float:
+    return statistics.median(
+        bench.rate(f"memory_bytes_per_second of {name}", _moves(bench, name)) for name in ("add", "scale", "copy")
+    )
 
 
 def _products(bench: _Bench, dtype: torch.dtype) -> Iterator[tuple[float, Callable[[], Any]]]:
@@ -272,17 +347,20 @@ def _doubling(first: int, last: int) -> Iterator[int]:
 # -------------------------------------------------------------------------------------------- memory
 
 
-def _usable_bytes(device: torch.device, memory_bytes: int) -> tuple[int, dict[str, str]]:
-    """What the allocator can have now, and what was subtracted; other processes' share is not told apart."""
+def _usable_bytes(device: torch.device, memory_bytes: int, said: dict[str, str]) -> int:
+    """What the allocator can have now. What was subtracted goes into `said`; other processes' share is not told
+    apart."""
     free = accelerator.free_bytes(device)
     if free is None:
-        return memory_bytes, {"usable_bytes": "the driver does not tell what is free, so all of the memory is"}
+        said["usable_bytes"] = "the driver does not tell what is free, so all of the memory is"
+        return memory_bytes
     usable = free + (accelerator.reserved_bytes(device) or 0)
     cap = accelerator.allocator_settings(device).get("per_process_memory_fraction")
     if cap is not None:
         usable = min(usable, int(float(cap) * memory_bytes))
     usable = max(1, min(usable, memory_bytes))
-    return usable, {"not_usable": format_bytes(memory_bytes - usable)}
+    said["not_usable"] = format_bytes(memory_bytes - usable)
+    return usable
 
 
 def _workspace_bytes(device: torch.device) -> int | None:
@@ -342,4 +420,8 @@ def _others_at_work() -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return _in_one_line((str(error).splitlines() or [type(error).__name__])[0])
+
+
+def _in_one_line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)

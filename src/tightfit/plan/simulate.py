@@ -88,15 +88,16 @@ def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list
     block that is taken later, in order. Where a block is given back, the bytes are negative.
 
     The blocks that live throughout are those of the trace's values from before the step. The static bytes may hold more
-    than these (optimizer state, gradients). The rest is divided into blocks of the sizes of the trainable parameters'
-    gradients.
+    than these. Kernels' workspaces are two blocks, the forward's and the backward's. The rest (optimizer state,
+    gradients) is divided into blocks of the sizes of the trainable parameters' gradients.
     """
     trace = under(trace, plan)
     walk = _Walk(trace, *(((),) if plan is None else (plan.choices, plan.advances)))
     walk.timeline()
     total = sum(trace.static_bytes.values())
+    workspace = trace.static_bytes.get(Category.WORKSPACE.value, 0)
     static = []
-    rest = total
+    rest = total - workspace
     for value in trace.values:
         if value.producer is None and 0 < value.size_bytes <= rest:
             static.append(value.size_bytes)
@@ -108,8 +109,7 @@ def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list
             rest -= static[-1]
             if rest <= 0:
                 break
-    if rest > 0:
-        static.append(rest)
+    static += [size for size in (rest, workspace - workspace // 2, workspace // 2) if size > 0]
     return static, walk.blocks
 
 

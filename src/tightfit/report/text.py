@@ -238,16 +238,19 @@ def calibration_table(made: Calibration) -> RenderableType:
         table.add_column(column, justify="left" if not column else "right")
 
     def line(name: str, said: str, *keys: str) -> None:
+        if {key.split(" of ")[0] for key in keys} & set(made.estimated):
+            said = f"not measured, {said} estimated"
         spread = [made.spread[key] for key in keys if key in made.spread]
         table.add_row(name, said, f"{max(spread):.1%}" if spread else "")
 
     line("memory", format_bytes(device.memory_bytes))
-    line("of it usable", format_bytes(device.usable_bytes or 0))
+    usable = "not measured" if device.usable_bytes is None else format_bytes(device.usable_bytes)
+    line("of it usable", usable)
     workspace = device.workspace_bytes
     line("workspaces of matrix products", "not measured" if workspace is None else format_bytes(workspace))
     for dtype, rate in device.flops_per_second.items():
         line(f"matrix products, {dtype}", f"{rate / 1e12:.3f} TFLOP/s", f"flops_per_second of {dtype}")
-    moves = [key for key in made.spread if key.startswith("memory_bytes_per_second")]
+    moves = [key for key in made.spread if key.startswith("memory_bytes_per_second")] or ["memory_bytes_per_second"]
     line("ops that move bytes", f"{device.memory_bytes_per_second / 1e9:.1f} GB/s", *moves)
     line("copies to the host", f"{device.d2h_bytes_per_second / 1e9:.1f} GB/s", "d2h_bytes_per_second")
     line("copies from the host", f"{device.h2d_bytes_per_second / 1e9:.1f} GB/s", "h2d_bytes_per_second")

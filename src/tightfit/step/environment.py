@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import platform
 from importlib import metadata
@@ -55,7 +54,7 @@ def calibration_here(device: torch.device) -> Calibration | None:
 def calibrated_here(device: torch.device, nominal: Device) -> Device:
     """`nominal` with the figures that were measured on `device`, if this machine has it and they were."""
     made = calibration_here(device)
-    return nominal if made is None else dataclasses.replace(made.device, name=nominal.name)
+    return nominal if made is None else made.over(nominal)
 
 
 def calibration_said() -> str:

@@ -90,6 +90,9 @@ def logging_step() -> Iterator[None]:
         _logs.reset(token)
 
 
+#: Threads that multiply matrices on a card in a step: the one that calls the model, and autograd's of the device.
+_PRODUCT_THREADS = 2
+
 #: Make the same everywhere.
 _CONSTANTS = frozenset({_aten.ones.default, _aten.full.default})
 
@@ -124,17 +127,20 @@ class FakeStep:
 
     @property
     def workspace_bytes(self) -> int:
-        """What was measured on the target, else cuBLAS's default workspace, `:4096:2:16:8`. It lives in the caching
-        allocator from the first matrix product on.
+        """What was measured on the target, else cuBLAS's default workspaces, `:4096:2:16:8` each. They live in the
+        caching allocator from the first matrix product of a thread on.
 
-        Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`; 32 MiB since compute capability 9.
+        There are two: torch keeps one for each handle and stream, handles belong to threads, and autograd's device
+        thread runs backward and every replay. Source: aten/src/ATen/cuda/CublasHandlePool.cpp,
+        `getCurrentCUDABlasHandle` and `parseChosenWorkspaceSize`; 32 MiB since compute capability 9. (torch 2.11 takes
+        the smaller one on 10 and up, so there it is less than what is counted.)
         """
         if self.target is not None and self.target.workspace_bytes is not None:
             return self.target.workspace_bytes
         if self.target is None or self.target.kind != "cuda":
             return 0
         capability = self.target.compute_capability
-        return 32 * 2**20 if capability is not None and capability >= 9.0 else 8_519_680
+        return _PRODUCT_THREADS * (32 * 2**20 if capability is not None and capability >= 9.0 else 8_519_680)
 
     @property
     def notes(self) -> tuple[str, ...]:
