@@ -167,12 +167,13 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
     micro_batches.refuse(model, guard.exact)
     asked = micro_batches.micro_batch_asked(asked)
     rows = row_count(batch)
-    levers, beside, several = guard.levers, guard.beside, rows > 1
+    levers = None if guard.levers is None else frozenset(guard.levers)
+    beside, several = frozenset(guard.beside or ()), rows > 1
     extents: dict[int, _Extent | None] = {}
 
     def plan_for(size: int, budget: str | int, exact: bool) -> micro_batches.Planned:
         cut = size < rows
-        guard.levers, guard.beside = micro_batches.cut_levers(levers, beside, cut)
+        guard.levers, guard.beside = allowed = micro_batches.cut_levers(levers, beside, cut)
         guard.extent = None
         part = rows_taken(batch, slice(0, size)) if several else batch
         with micro_batches.gradients_in_place(model, cut):
@@ -181,12 +182,12 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
                 found: micro_batches.Planned = recorded, made, made.budget_bytes
             else:
                 recorded = _record(model, part, loss, guard.optimizer, guard.units, tiles=levers is not None)
-                found = micro_batches.exactly(recorded, budget, guard.levers, guard.beside)
+                found = micro_batches.exactly(recorded, budget, *allowed)
         extents[size] = guard.extent
         return found
 
     launch_seconds = micro_batches.launch_seconds(device_of(model))
-    found = micro_batches.solve(rows, budget, plan_for, levers, beside or frozenset(), asked, launch_seconds)
+    found = micro_batches.solve(rows, budget, plan_for, levers, beside, asked, launch_seconds)
     chosen = found.chosen
     cut = micro_batches.Cut(model, loss, chosen.size)
     if chosen.accumulation > 1:

@@ -181,9 +181,10 @@ class Cut:
 
 
 def not_additive(measured: str, tolerance: str) -> str:
+    most = tolerance.partition(":")[0]
     return (
         "the batch cannot be cut into micro-batches: the loss of a batch is not a sum or a mean of the losses of its "
-        f"rows (cut and uncut are {measured}, of at most {tolerance.split(':')[0]}). Batch normalisation, contrastive "
+        f"rows (cut and uncut are {measured}, of at most {most}). Batch normalisation, contrastive "
         "losses and load-balancing losses of experts are like that: leave micro-batches out"
     )
 
@@ -345,8 +346,8 @@ def _as_asked(global_batch: int, only: MicroBatch, budget_bytes: int) -> MicroBa
 
 
 def cut_levers(
-    levers: frozenset[Lever] | None, beside: frozenset[Lever] | None, accumulates: bool
+    levers: frozenset[Lever] | None, beside: frozenset[Lever], accumulates: bool
 ) -> tuple[frozenset[Lever] | None, frozenset[Lever]]:
     """The levers that a micro-batch may use: parameters are not stepped in a backward that others follow."""
     barred = {Lever.STEP_IN_BACKWARD} if accumulates else set()
-    return None if levers is None else levers - barred, (beside or frozenset()) - barred
+    return None if levers is None else levers - barred, beside - barred

@@ -55,11 +55,14 @@ def compared_cut(
     `rows`: of each part. Nearest first; more than one is left where they weigh these parts alike.
     """
     weights = {each: found for each in divisors if (found := weights_of(each, parts, rows)) is not None}
-    with undisturbed(model, (whole, *parts)) as restart, no_key_value_cache(model), uncompiled(model):
-        with _no_masks(model, lambda: _step(model, whole, loss, restart)):
-            own = [_step(model, batch, loss, restart) for batch in (whole, *parts)]
-            exact = _in_float64(model, (whole, *parts), loss, restart)
-            again = _reordered(model, whole, loss, restart) if exact is None else None
+    with contextlib.ExitStack() as stack:
+        restart = stack.enter_context(undisturbed(model, (whole, *parts)))
+        stack.enter_context(no_key_value_cache(model))
+        stack.enter_context(uncompiled(model))
+        stack.enter_context(_no_masks(model, lambda: _step(model, whole, loss, restart)))
+        own = [_step(model, batch, loss, restart) for batch in (whole, *parts)]
+        exact = _in_float64(model, (whole, *parts), loss, restart)
+        again = _reordered(model, whole, loss, restart) if exact is None else None
     unit = max(_unit(tensor) for tensor in own[0].values())
     if again is not None:
         error = max(_apart(own[0], again), unit)
