@@ -192,7 +192,7 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
     cut = micro_batches.Cut(model, loss, chosen.size)
     if chosen.accumulation > 1:
         cut.weigher.divisors, check = cut.compared(batch)
-        chosen = dataclasses.replace(chosen, weighed=cut.weigher.divisors[0].value, check=check)
+        chosen = micro_batches.weighed(chosen, cut.weigher.divisors[0], check)
         # later parts find gradients, which the plan is for; none of them is a reason to plan anew
         guard.started = {id(p) for p in model.parameters()}
         guard.accumulates = True

@@ -24,6 +24,7 @@ from torch import nn
 from tightfit import accelerator
 from tightfit.core import (
     BudgetInfeasible,
+    Check,
     InvalidInput,
     Lever,
     MicroBatch,
@@ -49,11 +50,13 @@ __all__ = [
     "Fitted",
     "Found",
     "Weigher",
-    "gradients_in_place",
+    "cut_levers",
     "exactly",
+    "gradients_in_place",
     "launch_seconds",
     "micro_batch_asked",
     "solve",
+    "weighed",
 ]
 
 AUTO = "auto"
@@ -187,6 +190,11 @@ def not_additive(measured: str, tolerance: str) -> str:
         f"rows (cut and uncut are {measured}, of at most {most}). Batch normalisation, contrastive "
         "losses and load-balancing losses of experts are like that: leave micro-batches out"
     )
+
+
+def weighed(chosen: MicroBatches, divisor: Divisor, check: Check) -> MicroBatches:
+    """`chosen`, with what the comparison of cut and uncut has shown."""
+    return dataclasses.replace(chosen, weighed=divisor.value, check=check)
 
 
 def _telling_rows(batch: Any) -> tuple[int, list[int]]:

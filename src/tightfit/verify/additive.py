@@ -28,6 +28,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tightfit.accelerator import HOST
 from tightfit.core import Check, Unsupported
 from tightfit.step.patches import no_key_value_cache, uncompiled
 from tightfit.step.rows import Divisor, row_count, rows_taken, weights_of
@@ -110,8 +111,8 @@ def _step(model: nn.Module, batch: Any, loss: LossFunction | None, restart: Snap
     with restart.watching():
         value = compute_loss(model, batch, loss)
         value.backward()
-    found = {n: p.grad.detach().to("cpu", copy=True) for n, p in model.named_parameters() if p.grad is not None}
-    return {n: t.to_dense() if t.is_sparse else t for n, t in found.items()} | {"": value.detach().cpu()}
+    found = {n: p.grad.detach().to(HOST, copy=True) for n, p in model.named_parameters() if p.grad is not None}
+    return {n: t.to_dense() if t.is_sparse else t for n, t in found.items()} | {"": value.detach().to(HOST)}
 
 
 def _in_float64(
@@ -132,8 +133,8 @@ def _in_float64(
                     parameter.grad = None
                 value = compute_loss(model, batch, loss)
                 value.backward()
-                gradients = {n: p.grad.detach().cpu() for n, p in model.named_parameters() if p.grad is not None}
-                found.append(gradients | {"": value.detach().cpu()})
+                gradients = {n: p.grad.detach().to(HOST) for n, p in model.named_parameters() if p.grad is not None}
+                found.append(gradients | {"": value.detach().to(HOST)})
     except Exception:  # whatever a kernel that has no float64 raises; the comparison in the step's own dtype is left
         return None
     finally:
