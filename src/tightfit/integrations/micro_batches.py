@@ -210,6 +210,8 @@ class InParts:
 
     def _compared(self, trainer: Any, whole: Any, parts: Any, rows: Any, divisors: Any) -> Any:
         items = type(trainer).get_batch_samples(trainer, iter([whole]), 1, trainer.args.device)[1]
+        if isinstance(items, torch.Tensor) and items.is_floating_point():
+            items = items.double()  # a count; a step in float64 has it so
 
         def loss(model: Any, batch: Any) -> torch.Tensor:
             with trainer.compute_loss_context_manager(), logging_step():

@@ -27,12 +27,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit.accelerator import HOST
 from tightfit.core import Check, Unsupported
 from tightfit.step.patches import no_key_value_cache, uncompiled
 from tightfit.step.rows import Divisor, row_count, rows_taken, weights_of
-from tightfit.step.run import LossFunction, compute_loss
+from tightfit.step.run import LossFunction, compute_loss, tensors_in
 from tightfit.step.snapshot import Snapshot, random_states, undisturbed
 from tightfit.verify.float64 import _FLOAT64_BYTES, _float64, _in_double
 from tightfit.verify.rounding import TILE_FACTOR
@@ -126,20 +127,37 @@ def _in_float64(
     ]
     restart()
     try:
-        with _in_double(model), _float64():
+        with _in_double(model), _float64(), _Narrow() as narrow:
             found = []
             for batch in doubled:
                 for parameter in model.parameters():
                     parameter.grad = None
                 value = compute_loss(model, batch, loss)
-                value.backward()
+                _backward(value)
                 gradients = {n: p.grad.detach().to(HOST) for n, p in model.named_parameters() if p.grad is not None}
                 found.append(gradients | {"": value.detach().to(HOST)})
     except Exception:  # whatever a kernel that has no float64 raises; the comparison in the step's own dtype is left
         return None
     finally:
         restart()
-    return found if all(t.dtype is torch.float64 for t in found[0].values()) else None
+    return None if narrow.met or any(t.dtype is not torch.float64 for t in found[0].values()) else found
+
+
+def _backward(value: torch.Tensor) -> None:
+    """`value.backward()`, which takes function modes off: functions with a backward of their own would round there."""
+    run: Any = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]  # of C++
+    run((value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+class _Narrow(TorchDispatchMode):
+    """Notes whether any number was rounded to fewer digits than float64 has."""
+
+    met = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.met = self.met or any(t.is_floating_point() and t.dtype is not torch.float64 for t in tensors_in(out))
+        return out
 
 
 def _reordered(model: nn.Module, whole: Any, loss: LossFunction | None, restart: Snapshot) -> Gradients:
