@@ -218,7 +218,11 @@ class InParts:
                 found: torch.Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
             return found
 
-        return compared_cut(trainer.model_wrapped, whole, parts, rows, loss, divisors)
+        model = trainer.model_wrapped
+        own = set(model.modules())
+        others = [each for each in vars(trainer).values() if isinstance(each, torch.nn.Module) and each not in own]
+        beside = [each for each in others if model not in set(each.modules())]  # DPO's reference, a teacher
+        return compared_cut(model, whole, parts, rows, loss, divisors, beside)
 
     def close(self) -> None:
         """The loader and the trainer as they were. Twice is once."""

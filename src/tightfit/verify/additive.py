@@ -51,10 +51,12 @@ def compared_cut(
     rows: Sequence[int],
     loss: LossFunction | None = None,
     divisors: Sequence[Divisor] = tuple(Divisor),
+    beside: Sequence[nn.Module] = (),
 ) -> tuple[tuple[Divisor, ...], Check]:
     """Those of `divisors` by which the parts add up to the whole, and the check that says so.
 
-    `rows`: of each part. Nearest first; more than one is left where they weigh these parts alike.
+    `rows`: of each part. `beside`: other modules that the loss runs. The nearest comes first; more than one is left
+    where they weigh these parts alike.
     """
     weights = {each: found for each in divisors if (found := weights_of(each, parts, rows)) is not None}
     with contextlib.ExitStack() as stack:
@@ -63,8 +65,8 @@ def compared_cut(
         stack.enter_context(uncompiled(model))
         stack.enter_context(_no_masks(model, lambda: _step(model, whole, loss, restart)))
         own = [_step(model, batch, loss, restart) for batch in (whole, *parts)]
-        exact = _in_float64(model, (whole, *parts), loss, restart)
-        again = _reordered(model, whole, loss, restart) if exact is None else None
+        exact = _in_float64((model, *beside), (whole, *parts), loss, restart)
+        again = _reordered(model, whole, sum(rows), loss, restart) if exact is None else None
     unit = max(_unit(tensor) for tensor in own[0].values())
     if again is not None:
         error = max(_apart(own[0], again), unit)
@@ -117,9 +119,10 @@ def _step(model: nn.Module, batch: Any, loss: LossFunction | None, restart: Snap
 
 
 def _in_float64(
-    model: nn.Module, batches: Sequence[Any], loss: LossFunction | None, restart: Snapshot
+    models: Sequence[nn.Module], batches: Sequence[Any], loss: LossFunction | None, restart: Snapshot
 ) -> list[Gradients] | None:
-    if 8 * sum(p.numel() for p in model.parameters()) > _FLOAT64_BYTES:
+    model = models[0]
+    if 8 * sum(p.numel() for each in models for p in each.parameters()) > _FLOAT64_BYTES:
         return None
     doubled = [
         pytree.tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, batch)
@@ -127,7 +130,11 @@ def _in_float64(
     ]
     restart()
     try:
-        with _in_double(model), _float64(), _Narrow() as narrow:
+        with contextlib.ExitStack() as stack:
+            for each in models:
+                stack.enter_context(_in_double(each))
+            stack.enter_context(_float64())
+            narrow = stack.enter_context(_Narrow())
             found = []
             for batch in doubled:
                 for parameter in model.parameters():
@@ -160,11 +167,12 @@ class _Narrow(TorchDispatchMode):
         return out
 
 
-def _reordered(model: nn.Module, whole: Any, loss: LossFunction | None, restart: Snapshot) -> Gradients:
+def _reordered(model: nn.Module, whole: Any, rows: int, loss: LossFunction | None, restart: Snapshot) -> Gradients:
     """The step with its rows in the reverse order, where they can be told, and its loss scaled in backward: all sums
     and products round in other ways."""
     with contextlib.suppress(Unsupported):
-        whole = rows_taken(whole, range(row_count(whole) - 1, -1, -1))
+        if row_count(whole) == rows:  # the examples, and not the halves of pairs
+            whole = rows_taken(whole, range(rows - 1, -1, -1))
     scale = 0.7
 
     def scaled(model: nn.Module, batch: Any) -> torch.Tensor:
