@@ -41,6 +41,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "gpu_measured": _APPLIED,
     "levers": (*_FORECAST, "engine", "fitting", "verify"),
     "measure_gpt2": (*_APPLIED, "integrations/transformers.py", "integrations/peft.py"),
+    "micro_batches": _APPLIED,
     "overhead": _APPLIED,
     "page": ("report",),
     "peers": _APPLIED,

@@ -184,10 +184,10 @@ class Cut:
 
 
 def not_additive(measured: str, tolerance: str) -> str:
-    most = tolerance.partition(":")[0]
+    most = f", of at most {tolerance.partition(':')[0]}" if tolerance else ""
     return (
         "the batch cannot be cut into micro-batches: the loss of a batch is not a sum or a mean of the losses of its "
-        f"rows (cut and uncut are {measured}, of at most {most}). Batch normalisation, contrastive "
+        f"rows (cut and uncut are {measured}{most}). Batch normalisation, contrastive "
         "losses and load-balancing losses of experts are like that: leave micro-batches out"
     )
 

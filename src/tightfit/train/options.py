@@ -135,9 +135,7 @@ class RunResult:
         """Nothing that was checked came out wrong."""
         gradients = self.proof is None or self.proof["gradients"].passed
         under = self.budget_bytes is None or self.peak_bytes is None or self.peak_bytes <= self.budget_bytes * OVER
-        same = (
-            self.losses_identical is not False or self.tiled or self.cut
-        )  # proven otherwise than by bits
+        same = self.losses_identical is not False or self.tiled or self.cut  # proven otherwise than by bits
         return gradients and under and same
 
     @property
