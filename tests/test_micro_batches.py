@@ -36,8 +36,8 @@ def attempts(largest: int, seconds: Callable[[int], float], slowdown: Callable[[
         asked.append(size)
         fits = size <= largest
         return MicroBatch(
-            size=size, accumulation=-(-24 // size), fits=fits, unplanned_peak_bytes=2000 * size, least_peak_bytes=100 + 1000 * size,
-            seconds=seconds(size) if fits else 0.0, slowdown=slowdown(size),
+            size=size, accumulation=-(-24 // size), fits=fits, unplanned_peak_bytes=2000 * size,
+            least_peak_bytes=100 + 1000 * size, seconds=seconds(size) if fits else 0.0, slowdown=slowdown(size),
         )  # fmt: skip
 
     return attempt, asked
