@@ -125,7 +125,7 @@ def row(name: str, make: Any) -> dict[str, Any]:
 
     for size in range(1, ROWS + 1):
         with gradients_in_place(model, size < ROWS):
-            traces[size] = tightfit.trace(model, rows_taken(batch, slice(0, size)), optimizer=optimizer)
+            traces[size] = tightfit.trace(model, rows_taken(batch, slice(0, size)), optimizer=optimizer, tiles=False)
         least = lowest(traces[size], effort=EFFORT)
         measured[size] = run(size, least)
     answers = []

@@ -181,7 +181,9 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
                 recorded, made, _ = guard.planned(part, budget)
                 found: micro_batches.Planned = recorded, made, made.budget_bytes
             else:
-                recorded = _record(model, part, loss, guard.optimizer, guard.units, tiles=levers is not None)
+                recorded = _record(
+                    model, part, loss, guard.optimizer, guard.units, tiles=micro_batches.needs_tiles(levers)
+                )
                 found = micro_batches.exactly(recorded, budget, *allowed)
         extents[size] = guard.extent
         return found

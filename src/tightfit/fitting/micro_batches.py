@@ -35,6 +35,7 @@ from tightfit.core import (
     parse_bytes,
 )
 from tightfit.engine import Applied
+from tightfit.levers import inexact
 from tightfit.plan import plan as make_plan
 from tightfit.plan.micro_batches import QUICK, attempted, shares, solved
 from tightfit.plan.table import THOROUGH
@@ -55,6 +56,7 @@ __all__ = [
     "gradients_in_place",
     "launch_seconds",
     "micro_batch_asked",
+    "needs_tiles",
     "solve",
     "weighed",
 ]
@@ -334,6 +336,11 @@ def exactly(recorded: Trace, budget: str | int, levers: frozenset[Lever] | None,
             continue
         return recorded, made, made.budget_bytes
     return recorded, None, budget_bytes
+
+
+def needs_tiles(levers: frozenset[Lever] | None) -> bool:
+    """Do the levers that were named need what only a recording in tiles knows?"""
+    return levers is not None and bool(inexact(levers))
 
 
 def _best(recorded: Trace, quick: Plan, levers: frozenset[Lever] | None, beside: frozenset[Lever]) -> Plan:

@@ -130,7 +130,7 @@ class InParts:
                 return callback.trace, callback.plan, callback.plan.budget_bytes
             levers, beside = callback.allowed()
             return micro_batches.exactly(
-                callback.record(batch, optimizer, tiles=levers is not None), budget, levers, beside
+                callback.record(batch, optimizer, tiles=micro_batches.needs_tiles(levers)), budget, levers, beside
             )
 
         launch_seconds = micro_batches.launch_seconds(device_of(model))
