@@ -68,8 +68,10 @@ def compared_cut(
         stack.enter_context(_no_masks(model, lambda: _step(model, whole, loss, restart)))
         try:
             own = [_step(model, batch, loss, restart) for batch in (whole, *parts)]
-        except InvalidInput as error:  # batch normalisation of one row
-            return (), Check(name=_NAME, expected=_EXPECTED, measured=f"not alike: {error}", tolerance="", passed=False)
+        except InvalidInput as refused:  # batch normalisation of one row
+            return (), Check(
+                name=_NAME, expected=_EXPECTED, measured=f"not alike: {refused}", tolerance="", passed=False
+            )
         exact = _in_float64((model, *beside), (whole, *parts), loss, restart)
         again = _reordered(model, whole, sum(rows), loss, restart) if exact is None else None
     unit = max(_unit(tensor) for tensor in own[0].values())
