@@ -5,13 +5,14 @@
 Found: `tightfit.plan.micro_batches.largest_fitting` among the sizes 1 to 5, which plans as many sizes as it needs. By
 trial: each of the five sizes is really run under the plan of its lowest peak, and the allocator's count of the whole
 step is held against the budget; nothing that was predicted decides. Gradients are in place, as every micro-batch but
-the first finds them. The size that is found is run once more under its plan for the budget itself; if
-it holds the budget there, it fits by trial too. With names, only those models are run, and the rest of the file stays.
+the first finds them. The size that is found is run once more under its plan for the budget itself; if it holds the
+budget there, it fits by trial too. With names, only those models are run, and the rest of the file stays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import warnings
