@@ -1379,6 +1379,7 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("", "tightfit.plan", ("plan", "lowest", "every_block")),
     ("", "tightfit.plan.simulate", ("simulate",)),
     ("Apply and verify", "tightfit.fitting.fit", ("fit", "Longer")),
+    ("", "tightfit.fitting.micro_batches", ("Fitted",)),
     ("", "tightfit.engine", ("apply", "Applied")),
     ("", "tightfit.engine.region", ("checkpoint",)),
     ("", "tightfit.verify", ("verify",)),
@@ -1392,7 +1393,10 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Doctor", "tightfit.doctor", ("examine",)),
     ("Calibration", "tightfit.forecast.calibrating", ("calibrate",)),
     ("", "tightfit.device.calibration", ("Calibration", "using")),
-    ("Types", "tightfit.core", ("Lever", "Plan", "Choice", "Timeline", "Proof", "Check", "Trace", "Status", "Action")),
+    ("Types", "tightfit.core", (
+        "Lever", "Plan", "Choice", "Timeline", "Proof", "Check", "Trace", "Status", "Action", "MicroBatches",
+        "MicroBatch",
+    )),
     ("Errors", "tightfit.core", (
         "TightfitError", "BudgetInfeasible", "InvalidInput", "PlanMismatch", "ReplayDiverged", "Unsupported",
     )),

@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from tightfit.core import Lever
+from tightfit.core import InvalidInput, Lever
+
+#: What `--batch` takes beside a number.
+AUTO = "auto"
+
+
+def batch_asked(text: str) -> int | str:
+    """`auto`, or a number of sequences. Raises `InvalidInput` for anything else."""
+    if text.strip().lower() == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise InvalidInput(f"expected --batch with a number of sequences or auto, not {text!r}") from None
+
 
 Model = Annotated[
     str,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tightfit.cli.options import Json
+from tightfit.cli.options import Json, batch_asked
 from tightfit.cli.output import (
     EXIT_INTERRUPTED,
     EXIT_NO,
@@ -36,7 +36,19 @@ def train(
     method: Annotated[
         str | None, typer.Option(help="full, lora or qlora.", show_default="full, or the config's")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences in a batch.", show_default="8, or the config's")] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="Sequences in a batch; auto: the fastest micro-batches of the global batch.",
+            show_default="8, or the config's",
+        ),
+    ] = None,
+    global_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--global-batch", help="Sequences in a step, with --batch auto.", show_default="8, or the config's"
+        ),
+    ] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens in a sequence.", show_default="256, or the config's")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="130, or the config's")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="by model and method")] = None,
@@ -92,7 +104,8 @@ def train(
         model=model,
         data=data,
         method=method,
-        batch=batch,
+        batch=None if batch is None else batch_asked(batch),
+        global_batch=global_batch,
         seq=seq,
         steps=steps,
         lr=lr,

@@ -45,7 +45,7 @@ from tightfit.core.recorded import (
     Unit,
     Value,
 )
-from tightfit.core.results import Check, Forecast, Measurement, Mode, Proof, Row
+from tightfit.core.results import Check, Forecast, Measurement, MicroBatch, MicroBatches, Mode, Proof, Row
 from tightfit.core.sizes import parse_bytes, percentage, require_part
 from tightfit.core.verbs import make_verb
 
@@ -68,6 +68,8 @@ __all__ = [
     "Lever",
     "Loss",
     "Measurement",
+    "MicroBatch",
+    "MicroBatches",
     "Mode",
     "Op",
     "OptimizerPart",

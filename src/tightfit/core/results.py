@@ -34,6 +34,51 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One way to cut a global batch that was looked at."""
+
+    size: int  # rows of the largest micro-batch
+    accumulation: int  # micro-batches in a step
+    fits: bool
+    unplanned_peak_bytes: int
+    least_peak_bytes: int  # of any plan; 0: nothing was planned for
+    seconds: float = 0.0  # of the whole global batch, predicted; 0: it does not fit
+    slowdown: float = 1.0  # of a micro-batch by its plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatches:
+    """How a global batch is cut so that each step fits its budget, and why so."""
+
+    global_batch: int
+    size: int  # rows of the largest micro-batch
+    accumulation: int
+    largest: int  # of the sizes that fit
+    budget_bytes: int
+    seconds: float  # of the whole global batch, predicted
+    tried: tuple[MicroBatch, ...]
+    weighed: str = ""  # what the loss is a sum or a mean of; empty: the batch is not cut
+    check: Check | None = None  # cut against uncut; none: the batch is not cut
+
+    @property
+    def said(self) -> str:
+        """The choice and its reason, in one line."""
+        shown = f"micro-batches of {self.size}, {self.accumulation} for each global batch of {self.global_batch}"
+        if self.accumulation == 1:
+            shown = f"the global batch of {self.global_batch} runs in one piece"
+        fitting = [each for each in self.tried if each.fits]
+        too_large = [each.size for each in self.tried if not each.fits]
+        why = f"{self.largest} is the largest that fits" if too_large else "all of it fits"
+        if len(fitting) > 1:
+            others = ", ".join(
+                f"{each.size}: {each.seconds:.3g} s" for each in sorted(fitting, key=lambda each: -each.size)
+            )
+            fastest = "and the fastest" if self.size == self.largest else f"but {self.size} is faster"
+            why += f" {fastest} (a global batch is predicted to take, by size, {others})"
+        return f"{shown}: {why}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One way to run a step, measured."""
 

@@ -42,8 +42,9 @@ from tightfit.core import (
     loads,
     parse_bytes,
 )
-from tightfit.engine import Applied
 from tightfit.engine.compiled import doors
+from tightfit.fitting import micro_batches
+from tightfit.fitting.micro_batches import Fitted
 from tightfit.levers import every, inexact, used
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
@@ -51,11 +52,12 @@ from tightfit.step.modules import UnitsAsked
 from tightfit.step.parallel import Strategy, gradients_wait, steps_together, strategy_of
 from tightfit.step.patches import compiled_entries, own_checkpointing
 from tightfit.step.ranks import Meeting, anywhere, are_several, highest
+from tightfit.step.rows import row_count, rows_taken
 from tightfit.step.run import LossFunction, device_of, tensors_in
 from tightfit.trace.recording import trace
 from tightfit.verify.peak import measured_peak_bytes
 
-__all__ = ["Longer", "fit", "planned"]
+__all__ = ["Fitted", "Longer", "fit", "planned"]
 
 
 class Longer(enum.Enum):
@@ -94,7 +96,8 @@ def fit(
     levers: Collection[Lever | str] | str | None = None,
     exact: bool = False,
     beside: Collection[Lever | str] | str = (),
-) -> Applied:
+    micro_batch: str | int | None = None,
+) -> Fitted:
     """Trace one step, plan it for `budget` bytes, apply the plan. `applied.remove()` undoes it.
 
     `budget` is the peak of the whole step: bytes, a size (`"22GiB"`), or a percentage of the unplanned step's
@@ -121,7 +124,14 @@ def fit(
     and measured compiled: up to four plans are compiled and run, and `applied.plan.peak_bytes` is what was measured.
     `levers` is then recompute alone, with the loss in place where only units are compiled.
 
-    Raises what `trace`, `plan` and `apply` do, and `InvalidInput` for another `longer`.
+    `micro_batch="auto"`: `batch` is a global batch, which is cut by rows. Micro-batch, accumulation and plan are solved
+    together for the fewest seconds of a global batch. The loop calls `applied.backward(batch)` in place of the loss and
+    its `backward()`, and steps the optimizer as before; loss and gradients are those of the whole batch to rounding.
+    A number instead of `"auto"` is the most rows of a micro-batch. A percentage of a budget is of the whole batch's
+    peak. `applied.micro_batches` says what was chosen and why.
+
+    Raises what `trace`, `plan` and `apply` do, `InvalidInput` for another `longer`, and `Unsupported` for a batch that
+    cannot be cut: its loss is not a sum or a mean over its rows or labels, which a few rows, cut and uncut, show.
     """
     try:
         policy = Longer(longer)
@@ -134,16 +144,65 @@ def fit(
             stacklevel=2,
         )
     try:
-        recorded, made, applied = guard.planned(batch, budget)
-        if applied is None:
-            applied = Applied(model, made, trace=recorded, optimizer=optimizer)
+        if micro_batch is not None:
+            applied = _fitted_in_parts(guard, batch, budget, micro_batch)
         else:
-            applied.resume(made, recorded)
-        guard.in_force(applied, recorded)
+            recorded, made, handle = guard.planned(batch, budget)
+            if handle is None:
+                applied = Fitted(model, made, trace=recorded, optimizer=optimizer)
+            else:
+                applied = handle
+                applied.resume(made, recorded)
+            guard.in_force(applied, recorded)
     except BaseException:
         guard.remove()
         raise
     applied.on_remove(guard.remove)
+    return applied
+
+
+def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | int) -> Fitted:
+    """The best micro-batches of `batch`, their plan in force."""
+    model, loss = guard.model, guard.loss
+    micro_batches.refuse(model, guard.exact)
+    asked = micro_batches.micro_batch_asked(asked)
+    rows = row_count(batch)
+    levers = None if guard.levers is None else frozenset(guard.levers)
+    beside, several = frozenset(guard.beside or ()), rows > 1
+    extents: dict[int, _Extent | None] = {}
+
+    def plan_for(size: int, budget: str | int, exact: bool) -> micro_batches.Planned:
+        cut = size < rows
+        guard.levers, guard.beside = allowed = micro_batches.cut_levers(levers, beside, cut)
+        guard.extent = None
+        part = rows_taken(batch, slice(0, size)) if several else batch
+        with micro_batches.gradients_in_place(model, cut):
+            if not exact:
+                recorded, made, _ = guard.planned(part, budget)
+                found: micro_batches.Planned = recorded, made, made.budget_bytes
+            else:
+                recorded = _record(
+                    model, part, loss, guard.optimizer, guard.units, tiles=micro_batches.needs_tiles(levers)
+                )
+                found = micro_batches.exactly(recorded, budget, *allowed)
+        extents[size] = guard.extent
+        return found
+
+    launch_seconds = micro_batches.launch_seconds(device_of(model))
+    found = micro_batches.solve(rows, budget, plan_for, levers, beside, asked, launch_seconds)
+    chosen = found.chosen
+    cut = micro_batches.Cut(model, loss, chosen.size)
+    if chosen.accumulation > 1:
+        cut.weigher.divisors, check = cut.compared(batch)
+        chosen = micro_batches.weighed(chosen, cut.weigher.divisors[0], check)
+        # later parts find gradients, which the plan is for; none of them is a reason to plan anew
+        guard.started = {id(p) for p in model.parameters()}
+        guard.accumulates = True
+    guard.levers, guard.beside = micro_batches.cut_levers(levers, beside, chosen.accumulation > 1)
+    guard.extent = extents[chosen.size]
+    applied = Fitted(model, found.plan, trace=found.trace, optimizer=guard.optimizer)
+    applied.cut_by(cut, loss, chosen)
+    guard.in_force(applied, found.trace)
     return applied
 
 
@@ -263,8 +322,8 @@ def _planned_compiled(
     record: Callable[[bool], Trace],
     budget: str | int,
     levers: Collection[Lever] | None,
-    applied: Applied | None,
-) -> tuple[Trace, Plan, Applied]:
+    applied: Fitted | None,
+) -> tuple[Trace, Plan, Fitted]:
     """The step and its plan, the plan's peak measured in compiled steps; `applied`, or a handle, to put it in force."""
     if levers is None:
         whole = "" in compiled_entries(model)
@@ -283,7 +342,7 @@ def _planned_compiled(
             asked_bytes = error.least_bytes
             made = make_plan(recorded, asked_bytes, levers=levers)
         if applied is None:
-            applied = Applied(model, made, recorded, optimizer=optimizer)
+            applied = Fitted(model, made, recorded, optimizer=optimizer)
             applied.suspend()
         peak_bytes = measured_peak_bytes(model, batch, _in_force(applied, made, recorded), loss, optimizer)
         measured[asked_bytes] = peak_bytes, made
@@ -307,7 +366,7 @@ def _planned_compiled(
 
 
 @contextlib.contextmanager
-def _in_force(applied: Applied, plan: Plan, recorded: Trace) -> Iterator[None]:
+def _in_force(applied: Fitted, plan: Plan, recorded: Trace) -> Iterator[None]:
     applied.resume(plan, recorded)
     try:
         yield
@@ -342,7 +401,8 @@ class _Guard:
         self.levers, self.exact, self.beside = levers, exact, beside
         self.told = levers is not None and bool(inexact(levers))  # that the plan is not exact
         self.model, self.policy, self.loss, self.optimizer, self.units = model, policy, loss, optimizer, units
-        self.applied: Applied | None = None
+        self.applied: Fitted | None = None
+        self.accumulates = False  # every step is a part of a larger one, and may find gradients
         self.extent: _Extent | None = None  # of the planned batch
         self.started = {id(p) for p in model.parameters() if p.grad is not None}  # gradients that are planned for
         self.plans: dict[bool, _InForce] = {}  # by: are there gradients beyond `started`?
@@ -358,8 +418,8 @@ class _Guard:
         self.switches.enter_context(doors(model, before=self))
 
     def planned(
-        self, batch: Any, budget: str | int, applied: Applied | None = None
-    ) -> tuple[Trace, Plan, Applied | None]:
+        self, batch: Any, budget: str | int, applied: Fitted | None = None
+    ) -> tuple[Trace, Plan, Fitted | None]:
         model, loss, optimizer = self.model, self.loss, self.optimizer
         record = functools.partial(_record, model, batch, loss, optimizer, self.units)
         if compiled_entries(model):
@@ -373,7 +433,7 @@ class _Guard:
             warnings.warn(f"nothing exact fits this budget, so the plan {caveats}; exact=True forbids it", stacklevel=4)
         return recorded, made, applied
 
-    def in_force(self, applied: Applied, recorded: Trace) -> None:
+    def in_force(self, applied: Fitted, recorded: Trace) -> None:
         """The first plan is made."""
         if self.extent is not None:
             self.plans[False] = _InForce(applied.plan, recorded, _Extent(*highest(self.model, *self.extent)))
@@ -462,15 +522,9 @@ class _Guard:
         self.applied = None
         applied.suspend()
         # for the most gradients that there can be: routing gives other ones in each micro-batch
-        lacking = [p for p in self.model.parameters() if accumulating and p.requires_grad and p.grad is None]
         try:
-            for parameter in lacking:
-                parameter.grad = torch.zeros_like(parameter)
-            try:
+            with micro_batches.gradients_in_place(self.model, accumulating or self.accumulates):
                 recorded, made, _ = self.planned(batch, budget_bytes, applied)
-            finally:
-                for parameter in lacking:
-                    parameter.grad = None
             applied.resume(made, recorded, agreed=True)
             self.plans[accumulating] = _InForce(applied.plan, recorded, extent)
         except BaseException:

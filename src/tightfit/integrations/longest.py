@@ -22,7 +22,7 @@ from tightfit.core import InvalidInput, Unsupported
 from tightfit.step.run import tensors_in
 from tightfit.step.snapshot import random_states, restore_random_states
 
-__all__ = ["Extent", "longest_batch", "plain"]
+__all__ = ["Extent", "longest_batch", "plain", "telling_examples"]
 
 _LOOK_SECONDS = 3.0  # how long to look through a data set for its longest examples
 _STREAM_EXAMPLES = 256  # how far to look into a stream
@@ -108,6 +108,22 @@ def _longest(loader: Any, size: int) -> tuple[Any, str]:
         if Extent.of(padded).elements >= Extent.of(batch).elements:
             batch = padded
     return batch, unseen
+
+
+def telling_examples(dataset: Any, collate: Any) -> list[Any]:
+    """A short example and two long ones, by which a mean over tokens is told from a mean over examples."""
+    states = random_states()
+    try:
+        indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        seen = dataset if indexed else list(itertools.islice(iter(dataset), _STREAM_EXAMPLES))
+        lengths, _ = _lengths(seen, collate)
+    finally:
+        restore_random_states(states)
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    if len(order) < 2:
+        raise InvalidInput("one example alone cannot be cut into micro-batches")
+    middle = order[len(order) // 2]  # the very shortest may have no token that is learnt
+    return [seen[index] for index in (middle, *[i for i in reversed(order) if i != middle][:2])]
 
 
 def _lengths(dataset: Any, collate: Any) -> tuple[Sequence[tuple[int, int]], bool]:

@@ -12,8 +12,6 @@ Refused: what `tightfit.integrations.conflicts` names; a gradient that differs (
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,12 +24,11 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from tightfit import accelerator
 from tightfit.core import (
     BudgetInfeasible,
     Check,
-    InvalidInput,
     Lever,
+    MicroBatches,
     Plan,
     Proof,
     ReplayDiverged,
@@ -42,8 +39,12 @@ from tightfit.core import (
 )
 from tightfit.engine import Applied
 from tightfit.fitting.fit import planned
+from tightfit.fitting.micro_batches import cut_levers, gradients_in_place
 from tightfit.integrations import conflicts
 from tightfit.integrations.longest import Extent, longest_batch, plain
+from tightfit.integrations.micro_batches import InParts, parts_of
+from tightfit.integrations.own_step import recorded as record_step
+from tightfit.integrations.own_step import statistics_kept, trainer_loss
 from tightfit.levers import exact_only
 from tightfit.levers.step_in_backward.hooks import gradient_norms_kept
 from tightfit.step.environment import environment
@@ -51,9 +52,6 @@ from tightfit.step.optimizers import bare
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.ranks import anywhere
 from tightfit.step.run import parameter_tensors, tensors_in, unique_bytes
-from tightfit.step.snapshot import random_states, restore_random_states
-from tightfit.trace.fake import logging_step
-from tightfit.trace.recording import trace
 from tightfit.verify.measure import every_block_checkpointed
 from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, peak_checks, require_counted, static_bytes
 from tightfit.verify.proving import gradient_checks
@@ -171,11 +169,18 @@ class TightfitCallback(PeakCallback):
     `exact=True` forbids those. `beside`: levers with the default ones. The optimizer steps in backward by default where
     the Trainer neither clips (`max_grad_norm=0`), nor accumulates, nor scales gradients, and no callback looks at them.
 
+    `batch="auto"` (or `micro_batch="auto"`; a number is the most examples of a micro-batch): each batch of the Trainer
+    runs in micro-batches. Their size and the plan are solved together for the fewest seconds of a batch. Given to the
+    Trainer's constructor, the callback makes one batch of `per_device_train_batch_size` and
+    `gradient_accumulation_steps`. Data order, steps and schedule stay; losses and gradients are those of the uncut
+    batch to rounding, which a few examples, cut and uncut, show. Dropout draws other masks.
+
     Checkpointing that TRL's configs or PEFT's `prepare_model_for_kbit_training` switched on by default is off while the
     plan is in force, and back afterwards.
 
     Attributes, readable after training too: `trace`, `plan`, `proof` (none before the first step, none without
-    `verify`), `peaks` (bytes per step), `batch` (planned for), `plans` (how many were made), `said` (its lines).
+    `verify`), `peaks` (bytes per step), `batch` (planned for), `plans` (how many were made), `said` (its lines),
+    `micro_batches` (what was chosen; none: nothing was to be cut).
 
     Raises inside `trainer.train()`: `BudgetInfeasible`; `Unsupported` for a Trainer whose step cannot be planned;
     `ReplayDiverged` when the proof finds another gradient. After any exception the model is as it was.
@@ -192,9 +197,13 @@ class TightfitCallback(PeakCallback):
         levers: Collection[Lever | str] | str | None = None,
         exact: bool = False,
         beside: Collection[Lever | str] | str = (),
+        micro_batch: str | int | None = None,
     ) -> None:
         super().__init__()
         self.budget = budget
+        if isinstance(batch, str):  # as on the command line
+            batch, micro_batch = None, batch
+        self.in_parts = None if micro_batch is None else InParts(micro_batch, exact, batch is not None)
         self.beside = levers_named(beside) or frozenset()
         self.levers, self.exact = levers_named(levers), exact
         self.verify = verify
@@ -215,6 +224,14 @@ class TightfitCallback(PeakCallback):
 
     # -- planning
 
+    @property
+    def micro_batches(self) -> MicroBatches | None:
+        return None if self.in_parts is None else self.in_parts.chosen
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.in_parts is not None:
+            self.in_parts.announce(running_trainer())
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
         trainer = running_trainer()
@@ -228,7 +245,11 @@ class TightfitCallback(PeakCallback):
             self._suspended = conflicts.Suspended(trainer, model)
             self._say(state, self._suspended.said)
             unseen = ""
-            if not self._given:
+            if self.in_parts is not None:
+                with self._in_training(model):
+                    self.batch, unseen = self.in_parts.begin(self, kwargs["train_dataloader"], kwargs["optimizer"])
+                self._say(state, self.in_parts.said)
+            elif not self._given:
                 size = getattr(trainer, "_train_batch_size", args.train_batch_size)
                 self.batch, unseen = longest_batch(kwargs["train_dataloader"], size)
                 self.batch = transformers.Trainer._prepare_inputs(trainer, plain(self.batch))
@@ -238,10 +259,10 @@ class TightfitCallback(PeakCallback):
                 )
             self._extent = Extent.of(self.batch)
             with self._in_training(model):
-                chosen = self._plan_for(self.batch, model, kwargs["optimizer"])
+                chosen = self.plan or self._plan_for(self.batch, model, kwargs["optimizer"])
                 if self.verify:
                     planned = self._step(self.batch)
-                    with _accumulating(model, args.gradient_accumulation_steps > 1):
+                    with gradients_in_place(model, self._accumulates):
                         self._peak_checks = peak_checks(
                             model, planned, chosen, loss=self._loss(), optimizer=bare(kwargs["optimizer"])
                         )
@@ -256,30 +277,44 @@ class TightfitCallback(PeakCallback):
             self.close()
             raise
 
-    def _plan_for(self, batch: Batch, model: nn.Module, optimizer: Any) -> Plan:
-        """Trace the step on `batch` and plan it: for `budget` at first, for the same bytes later."""
-        args = self._trainer.args
-        recorded: Trace | None = None
+    @property
+    def _accumulates(self) -> bool:
+        cut = self.in_parts is not None and self.in_parts.cuts
+        return cut or self._trainer.args.gradient_accumulation_steps > 1
 
-        def record(tiles: bool) -> Trace:
-            nonlocal recorded
-            with _accumulating(model, args.gradient_accumulation_steps > 1):
-                recorded = _recorded(model, self._step(batch), self._loss(), bare(optimizer), tiles)
-            return recorded
+    def record(self, batch: Batch, optimizer: Any, tiles: bool) -> Trace:
+        """The Trainer's step on `batch`, as its later micro-batches find it."""
+        model = self._trainer.model_wrapped
+        with gradients_in_place(model, self._accumulates):
+            return record_step(model, self._step(batch), self._loss(), bare(optimizer), tiles)
 
-        levers = self.levers
+    def allowed(self) -> tuple[frozenset[Lever] | None, frozenset[Lever]]:
+        """The levers that the plan may use, and those beside the default ones."""
+        cuts = self.in_parts is not None and self.in_parts.cuts
+        levers, others = cut_levers(self.levers, self.beside, cuts)
         reads = self._reads_gradients()
-        if reads and Lever.STEP_IN_BACKWARD in (self.beside | (levers or frozenset())):
+        if reads and Lever.STEP_IN_BACKWARD in (others | (levers or frozenset())):
             raise Unsupported(
                 f"step_in_backward was asked for, but {reads} needs the gradients after backward: leave one of the two "
                 "out"
             )
-        beside = self.beside | ({Lever.STEP_IN_BACKWARD} if levers is None and not reads else set())
+        return levers, others | ({Lever.STEP_IN_BACKWARD} if levers is None and not reads else set())
+
+    def _plan_for(self, batch: Batch, model: nn.Module, optimizer: Any, budget: str | int | None = None) -> Plan:
+        """Trace the step on `batch` and plan it: for `budget` at first, for the same bytes later."""
+        recorded: Trace | None = None
+
+        def record(tiles: bool) -> Trace:
+            nonlocal recorded
+            recorded = self.record(batch, optimizer, tiles)
+            return recorded
+
+        levers, beside = self.allowed()
         if self.plan is not None and self.plan.exact:
             # in the middle of a training nothing is proven anew, so only what gives the same bits by design
             levers, beside = exact_only(levers) | beside, frozenset()
         try:
-            budget = self.budget if self.plan is None else self.plan.budget_bytes
+            budget = budget or (self.budget if self.plan is None else self.plan.budget_bytes)
             _, chosen = planned(record, budget, levers, model, self.exact, beside)
         except BudgetInfeasible as error:
             if self.plan is None or recorded is None:
@@ -295,6 +330,8 @@ class TightfitCallback(PeakCallback):
     def _reads_gradients(self) -> str:
         """What in this Trainer's loop needs the gradients after backward; empty: nothing."""
         args = self._trainer.args
+        if self.in_parts is not None and self.in_parts.cuts:
+            return "micro_batch"
         if args.max_grad_norm:
             return "max_grad_norm"
         if args.gradient_accumulation_steps > 1:
@@ -311,13 +348,14 @@ class TightfitCallback(PeakCallback):
     def _step(self, batch: Batch) -> dict[str, Any]:
         """What the step on `batch` holds: the batch, those that wait beside it, and other models' weights."""
         waiting = self._trainer.args.gradient_accumulation_steps - 1
+        others = [] if self.in_parts is None else tensors_in(self.in_parts.others)
         return {
             "batch": batch,
-            "beside": [*self._beside, *(t.clone() for _ in range(waiting) for t in tensors_in(batch))],
+            "beside": [*self._beside, *others, *(t.clone() for _ in range(waiting) for t in tensors_in(batch))],
         }
 
     def _loss(self) -> Callable[[nn.Module, Any], torch.Tensor]:
-        return _trainer_loss(self._trainer)
+        return trainer_loss(self._trainer)
 
     @contextmanager
     def _in_training(self, model: nn.Module) -> Iterator[None]:
@@ -325,7 +363,7 @@ class TightfitCallback(PeakCallback):
         modes = [(m, m.training) for m in model.modules()]
         model.train()
         try:
-            with no_key_value_cache(model), _statistics_kept(self._trainer):
+            with no_key_value_cache(model), statistics_kept(self._trainer):
                 yield
         finally:
             for module, training in modes:
@@ -358,7 +396,7 @@ class TightfitCallback(PeakCallback):
 
     def _longer_batch(self) -> Batch | None:
         longest = None
-        for batch in self._upcoming:
+        for batch in (part for whole in self._upcoming for part in parts_of(whole)):
             extent = Extent.of(batch)
             if extent.exceeds(self._extent):
                 self._extent = self._extent.joined(extent)
@@ -388,7 +426,9 @@ class TightfitCallback(PeakCallback):
             self.applied.resume(self.plan, self.trace)
 
     def _prove(self, state: Any, model: nn.Module) -> None:
-        batch = transformers.Trainer._prepare_inputs(self._trainer, self._upcoming[0]) if self._upcoming else self.batch
+        batch = self.batch
+        if self._upcoming:
+            batch = transformers.Trainer._prepare_inputs(self._trainer, parts_of(self._upcoming[0])[0])
         assert self.plan is not None
         with self._in_training(model):
             loss, step = self._loss(), self._step(batch)
@@ -460,6 +500,8 @@ class TightfitCallback(PeakCallback):
             self.applied = None
         self._cache.close()
         self._norms.close()
+        if self.in_parts is not None:
+            self.in_parts.close()
         if self._suspended is not None:
             self._suspended.restore()
             self._suspended = None
@@ -513,76 +555,3 @@ def _weights_beside(trainer: Any, model: nn.Module) -> list[torch.Tensor]:
     others = [m for m in vars(trainer).values() if isinstance(m, nn.Module)]
     found = [t for m in others for p in m.parameters() if id(p) not in own for t in parameter_tensors(p)]
     return [t for t in found if t.device.type == kind]
-
-
-def _trainer_loss(trainer: Any) -> Callable[[nn.Module, Any], torch.Tensor]:
-    """What `Trainer.training_step` computes before it calls backward, as one function of model and `_step`."""
-    count = trainer.args.gradient_accumulation_steps
-    fetch = type(trainer).get_batch_samples  # not the one that notes what is fetched
-
-    def loss(model: nn.Module, step: Any) -> torch.Tensor:
-        batch = step["batch"]
-        _, items = fetch(trainer, iter([batch] * count), count, trainer.args.device)
-        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
-        with trainer.compute_loss_context_manager(), logging_step():  # TRL's losses fill its log
-            value: Any = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
-        result: torch.Tensor = value if scaled else value / count
-        return result
-
-    return loss
-
-
-_PLAIN = (bool, int, float, str, bytes, type(None))
-
-
-@contextmanager
-def _statistics_kept(trainer: Any) -> Iterator[None]:
-    """Undo what `compute_loss` adds to statistics of its own (TRL's do) in steps that train nothing."""
-    held = vars(trainer)
-    plain = {name: value for name, value in held.items() if isinstance(value, _PLAIN)}
-    kept = {name: copy.deepcopy(held[name]) for name in ("_metrics", "_logs") if name in held}
-    if "current_gradient_accumulation_steps" not in held:  # the Trainer sets it at its first step
-        trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-    try:
-        yield
-    finally:
-        held.update(plain)
-        held.update(kept)
-
-
-@contextmanager
-def _accumulating(model: nn.Module, accumulates: bool) -> Iterator[None]:
-    """Zero gradients inside, for a step whose later batches find those of the earlier ones."""
-    made = [p for p in model.parameters() if accumulates and p.requires_grad and p.grad is None]
-    for parameter in made:
-        parameter.grad = torch.zeros_like(parameter)
-    try:
-        yield
-    finally:
-        for parameter in made:
-            parameter.grad = None
-
-
-def _recorded(
-    model: nn.Module, step: Any, loss: Callable[[nn.Module, Any], torch.Tensor], optimizer: Any, tiles: bool
-) -> Trace:
-    """The step's trace: a real one, or on fake tensors where the plain step does not fit the device."""
-    try:
-        return trace(model, step, loss=loss, optimizer=optimizer, tiles=tiles)
-    except torch.OutOfMemoryError as error:
-        model.zero_grad(set_to_none=True)
-        with contextlib.suppress(RuntimeError):
-            accelerator.empty_cache()
-        states = random_states()  # kernels that are tried out for their scratch draw from the real generators
-        try:
-            device = next(model.parameters()).device
-            return trace(model, step, loss=loss, optimizer=optimizer, fake=True, device=device, tiles=tiles)
-        except (InvalidInput, Unsupported) as refused:
-            raise Unsupported(
-                f"the plain step does not fit this device ({error}), and its loss cannot be traced without running it "
-                f"({refused}): give a shorter batch to plan for as TightfitCallback(batch=...)"
-            ) from refused
-        finally:
-            restore_random_states(states)

@@ -69,7 +69,7 @@ def trainers_step(
         import trl
     except ImportError as error:
         raise Unsupported(f"the step of TRL's trainer needs trl: pip install 'tightfit[trl]' ({error})") from None
-    from tightfit.integrations.trainer import _statistics_kept
+    from tightfit.integrations.own_step import statistics_kept
 
     chosen = {name: _as_trl_has_it(value) for name, value in settings.items() if name in settings_of(trainer)}
     restored = contextlib.ExitStack()
@@ -98,7 +98,7 @@ def trainers_step(
             restored.enter_context(_neftune(model, float(made.neftune_noise_alpha)))
         if cuda:
             restored.enter_context(_kernels_as_ops())
-        restored.enter_context(_statistics_kept(made))
+        restored.enter_context(statistics_kept(made))
         reference = getattr(made, "ref_model", None)
         if reference is not None:
             model.add_module(_REFERENCE, reference)

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -270,10 +271,10 @@ def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: Reco
     profiler = cpu_profile(memory=not timer.has_queue)
     with profiler, timer:
         compute_loss(model, batch, loss).backward()
-    calls = full.dispatched
-    _same_ops("the measured pass", timer.names, [c.name for c in calls])
-    risen = timer.risen_bytes if timer.has_queue else risen_bytes(profiler, len(calls))
-    sum_in_place(full, summed_by_engine(profiler, len(calls)))
+    calls, finished = full.dispatched, timer.finished
+    _same_ops("the measured pass", list(compress(timer.names, finished)), [c.name for c in calls])
+    risen = timer.risen_bytes if timer.has_queue else compress(risen_bytes(profiler, len(finished)), finished)
+    sum_in_place(full, list(compress(summed_by_engine(profiler, len(finished)), finished)))
     for call, seconds, rise in zip(calls, timer.seconds, risen, strict=True):
         call.seconds.append(seconds)
         call.scratch_bytes = max(0, rise - call.out_bytes)

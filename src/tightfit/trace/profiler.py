@@ -25,6 +25,7 @@ class Timer(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
         self.seconds: list[float] = []
+        self.finished: list[bool] = []  # an op that raised is no op of the step, but has left its mark
         self.device = device
         self.has_queue = accelerator.is_card(device)
         self.counts = accelerator.counts_peak(device)
@@ -34,19 +35,25 @@ class Timer(TorchDispatchMode):
         if func is _aten.detach.default or func.namespace == "profiler":
             return func(*args, **(kwargs or {}))
         self.names.append(op_name(func))
+        self.finished.append(False)
+        out = self._timed(func, args, kwargs or {})
+        self.finished[-1] = True
+        return out
+
+    def _timed(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.has_queue:
             with torch.profiler.record_function(MARK):
                 accelerator.synchronize(self.device)
                 before = accelerator.peak_begun(self.device) if self.counts else 0
                 started = time.perf_counter()
-                out = func(*args, **(kwargs or {}))
+                out = func(*args, **kwargs)
                 accelerator.synchronize(self.device)
                 self.seconds.append(time.perf_counter() - started)
                 self.risen_bytes.append(accelerator.peak_risen_bytes(self.device, before) if self.counts else 0)
                 return out
         with torch.profiler.record_function(MARK):
             started = time.perf_counter()
-            out = func(*args, **(kwargs or {}))
+            out = func(*args, **kwargs)
             self.seconds.append(time.perf_counter() - started)
         return out
 

@@ -20,6 +20,7 @@ from tightfit.core import (
     parse_bytes,
     parse_levers,
 )
+from tightfit.fitting.micro_batches import AUTO
 from tightfit.integrations.transformers import (
     dtype_named,
 )
@@ -37,12 +38,20 @@ class Asked:
 
     def recipe(self) -> Recipe:
         """TRL's settings, made anew: a trainer changes the arguments that it is given."""
+        made = self._resolved_settings()
+        if self.options.batch == AUTO:  # one batch for each step of the optimizer, which is cut later
+            made.args.per_device_train_batch_size *= made.args.gradient_accumulation_steps
+            made.args.gradient_accumulation_steps = 1
+        return made
+
+    def _resolved_settings(self) -> Recipe:
         options, config = self.options, self.config
         defaults = DEFAULTS if config is None else None
         pairs: list[tuple[str, Any]] = [
             ("model_name_or_path", self.model or options.model),
             ("data", options.data),
-            ("per_device_train_batch_size", options.batch),
+            ("per_device_train_batch_size", options.global_batch if options.batch == AUTO else options.batch),
+            ("gradient_accumulation_steps", 1 if options.global_batch is not None else None),
             ("max_length", options.seq),
             ("max_steps", options.steps),
             ("learning_rate", options.lr),
@@ -87,7 +96,8 @@ class Asked:
             model=model.model_name_or_path,
             data=recipe.fit.data or recipe.script.dataset_name,
             method=method,
-            batch=args.per_device_train_batch_size,
+            batch=AUTO if self.options.batch == AUTO else args.per_device_train_batch_size,
+            global_batch=args.per_device_train_batch_size if self.options.batch == AUTO else None,
             seq=args.max_length,
             steps=args.max_steps if args.max_steps > 0 else None,
             lr=args.learning_rate,

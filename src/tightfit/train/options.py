@@ -14,6 +14,7 @@ from typing import Any
 from tightfit.accelerator import device_named
 from tightfit.core import (
     InvalidInput,
+    MicroBatches,
     Plan,
     Proof,
     parse_bytes,
@@ -70,7 +71,8 @@ class TrainOptions:
     model: str | None = None
     data: str | None = None  # a file or folder, or an embedded text; None: Python's own reference text
     method: str | None = None  # full, lora or qlora
-    batch: int | None = None
+    batch: int | str | None = None  # sequences, or "auto": micro-batches of the global batch
+    global_batch: int | None = None  # sequences between two steps of the optimizer; goes with batch="auto"
     seq: int | None = None
     steps: int | None = None
     lr: float | None = None  # None, without a config: 3e-3 for the demo model, 2e-4 with adapters, 2e-5 otherwise
@@ -106,6 +108,7 @@ class RunResult:
     retries: tuple[Retry, ...]  # out-of-memory errors survived
     seconds: float
     tokens_per_second: float
+    micro_batches: MicroBatches | None = None  # None: the batch was not to be cut
 
     @property
     def losses_identical(self) -> bool | None:
@@ -132,7 +135,7 @@ class RunResult:
         """Nothing that was checked came out wrong."""
         gradients = self.proof is None or self.proof["gradients"].passed
         under = self.budget_bytes is None or self.peak_bytes is None or self.peak_bytes <= self.budget_bytes * OVER
-        same = self.losses_identical is not False or self.tiled  # whose proof is that of `verify`, not the bits
+        same = self.losses_identical is not False or self.tiled or self.cut  # proven otherwise than by bits
         return gradients and under and same
 
     @property
@@ -140,10 +143,18 @@ class RunResult:
         """Does the plan add sums in another order, so that bits may differ?"""
         return self.plan is not None and not self.plan.exact
 
+    @property
+    def cut(self) -> bool:
+        """Do batches run in micro-batches, which add up in another order?"""
+        return self.micro_batches is not None and self.micro_batches.accumulation > 1
+
 
 def check_options(options: TrainOptions) -> None:
-    for name, least in (("batch", 1), ("seq", 2), ("steps", 1), ("compare_steps", 0), ("oom_retries", 0)):
-        value = getattr(options, name)
+    if options.global_batch is not None and options.batch != "auto":
+        raise InvalidInput("--global-batch is what --batch auto cuts into micro-batches: give both, or --batch alone")
+    numbers = (("batch", 1), ("global_batch", 1), ("seq", 2), ("steps", 1), ("compare_steps", 0), ("oom_retries", 0))
+    for name, least in numbers:
+        value = None if getattr(options, name) == "auto" else getattr(options, name)
         if value is not None and value < least:
             raise InvalidInput(f"expected --{name.replace('_', '-')} of at least {least}, not {value}")
     if options.lr is not None and not 0 < options.lr < 100:

@@ -22,8 +22,10 @@ from tightfit import accelerator
 from tightfit.core import (
     Check,
     InvalidInput,
+    MicroBatches,
     Plan,
     Proof,
+    loads,
     parse_bytes,
     require_part,
     to_json,
@@ -67,6 +69,7 @@ class RunRecord:
         self.unplanned_peak_bytes: int | None = None
         self.budget: str | int = self._budget()
         self.budget_bytes: int | None = None
+        self.micro_batches: MicroBatches | None = None
         self.retries: list[Retry] = []
         self.retries_before = 0  # of a process that this one goes on for: not counted against what is allowed
         self.resumed_at: list[int] = []
@@ -98,6 +101,8 @@ class RunRecord:
         self.retries_before = len(self.retries)
         self.resumed_at = list(observed.get("resumed_at", ()))
         self.notes = list(observed.get("notes", ()))
+        if observed.get("micro_batches") is not None:
+            self.micro_batches = loads(MicroBatches, json.dumps(observed["micro_batches"]), "the run's record")
         if observed["checks"]:
             checks = tuple(Check(**check) for check in observed["checks"])
             self.proof = Proof(checks=checks, environment=record["environment"])
@@ -147,6 +152,7 @@ class RunRecord:
             self.plan.save(self.folder / "plan.json")
             if self.budget_bytes is None:
                 self.budget_bytes = self.plan.budget_bytes
+        self.micro_batches = self.micro_batches or self.callback.micro_batches
         self.proof = self.callback.proof or self.proof
         for line in self.callback.said:
             self.note(line)
@@ -203,6 +209,7 @@ class RunRecord:
             retries=tuple(self.retries),
             seconds=seconds,
             tokens_per_second=tokens / seconds if seconds else 0.0,
+            micro_batches=self.micro_batches,
         )
 
     def _write_record(self) -> None:
@@ -236,7 +243,7 @@ class RunRecord:
             "constraint": {
                 "budget": options.budget,
                 "budget_bytes": result.budget_bytes,
-                "batch": options.batch,
+                "batch": options.batch if options.global_batch is None else options.global_batch,
                 "seq": options.seq,
                 "depends_on": "peaks hold for batches of this size on this device with these versions; losses are "
                 "equal bit for bit only with the same versions, device and number of threads",
@@ -256,6 +263,7 @@ class RunRecord:
                 "forward_flops": plan.forward_flops if plan else None,
                 "recompute_seconds": plan.recompute_seconds if plan else None,
                 "replays": plan.replays if plan else None,
+                "micro_batches": to_json(self.micro_batches),
                 "compared_steps": len(self.compared or ()),
                 "compared_losses": list(self.compared or ()),
                 "losses_identical": result.losses_identical,

@@ -43,6 +43,7 @@ from tightfit.core import (
     parse_levers,
     write_text,
 )
+from tightfit.fitting.micro_batches import AUTO
 from tightfit.integrations import conflicts, trl
 from tightfit.integrations.bitsandbytes import no_repacking, quantise
 from tightfit.integrations.peft import no_input_gradients
@@ -304,7 +305,13 @@ class Run(RunRecord):
         step = 0 if found is None else found[1]
         if self.opened:
             self._rewind(found)
-        self.callback = TightfitCallback(self.budget, levers=parse_levers(recipe.fit.levers))
+        # once chosen, the size stays: it depends on measured seconds, and a resumed run adds up as before
+        cut = self.micro_batches.size if self.micro_batches is not None else None
+        self.callback = TightfitCallback(
+            self.budget,
+            levers=parse_levers(recipe.fit.levers),
+            micro_batch=(cut or AUTO) if self.options.batch == AUTO else None,
+        )
         recovery = Recovery(self.callback, retries - len(self.retries) + self.retries_before, self.tell)
         with ExitStack() as stack:
             stack.callback(self.callback.close)

@@ -37,6 +37,9 @@ def summary(result: RunResult) -> Table:
             over = result.peak_bytes > asked_bytes * OVER
             measured = of_whole(result.peak_bytes)
             table.add_row("peak measured, all steps", f"[red]{measured} over budget[/red]" if over else measured)
+        if result.micro_batches is not None:
+            cut = result.micro_batches
+            table.add_row("micro-batches", f"{cut.accumulation} of {cut.size} for a global batch of {cut.global_batch}")
         share = f" ({plan.recompute_flops / plan.forward_flops:.1%} of the forward)" if plan.forward_flops else ""
         table.add_row("recompute, FLOPs a step", f"{plan.recompute_flops / 1e9:,.2f} GFLOP{share}", end_section=False)
         seconds = f" ({plan.recompute_seconds / plan.step_seconds:.1%} of the step)" if plan.step_seconds else ""
@@ -58,6 +61,8 @@ def summary(result: RunResult) -> Table:
             if same
             else f"differ by up to {result.losses_apart:.3g}, as tiles may"
             if result.tiled
+            else f"differ by up to {result.losses_apart:.3g}, as micro-batches may"
+            if result.cut
             else "[red]differ[/red]",
         )
     if result.loss_start is not None and result.loss_end is not None:

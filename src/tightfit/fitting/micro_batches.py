@@ -1,0 +1,368 @@
+"""A step whose global batch runs in micro-batches: how many there are, and their exact accumulation.
+
+Idea: micro-batch, accumulation and plan are one choice (`plan.micro_batches`). Each size that is looked at is recorded
+with rows of the user's own batch, and with gradients in place where there is more than one part, as all parts but the
+first find them. What the loss divides by is found out by comparing a few rows, cut and uncut (`verify.additive`), and
+again with the first batch for which the answers that are left differ.
+
+Invariant: losses and gradients are those of the uncut batch, to rounding. Dropout draws other masks. Refused
+(`Unsupported`): a loss that is no weighted sum of the losses of the parts (batch statistics, contrastive losses,
+load-balancing losses of experts), a batch that cannot be cut by rows, a compiled model, several processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit import accelerator
+from tightfit.core import (
+    BudgetInfeasible,
+    Check,
+    InvalidInput,
+    Lever,
+    MicroBatch,
+    MicroBatches,
+    Plan,
+    Trace,
+    Unsupported,
+    parse_bytes,
+)
+from tightfit.engine import Applied
+from tightfit.levers import inexact
+from tightfit.plan import plan as make_plan
+from tightfit.plan.micro_batches import QUICK, attempted, shares, solved
+from tightfit.plan.table import THOROUGH
+from tightfit.step.patches import compiled_entries
+from tightfit.step.ranks import are_several
+from tightfit.step.rows import Divisor, row_count, rows_taken, weights_of
+from tightfit.step.run import LossFunction, compute_loss
+from tightfit.verify.additive import compared_cut
+
+__all__ = [
+    "AUTO",
+    "Cut",
+    "Fitted",
+    "Found",
+    "Weigher",
+    "cut_levers",
+    "exactly",
+    "gradients_in_place",
+    "launch_seconds",
+    "micro_batch_asked",
+    "needs_tiles",
+    "solve",
+    "weighed",
+]
+
+AUTO = "auto"
+#: Rows of the batch that are compared cut and uncut: one beside two, so that rows and parts are told apart.
+_COMPARED = 3
+
+#: What was recorded, its plan if anything fits, and the budget in bytes.
+Planned = tuple[Trace, Plan | None, int]
+
+#: A budget that is missed by less than this is planned for once more, thoroughly.
+_NEARLY = 1.05
+
+
+class Fitted(Applied):
+    """What `fit` returns: the plan in force, and the loop's backward where the batch is cut.
+
+    Attributes: `micro_batches`, what was chosen and why; None: the batch was to stay whole.
+    """
+
+    micro_batches: MicroBatches | None = None
+    _cut: Cut | None = None
+    _loss: LossFunction | None = None
+
+    def backward(self, batch: Any) -> torch.Tensor:
+        """Forward and backward of all of `batch`, a micro-batch at a time. Returns its loss.
+
+        The gradients that it adds to the parameters are those of `loss.backward()` on the whole batch, to rounding.
+        """
+        total: torch.Tensor | None = None
+        for part, weight in self.parts(batch):
+            loss = compute_loss(self.model, part, self._loss)
+            loss = loss if weight == 1 else loss * weight
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    def parts(self, batch: Any) -> Iterator[tuple[Any, float]]:
+        """The micro-batches of `batch`, each with what its loss is to be multiplied by before `backward()`."""
+        if self._cut is None:
+            yield batch, 1.0
+        else:
+            yield from self._cut.parts(batch)
+
+    def cut_by(self, cut: Cut, loss: LossFunction | None, chosen: MicroBatches) -> None:
+        """From now on, `backward` cuts."""
+        self._cut, self._loss, self.micro_batches = cut, loss, chosen
+
+    def _facts(self) -> list[tuple[str, str]]:
+        said = super()._facts()
+        chosen = self.micro_batches
+        if chosen is not None:
+            said.insert(1, ("micro-batches", chosen.said))
+            if chosen.accumulation > 1:
+                said.insert(2, ("their loss", f"divided by {chosen.weighed}; {rounding_said(self.model, chosen)}"))
+        return said
+
+
+def rounding_said(model: nn.Module, chosen: MicroBatches) -> str:
+    """What accumulation may change, in words: sums in another order, and in the gradients' own dtype."""
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    unit = max((torch.finfo(dtype).eps / 2 for dtype in dtypes if dtype.is_floating_point), default=0.0)
+    return (
+        f"gradients are those of the whole batch to rounding: {chosen.accumulation - 1} more additions, each of at "
+        f"most {unit:.1g} of its sum"
+    )
+
+
+class Weigher:
+    """What the losses of parts are multiplied by. It knows what the loss divides by, as far as batches have shown."""
+
+    def __init__(self, compare: Callable[[Any], tuple[tuple[Divisor, ...], str]] | None = None) -> None:
+        self.divisors: tuple[Divisor, ...] = tuple(Divisor)
+        self.compare = compare
+
+    def weights(self, batch: Any, parts: Sequence[Any], rows: Sequence[int]) -> tuple[float, ...]:
+        """Of `parts`, which are `batch`. Raises `Unsupported` where it cannot be told."""
+        found = self._candidates(parts, rows)
+        if len(set(found.values())) > 1 and self.compare is not None:
+            self.divisors = self.compare(batch)[0][:1]
+            found = self._candidates(parts, rows)
+        if len(set(found.values())) != 1:
+            raise Unsupported(
+                "what this loss divides by cannot be told: the batches that were compared weigh their parts alike, and "
+                "this one does not"
+                if found
+                else "no label of this batch counts, so its loss is the mean of nothing"
+            )
+        return next(iter(found.values()))
+
+    def _candidates(self, parts: Sequence[Any], rows: Sequence[int]) -> dict[Divisor, tuple[float, ...]]:
+        found = {each: weights_of(each, parts, rows) for each in self.divisors}
+        return {each: weights for each, weights in found.items() if weights is not None}
+
+
+class Cut:
+    """How batches are cut into micro-batches of at most `size` rows, and their losses weighed."""
+
+    def __init__(self, model: nn.Module, loss: LossFunction | None, size: int) -> None:
+        self.model, self.loss, self.size = model, loss, size
+        self.weigher = Weigher(self.compared)
+
+    def parts(self, batch: Any) -> Iterator[tuple[Any, float]]:
+        rows = shares(row_count(batch), self.size)
+        if len(rows) == 1:
+            yield batch, 1.0
+            return
+        ends = [sum(rows[: place + 1]) for place in range(len(rows))]
+        parts = [rows_taken(batch, slice(end - count, end)) for end, count in zip(ends, rows, strict=True)]
+        weights = self.weigher.weights(batch, parts, rows)
+        for part, weight in zip(parts, weights, strict=True):
+            if weight:  # the mean of no labels is no number
+                yield part, weight
+
+    def compared(self, batch: Any) -> tuple[tuple[Divisor, ...], Any]:
+        """What the loss may divide by, from a few rows of `batch`, and the check. Raises `Unsupported` if nothing."""
+        one, others = _telling_rows(batch)
+        parts = [rows_taken(batch, [one]), rows_taken(batch, others)]
+        whole = rows_taken(batch, [one, *others])
+        divisors = self.weigher.divisors
+        held, check = compared_cut(self.model, whole, parts, (1, len(others)), self.loss, divisors)
+        if not held:
+            raise Unsupported(not_additive(check.measured, check.tolerance))
+        return held, check
+
+
+def not_additive(measured: str, tolerance: str) -> str:
+    most = f", of at most {tolerance.partition(':')[0]}" if tolerance else ""
+    return (
+        "the batch cannot be cut into micro-batches: the loss of a batch is not a sum or a mean of the losses of its "
+        f"rows (cut and uncut are {measured}{most}). Batch normalisation, contrastive "
+        "losses and load-balancing losses of experts are like that: leave micro-batches out"
+    )
+
+
+def weighed(chosen: MicroBatches, divisor: Divisor, check: Check) -> MicroBatches:
+    """`chosen`, with what the comparison of cut and uncut has shown."""
+    return dataclasses.replace(chosen, weighed=divisor.value, check=check)
+
+
+def _telling_rows(batch: Any) -> tuple[int, list[int]]:
+    """The row of the fewest labels that count but at least one, and the rows of the most."""
+    count = row_count(batch)
+    labels = [weights_of(Divisor.LABELS, [rows_taken(batch, [row]), batch], (1, 1)) for row in range(count)]
+    sizes = [0.0 if weights is None else weights[0] / max(weights[1], 1e-300) for weights in labels]
+    order = sorted(range(count), key=lambda row: (sizes[row] == 0, sizes[row]))
+    counted = [row for row in order if sizes[row]] or order
+    others = [row for row in reversed(counted) if row != counted[0]][: _COMPARED - 1]
+    return counted[0], others or [row for row in order if row != counted[0]][:1]
+
+
+def micro_batch_asked(asked: object) -> str | int:
+    """`asked`, if it is `"auto"` or a number of rows; raises `InvalidInput` for anything else."""
+    if asked == AUTO or (isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1):
+        return asked  # type: ignore[return-value]  # one of the two
+    raise InvalidInput(f'micro_batch={asked!r}: expected "auto", or a number of rows of at least 1')
+
+
+def refuse(model: nn.Module, exact: bool) -> None:
+    """Raise for what does not go together with micro-batches."""
+    if exact:
+        raise InvalidInput(
+            "exact=True asks for the bits of the whole batch, and micro-batches add in another order: leave one out"
+        )
+    if compiled_entries(model):
+        raise Unsupported(
+            "the model is compiled, and micro-batches of a compiled step are not planned: give their size"
+        )
+    if are_several(model):
+        raise Unsupported("several processes train this model, and each would choose for itself: give the batch size")
+
+
+@contextlib.contextmanager
+def gradients_in_place(model: nn.Module, accumulates: bool) -> Iterator[None]:
+    """Zero gradients inside, as every micro-batch but the first finds them."""
+    made = [p for p in model.parameters() if accumulates and p.requires_grad and p.grad is None]
+    for parameter in made:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        yield
+    finally:
+        for parameter in made:
+            parameter.grad = None
+
+
+def launch_seconds(device: torch.device) -> float:
+    """What an op takes that does next to nothing, with autograd and its backward: each micro-batch launches all ops of
+    a step once more, which the seconds of the ops themselves do not tell. Measured."""
+    leaf = torch.ones(4, device=device, requires_grad=True)
+    taken = []
+    for _ in range(_LAUNCHES):
+        begun = time.perf_counter()
+        value = leaf
+        for _ in range(_OPS):
+            value = value * 1.0
+        torch.autograd.grad(value.sum(), leaf)
+        accelerator.synchronize(device)
+        taken.append(time.perf_counter() - begun)
+    return min(taken) / (2 * _OPS)
+
+
+_LAUNCHES, _OPS = 5, 100
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The choice, and what was recorded and planned for it."""
+
+    chosen: MicroBatches
+    trace: Trace
+    plan: Plan
+
+
+def solve(
+    global_batch: int,
+    budget: str | int,
+    plan_for: Callable[[int, str | int, bool], Planned],
+    levers: frozenset[Lever] | None,
+    beside: frozenset[Lever],
+    asked: str | int = AUTO,
+    launch_seconds: float = 0.0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Found:
+    """The micro-batches of `global_batch` rows by which a step takes the fewest seconds within `budget`.
+
+    `plan_for`: records and plans micro-batches of so many rows, for a budget, by what gives the same bits (True) or by
+    whatever fits (raises `BudgetInfeasible` if nothing does). A percentage is of the uncut step.
+
+    Raises `BudgetInfeasible` where not even single rows fit.
+    """
+    found: dict[int, tuple[Trace, Plan]] = {}
+    tried: dict[int, MicroBatch] = {}
+
+    def attempt(size: int, budget: str | int) -> tuple[MicroBatch, int]:
+        progress(f"micro-batches of {size}")
+        recorded, made, budget_bytes = plan_for(size, budget, True)
+        if made is not None:
+            found[size] = recorded, made
+        return attempted(size, global_batch, recorded, made, levers, launch_seconds), budget_bytes
+
+    if "%" in str(budget):
+        tried[global_batch], sized = attempt(global_batch, budget)
+    else:
+        sized = parse_bytes(budget)
+    if asked == AUTO:
+        chosen = solved(global_batch, lambda size: attempt(size, sized)[0], sized, tried)
+        last = 1
+    else:
+        last = min(int(asked), global_batch)
+        if last not in tried:
+            tried[last] = attempt(last, sized)[0]
+        chosen = _as_asked(global_batch, tried[last], sized) if tried[last].fits else None
+    if chosen is None:  # nothing exact fits, so the smallest pieces by whatever fits, or what that says
+        recorded, made, _ = plan_for(last, sized, False)
+        assert made is not None
+        chosen = _as_asked(global_batch, attempted(last, global_batch, recorded, made, levers, launch_seconds), sized)
+        return Found(chosen=chosen, trace=recorded, plan=made)
+    recorded, made = found[chosen.size]
+    levers, beside = cut_levers(levers, beside, chosen.accumulation > 1)
+    return Found(chosen=chosen, trace=recorded, plan=_best(recorded, made, levers, beside))
+
+
+def exactly(recorded: Trace, budget: str | int, levers: frozenset[Lever] | None, beside: frozenset[Lever]) -> Planned:
+    """The plan of `recorded` by what gives the same bits, or by the levers that are named, if one fits.
+
+    It is made quickly, since many are made, and thoroughly where it nearly fits.
+    """
+    for effort in (QUICK, THOROUGH):
+        try:
+            made = make_plan(recorded, budget, effort=effort, levers=levers, exact=levers is None, beside=beside)
+        except BudgetInfeasible as error:
+            budget_bytes = error.budget_bytes
+            if error.least_bytes > budget_bytes * _NEARLY:
+                break
+            continue
+        return recorded, made, made.budget_bytes
+    return recorded, None, budget_bytes
+
+
+def needs_tiles(levers: frozenset[Lever] | None) -> bool:
+    """Do the levers that were named need what only a recording in tiles knows?"""
+    return levers is not None and bool(inexact(levers))
+
+
+def _best(recorded: Trace, quick: Plan, levers: frozenset[Lever] | None, beside: frozenset[Lever]) -> Plan:
+    """The plan that is put in force: of as much effort as any, and never a slower one."""
+    if not quick.added_seconds or not quick.exact:
+        return quick
+    with contextlib.suppress(BudgetInfeasible):
+        made = make_plan(recorded, quick.budget_bytes, levers=levers, exact=levers is None, beside=beside)
+        return min(made, quick, key=lambda plan: plan.added_seconds)
+    return quick
+
+
+def _as_asked(global_batch: int, only: MicroBatch, budget_bytes: int) -> MicroBatches:
+    return MicroBatches(
+        global_batch=global_batch, size=only.size, accumulation=only.accumulation, largest=only.size,
+        budget_bytes=budget_bytes, seconds=only.seconds, tried=(only,),
+    )  # fmt: skip
+
+
+def cut_levers(
+    levers: frozenset[Lever] | None, beside: frozenset[Lever], accumulates: bool
+) -> tuple[frozenset[Lever] | None, frozenset[Lever]]:
+    """The levers that a micro-batch may use: parameters are not stepped in a backward that others follow."""
+    barred = {Lever.STEP_IN_BACKWARD} if accumulates else set()
+    return None if levers is None else levers - barred, beside - barred

@@ -1,0 +1,84 @@
+"""The step that a Trainer is about to run, as its own code computes it: its loss, its statistics, its trace.
+
+Invariant: nothing of a Trainer's loss is written down a second time. Refused: a step that neither runs here nor can be
+traced without running it (`Unsupported`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit import accelerator
+from tightfit.core import InvalidInput, Trace, Unsupported
+from tightfit.step.snapshot import random_states, restore_random_states
+from tightfit.trace.fake import logging_step
+from tightfit.trace.recording import trace
+
+__all__ = ["recorded", "statistics_kept", "trainer_loss"]
+
+
+def trainer_loss(trainer: Any) -> Callable[[nn.Module, Any], torch.Tensor]:
+    """What `Trainer.training_step` computes before it calls backward, as one function of model and `_step`."""
+    count = trainer.args.gradient_accumulation_steps
+    fetch = type(trainer).get_batch_samples  # not the one that notes what is fetched
+
+    def loss(model: nn.Module, step: Any) -> torch.Tensor:
+        batch = step["batch"]
+        _, items = fetch(trainer, iter([batch] * count), count, trainer.args.device)
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+        with trainer.compute_loss_context_manager(), logging_step():  # TRL's losses fill its log
+            value: Any = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+        result: torch.Tensor = value if scaled else value / count
+        return result
+
+    return loss
+
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+@contextmanager
+def statistics_kept(trainer: Any) -> Iterator[None]:
+    """Undo what `compute_loss` adds to statistics of its own (TRL's do) in steps that train nothing."""
+    held = vars(trainer)
+    plain = {name: value for name, value in held.items() if isinstance(value, _PLAIN)}
+    kept = {name: copy.deepcopy(held[name]) for name in ("_metrics", "_logs") if name in held}
+    if "current_gradient_accumulation_steps" not in held:  # the Trainer sets it at its first step
+        trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    try:
+        yield
+    finally:
+        held.update(plain)
+        held.update(kept)
+
+
+def recorded(
+    model: nn.Module, step: Any, loss: Callable[[nn.Module, Any], torch.Tensor], optimizer: Any, tiles: bool
+) -> Trace:
+    """The step's trace: a real one, or on fake tensors where the plain step does not fit the device."""
+    try:
+        return trace(model, step, loss=loss, optimizer=optimizer, tiles=tiles)
+    except torch.OutOfMemoryError as error:
+        model.zero_grad(set_to_none=True)
+        with contextlib.suppress(RuntimeError):
+            accelerator.empty_cache()
+        states = random_states()  # kernels that are tried out for their scratch draw from the real generators
+        try:
+            device = next(model.parameters()).device
+            return trace(model, step, loss=loss, optimizer=optimizer, fake=True, device=device, tiles=tiles)
+        except (InvalidInput, Unsupported) as refused:
+            raise Unsupported(
+                f"the plain step does not fit this device ({error}), and its loss cannot be traced without running it "
+                f"({refused}): give a shorter batch to plan for as TightfitCallback(batch=...)"
+            ) from refused
+        finally:
+            restore_random_states(states)

@@ -1,0 +1,273 @@
+"""Is the loss of a batch a weighted sum of the losses of its parts? Found out by comparing.
+
+Idea: if it is, loss and gradients of a batch and of its parts, added up, are the same numbers but for rounding. In
+float64 that rounding is so small that nothing else can pass for it. How small is derived, not chosen: to first order
+the error of a computation is proportional to the unit roundoff u. So what a step in its own dtype is off from float64,
+times the ratio of the two u, is what a float64 step is off from the exact one. Two steps that are each that near are at
+most the sum apart; the same factor as for tiles (`rounding.TILE_FACTOR`) allows for sums in another order.
+
+The step's own errors are reported beside it: cut and uncut, each against float64.
+
+Dropout draws nothing meanwhile, since parts draw other masks than the whole. Statistics of the batch stay on.
+
+Invariant: the model is left as it was found. Where no float64 step is possible (a large model, an op without a kernel
+for it), own dtype is compared with own dtype, against what the uncut step differs by when its rows stand in another
+order. That shows less, and the check says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tightfit.accelerator import HOST
+from tightfit.core import Check, InvalidInput, Unsupported
+from tightfit.step.patches import no_key_value_cache, uncompiled
+from tightfit.step.rows import Divisor, row_count, rows_taken, weights_of
+from tightfit.step.run import LossFunction, compute_loss, tensors_in
+from tightfit.step.snapshot import Snapshot, random_states, undisturbed
+from tightfit.verify.float64 import _FLOAT64_BYTES, _float64, _in_double
+from tightfit.verify.rounding import TILE_FACTOR
+
+__all__ = ["compared_cut"]
+
+_NAME = "micro-batches"
+_EXPECTED = "loss and gradients of the parts add up to those of the whole (relative norm)"
+Gradients = dict[str, torch.Tensor]
+_UNIT = {torch.float64: 2.0**-53}
+
+
+def compared_cut(
+    model: nn.Module,
+    whole: Any,
+    parts: Sequence[Any],
+    rows: Sequence[int],
+    loss: LossFunction | None = None,
+    divisors: Sequence[Divisor] = tuple(Divisor),
+    beside: Sequence[nn.Module] = (),
+) -> tuple[tuple[Divisor, ...], Check]:
+    """Those of `divisors` by which the parts add up to the whole, and the check that says so.
+
+    `rows`: of each part. `beside`: other modules that the loss runs. The nearest comes first; more than one is left
+    where they weigh these parts alike.
+    """
+    weights = {each: found for each in divisors if (found := weights_of(each, parts, rows)) is not None}
+    with contextlib.ExitStack() as stack:
+        restart = stack.enter_context(undisturbed(model, (whole, *parts)))
+        stack.enter_context(no_key_value_cache(model))
+        stack.enter_context(uncompiled(model))
+        stack.enter_context(_no_masks(model, lambda: _step(model, whole, loss, restart)))
+        try:
+            own = [_step(model, batch, loss, restart) for batch in (whole, *parts)]
+        except InvalidInput as refused:  # batch normalisation of one row
+            return (), Check(
+                name=_NAME, expected=_EXPECTED, measured=f"not alike: {refused}", tolerance="", passed=False
+            )
+        exact = _in_float64((model, *beside), (whole, *parts), loss, restart)
+        again = _reordered(model, whole, sum(rows), loss, restart) if exact is None else None
+    unit = max(_unit(tensor) for tensor in own[0].values())
+    if again is not None:
+        error = max(_apart(own[0], again), unit)
+        limit, compared = 2 * TILE_FACTOR * error, own
+        said = (
+            f"no step in float64 is possible here, so 2 x {TILE_FACTOR} x what the uncut step is off from itself with "
+            f"its rows in another order ({error:.2g})"
+        )
+    else:
+        assert exact is not None
+        # an own dtype with fewer digits than float32 adds up in float32: its error says nothing of long sums
+        shrunk = _UNIT[torch.float64] / min(unit, 2.0**-24)
+        error = max(*(_apart(one, other) for one, other in zip(own, exact, strict=True)), unit)
+        limit, compared = 2 * TILE_FACTOR * error * shrunk, exact
+        said = (
+            f"2 x {TILE_FACTOR} x what steps in their own dtype are off from float64 ({error:.2g}) x the ratio of the "
+            "roundings "
+            f"({shrunk:.2g})"
+        )
+    apart = {each: _apart(compared[0], _added(compared[1:], found)) for each, found in weights.items()}
+    held = tuple(each for each in sorted(apart, key=lambda each: apart[each]) if apart[each] <= limit)
+    nearest = min(apart, key=lambda each: apart[each])
+    measured = f"{apart[nearest]:.2g} apart, taken as divided by {nearest.value}"
+    if exact is not None and held:
+        cut, uncut = _apart(_added(own[1:], weights[nearest]), exact[0]), _apart(own[0], exact[0])
+        measured += f"; in the step's own dtype {cut:.2g} from float64 cut, {uncut:.2g} uncut"
+    check = Check(
+        name=_NAME,
+        expected=_EXPECTED + ("" if exact is None else ", in float64"),
+        measured=measured,
+        tolerance=f"{limit:.2g}: {said}",
+        passed=bool(held),
+    )
+    return held, check
+
+
+def _unit(tensor: torch.Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps / 2
+
+
+def _step(model: nn.Module, batch: Any, loss: LossFunction | None, restart: Snapshot) -> Gradients:
+    """Loss and gradients, on the CPU."""
+    restart()
+    with restart.watching():
+        value = compute_loss(model, batch, loss)
+        value.backward()
+    found = {n: p.grad.detach().to(HOST, copy=True) for n, p in model.named_parameters() if p.grad is not None}
+    return {n: t.to_dense() if t.is_sparse else t for n, t in found.items()} | {"": value.detach().to(HOST)}
+
+
+def _in_float64(
+    models: Sequence[nn.Module], batches: Sequence[Any], loss: LossFunction | None, restart: Snapshot
+) -> list[Gradients] | None:
+    model = models[0]
+    if any(p.dtype is torch.float64 for p in model.parameters()):
+        return None  # it is its own dtype, so nothing more exact is there to hold it against
+    if 8 * sum(p.numel() for each in models for p in each.parameters()) > _FLOAT64_BYTES:
+        return None
+    doubled = [
+        pytree.tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, batch)
+        for batch in batches
+    ]
+    restart()
+    try:
+        with contextlib.ExitStack() as stack:
+            for each in models:
+                stack.enter_context(_in_double(each))
+            stack.enter_context(_float64())
+            narrow = stack.enter_context(_Narrow())
+            found = []
+            for batch in doubled:
+                for parameter in model.parameters():
+                    parameter.grad = None
+                value = compute_loss(model, batch, loss)
+                _backward(value)
+                gradients = {n: p.grad.detach().to(HOST) for n, p in model.named_parameters() if p.grad is not None}
+                found.append(gradients | {"": value.detach().to(HOST)})
+    except Exception:  # whatever a kernel that has no float64 raises; the comparison in the step's own dtype is left
+        return None
+    finally:
+        restart()
+    return None if narrow.met or any(t.dtype is not torch.float64 for t in found[0].values()) else found
+
+
+def _backward(value: torch.Tensor) -> None:
+    """`value.backward()`, which takes function modes off: functions with a backward of their own would round there."""
+    run: Any = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]  # of C++
+    run((value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+class _Narrow(TorchDispatchMode):
+    """Notes whether any number was rounded to fewer digits than float64 has."""
+
+    met = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.met = self.met or any(t.is_floating_point() and t.dtype is not torch.float64 for t in tensors_in(out))
+        return out
+
+
+def _reordered(model: nn.Module, whole: Any, rows: int, loss: LossFunction | None, restart: Snapshot) -> Gradients:
+    """The step with its rows in the reverse order, where they can be told, and its loss scaled in backward: all sums
+    and products round in other ways."""
+    with contextlib.suppress(Unsupported):
+        if row_count(whole) == rows:  # the examples, and not the halves of pairs
+            whole = rows_taken(whole, range(rows - 1, -1, -1))
+    scale = 0.7
+
+    def scaled(model: nn.Module, batch: Any) -> torch.Tensor:
+        return compute_loss(model, batch, loss) * scale
+
+    return {name: tensor / scale for name, tensor in _step(model, whole, scaled, restart).items()}
+
+
+def _added(parts: Sequence[Gradients], weights: Sequence[float]) -> Gradients:
+    total: Gradients = {}
+    for part, weight in zip(parts, weights, strict=True):
+        if weight == 0:
+            continue  # the mean of nothing is no number
+        for name, tensor in part.items():
+            total[name] = total[name] + weight * tensor if name in total else weight * tensor
+    return total
+
+
+def _apart(one: Gradients, other: Gradients) -> float:
+    """The larger of the relative distances of the losses, and of all gradients as one vector."""
+    norms = [0.0, 0.0, 0.0, 0.0]
+    for name in one.keys() | other.keys():
+        place = 0 if name == "" else 2
+        first, second = one.get(name), other.get(name)
+        reference = first if first is not None else second
+        assert reference is not None
+        nothing = torch.zeros_like(reference, dtype=torch.float64)
+        a = nothing if first is None else first.double()
+        b = nothing if second is None else second.double()
+        norms[place] += float((a - b).norm()) ** 2
+        norms[place + 1] += float(a.norm()) ** 2
+    found = [math.sqrt(d) / math.sqrt(w) if w else (0.0 if d == 0 else math.inf) for d, w in (norms[:2], norms[2:])]
+    return math.inf if any(x != x for x in found) else max(found)
+
+
+class _NoDropout(TorchFunctionMode):
+    """Dropout lets everything through; all else is as in training."""
+
+    _MASKS = frozenset(
+        getattr(F, name) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+                                      "feature_alpha_dropout")
+    ) | frozenset(
+        getattr(torch, name) for name in ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
+    )  # fmt: skip
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self._MASKS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs["dropout_p"] = 0.0
+        if func in _GROUPED and args[0].dtype is torch.float64 and args[0].dim() == 2 and args[1].dim() == 3:
+            return _products_of_groups(args[0], args[1], kwargs["offs"])
+        return func(*args, **kwargs)
+
+
+#: Products of groups of rows, each with a matrix of its own (experts). torch has them for 32 and 16 bits only.
+_GROUPED = [each for each in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if each is not None]
+
+
+def _products_of_groups(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    starts = [0, *ends.tolist()[:-1]]
+    spans = zip(starts, ends.tolist(), matrices.unbind(), strict=True)
+    return torch.cat([rows[start:end] @ matrix for start, end, matrix in spans])
+
+
+@contextlib.contextmanager
+def _no_masks(model: nn.Module, step: Callable[[], object]) -> Iterator[None]:
+    """Steps inside draw no masks. Where something else draws, the model is in evaluation mode but for its batch
+    statistics."""
+    with _NoDropout():
+        before = random_states()
+        step()
+        draws = not torch.equal(before["torch"], torch.get_rng_state())
+        if not draws:
+            yield
+            return
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        for module, training in modes:
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.training = training
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
