@@ -41,11 +41,8 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "gpu_measured": _APPLIED,
     "levers": (*_FORECAST, "engine", "fitting", "verify"),
     "measure_gpt2": (*_APPLIED, "integrations/transformers.py", "integrations/peft.py"),
-<<<<<<< HEAD
     "optimum": _PLANNED,
-=======
     "micro_batches": _APPLIED,
->>>>>>> batch
     "overhead": _APPLIED,
     "page": ("report",),
     "peers": _APPLIED,
