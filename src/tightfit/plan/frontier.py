@@ -88,7 +88,7 @@ def frontier(
     """
     model = _Model(program, sizes_bytes, seconds, inputs)
     total = sum(sizes_bytes[v] for v in model.candidates) + sum(each.size_bytes for each in inputs)
-    points = _thinned(model.enumerate(total, many))
+    points = _thinned(_enumerated(model, total, many))
     return Frontier(points=tuple(points), how=frozenset(model.how), barest=model.barest(points))
 
 
@@ -114,6 +114,72 @@ class _Found:
     kept_bytes: int
     seconds: float
     limit_bytes: int
+
+
+def _enumerated(model: _Model, total: int, many: int) -> list[Point]:
+    """Points from the most bytes down to the fewest that are possible.
+
+    Between two points there may be kept sets that were not looked for. The next search is always where they could
+    matter most: the bytes times the seconds of the step between the points.
+    """
+    found: list[_Found] = []
+    fastest = model.solve(total)
+    if fastest is None:
+        return []
+    _note(model, found, total, fastest)
+    smallest = fewest(model.program, model.sizes, model.seconds, model.inputs)
+    least_bytes = model.bytes_of(model.used(smallest | model.free))
+    if least_bytes < found[0].kept_bytes and (kept := model.solve(least_bytes)) is not None:
+        _note(model, found, least_bytes, kept)
+    narrow_bytes = max(1, math.ceil(total * FINENESS))
+    closed: set[tuple[frozenset[int], frozenset[int]]] = set()
+    halve = False
+    for _ in range(2 * many):
+        gaps = [
+            ((one.kept_bytes - other.limit_bytes) * (other.seconds - one.seconds), one, other)
+            for one, other in itertools.pairwise(found)
+            if one.kept_bytes - other.limit_bytes > narrow_bytes and (one.kept, other.kept) not in closed
+        ]
+        if not gaps:
+            break
+        area, one, other = max(gaps, key=lambda gap: gap[0])
+        if area <= 0:
+            break
+        # near the upper point, one search may show that there is nothing in between; halving never wastes much
+        width_bytes = one.kept_bytes - other.limit_bytes
+        limit_bytes = one.kept_bytes - (max(1, width_bytes // 2) if halve else narrow_bytes)
+        kept = model.solve(limit_bytes)
+        if kept is None or not _note(model, found, limit_bytes, kept):
+            closed.add((one.kept, other.kept))
+        halve = not halve
+    points = []
+    for each, after in itertools.zip_longest(found, found[1:]):
+        # nothing takes fewer bytes than the last
+        limit_bytes = least_bytes - 1 if after is None else after.limit_bytes
+        points.append(
+            Point(
+                kept=each.kept,
+                kept_bytes=each.kept_bytes,
+                seconds=each.seconds,
+                passed_bytes=max(1, each.kept_bytes - limit_bytes),
+            )
+        )
+    return points
+
+
+def _note(model: _Model, found: list[_Found], limit_bytes: int, kept: frozenset[int]) -> bool:
+    """Put `kept`, the answer for `limit_bytes`, among the sets that are known; whether anything was learnt."""
+    kept_bytes, seconds = model.bytes_of(kept), model.seconds_of(kept)
+    if MINIMUM_CUTS in model.how:  # what is faster than a corner holds no less than it
+        limit_bytes = kept_bytes - 1
+    same = next((each for each in found if each.kept_bytes == kept_bytes), None)
+    if same is not None:
+        learnt = limit_bytes > same.limit_bytes
+        same.limit_bytes = max(same.limit_bytes, limit_bytes)
+        return learnt
+    found.append(_Found(kept, kept_bytes, seconds, limit_bytes))
+    found.sort(key=lambda each: -each.kept_bytes)
+    return True
 
 
 class _Model:
@@ -219,70 +285,6 @@ class _Model:
             seconds=self.seconds_of(kept),
             passed_bytes=kept_bytes - last.kept_bytes + last.passed_bytes,
         )
-
-    def enumerate(self, total: int, many: int) -> list[Point]:
-        """Points from the most bytes down to the fewest that are possible.
-
-        Between two points there may be kept sets that were not looked for. The next search is always where they could
-        matter most: the bytes times the seconds of the step between the points.
-        """
-        found: list[_Found] = []
-        fastest = self.solve(total)
-        if fastest is None:
-            return []
-        self._note(found, total, fastest)
-        smallest = fewest(self.program, self.sizes, self.seconds, self.inputs)
-        least_bytes = self.bytes_of(self.used(smallest | self.free))
-        if least_bytes < found[0].kept_bytes and (kept := self.solve(least_bytes)) is not None:
-            self._note(found, least_bytes, kept)
-        narrow_bytes = max(1, math.ceil(total * FINENESS))
-        closed: set[tuple[frozenset[int], frozenset[int]]] = set()
-        halve = False
-        for _ in range(2 * many):
-            gaps = [
-                ((one.kept_bytes - other.limit_bytes) * (other.seconds - one.seconds), one, other)
-                for one, other in itertools.pairwise(found)
-                if one.kept_bytes - other.limit_bytes > narrow_bytes and (one.kept, other.kept) not in closed
-            ]
-            if not gaps:
-                break
-            area, one, other = max(gaps, key=lambda gap: gap[0])
-            if area <= 0:
-                break
-            # near the upper point, one search may show that there is nothing in between; halving never wastes much
-            width_bytes = one.kept_bytes - other.limit_bytes
-            limit_bytes = one.kept_bytes - (max(1, width_bytes // 2) if halve else narrow_bytes)
-            kept = self.solve(limit_bytes)
-            if kept is None or not self._note(found, limit_bytes, kept):
-                closed.add((one.kept, other.kept))
-            halve = not halve
-        points = []
-        for each, after in itertools.zip_longest(found, found[1:]):
-            # nothing takes fewer bytes than the last
-            limit_bytes = least_bytes - 1 if after is None else after.limit_bytes
-            points.append(
-                Point(
-                    kept=each.kept,
-                    kept_bytes=each.kept_bytes,
-                    seconds=each.seconds,
-                    passed_bytes=max(1, each.kept_bytes - limit_bytes),
-                )
-            )
-        return points
-
-    def _note(self, found: list[_Found], limit_bytes: int, kept: frozenset[int]) -> bool:
-        """Put `kept`, the answer for `limit_bytes`, among the sets that are known; whether anything was learnt."""
-        kept_bytes, seconds = self.bytes_of(kept), self.seconds_of(kept)
-        if MINIMUM_CUTS in self.how:  # what is faster than a corner holds no less than it
-            limit_bytes = kept_bytes - 1
-        same = next((each for each in found if each.kept_bytes == kept_bytes), None)
-        if same is not None:
-            learnt = limit_bytes > same.limit_bytes
-            same.limit_bytes = max(same.limit_bytes, limit_bytes)
-            return learnt
-        found.append(_Found(kept, kept_bytes, seconds, limit_bytes))
-        found.sort(key=lambda each: -each.kept_bytes)
-        return True
 
     def solve(self, limit_bytes: int) -> frozenset[int] | None:
         """The kept set of the fewest seconds within `limit_bytes`, and of the fewest bytes among those. None: no kept

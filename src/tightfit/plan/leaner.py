@@ -6,20 +6,23 @@ value in the middle can mean that what lies before it is made later, so that the
 From some points of the frontier this module adds and takes away one kept value at a time, as long as the worst moment
 gets lower. All sets on the way are points: each has its own bytes, seconds and worst moment.
 
-Invariant: what a set holds is what `plan.table` says. Refused: nothing; where no change helps there are no points.
+Invariant: what a set holds is what the caller says (`plan.table`).
+Refused: nothing; where no change helps there are no points.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from tightfit.core import Unsupported
-from tightfit.plan.frontier import Point
+from tightfit.core import Program, Unsupported
+from tightfit.plan.frontier import Frontier, Point
 
-if TYPE_CHECKING:
-    from tightfit.plan.table import Table
+
+class Worst(Protocol):
+    def __call__(self, kept: frozenset[int], /, *, others: int) -> tuple[float, float]: ...
+
 
 #: So many sets are tried in all, and at most so many for one unit. One costs about a millisecond.
 TRIES, TRIES_EACH = 2400, 600
@@ -31,9 +34,11 @@ _FEWEST_TRIES = 60
 _LOWER = 1e-3
 
 
-def leaner(table: Table, path: str, *, others: int, kinds: int) -> list[Point]:
-    """Points of the unit `path`, where `others` units like it hold as much as it keeps while its backward runs. `kinds`
-    such searches are made in all.
+def leaner(program: Program, found: Frontier, worst: Worst, *, others: int, kinds: int) -> list[Point]:
+    """Points of a unit, where `others` units like it hold as much as it keeps while its backward runs.
+
+    `worst(kept, others)` says what a set does: the bytes at its worst moment, and its seconds. `kinds` such searches
+    are made in all.
 
     `kept_bytes` of these points says nothing: no bound may be taken from them.
 
@@ -43,16 +48,13 @@ def leaner(table: Table, path: str, *, others: int, kinds: int) -> list[Point]:
     tries = min(TRIES_EACH, TRIES // kinds)
     if tries < _FEWEST_TRIES:
         return []
-    program, found = table.programs[path], table.frontiers[path]
     values = sorted({v for step in program.steps for v in step.reads}.union(program.needed) - set(program.held))
     assert found.barest is not None
     starts = dict.fromkeys((found.barest, found.points[len(found.points) // 2], found.points[len(found.points) // 4]))
     ways = [(start, weight) for start in starts for weight in dict.fromkeys((0, others))]
     points: dict[frozenset[int], Point] = {}
     for start, weight in ways:
-        for kept, seconds in _descent(
-            functools.partial(table.worst, path, others=weight), start.kept, values, tries // len(ways)
-        ):
+        for kept, seconds in _descent(functools.partial(worst, others=weight), start.kept, values, tries // len(ways)):
             points[kept] = Point(kept=kept, kept_bytes=0, seconds=seconds, passed_bytes=1)
     return list(points.values())
 

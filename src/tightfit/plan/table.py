@@ -106,7 +106,9 @@ class Table:
                 alike[unit.digest, len(self.frames_of[unit.path])].append(unit.path)
         for paths in alike.values():
             # when the last of them runs backward, all others still hold what they keep
-            found = leaner(self, paths[-1], others=len(paths) - 1, kinds=len(alike))
+            last = paths[-1]
+            worst = functools.partial(self._worst, last)
+            found = leaner(self.programs[last], self.frontiers[last], worst, others=len(paths) - 1, kinds=len(alike))
             for path in paths:
                 options = self.options[path]
                 more = tuple(p for p in found if p not in options and self._replays(path, p))
@@ -524,7 +526,7 @@ class Table:
             level -= sum(trace.values[v].size_bytes for v in mine if trace.values[v].ordinal != lent)
         return float(top)
 
-    def worst(self, path: str, kept: frozenset[int], others: int) -> tuple[float, float]:
+    def _worst(self, path: str, kept: frozenset[int], others: int) -> tuple[float, float]:
         """Of a unit that keeps `kept`: the most bytes above the static ones during its own forward and backward, while
         `others` units hold what it holds outside of those; and the seconds of its replays.
 
