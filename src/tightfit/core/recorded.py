@@ -151,7 +151,7 @@ class Program:
     held: tuple[int, ...] = ()  # values that stay alive whatever the plan says (Python or a ctx holds them)
 
     def __hash__(self) -> int:  # programs are looked up often, and hashing every step costs more than the answer
-        return hash((len(self.steps), self.values, self.slots))
+        return hash((len(self.steps), self.values, len(self.slots), self.slots[:4]))
 
     @property
     def needed(self) -> tuple[int, ...]:

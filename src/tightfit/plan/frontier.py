@@ -34,6 +34,8 @@ from tightfit.plan.solver import MixedProgram, Verdict
 
 #: Points nearer together than this part of the unit's bytes count as one. A LoRA block has hundreds of such points.
 FINENESS = 1e-3
+#: A step between points is not looked into if its bytes times its seconds are this part of the unit's.
+_NEGLIGIBLE = 1e-5
 #: About so many points are looked for, where those that are not known could matter most.
 MANY = 120
 #: A point normally takes hundredths of a second. After this many seconds a corner of the hull is taken instead.
@@ -134,7 +136,7 @@ def _enumerated(model: _Model, total: int, many: int) -> list[Point]:
     narrow_bytes = max(1, math.ceil(total * FINENESS))
     closed: set[tuple[frozenset[int], frozenset[int]]] = set()
     halve = False
-    for _ in range(2 * many):
+    for _ in range(many):
         gaps = [
             ((one.kept_bytes - other.limit_bytes) * (other.seconds - one.seconds), one, other)
             for one, other in itertools.pairwise(found)
@@ -143,7 +145,7 @@ def _enumerated(model: _Model, total: int, many: int) -> list[Point]:
         if not gaps:
             break
         area, one, other = max(gaps, key=lambda gap: gap[0])
-        if area <= 0:
+        if area <= _NEGLIGIBLE * total * found[-1].seconds:
             break
         # near the upper point, one search may show that there is nothing in between; halving never wastes much
         width_bytes = one.kept_bytes - other.limit_bytes

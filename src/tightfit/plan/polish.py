@@ -18,8 +18,10 @@ from tightfit.core import Action, Choice, Program, Timeline, Trace, Unsupported
 from tightfit.plan.program import clusters, kept_values, live_clusters, shared
 from tightfit.plan.simulate import simulate_choices
 
-#: The referee walks so many events in all. On a step of a few hundred ops every value can be tried.
+#: The referee walks so many events in all. On a step of a few hundred ops every value can be tried. Where fewer than
+#: `_FEWEST_TRIES` are left there is no use in it.
 _EVENTS = 60_000
+_FEWEST_TRIES = 8
 
 
 def polished(
@@ -27,12 +29,12 @@ def polished(
 ) -> tuple[tuple[Choice, ...], Timeline]:
     """`choices`, of which the referee says `line`, with values kept in addition as long as that fits."""
     chosen = {choice.unit: choice for choice in choices}
-    if any(
+    tries = _EVENTS // max(1, len(trace.events))
+    if tries < _FEWEST_TRIES or any(
         choice.lends or Action.OFFLOAD in choice.actions or any(each is not Action.KEEP for each in choice.inputs)
         for choice in choices
     ):
         return choices, line
-    tries = _EVENTS // max(1, len(trace.events))
     for _, paths, value in sorted(_additions(trace, chosen), key=lambda each: (-each[0], each[1], each[2])):
         if tries <= 0:
             break

@@ -38,8 +38,9 @@ def scale_of(largest_bytes: float) -> float:
     return max(1.0, largest_bytes / 1000)
 
 
-#: A search ends after so many nodes of its tree. Unlike seconds, they are the same on a busy machine.
-NODES = 1000
+#: A search ends after so many nodes of its tree, times the program's columns. Unlike seconds, they are the same on a busy
+#: machine.
+NODES_TIMES_COLUMNS = 250_000
 
 
 class Verdict(enum.Enum):
@@ -197,9 +198,10 @@ def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> 
     import highspy  # a machine without it plans by the callers' own methods
 
     solver = highspy.Highs()
+    nodes = max(50, NODES_TIMES_COLUMNS // max(1, len(program.costs)))
     for option, value in (
         ("output_flag", False), ("threads", 1), ("random_seed", 0), ("mip_rel_gap", gap), ("mip_abs_gap", 1e-9),
-        ("time_limit", seconds), ("mip_max_nodes", NODES), ("presolve", "choose" if presolve else "off"),
+        ("time_limit", seconds), ("mip_max_nodes", nodes), ("presolve", "choose" if presolve else "off"),
     ):  # fmt: skip
         solver.setOptionValue(option, value)
     infinity = highspy.kHighsInf

@@ -27,7 +27,7 @@ from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random,
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-#: A choice across the units normally ends by itself in less than one second, or by `solver.NODES`.
+#: A choice across the units normally ends by itself in less than one second, or by its nodes.
 SOLVER_SECONDS = 10.0
 
 #: Of a unit's points, so many or not many more are also looked at with what they keep off the device.
