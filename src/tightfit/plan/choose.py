@@ -35,7 +35,7 @@ _HAIR = 1e-7
 _FEW = 400
 
 #: Then a choice is good enough if it is proven to be within this part of the step's seconds of the best ...
-_GAP = 1e-4
+_GAP = 2e-4
 
 #: ... and a bound if it is proven to be within this part of the highest that this program gives.
 _BOUND_GAP = 5e-4

@@ -38,8 +38,8 @@ def scale_of(largest_bytes: float) -> float:
     return max(1.0, largest_bytes / 1000)
 
 
-#: A search ends after so many nodes of its tree, times the program's columns. Unlike seconds, they are the same on a busy
-#: machine.
+#: A search ends after so many nodes of its tree, times the program's columns. Unlike seconds, nodes are the same on a
+#: busy machine.
 NODES_TIMES_COLUMNS = 250_000
 
 
