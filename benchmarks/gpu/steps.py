@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tightfit
 from tightfit.core import BudgetInfeasible, Plan, dumps
 from tightfit.device.allocator import CachingAllocator
-from tightfit.engine.checksum import checksum
+from tightfit.step.checksum import checksum
 from tightfit.forecast import Setup, calibrate
 from tightfit.forecast.calibrating import Effort
 from tightfit.step.ops import UNWRITTEN, op_name

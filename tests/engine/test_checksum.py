@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tightfit.engine.checksum import checksum
+from tightfit.step.checksum import checksum
 from tightfit.verify.peak import PeakMeter
 
 CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -22,6 +22,7 @@ class Lever(enum.Enum):
     STATE_IN_HOST = "state_in_host"  # what the optimizer keeps of large parameters waits in host memory
     OPTIMIZER_CHUNKS = "optimizer_chunks"  # the optimizer steps a few parameters at a time
     STEP_IN_BACKWARD = "step_in_backward"  # each parameter is stepped when its gradient is there, which goes at once
+    STREAM_WEIGHTS = "stream_weights"  # frozen weights wait in host memory, and are on the device while they are read
 
 
 def levers_named(asked: Collection[Lever | str] | str | None) -> frozenset[Lever] | None:

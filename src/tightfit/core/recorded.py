@@ -90,6 +90,11 @@ class Op:
     phase: Phase
     frame: int | None = None
     scratch_bytes: int = 0  # most bytes the kernel held beyond its outputs
+    scratch_again_bytes: int | None = None  # the same where a replay runs it; none: as many
+
+    @property
+    def rerun_scratch_bytes(self) -> int:
+        return self.scratch_bytes if self.scratch_again_bytes is None else self.scratch_again_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +238,17 @@ class OptimizerStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenWeights:
+    """The frozen weights of one module. Nothing reads them outside the spans, but for backward between the LOAD and the
+    RELEASE of a saved tensor of theirs, and replays of the spans' ops."""
+
+    module: str
+    values: tuple[int, ...]
+    is_quantised: bool
+    spans: tuple[tuple[int, int], ...]  # op ids, first and end: calls of the module, and backward nodes of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
     """One recorded step: what ran, what lived, what autograd held, in order."""
 
@@ -260,6 +276,7 @@ class Trace:
     optimizer: OptimizerStep | None = None  # none: the trace has no optimizer's step
     expandable_segments: bool = False  # of the allocator that the step runs on
     calibration: str = ""  # one line: where rates that were measured on the device come from
+    frozen: tuple[FrozenWeights, ...] = ()  # those that need not be on the device all the time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

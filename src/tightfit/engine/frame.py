@@ -12,7 +12,7 @@ held) or an empty slot. There are two ways to fill a slot in backward:
 Invariants:
 - The forward's ops are compared with the plan one by one. Any difference means a whole replay, counted in `Stats`.
 - In a whole replay a slot is only filled with a tensor that the same sequence of ops made, and that is bit for bit what
-  the forward saved (`engine.checksum`). Anything else is `ReplayDiverged`. Afterwards the unit's buffers and attributes
+  the forward saved (`step.checksum`). Anything else is `ReplayDiverged`. Afterwards the unit's buffers and attributes
   are put back.
 - Tensors that were held or are read again are checked for in-place changes in between, as autograd itself does.
 
@@ -48,7 +48,7 @@ from tightfit.engine.ambient import (
     restore_foreign_random_states,
 )
 from tightfit.engine.chain import Chain
-from tightfit.engine.checksum import checksum, differs
+from tightfit.step.checksum import checksum, differs
 from tightfit.engine.frame_plan import Comparison, FramePlan, Stats
 from tightfit.engine.offload import Offloaded, Pool, Shipment
 from tightfit.engine.source import Source

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tightfit import accelerator
 from tightfit.core import InvalidInput, TightfitError, format_bytes
@@ -65,6 +66,7 @@ class Pool:
         self.copied_bytes = 0  # off the device, ever
         self._free: dict[tuple[torch.device, int], list[tuple[torch.Tensor, Any]]] = defaultdict(list)
         self._pinned = _Arenas()
+        self._rooms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._shipments: list[weakref.ref[Shipment]] = []
 
     def store(self, tensor: torch.Tensor) -> Parcel | None:
@@ -103,6 +105,16 @@ class Pool:
             self.stored_bytes += size_bytes
             self.most_bytes = max(self.most_bytes, self.stored_bytes)
         return buffer
+
+    def room_for(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Room for what is in `tensor`. It is the same whenever it is asked for, since whoever has read the tensor may
+        refer to it."""
+        known = self._rooms.get(tensor)
+        if known is None or known.numel() < tensor.untyped_storage().nbytes():
+            known = self.room(tensor.untyped_storage().nbytes(), tensor.device)
+            if known is not None:
+                self._rooms[tensor] = known
+        return known
 
     def room_is_free(self, buffer: torch.Tensor, device: torch.device) -> None:
         """What this thread's stream copies out of it already comes before whatever is written there next."""

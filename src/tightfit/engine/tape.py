@@ -28,7 +28,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -36,45 +36,14 @@ from tightfit import accelerator
 from tightfit.accelerator import numerics
 from tightfit.core import ReplayDiverged
 from tightfit.engine.source import Source
+from tightfit.step.geometry import Geometry
 from tightfit.step.ops import BATCH_NORMS, METADATA_ONLY, op_name
 from tightfit.step.run import tensors_in
+from tightfit.step.weights import Lender, lender_of
 
 
 class NotOnTape(Exception):
     """This forward cannot be recorded on a tape. Whoever runs it falls back to running the module again."""
-
-
-class Geometry(NamedTuple):
-    """How a tensor lies on its storage."""
-
-    size: torch.Size
-    stride: tuple[int, ...]
-    storage_offset: int
-    dtype: torch.dtype
-    conjugated: bool
-    negated: bool
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Geometry:
-        return cls(
-            tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype, tensor.is_conj(),
-            tensor.is_neg(),
-        )  # fmt: skip
-
-    def on(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This geometry on the storage of `tensor`."""
-        if tensor.dtype != self.dtype:
-            return self.on_storage(tensor.untyped_storage())
-        return self._read(tensor.as_strided(self.size, self.stride, self.storage_offset))
-
-    def on_storage(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
-        return self._read(empty.set_(storage, self.storage_offset, self.size, self.stride))
-
-    def _read(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.conjugated:
-            tensor = tensor.conj()
-        return torch._neg_view(tensor) if self.negated else tensor
 
 
 class Reference:
@@ -118,6 +87,18 @@ class _Held:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
         self.version: int | None = _version(tensor)
+
+
+class _Lent:
+    """A copy of a weight that waits off the device, which an op on the tape reads: another copy will do."""
+
+    __slots__ = ("geometry", "lender", "version")
+
+    def __init__(self, tensor: torch.Tensor, lender: Lender) -> None:
+        self.geometry, self.lender, self.version = Geometry.of(tensor), lender, lender.version
+
+    def tensor(self) -> torch.Tensor:
+        return self.geometry.on(self.lender.copy(self.version))
 
 
 class _Outline:
@@ -285,8 +266,7 @@ class Tape:
             if kind is torch.Tensor or isinstance(item, torch.Tensor):
                 found = self.refer(item)
                 if found is None:
-                    found = _Held(item)  # type: ignore[assignment]  # whatever stands for the tensor
-                    entry.held.append(found)  # type: ignore[arg-type]
+                    found = _outside(item, entry)  # type: ignore[assignment]  # whatever stands for the tensor
                 elif type(found) is Reference:
                     entry.reads.append(found)
                 encoded.append(found)
@@ -367,9 +347,7 @@ class Tape:
         if isinstance(item, torch.Tensor):
             found = self.refer(item)
             if found is None:
-                held = _Held(item)
-                entry.held.append(held)
-                return held
+                return _outside(item, entry)
             if isinstance(found, Reference):
                 entry.reads.append(found)
             return found
@@ -537,7 +515,7 @@ class Tape:
             return [self._decoded(x, made) for x in item]
         if kind is _CastView:
             return item.cast.tensor(item.geometry)
-        if kind is _Outline:
+        if kind is _Outline or kind is _Lent:
             return item.tensor()
         return item
 
@@ -563,6 +541,16 @@ class Tape:
         for index in self.entries:
             members.setdefault(find(index), []).append(index)
         return {index: tuple(ops) for ops in members.values() if len(ops) > 1 for index in ops}
+
+
+def _outside(tensor: torch.Tensor, entry: _Entry) -> _Held | _Lent:
+    """What stands for a tensor that the tape does not make."""
+    lender = lender_of(tensor)
+    if lender is not None:
+        return _Lent(tensor, lender)
+    held = _Held(tensor)
+    entry.held.append(held)
+    return held
 
 
 def _named(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:

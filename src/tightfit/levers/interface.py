@@ -32,6 +32,7 @@ class Variant:
     trace: Trace
     levers: frozenset[Lever] = frozenset()  # that made it from the recorded step
     seconds: float = 0.0  # beyond those of the recorded step
+    eases_seconds: float = 0.0  # so many of them at most are saved where a plan has room left (`eased`)
     decided: Mapping[str, Any] = field(default_factory=dict)  # fields of the `Plan` that has it carried out
 
     def by(self, lever: LeverDefinition, trace: Trace, *, seconds: float = 0.0, **decided: Any) -> Variant:
@@ -40,6 +41,7 @@ class Variant:
             trace=trace,
             levers=self.levers | {lever.lever},
             seconds=self.seconds + seconds,
+            eases_seconds=self.eases_seconds,
             decided={**self.decided, **decided},
         )
 
@@ -135,6 +137,10 @@ class LeverDefinition:
     def variants(self, step: Variant) -> Iterable[Variant]:
         """Other tellings of `step` for the planner to choose from."""
         return ()
+
+    def eased(self, trace: Trace, plan: Plan, peak_bytes: Callable[[Plan], int]) -> Plan:
+        """`plan` for `trace` with as little of the lever as its budget has room for. `peak_bytes`: the referee's word."""
+        return plan
 
     def begun(self, trace: Trace) -> Mapping[str, Any]:
         """Fields of a plan for `trace`, where it was recorded with the lever in force; else empty."""

@@ -10,6 +10,7 @@ No torch here: a trace that was read from JSON is enough.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Collection, Iterator
 from importlib import metadata
@@ -34,7 +35,7 @@ from tightfit.levers import allowed, every, granted, inexact
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.advice import advice_for
 from tightfit.plan.program import shared
-from tightfit.plan.simulate import simulate_choices
+from tightfit.plan.simulate import simulate, simulate_choices
 from tightfit.plan.table import THOROUGH, Effort
 from tightfit.plan.ways import Refereed, Way, way_of
 
@@ -79,17 +80,17 @@ def plan(
             continue
         best: Plan | None = None
         for way in ways:
-            if best is None or best.added_seconds > way.step.seconds:
-                best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
+            if best is None or best.added_seconds > way.step.seconds - way.step.eases_seconds:
+                best = _cheaper(best, _eased(trace, _best(trace, way, budget_bytes, unplanned, levers)))
         for way in _nested(ways, best, budget_bytes, levers):
-            best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
+            best = _cheaper(best, _eased(trace, _best(trace, way, budget_bytes, unplanned, levers)))
         if best is not None:
             return best
         lowest_way, line = _lowest(ways, levers)
         if line.peak_bytes <= budget_bytes:
-            return _plan(
-                trace, lowest_way, budget_bytes, lowest_way.lowest.choices, line, unplanned, 0.0, lowest_way.lowest.how
-            )
+            found = lowest_way.lowest
+            made = _plan(trace, lowest_way, budget_bytes, found.choices, line, unplanned, 0.0, found.how)
+            return _eased(trace, made) or made
         if line.peak_bytes < least.peak_bytes:
             least, least_way = line, lowest_way
     advice = advice_for(trace, least, budget_bytes)
@@ -109,7 +110,7 @@ def _other_levers(
 ) -> Iterator[str]:
     """What levers that were not asked for would reach with the choices of `way`, where that is within the budget."""
     of_optimizer = [each for each in every() if each.steps_optimizer]
-    others = [each for each in of_optimizer if each not in allowed(levers)]
+    others = [each for each in every() if each.is_exact and each not in allowed(levers)]
     # whatever is done to the optimizer's step now, the others would do it in their own way
     left = way.step.levers - {each.lever for each in of_optimizer}
     tiling = way.step.decided.get("tiling")  # a step in tiles has other ops, and choices are for its own
@@ -134,6 +135,25 @@ def _other_levers(
 
 def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:
     return min((made for made in (one, other) if made is not None), key=lambda made: made.added_seconds, default=None)
+
+
+def _eased(trace: Trace, made: Plan | None) -> Plan | None:
+    """`made` with as little of each lever as the budget has room for."""
+    if made is None:
+        return None
+    for lever in every():
+        eased = lever.eased(trace, made, lambda plan: simulate(trace, plan).peak_bytes)
+        if eased is made:
+            continue
+        line = simulate(trace, eased)
+        made = dataclasses.replace(
+            eased,
+            peak_bytes=line.peak_bytes,
+            step_seconds=eased.step_seconds + line.recompute_seconds - eased.recompute_seconds,
+            recompute_seconds=line.recompute_seconds,
+            bound_seconds=min(eased.bound_seconds, line.recompute_seconds),
+        )
+    return made
 
 
 def _best(

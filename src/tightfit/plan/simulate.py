@@ -434,7 +434,7 @@ class _Walk:
                 copy.is_live = True
             draws = ordinal in replayed.recipe.states
             self._add(Category.TEMPORARIES, state_bytes if draws else 0)  # the state to go back to
-            self._mark(f"replay of {op.unit}: {op.name}", op.scratch_bytes)
+            self._mark(f"replay of {op.unit}: {op.name}", op.rerun_scratch_bytes)
             self._add(Category.TEMPORARIES, -state_bytes if draws else 0)
             self._add(Category.SAVED, -state_bytes if draws else 0)
             self.seconds += op.seconds
@@ -547,7 +547,7 @@ class _Walk:
                     passing[each] = block
             draws = trace.random_state_bytes if step in replayed.recipe.states else 0
             self._add(Category.TEMPORARIES, draws)  # the state to go back to
-            self._mark(f"sweep through {op.unit}: {op.name}", op.scratch_bytes)
+            self._mark(f"sweep through {op.unit}: {op.name}", op.rerun_scratch_bytes)
             self._add(Category.TEMPORARIES, -draws)
             self.seconds += op.seconds
             self.flops += op.flops

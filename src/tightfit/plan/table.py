@@ -358,7 +358,7 @@ class Table:
         for ordinal in ops:
             op = trace.ops[self.ops[frame][ordinal]]
             level += sum(trace.values[v].size_bytes for v in self._made_by(op.id))
-            top = max(top, level + op.scratch_bytes)
+            top = max(top, level + op.rerun_scratch_bytes)
             level -= sum(trace.values[v].size_bytes for v, last in passing.items() if last == op.id)
             seconds += op.seconds
         return top - level, left, seconds
@@ -449,7 +449,7 @@ class Table:
         for number in order:
             op = trace.ops[number]
             level += sum(trace.values[v].size_bytes for v in self._made_by(number))
-            top = max(top, level + op.scratch_bytes)
+            top = max(top, level + op.rerun_scratch_bytes)
             mine = [v for v in dict.fromkeys(op.inputs) if last[v] == number and self.maker.get(v) == frame]
             level -= sum(trace.values[v].size_bytes for v in mine if trace.values[v].ordinal != lent)
         return float(top)

@@ -6,6 +6,7 @@ Refused: a batch that the model does not take, a loss that is not one number, a 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -27,6 +28,23 @@ LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
 #: Tensors that hold optimizer state off the device: they take none of the bytes that a budget counts.
 elsewhere: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+_rooms: dict[int, weakref.ref[Any]] = {}  # storages off the device, by address
+
+
+def stays_elsewhere(room: torch.Tensor) -> None:
+    """What lies on the storage of `room` takes none of the bytes that a budget counts."""
+    storage = room.untyped_storage()
+    _rooms[storage._cdata] = weakref.ref(storage)
+
+
+def is_elsewhere(tensor: torch.Tensor) -> bool:
+    """Does it lie on a storage of which `stays_elsewhere` was said?"""
+    if not _rooms or tensor.layout is not torch.strided:
+        return False
+    storage = local_of(tensor).untyped_storage()
+    known = _rooms.get(storage._cdata)
+    return known is not None and known() is storage
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -105,7 +123,7 @@ def static_bytes_by_category(
     seen: set[int] = set()
 
     def new_bytes(tensors: list[torch.Tensor]) -> int:
-        strided = [local_of(t) for t in tensors if t.layout is torch.strided]
+        strided = [local_of(t) for t in tensors if t.layout is torch.strided and not is_elsewhere(t)]
         fresh = [t for t in strided if t.untyped_storage()._cdata not in seen]
         seen.update(t.untyped_storage()._cdata for t in fresh)
         return unique_bytes(fresh, granule_bytes)

@@ -23,7 +23,7 @@ from tightfit.step.parallel import (
     require_no_step_under_way,
     resizes_told,
 )
-from tightfit.step.run import tensors_in
+from tightfit.step.run import is_elsewhere, tensors_in
 
 
 @contextlib.contextmanager
@@ -120,7 +120,7 @@ class Snapshot:
                 table.clear()
                 table.update(content)
         for parameter, data in self._data:
-            if _storage_of(parameter) != _storage_of(data):
+            if _storage_of(parameter) != _storage_of(data) and not is_elsewhere(parameter):
                 parameter.data = data
         with torch.no_grad():
             for storage, bytes_before in self._written.values():

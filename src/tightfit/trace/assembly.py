@@ -135,6 +135,7 @@ class Assembly:
             resharded=resharded(self.model),
             expandable_segments=self.target.expandable_segments,
             calibration=self.target.calibration,
+            frozen=tuple(full.frozen()),
         )
 
     @functools.cached_property

@@ -52,6 +52,7 @@ from tightfit.trace.optimizer import OptimizerRecord, behind
 from tightfit.trace.profiler import Timer, risen_bytes, summed_by_engine
 from tightfit.trace.recorder import Recorder, sum_in_place
 from tightfit.trace.units import Census
+from tightfit.trace.weights import WeightsWatch, watches_weights
 
 
 def custom_functions(result: torch.Tensor) -> dict[str, int]:
@@ -197,12 +198,15 @@ def record_pass(
     recorder.restart = restart if isinstance(restart, Snapshot) else None
     for tensor in [*model.parameters(), *model.buffers(), *tensors_in(batch)]:
         recorder.value_of(tensor._values() if tensor.layout is torch.sparse_coo else tensor)
+    weights = WeightsWatch(recorder, model) if watches_weights(model) else None
     for parameter in model.parameters():
         if parameter.grad is not None:
             recorder.value_of(parameter.grad)
     patches = [
         ForwardPatch(module, functools.partial(recorder.frame_forward, path)) for path, module in modules.items()
     ]
+
+    patches += [] if dry or weights is None else weights.patches()
 
     # several processes have their gradients reduced first
     told = [] if dry or strategy_of(model) is not Strategy.ONE else [p for p in model.parameters() if p.requires_grad]
@@ -245,10 +249,12 @@ def record_pass(
             ) from error
         raise
     finally:
-        for patch in patches:
+        for patch in reversed(patches):
             patch.undo()
         for hook in hooks:
             hook.remove()
+    if not dry and weights is not None:
+        recorder.frozen = weights.found
     return recorder
 
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from tightfit.core import (
     EventKind,
+    FrozenWeights,
     Kind,
     Phase,
     Unsupported,
@@ -140,6 +141,7 @@ class Recorder(TorchDispatchMode):
         self.in_cross_entropy = False
         self.census: Census | None = None
         self.custom: dict[str, int] = {}  # calls of custom autograd functions, by name
+        self.frozen: Callable[[], Iterable[FrozenWeights]] = tuple  # what is known of frozen weights
         self.log_softmaxes: list[
             tuple[int, int]
         ] = []  # calls that a plain cross entropy made, bytes of a chunk of rows

@@ -477,6 +477,7 @@ class _Build:
             old, units=units, frames=all_frames, ops=all_ops, values=all_values,
             saved=tuple(saved[i] for i in range(len(saved))), events=events, programs=programs,
             digest=trace_digest(units, all_ops, all_values),
+            frozen=(),  # its spans are those of the short trace
             losses=tuple(
                 dataclasses.replace(
                     loss, log_softmax=self.numbers["op", None, loss.log_softmax],

@@ -1,0 +1,342 @@
+"""Frozen weights that wait in host memory, each on the device only while something reads it.
+
+Idea: a weight's tensor lies on room in host memory, so whoever reads it outside of a step (`state_dict()`, a check) reads
+the right numbers. While its module's forward runs, the tensor lies on a copy on the device. What outlives the forward
+must not hold the copy:
+
+- What autograd saves of a weight is packed as the weight's name and is copied anew when backward asks.
+- The tape does the same with what its ops read (`step.weights.lender_of`).
+- A `torch.autograd.Function` that keeps a weight on its `ctx` (bitsandbytes' 4-bit product) has that tensor put on the
+  host's room, and on a copy again while its backward runs.
+
+Each copy is a tensor of its own, which goes when nobody holds it: nothing is ever written over it, so no reader can
+meet another weight in its place. In the first steps copies are compared with the weight by checksum all the same, when
+they come and when their reader is done.
+
+Copies are waited for. On the CPU the room lies outside torch's allocator, as what is offloaded does.
+
+Noticed: a parameter that was replaced, given other data, or is to be trained. Refused, by `RuntimeError` as in autograd:
+a weight that was changed between forward and backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tightfit.core import PlanMismatch, ReplayDiverged, Unsupported
+from tightfit.step.checksum import checksum
+from tightfit.step.geometry import Geometry
+from tightfit.step.parallel import Strategy, strategy_of
+from tightfit.step.patches import ForwardPatch
+from tightfit.step.run import is_elsewhere, stays_elsewhere
+from tightfit.step.weights import FrozenModule, Lender, frozen_modules, lend, lender_of, nodes_of_its_own
+
+__all__ = ["Streamed", "streaming"]
+
+#: So many copies of each weight are compared with it.
+_COMPARED = 4
+
+
+@dataclass
+class Streamed:
+    """What is counted while weights are streamed."""
+
+    copies: int = 0
+    copied_bytes: int = 0
+    resident: int = 0  # weights that stay on the device after all
+
+
+class _Weight:
+    """One weight in host memory: a parameter, or what belongs to one in 4 bits. A `Lender`."""
+
+    def __init__(self, name: str, tensor: torch.Tensor, buffer: torch.Tensor, device: torch.device, stats: Any) -> None:
+        self.name, self.tensor, self.device, self.stats = name, tensor, device, stats
+        self.geometry = Geometry.of(tensor)
+        self.size_bytes = tensor.untyped_storage().nbytes()
+        self.buffer = buffer[: self.size_bytes]
+        self.room = self._on(self.buffer)
+        stays_elsewhere(self.room)
+        self.changes = 0  # that its version does not count
+        self.to_compare = _COMPARED
+        self.mark: int | None = None  # of the copies that are compared
+        self.marked: Any = None  # the version that `mark` is of
+        self.send()
+
+    def _on(self, buffer: torch.Tensor) -> torch.Tensor:
+        return laid(self.geometry, buffer)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        return self.tensor._version, self.changes
+
+    def send(self) -> None:
+        """Copy what the tensor has on the device to the room, and put the tensor there."""
+        with _quietly():
+            self.room.copy_(self.tensor.detach())
+            self.tensor.data = self.room
+        self.changes += 1
+
+    def is_home(self) -> bool:
+        return self.tensor.data_ptr() == self.room.data_ptr()
+
+    def bring_back(self) -> None:
+        """Put the tensor on the device for good."""
+        if self.is_home():
+            with _quietly():
+                self.tensor.data = self._on(_copied(self.buffer, self.device))
+
+    def fits(self) -> bool:
+        """Can what the tensor has now go to the room?"""
+        return self.is_home() or (Geometry.of(self.tensor) == self.geometry and self.geometry.storage_offset == 0)
+
+    def fresh(self) -> torch.Tensor:
+        """A copy on the device."""
+        with _quietly():
+            copy = self._on(_copied(self.buffer, self.device))
+            if self.to_compare > 0:
+                self.compare(copy)
+                self.to_compare -= 1
+        lend(copy, self)
+        self.stats.copies += 1
+        self.stats.copied_bytes += self.size_bytes
+        return copy
+
+    def copy(self, version: Any) -> torch.Tensor:
+        if version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{self.name}, which waits in host memory, was changed between forward and backward"
+            )
+        return self.fresh()
+
+    def compare(self, copy: torch.Tensor) -> None:
+        """Raise `ReplayDiverged` for a copy that is not the weight any more."""
+        if self.marked != self.version:
+            self.mark, self.marked = _mark_of(self.room), self.version
+        if self.mark != _mark_of(copy):
+            raise ReplayDiverged(
+                f"{self.name} waits in host memory, and its copy on the device is not what it was while the step reads "
+                "it: something writes it that torch does not see, or the copy went wrong; leave stream_weights out of "
+                "the levers"
+            )
+
+
+def _mark_of(tensor: torch.Tensor) -> int | None:
+    with _quietly():
+        found = checksum(tensor)
+        return None if found is None else int(found)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """No dispatch mode sees what runs inside, no history is made, and tensors are ordinary ones."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _copied(room: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The bytes of `room` on `device`: there when this returns."""
+    return torch.empty(room.numel(), dtype=torch.uint8, device=device).copy_(room)
+
+
+def laid(geometry: Geometry, whole: torch.Tensor) -> torch.Tensor:
+    """What lies as `geometry` on the memory that begins where `whole` does."""
+    empty = torch.empty(0, dtype=geometry.dtype, device=whole.device)
+    before = whole.storage_offset() * whole.element_size() // empty.element_size()
+    return empty.set_(whole.untyped_storage(), geometry.storage_offset + before, geometry.size, geometry.stride)
+
+
+@dataclass
+class _Away:
+    """What autograd holds instead of a weight that it saves."""
+
+    lender: Lender
+    geometry: Geometry
+    version: Any
+
+    def tensor(self) -> torch.Tensor:
+        copy = self.lender.copy(self.version)
+        with _quietly():
+            return laid(self.geometry, copy)
+
+
+class _Passed:
+    """What somebody else's hook made of a saved tensor."""
+
+    __slots__ = ("packed", "unpack")
+
+    def __init__(self, packed: Any, unpack: Callable[[Any], Any]) -> None:
+        self.packed, self.unpack = packed, unpack
+
+
+def _pack(outer: Any, tensor: torch.Tensor) -> Any:
+    lender = lender_of(tensor)
+    # whoever else listens counts what is saved, whether or not it holds it
+    packed: Any = tensor if outer is None else _Passed(outer[0](tensor), outer[1])
+    return packed if lender is None else _Away(lender, Geometry.of(tensor), lender.version)
+
+
+def _unpack(packed: Any) -> Any:
+    if isinstance(packed, _Away):
+        return packed.tensor()
+    return packed.unpack(packed.packed) if isinstance(packed, _Passed) else packed
+
+
+class _Module:
+    """A module whose weights wait in host memory."""
+
+    def __init__(self, frozen: FrozenModule, pool: Any, stats: Streamed) -> None:
+        self.frozen, self.pool, self.stats = frozen, pool, stats
+        self.weights: list[_Weight] = []
+        self.look()
+
+    def look(self) -> None:
+        """The module's weights as they are now: what was replaced, or has other data, goes to host memory too."""
+        known = {id(weight.tensor): weight for weight in self.weights}
+        now = self.frozen.tensors()
+        if len(now) == len(known) and all(id(t) in known and known[id(t)].is_home() for t in now):
+            return
+        self.weights = []
+        for tensor in now:
+            weight = known.get(id(tensor))
+            if lender_of(tensor) is not None:  # on a copy: the module is being called within its own call
+                self.weights += [] if weight is None else [weight]
+            elif weight is not None and weight.fits():
+                if not weight.is_home():
+                    weight.send()
+                self.weights.append(weight)
+            else:
+                self._take(tensor)
+        for weight in known.values():  # trained from now on, or no longer the module's: back where it was
+            if weight not in self.weights:
+                weight.bring_back()
+
+    def _take(self, tensor: torch.Tensor) -> None:
+        if is_elsewhere(tensor):  # another plan's
+            return
+        buffer = self.pool.room_for(tensor)
+        if buffer is None:
+            self.stats.resident += 1
+            return
+        self.weights.append(_Weight(self.frozen.path or "a weight", tensor, buffer, tensor.device, self.stats))
+
+    @contextlib.contextmanager
+    def there(self) -> Iterator[dict[_Weight, torch.Tensor]]:
+        """The weights are on the device."""
+        copies = {weight: weight.fresh() for weight in self.weights if weight.is_home()}
+        with _quietly():
+            for weight, copy in copies.items():
+                weight.tensor.data = copy
+        try:
+            yield copies
+        finally:
+            with _quietly():
+                for weight, copy in copies.items():
+                    if weight.tensor.untyped_storage()._cdata == copy.untyped_storage()._cdata:  # else replaced
+                        weight.tensor.data = weight.room
+
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.look()
+        with self.there() as copies:
+            if not torch.is_grad_enabled():
+                out = original(*args, **kwargs)
+            else:
+                outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+                with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, outer), _unpack):
+                    out = original(*args, **kwargs)
+                for node in nodes_of_its_own(out, (args, kwargs)):
+                    self._follow(node)
+            _compared(copies)
+        return out
+
+    def _follow(self, node: Any) -> None:
+        """`node` holds, or may reach, weights of this module: they are on the device while its backward runs."""
+        held = [(t, weight, Geometry.of(t)) for t in _tensors_on(node) if isinstance(weight := lender_of(t), _Weight)]
+        versions = {weight: weight.version for weight in self.weights}
+        with _quietly():
+            for tensor, weight, geometry in held:
+                tensor.data = laid(geometry, weight.room)
+        opened: list[contextlib.ExitStack] = []
+
+        def before(*_: Any) -> None:
+            copies = {weight: weight.copy(version) for weight, version in versions.items()}
+            undo = contextlib.ExitStack()
+            with _quietly():
+                targets = [(t, geometry, weight) for t, weight, geometry in held if weight in copies]
+                # a parameter's own tensor is read by nobody in backward; the others are what quantised ones carry
+                targets += [(w.tensor, w.geometry, w) for w in copies if not isinstance(w.tensor, nn.Parameter)]
+                for tensor, geometry, weight in targets:
+                    undo.callback(_put, tensor, tensor.data)
+                    tensor.data = laid(geometry, copies[weight])
+            undo.callback(_compared, copies)
+            opened.append(undo)
+
+        def after(*_: Any) -> None:
+            opened.pop().close()
+
+        node.register_prehook(before)
+        node.register_hook(after)
+
+
+def _put(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    with _quietly():
+        tensor.data = data
+
+
+def _compared(copies: dict[_Weight, torch.Tensor]) -> None:
+    """The readers of the copies are done: they are as they came."""
+    for weight, copy in copies.items():
+        if weight.to_compare > 0:
+            weight.compare(copy)
+
+
+def _tensors_on(node: Any) -> list[torch.Tensor]:
+    """The tensors that a `ctx` holds as its attributes, alone or in a list."""
+    found = []
+    for value in vars(node).values():
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, torch.Tensor) and not isinstance(each, nn.Parameter):
+                found.append(each)
+    return found
+
+
+@contextlib.contextmanager
+def streaming(model: nn.Module, paths: Sequence[str], pool: Any, stats: Streamed) -> Iterator[None]:
+    """The frozen weights of the modules at `paths` wait in room of `pool`. What finds no room there stays on the
+    device."""
+    if strategy_of(model) is not Strategy.ONE:
+        raise Unsupported("the plan streams weights, which several processes cannot do yet: plan without stream_weights")
+    known = {each.path: each for each in frozen_modules(model)}
+    lacking = next((path for path in paths if path not in known), None)
+    if lacking is not None:
+        raise PlanMismatch(
+            f"the plan streams the frozen weights of {lacking!r}, which this model does not have, trains, or ties to "
+            "others: the plan was made for another model; make it anew"
+        )
+    opened: list[_Module] = []
+    patches: list[ForwardPatch] = []
+    try:
+        for path in paths:
+            module = _Module(known[path], pool, stats)
+            opened.append(module)
+            patches.append(ForwardPatch(known[path].module, functools.partial(_patched, module)))
+        yield
+    finally:
+        for patch in reversed(patches):
+            patch.undo()
+        for module in opened:
+            module.look()
+            for weight in module.weights:
+                weight.bring_back()
+
+
+def _patched(module: _Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(module.forward, original)
