@@ -48,12 +48,12 @@ from tightfit.engine.ambient import (
     restore_foreign_random_states,
 )
 from tightfit.engine.chain import Chain
-from tightfit.step.checksum import checksum, differs
 from tightfit.engine.frame_plan import Comparison, FramePlan, Stats
 from tightfit.engine.offload import Offloaded, Pool, Shipment
 from tightfit.engine.source import Source
 from tightfit.engine.tape import NotOnTape, Reference, Tape, TapedOp, generator_of, spare_running_statistics
 from tightfit.plan.program import expected
+from tightfit.step.checksum import checksum, differs
 from tightfit.step.ops import BATCH_NORMS, is_random, is_uncounted, op_name
 from tightfit.step.patches import hidden_from_compiler
 from tightfit.step.run import tensors_in

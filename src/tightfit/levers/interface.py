@@ -139,7 +139,7 @@ class LeverDefinition:
         return ()
 
     def eased(self, trace: Trace, plan: Plan, peak_bytes: Callable[[Plan], int]) -> Plan:
-        """`plan` for `trace` with as little of the lever as its budget has room for. `peak_bytes`: the referee's word."""
+        """`plan` for `trace` with as little of the lever as the budget has room for. `peak_bytes`: the referee's."""
         return plan
 
     def begun(self, trace: Trace) -> Mapping[str, Any]:

@@ -75,7 +75,8 @@ class Snapshot:
         ]
         self._leaves = {id(p) for p, _ in self._gradients}
         self._buffers = [(b, b.detach().clone(), b._version) for b in model.buffers() if not b.is_meta]
-        self._data = [(p, p.data) for p in model.parameters() if _storage_of(p) is not None]
+        # weights that wait off the device are moved by whoever put them there
+        self._data = [(p, p.data) for p in model.parameters() if _storage_of(p) is not None and not is_elsewhere(p)]
         modules = list(model.modules())
         tables: list[Any] = [table for module in modules for table in (module._parameters, module._buffers)]
         # a first forward may install hooks and note that it did (transformers, for outputs it is asked for): they go

@@ -53,6 +53,7 @@ from tightfit.step.patches import (
 from tightfit.step.run import (
     LossFunction,
     check_trainable,
+    is_elsewhere,
     tensors_in,
 )
 from tightfit.step.snapshot import undisturbed
@@ -106,7 +107,8 @@ def trace(
         batch = torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, batch)
     modules = find_units(inside(model), units)
     strategy_of(model)  # refuses what is not planned
-    if any(getattr(module.forward, "__tightfit__", False) for module in model.modules()):
+    applied = any(getattr(module.forward, "__tightfit__", False) for module in model.modules())
+    if applied or any(is_elsewhere(parameter) for parameter in model.parameters()):
         raise InvalidInput("a plan is in force on this model, so its own step cannot be seen; remove the plan first")
     for path, module in model.named_modules():
         if type(module).__name__ in _NOT_OURS:

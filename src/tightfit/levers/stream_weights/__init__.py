@@ -58,8 +58,8 @@ class StreamWeights(LeverDefinition):
         for division in range(1, _DIVISIONS + 1):
             least = count
             while count < len(order) and (
-                count == least or sum(_bytes(step.trace, each) for each in order[:count]) * _DIVISIONS
-                < whole_bytes * division
+                count == least
+                or sum(_bytes(step.trace, each) for each in order[:count]) * _DIVISIONS < whole_bytes * division
             ):
                 count += 1
             if count == least:
@@ -153,7 +153,7 @@ class StreamWeights(LeverDefinition):
         host_bytes, frozen_bytes = self._sizes(plan)
         count = len(self._paths(plan))
         return (
-            f"{format_bytes(host_bytes)} of {format_bytes(frozen_bytes)} of frozen weights are streamed from host memory "
+            f"{format_bytes(host_bytes)} of {format_bytes(frozen_bytes)} of frozen weights wait in host memory "
             f"({count} module{'s' if count > 1 else ''}), {format_bytes(frozen_bytes - host_bytes)} are resident: "
             "the same bits"
         )

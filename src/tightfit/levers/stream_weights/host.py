@@ -1,8 +1,8 @@
 """Frozen weights that wait in host memory, each on the device only while something reads it.
 
-Idea: a weight's tensor lies on room in host memory, so whoever reads it outside of a step (`state_dict()`, a check) reads
-the right numbers. While its module's forward runs, the tensor lies on a copy on the device. What outlives the forward
-must not hold the copy:
+Idea: a weight's tensor lies on room in host memory, so whoever reads it outside of a step (`state_dict()`, a check)
+reads the right numbers. While its module's forward runs, the tensor lies on a copy on the device. What outlives the
+forward must not hold the copy:
 
 - What autograd saves of a weight is packed as the weight's name and is copied anew when backward asks.
 - The tape does the same with what its ops read (`step.weights.lender_of`).
@@ -15,8 +15,8 @@ they come and when their reader is done.
 
 Copies are waited for. On the CPU the room lies outside torch's allocator, as what is offloaded does.
 
-Noticed: a parameter that was replaced, given other data, or is to be trained. Refused, by `RuntimeError` as in autograd:
-a weight that was changed between forward and backward.
+Noticed: a parameter that was replaced, given other data, or is to be trained. Refused, by `RuntimeError` as in
+autograd: a weight that was changed between forward and backward.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tightfit.core import PlanMismatch, ReplayDiverged, Unsupported
+from tightfit.core import InvalidInput, PlanMismatch, ReplayDiverged, Unsupported
 from tightfit.step.checksum import checksum
 from tightfit.step.geometry import Geometry
 from tightfit.step.parallel import Strategy, strategy_of
@@ -61,13 +61,11 @@ class _Weight:
         self.name, self.tensor, self.device, self.stats = name, tensor, device, stats
         self.geometry = Geometry.of(tensor)
         self.size_bytes = tensor.untyped_storage().nbytes()
-        self.buffer = buffer[: self.size_bytes]
+        self.buffer = _alone(buffer[: self.size_bytes])
         self.room = self._on(self.buffer)
         stays_elsewhere(self.room)
         self.changes = 0  # that its version does not count
         self.to_compare = _COMPARED
-        self.mark: int | None = None  # of the copies that are compared
-        self.marked: Any = None  # the version that `mark` is of
         self.send()
 
     def _on(self, buffer: torch.Tensor) -> torch.Tensor:
@@ -119,9 +117,7 @@ class _Weight:
 
     def compare(self, copy: torch.Tensor) -> None:
         """Raise `ReplayDiverged` for a copy that is not the weight any more."""
-        if self.marked != self.version:
-            self.mark, self.marked = _mark_of(self.room), self.version
-        if self.mark != _mark_of(copy):
+        if not _are_alike(self.room, copy):
             raise ReplayDiverged(
                 f"{self.name} waits in host memory, and its copy on the device is not what it was while the step reads "
                 "it: something writes it that torch does not see, or the copy went wrong; leave stream_weights out of "
@@ -129,10 +125,22 @@ class _Weight:
             )
 
 
-def _mark_of(tensor: torch.Tensor) -> int | None:
+def _alone(buffer: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage of its own, so that whoever saves a weight does not save what lies beside it."""
+    return torch.from_numpy(buffer.numpy())
+
+
+def _are_alike(room: torch.Tensor, copy: torch.Tensor) -> bool:
+    """Bit by bit; across devices by checksum, so that nothing large is copied."""
     with _quietly():
-        found = checksum(tensor)
-        return None if found is None else int(found)
+        if room.device == copy.device:
+            return torch.equal(_as_bytes(room), _as_bytes(copy))
+        marks = checksum(room), checksum(copy)
+        return any(mark is None for mark in marks) or int(marks[0]) == int(marks[1])
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 @contextlib.contextmanager
@@ -220,8 +228,8 @@ class _Module:
                 weight.bring_back()
 
     def _take(self, tensor: torch.Tensor) -> None:
-        if is_elsewhere(tensor):  # another plan's
-            return
+        if is_elsewhere(tensor):
+            raise InvalidInput("the model's weights are streamed by a plan that is in force already; remove it first")
         buffer = self.pool.room_for(tensor)
         if buffer is None:
             self.stats.resident += 1
@@ -313,7 +321,7 @@ def streaming(model: nn.Module, paths: Sequence[str], pool: Any, stats: Streamed
     """The frozen weights of the modules at `paths` wait in room of `pool`. What finds no room there stays on the
     device."""
     if strategy_of(model) is not Strategy.ONE:
-        raise Unsupported("the plan streams weights, which several processes cannot do yet: plan without stream_weights")
+        raise Unsupported("the plan streams weights, which several processes cannot yet: plan without stream_weights")
     known = {each.path: each for each in frozen_modules(model)}
     lacking = next((path for path in paths if path not in known), None)
     if lacking is not None:
