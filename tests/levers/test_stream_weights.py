@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -77,21 +77,25 @@ def all_streamed(trace: Trace) -> Plan:
     return dataclasses.replace(plan, peak_bytes=simulate(step.trace).peak_bytes, settings=step.decided["settings"])
 
 
+@contextlib.contextmanager
+def in_force(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[None]:
+    with apply(model, plan, optimizer=optimizer):
+        yield
+
+
+def measured(model: nn.Module, batch: Any, plan: Plan, optimizer: Any = None) -> int:
+    return measured_peak_bytes(model, batch, in_force(model, plan, optimizer), optimizer=optimizer)
+
+
 def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def stepped(
-    model: nn.Module,
-    batch: Any,
-    plan: Plan | None,
-    steps: int,
-    with_optimizer: Callable[[Any], Any] = torch.optim.AdamW,
-) -> list[torch.Tensor]:
+def stepped(model: nn.Module, batch: Any, plan: Plan | None, steps: int) -> list[torch.Tensor]:
     """Losses, gradients and trained weights of so many steps of a copy of `model`."""
     model = copy.deepcopy(model)
     torch.manual_seed(1)
-    optimizer = with_optimizer(trained(model))
+    optimizer = torch.optim.AdamW(trained(model))
     found = []
     with contextlib.nullcontext() if plan is None else apply(model, plan, optimizer=optimizer):
         for _ in range(steps):
@@ -115,11 +119,8 @@ def test_the_trace_knows_what_can_be_streamed_and_when_it_is_read() -> None:
     model, batch = adapted()
     trace = tightfit.trace(model, batch)
     modules = {each.module: each for each in trace.frozen}
-    assert set(modules) == {
-        "embedding",
-        "head",
-        *(f"blocks.{i}.{name}" for i in range(2) for name in ("up", "down", "norm")),
-    }
+    of_blocks = {f"blocks.{i}.{name}" for i in range(2) for name in ("up", "down", "norm")}
+    assert set(modules) == {"embedding", "head", *of_blocks}
     up = modules["blocks.0.up"]
     ((first, end),) = up.spans
     assert {op.name for op in trace.ops[first:end]} >= {"aten.addmm.default"}
@@ -140,9 +141,8 @@ def test_everything_streamed_leaves_one_modules_copy_on_the_device() -> None:
         assert before - static_bytes(model) == frozen
         assert all(is_elsewhere(p) != p.requires_grad for p in model.parameters())
     assert static_bytes(model) == before
-    measured = measured_peak_bytes(model, batch, apply(model, plan))
-    assert measured == pytest.approx(plan.peak_bytes, rel=1e-3)
-    assert measured < simulate(trace).peak_bytes - frozen + max(each.size_bytes for each in frozen_modules(model))
+    assert measured(model, batch, plan) == pytest.approx(plan.peak_bytes, rel=1e-3)
+    assert plan.peak_bytes < simulate(trace).peak_bytes - frozen + max(each.size_bytes for each in frozen_modules(model))
 
 
 def test_a_budget_between_is_used_and_time_falls_with_it() -> None:
@@ -178,8 +178,7 @@ def test_verify_proves_a_plan_that_recomputes_what_it_streams() -> None:
     assert plan.peak_bytes < 0.8 * lowest(trace).peak_bytes
     proof = tightfit.verify(model, batch, plan, optimizer=optimizer)
     assert proof.passed, proof
-    measured = measured_peak_bytes(model, batch, apply(model, plan, optimizer=optimizer), optimizer=optimizer)
-    assert measured == pytest.approx(plan.peak_bytes, rel=1e-3)
+    assert measured(model, batch, plan, optimizer) == pytest.approx(plan.peak_bytes, rel=1e-3)
 
 
 def test_a_budget_that_does_not_fit_is_told_of_the_lever() -> None:
@@ -277,8 +276,7 @@ def test_four_bit_weights_that_a_ctx_holds(levers: str) -> None:
         plain = stepped(model, batch, None, 10)
         plan = lowest(trace, levers=levers) if levers else all_streamed(trace)
         assert same(plain, stepped(model, batch, plan, 10))
-        measured = measured_peak_bytes(model, batch, apply(model, plan))
-        assert measured == pytest.approx(plan.peak_bytes, rel=1e-3)
+        assert measured(model, batch, plan) == pytest.approx(plan.peak_bytes, rel=1e-3)
         before = static_bytes(model)
         with apply(model, plan):
             loss = model(batch)
@@ -567,8 +565,7 @@ def test_every_lever_at_once_over_ten_steps(levers: str) -> None:
             assert same(plain, stepped(model, batch, plan, 10))
         proof = tightfit.verify(model, batch, plan, optimizer=optimizer)
         assert proof.passed, proof
-        measured = measured_peak_bytes(model, batch, apply(model, plan, optimizer=optimizer), optimizer=optimizer)
-        assert measured == pytest.approx(plan.peak_bytes, rel=1e-3)
+        assert measured(model, batch, plan, optimizer) == pytest.approx(plan.peak_bytes, rel=1e-3)
 
 
 @pytest.mark.slow
