@@ -50,6 +50,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "scaling": _FORECAST,
     "several_gpus": (*_FORECAST, "engine", "fitting", "verify"),
     "step": _APPLIED,
+    "streaming": (*_APPLIED, "integrations/peft.py", "integrations/bitsandbytes.py"),
     "switches": (*_APPLIED, "doctor/traps"),
     "timeline": _PLANNED,
     "trainer_step": (

@@ -31,9 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tightfit
 from tightfit.core import BudgetInfeasible, Plan, dumps
 from tightfit.device.allocator import CachingAllocator
-from tightfit.step.checksum import checksum
 from tightfit.forecast import Setup, calibrate
 from tightfit.forecast.calibrating import Effort
+from tightfit.step.checksum import checksum
 from tightfit.step.ops import UNWRITTEN, op_name
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.run import compute_loss, tensors_in
