@@ -622,7 +622,36 @@ def levers_page() -> str:
                     f"| {point['sweeps'] or ''} | {'yes' if point['tiled'] else ''} | {best} |"
                 )
             parts.append("")
+    parts += _streamed_weights()
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _streamed_weights() -> list[str]:
+    found = json.loads((RESULTS / "streaming.json").read_text(encoding="utf-8"))
+    parts = ["\n## Measured: frozen weights streamed from host memory\n"]
+    for case in found["cases"]:
+        parts.append(
+            f"A Llama shape of {case['blocks']} blocks and width {case['shape']['hidden_size']}, {case['method']}, "
+            f"{case['batch']} x {case['seq']} tokens, AdamW, on the CPU, by `python benchmarks/streaming.py`. One "
+            f"block's frozen weights take {case['block_bytes'] / 2**20:.2f} MiB. Without a plan the peak is "
+            f"{case['plain_peak_bytes'] / 2**20:.1f} MiB. The peak is the highest of ten steps; the bits are those of "
+            "losses, gradients, trained weights and optimizer state of all ten:\n"
+        )
+        parts += [
+            "| budget | peak | predicted off by | frozen weights in host memory | resident | largest copy "
+            "| seconds added, estimated | copied in a step | bits |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in case["rows"]:
+            sizes = [row[name] / 2**20 for name in ("budget_bytes", "peak_bytes", "host_bytes", "resident_bytes")]
+            budget, peak, host, resident = (f"{size:.1f} MiB" for size in sizes)
+            parts.append(
+                f"| {budget} | {peak} | {row['off']:+.4%} | {host} | {resident} "
+                f"| {row['largest_copy_bytes'] / 2**20:.2f} MiB | {row['added_seconds']:.4f} "
+                f"| {row['copied_bytes'] / 2**20:.1f} MiB | {'identical' if row['identical'] else 'differ'} |"
+            )
+        parts.append("")
+    return parts
 
 
 def several_gpus_page() -> str:

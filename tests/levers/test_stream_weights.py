@@ -142,7 +142,9 @@ def test_everything_streamed_leaves_one_modules_copy_on_the_device() -> None:
         assert all(is_elsewhere(p) != p.requires_grad for p in model.parameters())
     assert static_bytes(model) == before
     assert measured(model, batch, plan) == pytest.approx(plan.peak_bytes, rel=1e-3)
-    assert plan.peak_bytes < simulate(trace).peak_bytes - frozen + max(each.size_bytes for each in frozen_modules(model))
+    assert plan.peak_bytes < simulate(trace).peak_bytes - frozen + max(
+        each.size_bytes for each in frozen_modules(model)
+    )
 
 
 def test_a_budget_between_is_used_and_time_falls_with_it() -> None:

@@ -109,7 +109,7 @@ class Pool:
     def room_for(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Room for what is in `tensor`. It is the same whenever it is asked for, since whoever has read the tensor may
         refer to it."""
-        known = self._rooms.get(tensor)
+        known: torch.Tensor | None = self._rooms.get(tensor)  # type: ignore[no-untyped-call]
         if known is None or known.numel() < tensor.untyped_storage().nbytes():
             known = self.room(tensor.untyped_storage().nbytes(), tensor.device)
             if known is not None:

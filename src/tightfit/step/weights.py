@@ -111,16 +111,16 @@ def frozen_modules(model: nn.Module) -> list[FrozenModule]:
 def nodes_of_its_own(out: Any, given: Any) -> list[Any]:
     """The backward nodes in Python (`torch.autograd.Function`) behind `out`, as far as they were made of `given`. They
     may hold weights where no hook for saved tensors sees them: bitsandbytes keeps a 4-bit weight on its `ctx`."""
-    before = {t.grad_fn for t in tensors_in(given) if t.grad_fn is not None}
-    oldest = max((node._sequence_nr() for node in before), default=-1)  # type: ignore[attr-defined]
+    before: set[Any] = {t.grad_fn for t in tensors_in(given) if t.grad_fn is not None}
+    oldest = max((node._sequence_nr() for node in before), default=-1)
     found, seen = [], set(before)
-    pending = [t.grad_fn for t in tensors_in(out) if t.grad_fn is not None]
+    pending: list[Any] = [t.grad_fn for t in tensors_in(out) if t.grad_fn is not None]
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node._sequence_nr() <= oldest:  # type: ignore[attr-defined]  # made before this call
+        if node._sequence_nr() <= oldest:  # made before this call
             continue
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             found.append(node)

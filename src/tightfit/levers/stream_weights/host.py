@@ -135,8 +135,8 @@ def _are_alike(room: torch.Tensor, copy: torch.Tensor) -> bool:
     with _quietly():
         if room.device == copy.device:
             return torch.equal(_as_bytes(room), _as_bytes(copy))
-        marks = checksum(room), checksum(copy)
-        return any(mark is None for mark in marks) or int(marks[0]) == int(marks[1])
+        one, other = checksum(room), checksum(copy)
+        return one is None or other is None or int(one) == int(other)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
