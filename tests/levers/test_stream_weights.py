@@ -147,6 +147,20 @@ def test_everything_streamed_leaves_one_modules_copy_on_the_device() -> None:
     )
 
 
+def test_a_peak_at_a_copy_that_backward_reads_is_predicted() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, WIDTH), nn.Linear(WIDTH, 20 * WIDTH, bias=False).requires_grad_(False))
+    batch = torch.randn(2, 8)
+    trace = tightfit.trace(model, batch, loss=lambda model, batch: model(batch).square().mean(), units=["0"])
+    plan = all_streamed(trace)
+    line = simulate(trace, plan)
+    assert line.peak_owner.startswith("backward")
+    found = measured_peak_bytes(
+        model, batch, in_force(model, plan, None), loss=lambda model, batch: model(batch).square().mean()
+    )
+    assert found == pytest.approx(plan.peak_bytes, rel=1e-3)
+
+
 def test_a_budget_between_is_used_and_time_falls_with_it() -> None:
     model, batch = adapted()
     trace = tightfit.trace(model, batch)
