@@ -510,6 +510,18 @@ def test_weights_that_change_are_noticed() -> None:
     assert torch.equal(model(batch), expected)
 
 
+def test_a_weight_of_another_dtype_is_refused_and_not_lost() -> None:
+    plain, _ = adapted()
+    with streamed() as (model, batch, _):
+        model(batch).backward()
+        model.to(torch.float64)
+        with pytest.raises(PlanMismatch, match="another dtype or shape"):
+            model(batch)
+        assert same(list(model.parameters()), list(plain.double().parameters()))
+    assert same(list(model.parameters()), list(plain.parameters()))
+    model(batch).backward()
+
+
 def test_graphs_outlive_the_plan_and_may_be_kept() -> None:
     model, batch = adapted()
     model.eval()

@@ -204,10 +204,12 @@ class _Module:
     def __init__(self, frozen: FrozenModule, pool: Any, stats: Streamed) -> None:
         self.frozen, self.pool, self.stats = frozen, pool, stats
         self.weights: list[_Weight] = []
+        self.changed: _Weight | None = None  # one that has another dtype or shape now
         self.look()
 
     def look(self) -> None:
-        """The module's weights as they are now: what was replaced, or has other data, goes to host memory too."""
+        """The module's weights as they are now: what was replaced, or has other data, goes to host memory too. What has
+        another dtype or shape is left where it is."""
         known = {id(weight.tensor): weight for weight in self.weights}
         now = self.frozen.tensors()
         if len(now) == len(known) and all(id(t) in known and known[id(t)].is_home() for t in now):
@@ -221,20 +223,22 @@ class _Module:
                 if not weight.is_home():
                     weight.send()
                 self.weights.append(weight)
-            else:
+            elif weight is None:
                 self._take(tensor)
         for weight in known.values():  # trained from now on, or no longer the module's: back where it was
             if weight not in self.weights:
                 weight.bring_back()
+        self.changed = next((weight for weight in known.values() if not weight.fits()), self.changed)
 
     def _take(self, tensor: torch.Tensor) -> None:
         if is_elsewhere(tensor):
             raise InvalidInput("the model's weights are streamed by a plan that is in force already; remove it first")
-        buffer = self.pool.room_for(tensor)
-        if buffer is None:
-            self.stats.resident += 1
-            return
-        self.weights.append(_Weight(self.frozen.path or "a weight", tensor, buffer, tensor.device, self.stats))
+        with _quietly():  # a frame around this module compares its ops with those of the replay
+            buffer = self.pool.room_for(tensor)
+            if buffer is None:
+                self.stats.resident += 1
+                return
+            self.weights.append(_Weight(self.frozen.path or "a weight", tensor, buffer, tensor.device, self.stats))
 
     @contextlib.contextmanager
     def there(self) -> Iterator[dict[_Weight, torch.Tensor]]:
@@ -253,6 +257,11 @@ class _Module:
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.look()
+        if self.changed is not None:
+            raise PlanMismatch(
+                f"a weight of {self.changed.name} waits in host memory under the plan and has another dtype or shape "
+                "now: remove the plan, change the model, and plan again"
+            )
         with self.there() as copies:
             if not torch.is_grad_enabled():
                 out = original(*args, **kwargs)
