@@ -413,3 +413,26 @@ def test_callbacks_that_ask_for_what_cannot_be(tmp_path: Path) -> None:
         TightfitCallback("60%", batch="all")
     with pytest.raises(InvalidInput, match="auto_find_batch_size"):
         trained("trainer", tmp_path, [TightfitCallback("60%", batch="auto")], auto_find_batch_size=True)
+
+
+def _masked(model: nn.Module, batch: Any) -> torch.Tensor:
+    """The mean over the examples whose class is not 0: a divisor of the loss's own."""
+    return nn.functional.cross_entropy(model(batch[0]), torch.where(batch[1] == 0, -100, batch[1]))
+
+
+def test_a_mask_that_only_other_rows_show_is_found() -> None:
+    """The rows that are compared first have nothing that is left out, so the loss looks like a mean over rows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 5))
+    inputs, classes = torch.randn(12, 16), torch.randint(1, 5, (12,))
+    masked = classes * (torch.arange(12) % 4 != 1)
+    with pytest.raises(Unsupported, match="cannot be cut into micro-batches"):
+        tightfit.fit(model, (inputs, masked), "10MiB", loss=_masked, micro_batch=5)
+    applied = tightfit.fit(model, (inputs, classes), "10MiB", loss=_masked, micro_batch=5)
+    applied.backward((inputs, classes))
+    before = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(Unsupported, match="cannot be cut into micro-batches"):
+        for _ in range(8):
+            applied.backward((inputs, classes * (torch.arange(12) % 2)))
+            before = [p.grad.clone() for p in model.parameters()]
+    assert all(torch.equal(p.grad, kept) for p, kept in zip(model.parameters(), before, strict=True))

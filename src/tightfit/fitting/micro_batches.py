@@ -3,7 +3,8 @@
 Idea: micro-batch, accumulation and plan are one choice (`plan.micro_batches`). Each size that is looked at is recorded
 with rows of the user's own batch, and with gradients in place where there is more than one part, as all parts but the
 first find them. What the loss divides by is found out by comparing a few rows, cut and uncut (`verify.additive`), and
-again with the first batch for which the answers that are left differ.
+again with the first batch for which the answers that are left differ. The losses alone of all rows of the first batch,
+and of a few rows of the 1st, 2nd, 4th, 8th and so on, are compared as well.
 
 Invariant: losses and gradients are those of the uncut batch, to rounding. Dropout draws other masks. Refused
 (`Unsupported`): a loss that is no weighted sum of the losses of the parts (batch statistics, contrastive losses,
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -43,7 +45,7 @@ from tightfit.step.patches import compiled_entries
 from tightfit.step.ranks import are_several
 from tightfit.step.rows import Divisor, row_count, rows_taken, weights_of
 from tightfit.step.run import LossFunction, compute_loss
-from tightfit.verify.additive import compared_cut
+from tightfit.verify.additive import compared_cut, loss_apart
 
 __all__ = [
     "AUTO",
@@ -160,6 +162,7 @@ class Cut:
     def __init__(self, model: nn.Module, loss: LossFunction | None, size: int) -> None:
         self.model, self.loss, self.size = model, loss, size
         self.weigher = Weigher(self.compared)
+        self._batches = 0  # that were cut
 
     def parts(self, batch: Any) -> Iterator[tuple[Any, float]]:
         rows = shares(row_count(batch), self.size)
@@ -169,6 +172,12 @@ class Cut:
         ends = [sum(rows[: place + 1]) for place in range(len(rows))]
         parts = [rows_taken(batch, slice(end - count, end)) for end, count in zip(ends, rows, strict=True)]
         weights = self.weigher.weights(batch, parts, rows)
+        self._batches += 1
+        if self._batches & (self._batches - 1) == 0:  # now and then, and more often at first
+            few = random.Random(self._batches).sample(
+                range(sum(rows)), min(sum(rows), max(2, min(self.size, _COMPARED)))
+            )
+            self._look_at(batch, sorted(few))
         for part, weight in zip(parts, weights, strict=True):
             if weight:  # the mean of no labels is no number
                 yield part, weight
@@ -182,7 +191,26 @@ class Cut:
         held, check = compared_cut(self.model, whole, parts, (1, len(others)), self.loss, divisors)
         if not held:
             raise Unsupported(not_additive(check.measured, check.tolerance))
+        rows = range(row_count(batch))
+        for begin in rows[::_COMPARED]:
+            self._look_at(batch, rows[begin : begin + _COMPARED], held)
         return held, check
+
+    def _look_at(self, batch: Any, rows: Sequence[int], divisors: Sequence[Divisor] | None = None) -> None:
+        """Raise `Unsupported` if the loss of these rows is not made of the losses of each by any of `divisors`.
+
+        A loss may leave out rows or labels in a way of its own, which the rows that were compared first did not show.
+        """
+        parts = [rows_taken(batch, [row]) for row in rows]
+        apart = [
+            loss_apart(self.model, rows_taken(batch, list(rows)), parts, weights, self.loss)
+            for each in divisors or self.weigher.divisors
+            if len(rows) > 1 and (weights := weights_of(each, parts, (1,) * len(rows))) is not None
+        ]
+        if apart and not any(distance <= limit for distance, limit in apart):  # the mean of nothing is no number
+            distance, limit = apart[0]
+            measured = f"{distance:.2g} apart in rows {', '.join(map(str, rows))} of a batch"
+            raise Unsupported(not_additive(measured, f"{limit:.2g}"))
 
 
 def not_additive(measured: str, tolerance: str) -> str:

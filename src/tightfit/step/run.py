@@ -63,6 +63,14 @@ def run_forward(model: nn.Module, batch: Any, loss: LossFunction | None = None) 
 
 def compute_loss(model: nn.Module, batch: Any, loss: LossFunction | None = None) -> torch.Tensor:
     """The scalar to call `backward` on. Raises `InvalidInput` if it is not a scalar that depends on a parameter."""
+    value = loss_value(model, batch, loss)
+    if not value.requires_grad:
+        raise InvalidInput("the loss depends on no trainable parameter, so there is no backward pass to plan")
+    return value
+
+
+def loss_value(model: nn.Module, batch: Any, loss: LossFunction | None = None) -> torch.Tensor:
+    """The scalar, whether or not it has a history. Raises `InvalidInput` if it is no scalar."""
     try:
         output = run_forward(model, batch, loss)
     except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
@@ -76,8 +84,6 @@ def compute_loss(model: nn.Module, batch: Any, loss: LossFunction | None = None)
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else describe(output)
         raise InvalidInput(f"expected a scalar loss, found {found}; pass loss=callable(model, batch) -> scalar tensor")
-    if not value.requires_grad:
-        raise InvalidInput("the loss depends on no trainable parameter, so there is no backward pass to plan")
     return value.reshape(()) if value.dim() else value
 
 

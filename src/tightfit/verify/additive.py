@@ -33,12 +33,12 @@ from tightfit.accelerator import HOST
 from tightfit.core import Check, InvalidInput, Unsupported
 from tightfit.step.patches import no_key_value_cache, uncompiled
 from tightfit.step.rows import Divisor, row_count, rows_taken, weights_of
-from tightfit.step.run import LossFunction, compute_loss, tensors_in
+from tightfit.step.run import LossFunction, compute_loss, loss_value, tensors_in
 from tightfit.step.snapshot import Snapshot, random_states, undisturbed
 from tightfit.verify.float64 import _FLOAT64_BYTES, _float64, _in_double
 from tightfit.verify.rounding import TILE_FACTOR
 
-__all__ = ["compared_cut"]
+__all__ = ["compared_cut", "loss_apart"]
 
 _NAME = "micro-batches"
 _EXPECTED = "loss and gradients of the parts add up to those of the whole (relative norm)"
@@ -108,6 +108,34 @@ def compared_cut(
         passed=bool(held),
     )
     return held, check
+
+
+def loss_apart(
+    model: nn.Module, whole: Any, parts: Sequence[Any], weights: Sequence[float], loss: LossFunction | None = None
+) -> tuple[float, float]:
+    """How far the loss of `whole` is from the weighted losses of its parts, as a part of them, and how far rounding may
+    take it. No gradients are made, so that it costs little beside a step.
+
+    The limit is coarse (a hundred roundings of the loss's dtype): what it is to find is a row or a label that is not
+    counted, which moves the loss by far more.
+    """
+    with contextlib.ExitStack() as stack:
+        restart = stack.enter_context(undisturbed(model, (whole, *parts)))
+        stack.enter_context(no_key_value_cache(model))
+        stack.enter_context(uncompiled(model))
+        stack.enter_context(torch.no_grad())
+
+        def value_of(batch: Any) -> torch.Tensor:
+            restart()
+            return loss_value(model, batch, loss)
+
+        stack.enter_context(_no_masks(model, lambda: value_of(whole)))
+        uncut = value_of(whole)
+        values = [(value_of(part), weight) for part, weight in zip(parts, weights, strict=True) if weight]
+    sizes = sum(abs(weight * float(value)) for value, weight in values)
+    cut = sum(weight * float(value) for value, weight in values)
+    distance = abs(float(uncut) - cut) / max(sizes, abs(float(uncut)), 1e-300)
+    return distance, 100 * max(_unit(uncut), 2.0**-24)
 
 
 def _unit(tensor: torch.Tensor) -> float:
