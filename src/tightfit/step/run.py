@@ -175,9 +175,20 @@ def device_of(model: nn.Module) -> torch.device:
     return next((d for d in devices if is_card(d)), devices[0] if devices else HOST)
 
 
+class _Profile(torch.profiler.profile):
+    """A profile whose events are read as they were written (`kineto_results`). torch would make objects of its own of
+    all of them at the end, which takes longer than the step."""
+
+    def __enter__(self) -> _Profile:
+        super().__enter__()
+        assert self.profiler is not None
+        self.profiler.acc_events = False
+        return self
+
+
 def cpu_profile(*, memory: bool = True) -> torch.profiler.profile:
     """What the profiler tells of the CPU's ops, and with `memory` of each block that comes and goes."""
-    return torch.profiler.profile(
+    return _Profile(
         activities=[torch.profiler.ProfilerActivity.CPU],
         profile_memory=memory,
         acc_events=True,  # changes nothing for one cycle, but that torch 2.11 does not warn of others
