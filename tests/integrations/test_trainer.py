@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from tightfit.core import BudgetInfeasible, Unsupported, parse_levers
-from tightfit.integrations import conflicts
+from tightfit.integrations import conflicts, own_step
 from tightfit.integrations import trainer as subject
 from tightfit.integrations.longest import Extent, longest_batch
 from tightfit.integrations.transformers import PeakCallback, TightfitCallback
@@ -402,7 +402,7 @@ def test_a_reference_models_weights_count(tmp_path: Path) -> None:
 
 
 def test_a_step_that_does_not_fit_is_planned_on_fake_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced, checked = subject.trace, subject.gradient_checks
+    traced, checked = own_step.trace, subject.gradient_checks
     ways: list[str] = []
 
     def trace(*args: Any, **kwargs: Any) -> Any:
@@ -417,7 +417,7 @@ def test_a_step_that_does_not_fit_is_planned_on_fake_tensors(tmp_path: Path, mon
             raise torch.OutOfMemoryError("no room")
         return checked(*args, **kwargs)
 
-    monkeypatch.setattr(subject, "trace", trace)
+    monkeypatch.setattr(own_step, "trace", trace)
     monkeypatch.setattr(subject, "gradient_checks", gradient_checks)
     plain = trainer("trainer", tmp_path, max_steps=3)
     plain.train()
@@ -581,7 +581,7 @@ def test_the_optimizer_steps_in_backward_where_nothing_reads_gradients(clips: bo
         return LlamaForCausalLM(config)
 
     changes = {"max_steps": 6, "max_grad_norm": 1.0 if clips else 0.0}
-    callback = TightfitCallback("85%", exact=True)
+    callback = TightfitCallback("80%", exact=True)
     ours = trainer("trainer", tmp_path / "ours", [callback], subject=wide(), **changes)
     if clips:  # clipping needs all gradients at once
         with pytest.raises(BudgetInfeasible, match="beside='state_in_host'"):

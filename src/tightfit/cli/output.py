@@ -6,6 +6,8 @@ Invariant: stdout is the result's alone (`cli.stdout`).
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,5 +103,9 @@ def progress_unsaid(_: str) -> None:
 
 def say_on_stderr(message: str) -> None:
     line = " ".join(message.split())
-    with contextlib.suppress(OSError):  # nobody reads standard error, or its disk is full: the exit status still tells
+    try:
         typer.echo(f"tightfit: {line}", err=True)
+        sys.stderr.flush()
+    except OSError:  # nobody reads standard error, or its disk is full: the exit status still tells
+        with contextlib.suppress(OSError):  # what is left in the buffer would fail once more at exit, with status 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -53,6 +53,13 @@ class Streamed:
     copied_bytes: int = 0
     resident: int = 0  # weights that stay on the device after all
 
+    def __sub__(self, other: Streamed) -> Streamed:
+        return Streamed(
+            copies=self.copies - other.copies,
+            copied_bytes=self.copied_bytes - other.copied_bytes,
+            resident=self.resident - other.resident,
+        )
+
 
 class _Weight:
     """One weight in host memory: a parameter, or what belongs to one in 4 bits. A `Lender`."""
