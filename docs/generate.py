@@ -392,8 +392,8 @@ def _planning(found: dict[str, Any]) -> str:
         for model, rows in by_model.items()
     )
     return (
-        "Planning was tried with LoRA in bf16, 2,048 tokens and no weights in memory, at ten budgets from the lowest peak "
-        f"up, beside other work (`benchmarks/planning.py`): {told}.\n"
+        "Planning was tried with LoRA in bf16, 2,048 tokens and no weights in memory, at ten budgets from the lowest "
+        f"peak up, beside other work (`benchmarks/planning.py`): {told}.\n"
     )
 
 
