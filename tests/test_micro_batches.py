@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tightfit
-from tightfit.core import InvalidInput, MicroBatch, Unsupported, dumps, loads
+from tightfit.core import InvalidInput, MicroBatch, Unsupported, dumps, from_json, loads, to_json
 from tightfit.core import MicroBatches as Chosen
 from tightfit.fitting.micro_batches import Weigher
 from tightfit.plan.micro_batches import largest_fitting, shares, sizes_of, solved
@@ -81,6 +81,7 @@ def test_the_largest_is_taken_only_where_it_is_the_fastest() -> None:
     chosen = solved(24, alike, 12_600)
     assert chosen is not None and chosen.size == 12, "a difference within the noise is no reason for more parts"
     assert loads(Chosen, dumps(chosen), "here") == chosen
+    assert from_json(Chosen, to_json(chosen), "a record") == chosen
     nothing, _ = attempts(0, float, lambda _: 1.0)
     assert solved(24, nothing, 10) is None
 

@@ -262,6 +262,39 @@ def test_adapters_resume_bit_for_bit(method: str, place: Path, tmp_path: Path, m
     assert not list((tmp_path / "run" / "model").glob("*.bin"))
 
 
+class InterruptBefore(TrainerCallback):
+    """Ctrl-C between two steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_micro_batches_go_on_in_the_size_that_was_chosen(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.Run.trainer
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        trainer = real(self, *args)
+        trainer.add_callback(InterruptBefore(4))
+        return trainer
+
+    monkeypatch.setattr(training.Run, "trainer", interrupted)
+    asked = {"batch": "auto", "global_batch": 8, "steps": 6, "budget": "35%", "arguments": ("--save_steps", "3")}
+    cut = train(options(place, tmp_path / "run", **asked))
+    assert cut.status == "interrupted" and len(cut.losses) == 4
+    assert cut.micro_batches is not None and cut.micro_batches.accumulation > 1
+    monkeypatch.undo()
+    run = train(TrainOptions(out=str(tmp_path / "run"), resume=True))
+    assert run.passed and len(run.losses) == 6 and run.losses[:4] == cut.losses
+    assert run.micro_batches is not None and run.micro_batches.size == cut.micro_batches.size
+
+
 # ------------------------------------------------------------------------------------------ out of memory
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")

@@ -7,7 +7,7 @@ unit, and every type survives a round trip through JSON.
 from __future__ import annotations
 
 from tightfit.core.decided import Action, Advance, Choice, Plan, Status, Timeline
-from tightfit.core.documents import SCHEMA_VERSION, dumps, loads, to_json
+from tightfit.core.documents import SCHEMA_VERSION, dumps, from_json, loads, to_json
 from tightfit.core.errors import (
     BudgetInfeasible,
     InvalidInput,
@@ -99,6 +99,7 @@ __all__ = [
     "dumps",
     "format_apart",
     "format_bytes",
+    "from_json",
     "levers_named",
     "loads",
     "make_verb",

@@ -35,6 +35,14 @@ def to_json(thing: Any) -> Any:
     return thing
 
 
+def from_json(cls: type[T], data: Any, source: str) -> T:
+    """The `cls` of which `to_json` made `data`. Raises `InvalidInput` for anything else, naming `source`."""
+    try:
+        return typing.cast(T, _from_json(cls, data, cls.__name__.lower()))
+    except InvalidInput as error:
+        raise InvalidInput(f"{source} is no valid tightfit {cls.__name__.lower()}: {error}") from None
+
+
 def dumps(thing: Any) -> str:
     """JSON text of one of the types above, with its name and the schema version."""
     return json.dumps({"type": type(thing).__name__, "schema_version": SCHEMA_VERSION, **to_json(thing)}) + "\n"
@@ -54,10 +62,7 @@ def loads(cls: type[T], text: str, source: str = "the text") -> T:
         raise InvalidInput(
             f"{source} has schema version {version}, this tightfit reads {SCHEMA_VERSION}: make the {name} anew"
         )
-    try:
-        return typing.cast(T, _from_json(cls, data, name))
-    except InvalidInput as error:
-        raise InvalidInput(f"{source} is no valid tightfit {name}: {error}") from None
+    return from_json(cls, data, source)
 
 
 def _from_json(annotation: Any, data: Any, where: str) -> Any:

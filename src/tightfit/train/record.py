@@ -25,7 +25,7 @@ from tightfit.core import (
     MicroBatches,
     Plan,
     Proof,
-    loads,
+    from_json,
     parse_bytes,
     require_part,
     to_json,
@@ -102,7 +102,7 @@ class RunRecord:
         self.resumed_at = list(observed.get("resumed_at", ()))
         self.notes = list(observed.get("notes", ()))
         if observed.get("micro_batches") is not None:
-            self.micro_batches = loads(MicroBatches, json.dumps(observed["micro_batches"]), "the run's record")
+            self.micro_batches = from_json(MicroBatches, observed["micro_batches"], "the run's record")
         if observed["checks"]:
             checks = tuple(Check(**check) for check in observed["checks"])
             self.proof = Proof(checks=checks, environment=record["environment"])
