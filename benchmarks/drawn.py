@@ -194,6 +194,12 @@ def write(
     temporary.replace(file)
 
 
+def rows_of_others(file: Path, key: str, drawn_now: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a results file whose `key` is none of those that are drawn now."""
+    before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    return [row for row in before if row[key] not in drawn_now]
+
+
 def commit() -> str:
     """The commit that is checked out; '' without git."""
     try:

@@ -267,15 +267,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=STEPS, help="this step alone")
     asked = parser.parse_args()
-    before = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if asked.only and RESULTS.exists() else []
-    rows = [row for row in before if row["step"] != asked.only]
-    for name in [asked.only] if asked.only else STEPS:
+    names = [asked.only] if asked.only else list(STEPS)
+    rows = drawn.rows_of_others(RESULTS, "step", names)
+    for name in names:
         for row in rows_of(name):
             rows.append(row)
             print(json.dumps(row), flush=True)
     rows.sort(key=lambda row: (list(STEPS).index(row["step"]), row["share"]))
     record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "rows": rows}
-    drawn.write(RESULTS, record)
+    drawn.write(RESULTS, record, parts=names)
     return 0
 
 

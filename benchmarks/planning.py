@@ -42,11 +42,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[name.partition(",")[0] for name in SHAPES], help="this shape alone")
     asked = parser.parse_args()
-    before = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if asked.only and RESULTS.exists() else []
-    rows = [row for row in before if not row["model"].startswith(f"{asked.only},")]
-    for name, shape in SHAPES.items():
-        if asked.only and not name.startswith(f"{asked.only},"):
-            continue
+    names = [name for name in SHAPES if asked.only in (None, name.partition(",")[0])]
+    rows = drawn.rows_of_others(RESULTS, "model", names)
+    for name in names:
+        shape = SHAPES[name]
         with torch.device("meta"):
             config: Any = transformers.LlamaConfig(**shape, max_position_embeddings=4096, dtype=torch.bfloat16)
             model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -81,7 +80,7 @@ def main() -> int:
             print(json.dumps(row), flush=True)
     rows.sort(key=lambda row: (list(SHAPES).index(row["model"]), row["activation_share"]))
     record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "rows": rows}
-    drawn.write(RESULTS, record)
+    drawn.write(RESULTS, record, parts=names)
     return 0
 
 

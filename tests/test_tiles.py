@@ -34,7 +34,7 @@ from tightfit.levers.tile.recording import head_sought
 from tightfit.plan import lowest
 from tightfit.step.run import compute_loss
 from tightfit.verify import float64 as float64_module
-from tightfit.verify.float64 import _double, _float64
+from tightfit.verify.float64 import _double, float64_arithmetic
 from tightfit.verify.rounding import _INDEPENDENT, TILE_FACTOR, Errors, limit
 
 VOCABULARY, WIDTH = 311, 32
@@ -175,7 +175,7 @@ def beyond(untiled: list[Named], tiled: list[Named], exact: Named) -> dict[str, 
 
 def in_float64(model: nn.Module, batch: Any, loss: Any = None) -> Named:
     twin = _double(model)
-    with _float64():
+    with float64_arithmetic():
         return step(twin, batch, loss)
 
 
@@ -562,7 +562,7 @@ def test_a_plan_for_another_head_is_refused() -> None:
 
 
 def test_a_large_model_is_held_against_float64_at_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(float64_module, "_FLOAT64_BYTES", 0)
+    monkeypatch.setattr(float64_module, "FLOAT64_BYTES", 0)
     model, batch = wide()
     trace = tightfit.trace(model, batch)
     proof = tightfit.verify(model, batch, lowest(trace))

@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tightfit.core import InvalidInput, Lever
-
-#: What `--batch` takes beside a number.
-AUTO = "auto"
+from tightfit.core import AUTO, InvalidInput, Lever
 
 
 def batch_asked(text: str) -> int | str:

@@ -46,11 +46,12 @@ from tightfit.core.recorded import (
     Unit,
     Value,
 )
-from tightfit.core.results import Check, Forecast, Measurement, MicroBatch, MicroBatches, Mode, Proof, Row
+from tightfit.core.results import AUTO, Check, Forecast, Measurement, MicroBatch, MicroBatches, Mode, Proof, Row
 from tightfit.core.sizes import parse_bytes, percentage, require_part
 from tightfit.core.verbs import make_verb
 
 __all__ = [
+    "AUTO",
     "HOST_KIND",
     "SCHEMA_VERSION",
     "Action",

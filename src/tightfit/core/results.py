@@ -33,6 +33,10 @@ class Proof:
         return next(check for check in self.checks if check.name == name)
 
 
+#: What asks for the best size of micro-batches, where a number would ask for that size.
+AUTO = "auto"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """One way to cut a global batch that was looked at."""

@@ -164,7 +164,8 @@ def fit(
 def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | int) -> Fitted:
     """The best micro-batches of `batch`, their plan in force."""
     model, loss = guard.model, guard.loss
-    micro_batches.refuse(model, guard.exact)
+    micro_batches.refuse_exact(guard.exact)
+    micro_batches.refuse(model)
     asked = micro_batches.micro_batch_asked(asked)
     rows = row_count(batch)
     levers = None if guard.levers is None else frozenset(guard.levers)

@@ -25,6 +25,7 @@ from torch import nn
 
 from tightfit import accelerator
 from tightfit.core import (
+    AUTO,
     BudgetInfeasible,
     Check,
     InvalidInput,
@@ -39,7 +40,7 @@ from tightfit.core import (
 from tightfit.engine import Applied
 from tightfit.levers import inexact
 from tightfit.plan import plan as make_plan
-from tightfit.plan.micro_batches import QUICK, attempted, shares, solved
+from tightfit.plan.micro_batches import QUICK, attempted, shares, slices, solved
 from tightfit.plan.table import THOROUGH
 from tightfit.step.patches import compiled_entries
 from tightfit.step.ranks import are_several
@@ -48,7 +49,6 @@ from tightfit.step.run import LossFunction, compute_loss
 from tightfit.verify.additive import compared_cut, loss_apart
 
 __all__ = [
-    "AUTO",
     "Cut",
     "Fitted",
     "Found",
@@ -63,7 +63,6 @@ __all__ = [
     "weighed",
 ]
 
-AUTO = "auto"
 #: Rows of the batch that are compared cut and uncut: one beside two, so that rows and parts are told apart.
 _COMPARED = 3
 
@@ -169,8 +168,7 @@ class Cut:
         if len(rows) == 1:
             yield batch, 1.0
             return
-        ends = [sum(rows[: place + 1]) for place in range(len(rows))]
-        parts = [rows_taken(batch, slice(end - count, end)) for end, count in zip(ends, rows, strict=True)]
+        parts = [rows_taken(batch, part) for part in slices(rows)]
         weights = self.weigher.weights(batch, parts, rows)
         self._batches += 1
         if self._batches & (self._batches - 1) == 0:  # now and then, and more often at first
@@ -245,12 +243,15 @@ def micro_batch_asked(asked: object) -> str | int:
     raise InvalidInput(f'micro_batch={asked!r}: expected "auto", or a number of rows of at least 1')
 
 
-def refuse(model: nn.Module, exact: bool) -> None:
-    """Raise for what does not go together with micro-batches."""
+def refuse_exact(exact: bool) -> None:
     if exact:
         raise InvalidInput(
             "exact=True asks for the bits of the whole batch, and micro-batches add in another order: leave one out"
         )
+
+
+def refuse(model: nn.Module) -> None:
+    """Raise for models that do not go together with micro-batches."""
     if compiled_entries(model):
         raise Unsupported(
             "the model is compiled, and micro-batches of a compiled step are not planned: give their size"

@@ -23,7 +23,7 @@ import transformers
 from tightfit.core import InvalidInput, MicroBatches, Unsupported
 from tightfit.fitting import micro_batches
 from tightfit.integrations.longest import longest_batch, plain, telling_examples
-from tightfit.plan.micro_batches import shares
+from tightfit.plan.micro_batches import shares, slices
 from tightfit.step.rows import row_count, rows_taken
 from tightfit.step.run import device_of
 from tightfit.trace.fake import logging_step
@@ -48,8 +48,7 @@ class _Collate:
 
     def __call__(self, examples: list[Any]) -> Any:
         rows = shares(len(examples), self.size)
-        ends = [sum(rows[: place + 1]) for place in range(len(rows))]
-        parts = [plain(self.collate(examples[end - n : end])) for end, n in zip(ends, rows, strict=True)]
+        parts = [plain(self.collate(examples[part])) for part in slices(rows)]
         if len(parts) == 1:
             return parts[0]
         shown = [name for name in self.counted if all(isinstance(p.get(name), torch.Tensor) for p in parts)]
@@ -68,8 +67,7 @@ class InParts:
 
     def __init__(self, asked: str | int, exact: bool, batch_given: bool) -> None:
         self.asked = micro_batches.micro_batch_asked(asked)
-        if exact:
-            micro_batches.refuse(torch.nn.Module(), exact)
+        micro_batches.refuse_exact(exact)
         if batch_given:
             raise InvalidInput(
                 "batch= is the micro-batch that is planned for, and micro_batch= asks for its size: give one"
@@ -105,7 +103,7 @@ class InParts:
         """
         trainer = callback._trainer
         model = trainer.model_wrapped
-        micro_batches.refuse(model, callback.exact)
+        micro_batches.refuse(model)
         base = getattr(loader, "base_dataloader", loader)
         if base.batch_sampler is None and base.batch_size is None:
             raise Unsupported("this data loader gives whole batches and no examples, so they cannot be cut")

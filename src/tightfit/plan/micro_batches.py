@@ -13,14 +13,15 @@ Invariant: every size that is said to fit, and every one that is said not to, wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 from tightfit.core import Lever, MicroBatch, MicroBatches, Phase, Plan, Trace
 from tightfit.plan.planning import lowest
 from tightfit.plan.simulate import simulate
 from tightfit.plan.table import Effort
 
-__all__ = ["QUICK", "Attempt", "attempted", "largest_fitting", "shares", "sizes_of", "solved"]
+__all__ = ["QUICK", "Attempt", "attempted", "largest_fitting", "shares", "sizes_of", "slices", "solved"]
 
 #: Plans and measures one size.
 Attempt = Callable[[int], MicroBatch]
@@ -45,6 +46,11 @@ def shares(rows: int, size: int) -> tuple[int, ...]:
     parts = -(-rows // size)
     least, more = divmod(rows, parts)
     return tuple(least + 1 if part < more else least for part in range(parts))
+
+
+def slices(counts: Sequence[int]) -> tuple[slice, ...]:
+    """Where parts of so many rows lie, one after the other."""
+    return tuple(slice(end - count, end) for count, end in zip(counts, itertools.accumulate(counts), strict=True))
 
 
 def attempted(

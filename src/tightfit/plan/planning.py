@@ -83,9 +83,9 @@ def plan(
         best: Plan | None = None
         for way in ways:
             if best is None or best.added_seconds > way.step.seconds - way.step.eases_seconds:
-                best = _cheaper(best, _eased(trace, _best(trace, way, budget_bytes, unplanned, levers)))
+                best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
         for way in _nested(ways, best, budget_bytes, levers):
-            best = _cheaper(best, _eased(trace, _best(trace, way, budget_bytes, unplanned, levers)))
+            best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
         if best is not None:
             return best
         lowest_way, line = _lowest(ways, levers)
@@ -93,7 +93,7 @@ def plan(
             found = _polished(lowest_way, lowest_way.lowest, budget_bytes, 0.0)
             bound = lowest_way.bound_seconds(budget_bytes)
             made = _plan(trace, lowest_way, budget_bytes, found.choices, found.line, unplanned, bound, found.how)
-            return _eased(trace, made) or made
+            return _eased(trace, made)
         if line.peak_bytes < least.peak_bytes:
             least, least_way = line, lowest_way
     advice = advice_for(trace, least, budget_bytes)
@@ -140,10 +140,8 @@ def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:
     return min((made for made in (one, other) if made is not None), key=lambda made: made.added_seconds, default=None)
 
 
-def _eased(trace: Trace, made: Plan | None) -> Plan | None:
+def _eased(trace: Trace, made: Plan) -> Plan:
     """`made` with as little of each lever as the budget has room for."""
-    if made is None:
-        return None
     for lever in every():
         eased = lever.eased(trace, made, lambda plan: simulate(trace, plan).peak_bytes)
         if eased is made:
@@ -169,7 +167,7 @@ def _best(
         line = simulate_choices(way.trace, ())
         if line.peak_bytes <= budget_bytes:
             nothing = way.choices(dict.fromkeys(model.options, 0))
-            return _plan(trace, way, budget_bytes, nothing, line, unplanned, 0.0)
+            return _eased(trace, _plan(trace, way, budget_bytes, nothing, line, unplanned, 0.0))
     if Grant.DROP not in granted(levers):
         return None
     found = _fitting(way, model, budget_bytes)
@@ -183,7 +181,8 @@ def _best(
             return None
         found = _unhurried(way, model, budget_bytes, budget_bytes, way.lowest)
     found = _polished(way, found, budget_bytes, bound + near)
-    return _plan(trace, way, budget_bytes, found.choices, found.line, unplanned, bound, found.how)
+    made = _plan(trace, way, budget_bytes, found.choices, found.line, unplanned, bound, found.how)
+    return _eased(trace, made)
 
 
 def _polished(way: Way, found: Refereed, budget_bytes: int, near_seconds: float) -> Refereed:

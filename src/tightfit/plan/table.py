@@ -210,15 +210,14 @@ class Table:
         trace = self.trace
         found = []
         for frame in self.frames_of[path]:
-            read_by: dict[int, set[int]] = defaultdict(set)
-            for value_id in self._waiting_inputs(path, frame):
-                read_by[value_id] = {op for op in self.ops[frame] if value_id in trace.ops[op].inputs}
             found += [
                 Input(
                     size_bytes=trace.values[value_id].size_bytes,
-                    read_by=frozenset(ordinal for op in ops if (ordinal := trace.ops[op].ordinal) is not None),
+                    read_by=frozenset(
+                        ordinal for ordinal, op in enumerate(self.ops[frame]) if value_id in trace.ops[op].inputs
+                    ),
                 )
-                for value_id, ops in read_by.items()
+                for value_id in self._waiting_inputs(path, frame)
             ]
         return tuple(found)
 

@@ -9,6 +9,7 @@ Invariant: what a way says of a set of choices is what the referee says (`plan.s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections import defaultdict
@@ -126,12 +127,11 @@ class Way:
     def _model(self, trace: Trace, *, lean: bool = False) -> Model:
         effort = self.effort
         if self.segments is not None:
-            effort = Effort(
+            effort = dataclasses.replace(
+                effort,
                 points=min(_SEGMENT_POINTS, effort.points),
                 solver_seconds=min(_SEGMENTS_SECONDS, effort.solver_seconds),
-                proves=effort.proves,
             )
-        lean = lean and self.effort.proves and not self.moves
         return Model(trace, effort, self.nesting, offload=self.moves, lean=lean)
 
     def choices(self, points: Mapping[str, int], model: Model | None = None) -> tuple[Choice, ...]:
@@ -195,7 +195,7 @@ class Way:
         solution = model.solve(None)
         assert solution is not None
         found = self._lowest_by(model, solution)
-        if not self.effort.proves or not model.is_own_moment(solution.points):
+        if not self.effort.proves or self.moves or not model.is_own_moment(solution.points):
             return found
         model = self._model(trace, lean=True)
         solution = model.solve(None)

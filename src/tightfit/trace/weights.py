@@ -28,6 +28,7 @@ class _Seen:
     values: set[int]
     spans: list[tuple[int, int]] = field(default_factory=list)  # by op ids
     saved: list[tuple[int, int]] = field(default_factory=list)  # by saved ids
+    is_read_elsewhere: bool = False  # or written
 
 
 def watches_weights(model: nn.Module) -> bool:
@@ -81,15 +82,9 @@ class WeightsWatch:
         """The modules whose weights are read as the invariant says."""
         recorder = self.recorder
         owner = {value: seen for seen in self.seen for value in seen.values}
-        inside: dict[int, list[range]] = defaultdict(list)
-        for at, seen in enumerate(self.seen):
-            inside[at] = [range(*span) for span in seen.spans]
-        place = {id(seen): at for at, seen in enumerate(self.seen)}
-        wrong: set[int] = set()
         for saved, (value, *_) in enumerate(recorder.saved):
-            seen_by = owner.get(value)
-            if seen_by is not None and not _within(saved, (range(*span) for span in seen_by.saved)):
-                wrong.add(place[id(seen_by)])
+            if value in owner and not _within(saved, owner[value].saved):
+                owner[value].is_read_elsewhere = True
         open_loads: dict[int, int] = defaultdict(int)  # by value
         for what, subject in recorder.events:
             if what in (EventKind.LOAD, EventKind.RELEASE):
@@ -101,15 +96,13 @@ class WeightsWatch:
             elif what is EventKind.OP:
                 call = recorder.calls[subject]
                 for value in {v for v, _ in call.reads} | set(call.writes):
-                    seen_by = owner.get(value)
-                    if seen_by is None:
-                        continue
-                    at = place[id(seen_by)]
-                    read = open_loads[value] > 0 or _within(subject, inside[at])
-                    if not read or value in call.writes:
-                        wrong.add(at)
-        for at, seen in enumerate(self.seen):
-            if seen.spans and at not in wrong:
+                    seen = owner.get(value)
+                    if seen is not None and (
+                        value in call.writes or not (open_loads[value] > 0 or _within(subject, seen.spans))
+                    ):
+                        seen.is_read_elsewhere = True
+        for seen in self.seen:
+            if seen.spans and not seen.is_read_elsewhere:
                 yield FrozenWeights(
                     module=seen.frozen.path,
                     values=tuple(sorted(seen.values)),
@@ -118,5 +111,5 @@ class WeightsWatch:
                 )
 
 
-def _within(number: int, spans: Iterable[range]) -> bool:
-    return any(number in span for span in spans)
+def _within(number: int, spans: Iterable[tuple[int, int]]) -> bool:
+    return any(first <= number < end for first, end in spans)

@@ -16,11 +16,11 @@ from typing import Any
 
 from tightfit.accelerator import device_named, is_host
 from tightfit.core import (
+    AUTO,
     InvalidInput,
     parse_bytes,
     parse_levers,
 )
-from tightfit.fitting.micro_batches import AUTO
 from tightfit.integrations.transformers import (
     dtype_named,
 )

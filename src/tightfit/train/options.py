@@ -13,6 +13,7 @@ from typing import Any
 
 from tightfit.accelerator import device_named
 from tightfit.core import (
+    AUTO,
     InvalidInput,
     MicroBatches,
     Plan,
@@ -150,11 +151,11 @@ class RunResult:
 
 
 def check_options(options: TrainOptions) -> None:
-    if options.global_batch is not None and options.batch != "auto":
+    if options.global_batch is not None and options.batch != AUTO:
         raise InvalidInput("--global-batch is what --batch auto cuts into micro-batches: give both, or --batch alone")
     numbers = (("batch", 1), ("global_batch", 1), ("seq", 2), ("steps", 1), ("compare_steps", 0), ("oom_retries", 0))
     for name, least in numbers:
-        value = None if getattr(options, name) == "auto" else getattr(options, name)
+        value = None if getattr(options, name) == AUTO else getattr(options, name)
         if value is not None and value < least:
             raise InvalidInput(f"expected --{name.replace('_', '-')} of at least {least}, not {value}")
     if options.lr is not None and not 0 < options.lr < 100:

@@ -37,13 +37,13 @@ from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from tightfit.accelerator import has_streams
 from tightfit.core import (
+    AUTO,
     InvalidInput,
     TightfitError,
     Unsupported,
     parse_levers,
     write_text,
 )
-from tightfit.fitting.micro_batches import AUTO
 from tightfit.integrations import conflicts, trl
 from tightfit.integrations.bitsandbytes import no_repacking, quantise
 from tightfit.integrations.peft import no_input_gradients

@@ -35,7 +35,7 @@ from tightfit.step.patches import no_key_value_cache, uncompiled
 from tightfit.step.rows import Divisor, row_count, rows_taken, weights_of
 from tightfit.step.run import LossFunction, compute_loss, loss_value, tensors_in
 from tightfit.step.snapshot import Snapshot, random_states, undisturbed
-from tightfit.verify.float64 import _FLOAT64_BYTES, _float64, _in_double
+from tightfit.verify.float64 import FLOAT64_BYTES, float64_arithmetic, in_double
 from tightfit.verify.rounding import TILE_FACTOR
 
 __all__ = ["compared_cut", "loss_apart"]
@@ -43,7 +43,6 @@ __all__ = ["compared_cut", "loss_apart"]
 _NAME = "micro-batches"
 _EXPECTED = "loss and gradients of the parts add up to those of the whole (relative norm)"
 Gradients = dict[str, torch.Tensor]
-_UNIT = {torch.float64: 2.0**-53}
 
 
 def compared_cut(
@@ -72,9 +71,9 @@ def compared_cut(
             return (), Check(
                 name=_NAME, expected=_EXPECTED, measured=f"not alike: {refused}", tolerance="", passed=False
             )
-        exact = _in_float64((model, *beside), (whole, *parts), loss, restart)
+        exact = _steps_in_float64((model, *beside), (whole, *parts), loss, restart)
         again = _reordered(model, whole, sum(rows), loss, restart) if exact is None else None
-    unit = max(_unit(tensor) for tensor in own[0].values())
+    unit = max(_unit(tensor.dtype) for tensor in own[0].values())
     if again is not None:
         error = max(_apart(own[0], again), unit)
         limit, compared = 2 * TILE_FACTOR * error, own
@@ -85,13 +84,12 @@ def compared_cut(
     else:
         assert exact is not None
         # an own dtype with fewer digits than float32 adds up in float32: its error says nothing of long sums
-        shrunk = _UNIT[torch.float64] / min(unit, 2.0**-24)
+        shrunk = _unit(torch.float64) / min(unit, 2.0**-24)
         error = max(*(_apart(one, other) for one, other in zip(own, exact, strict=True)), unit)
         limit, compared = 2 * TILE_FACTOR * error * shrunk, exact
         said = (
             f"2 x {TILE_FACTOR} x what steps in their own dtype are off from float64 ({error:.2g}) x the ratio of the "
-            "roundings "
-            f"({shrunk:.2g})"
+            f"roundings ({shrunk:.2g})"
         )
     apart = {each: _apart(compared[0], _added(compared[1:], found)) for each, found in weights.items()}
     held = tuple(each for each in sorted(apart, key=lambda each: apart[each]) if apart[each] <= limit)
@@ -135,11 +133,11 @@ def loss_apart(
     sizes = sum(abs(weight * float(value)) for value, weight in values)
     cut = sum(weight * float(value) for value, weight in values)
     distance = abs(float(uncut) - cut) / max(sizes, abs(float(uncut)), 1e-300)
-    return distance, 100 * max(_unit(uncut), 2.0**-24)
+    return distance, 100 * max(_unit(uncut.dtype), 2.0**-24)
 
 
-def _unit(tensor: torch.Tensor) -> float:
-    return torch.finfo(tensor.dtype).eps / 2
+def _unit(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
 
 
 def _step(model: nn.Module, batch: Any, loss: LossFunction | None, restart: Snapshot) -> Gradients:
@@ -152,13 +150,13 @@ def _step(model: nn.Module, batch: Any, loss: LossFunction | None, restart: Snap
     return {n: t.to_dense() if t.is_sparse else t for n, t in found.items()} | {"": value.detach().to(HOST)}
 
 
-def _in_float64(
+def _steps_in_float64(
     models: Sequence[nn.Module], batches: Sequence[Any], loss: LossFunction | None, restart: Snapshot
 ) -> list[Gradients] | None:
     model = models[0]
     if any(p.dtype is torch.float64 for p in model.parameters()):
         return None  # it is its own dtype, so nothing more exact is there to hold it against
-    if 8 * sum(p.numel() for each in models for p in each.parameters()) > _FLOAT64_BYTES:
+    if 8 * sum(p.numel() for each in models for p in each.parameters()) > FLOAT64_BYTES:
         return None
     doubled = [
         pytree.tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, batch)
@@ -168,8 +166,8 @@ def _in_float64(
     try:
         with contextlib.ExitStack() as stack:
             for each in models:
-                stack.enter_context(_in_double(each))
-            stack.enter_context(_float64())
+                stack.enter_context(in_double(each))
+            stack.enter_context(float64_arithmetic())
             narrow = stack.enter_context(_Narrow())
             found = []
             for batch in doubled:

@@ -37,7 +37,7 @@ from tightfit.verify.rounding import (
 )
 
 #: Of a model in float64; a larger one has only its head and loss compared, where all that tiles change happens.
-_FLOAT64_BYTES = 4 * 2**30
+FLOAT64_BYTES = 4 * 2**30
 
 
 class _InFloat64(TorchFunctionMode):
@@ -68,7 +68,7 @@ def _double(module: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _in_double(model: nn.Module) -> Iterator[None]:
+def in_double(model: nn.Module) -> Iterator[None]:
     """`model` itself in float64, with no gradients; outside, the very tensors that it had.
 
     Not a copy: a loss function may hold the model, and so may a `forward` that somebody replaced (TRL's trainers do).
@@ -126,7 +126,7 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _float64() -> Iterator[None]:
+def float64_arithmetic() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -147,7 +147,7 @@ def float64_checks(
 ) -> list[Check]:
     """Loss and gradients with and without the plan, each against the same in float64."""
     with _without_dropout(model):
-        whole = 8 * sum(p.numel() for p in model.parameters()) <= _FLOAT64_BYTES
+        whole = 8 * sum(p.numel() for p in model.parameters()) <= FLOAT64_BYTES
         if whole:
             what = "of the step"
             untiled, tiled, exact = _whole_steps(model, batch, switch, loss, restart)
@@ -223,7 +223,7 @@ def _whole_steps(
     doubled = pytree.tree_map(
         lambda item: item.double() if isinstance(item, torch.Tensor) and item.is_floating_point() else item, batch
     )
-    with uncompiled(model), _in_double(model), _float64(), _DrawsInFloat32():
+    with uncompiled(model), in_double(model), float64_arithmetic(), _DrawsInFloat32():
         exact = _step(model, doubled, loss)
     restart()
     return untiled, tiled, exact
@@ -241,7 +241,9 @@ def _pieces(
     found: tuple[Named, Named, Named] = ({}, {}, {})
     for lever in used(plan):
         if not lever.is_exact:
-            for into, each in zip(found, lever.pieces_in_float64(step, model, plan, _double, _float64), strict=True):
+            for into, each in zip(
+                found, lever.pieces_in_float64(step, model, plan, _double, float64_arithmetic), strict=True
+            ):
                 into.update(each)
     restart()
     return found

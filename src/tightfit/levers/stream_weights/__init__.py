@@ -30,7 +30,7 @@ from tightfit.core import (
     Trace,
     format_bytes,
 )
-from tightfit.device.cost import NOMINAL_CPU
+from tightfit.device.cost import copy_lanes
 from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
 
 __all__ = ["DEFINITION"]
@@ -206,11 +206,12 @@ def _in_order(trace: Trace) -> list[FrozenWeights]:
 def copy_seconds(trace: Trace, streamed: Sequence[FrozenWeights]) -> float:
     """What it takes to copy these weights in a step, but for what replays read."""
     reads = _reads(trace)
-    rate = trace.back_bytes_per_second or NOMINAL_CPU.h2d_bytes_per_second
+    _, back = copy_lanes(trace)
     seconds = 0.0
     for each in streamed:
-        asked = [(trace.values[value].size_bytes, len(each.spans) + reads[value]) for value in each.values]
-        seconds += sum(size_bytes * times / rate + _COPY_SECONDS * times for size_bytes, times in asked)
+        for value in each.values:
+            copy = trace.values[value].size_bytes / back.bytes_per_second + _COPY_SECONDS
+            seconds += copy * (len(each.spans) + reads[value])
     return seconds
 
 
@@ -235,7 +236,7 @@ def streaming(trace: Trace, streamed: Sequence[FrozenWeights]) -> Trace:
             loaded.pop(event.subject, None)
         elif event.what is EventKind.OP and loaded:
             held[event.subject] += sum(loaded.values())
-    rate = trace.back_bytes_per_second or NOMINAL_CPU.h2d_bytes_per_second
+    _, back = copy_lanes(trace)
     ops = []
     for op in trace.ops:
         again_bytes = sum(size_of.get(value, 0) for value in op.inputs) if op.phase is Phase.FORWARD else 0
@@ -245,7 +246,7 @@ def streaming(trace: Trace, streamed: Sequence[FrozenWeights]) -> Trace:
                 scratch_bytes=op.scratch_bytes + held.get(op.id, 0),
                 scratch_again_bytes=op.rerun_scratch_bytes + again_bytes,
                 # a replay copies once more; forward's own copies are counted apart, this one time too many
-                seconds=op.seconds + again_bytes / rate,
+                seconds=op.seconds + again_bytes / back.bytes_per_second,
             )
         ops.append(op)
     return dataclasses.replace(trace, static_bytes=static, ops=tuple(ops))

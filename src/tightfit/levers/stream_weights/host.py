@@ -76,7 +76,7 @@ class _Weight:
         self.send()
 
     def _on(self, buffer: torch.Tensor) -> torch.Tensor:
-        return laid(self.geometry, buffer)
+        return self.geometry.on_storage(buffer.untyped_storage())
 
     @property
     def version(self) -> tuple[int, int]:
@@ -162,13 +162,6 @@ def _copied(room: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty(room.numel(), dtype=torch.uint8, device=device).copy_(room)
 
 
-def laid(geometry: Geometry, whole: torch.Tensor) -> torch.Tensor:
-    """What lies as `geometry` on the memory that begins where `whole` does."""
-    empty = torch.empty(0, dtype=geometry.dtype, device=whole.device)
-    before = whole.storage_offset() * whole.element_size() // empty.element_size()
-    return empty.set_(whole.untyped_storage(), geometry.storage_offset + before, geometry.size, geometry.stride)
-
-
 @dataclass
 class _Away:
     """What autograd holds instead of a weight that it saves."""
@@ -180,7 +173,7 @@ class _Away:
     def tensor(self) -> torch.Tensor:
         copy = self.lender.copy(self.version)
         with _quietly():
-            return laid(self.geometry, copy)
+            return self.geometry.on_storage(copy.untyped_storage())
 
 
 class _Passed:
@@ -287,7 +280,7 @@ class _Module:
         versions = {weight: weight.version for weight in self.weights}
         with _quietly():
             for tensor, weight, geometry in held:
-                tensor.data = laid(geometry, weight.room)
+                tensor.data = geometry.on_storage(weight.room.untyped_storage())
         opened: list[contextlib.ExitStack] = []
 
         def before(*_: Any) -> None:
@@ -299,7 +292,7 @@ class _Module:
                 targets += [(w.tensor, w.geometry, w) for w in copies if not isinstance(w.tensor, nn.Parameter)]
                 for tensor, geometry, weight in targets:
                     undo.callback(_put, tensor, tensor.data)
-                    tensor.data = laid(geometry, copies[weight])
+                    tensor.data = geometry.on_storage(copies[weight].untyped_storage())
             undo.callback(_compared, copies)
             opened.append(undo)
 
