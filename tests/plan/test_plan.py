@@ -184,7 +184,7 @@ def test_the_bound_is_below_every_plan(seed: int) -> None:
             plan = tightfit.plan(trace, budget)
         best = min(seconds for peak, seconds in outcomes if peak <= budget)
         # without an answer of the relaxation a plan gets the bound 0, which would hide that it forbids too much
-        relaxed = model._solve(budget, model._relaxed())
+        relaxed = model._solve(budget, model._relaxed)
         assert relaxed is not None, "the relaxation forbids what is possible"
         assert relaxed.bound <= best + 1e-9
         if plan is not None:

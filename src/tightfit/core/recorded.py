@@ -6,6 +6,7 @@ Invariant: everything here is frozen data that survives a round trip through JSO
 from __future__ import annotations
 
 import enum
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -136,7 +137,7 @@ class Step:
     rerunnable: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, weakref_slot=True)
 class Program:
     """What a unit does, free of sizes: the ops in order and the tensors that autograd saves.
 
@@ -151,12 +152,28 @@ class Program:
     held: tuple[int, ...] = ()  # values that stay alive whatever the plan says (Python or a ctx holds them)
 
     def __hash__(self) -> int:  # programs are looked up often, and hashing every step costs more than the answer
-        return hash((len(self.steps), self.values, len(self.slots), self.slots[:4]))
+        return hash((len(self.steps), self.values, self.slots, self.wanted, self.held))
+
+    def the_first(self) -> Program:
+        """The first program that is equal to this one and is still in use.
+
+        What is worked out for a program is found again by it. Comparing two equal programs of a large block op by op
+        takes longer than most of that work, so equal ones become one object.
+        """
+        known = _PROGRAMS.get(self)
+        first = None if known is None else known()
+        if first is None:
+            first = self
+            _PROGRAMS[self] = weakref.ref(self)
+        return first
 
     @property
     def needed(self) -> tuple[int, ...]:
         """Ordinals of the unit's own values that backward reads, ascending."""
         return tuple(sorted({v for v, want in zip(self.slots, self.wanted, strict=True) if want and v >= 0}))
+
+
+_PROGRAMS: weakref.WeakKeyDictionary[Program, weakref.ref[Program]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,10 +296,7 @@ class Trace:
     frozen: tuple[FrozenWeights, ...] = ()  # those that need not be on the device all the time
 
     def __post_init__(self) -> None:
-        # Equal programs become one object. What is worked out for a program is found again by it, and comparing two
-        # equal programs of a large block op by op takes longer than most of that work.
-        first: dict[Program, Program] = {}
-        one_each = {frame: first.setdefault(program, program) for frame, program in self.programs.items()}
+        one_each = {frame: program.the_first() for frame, program in self.programs.items()}
         object.__setattr__(self, "programs", one_each)
 
 

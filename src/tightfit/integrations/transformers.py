@@ -13,7 +13,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,7 +23,9 @@ from tightfit import accelerator
 from tightfit.catalog import model_names, model_shape, nearest
 from tightfit.core import InvalidInput, format_bytes, reason_of, refused_bytes
 from tightfit.core.errors import unknown
-from tightfit.integrations.trainer import PeakCallback, TightfitCallback
+
+if TYPE_CHECKING:
+    from tightfit.integrations.trainer import PeakCallback, TightfitCallback
 
 __all__ = [
     "PeakCallback",
@@ -45,6 +47,16 @@ _DTYPES = {
     "fp16": torch.float16,
     "float16": torch.float16,
 }
+
+
+def __getattr__(name: str) -> Any:
+    """The callbacks, when they are first asked for: with the `Trainer` come PEFT and bitsandbytes, and importing those
+    takes longer than a small plan."""
+    if name not in ("PeakCallback", "TightfitCallback"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from tightfit.integrations import trainer
+
+    return getattr(trainer, name)
 
 
 # ------------------------------------------------------------------------------------------------ models

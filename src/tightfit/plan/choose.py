@@ -10,6 +10,8 @@ take the least of everything, so no plan of this kind takes fewer seconds.
 
 from __future__ import annotations
 
+import functools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +61,26 @@ class Model(Table):
         option."""
         return int((self.base_top + sum(self.table[path][index] for path, index in points.items())).max())
 
+    def near(self, points: Mapping[str, int], many: int) -> list[dict[str, int]]:
+        """The `many` choices of the lowest peaks among those that differ from `points` in one unit or in all units that
+        are alike. The peaks are as the model computes them."""
+        use = self.base_top + sum(self.table[path][index] for path, index in points.items())
+        alike: dict[tuple[str, int], list[str]] = defaultdict(list)
+        for unit in self.trace.units:
+            alike[unit.digest, len(self.options[unit.path])].append(unit.path)
+        groups = [paths for paths in alike.values() if len(self.options[paths[0]]) > 1]
+        found = []
+        for paths in (*groups, *([path] for group in groups if len(group) > 1 for path in group)):
+            rest = use - sum(self.table[path][points[path]] for path in paths)
+            peaks = (rest + sum(self.table[path] for path in paths)).max(axis=1)
+            found += [
+                (peak_bytes, {path: index for path in paths})
+                for index, peak_bytes in enumerate(peaks.tolist())
+                if any(points[path] != index for path in paths)
+            ]
+        found.sort(key=lambda each: each[0])
+        return [dict(points) | changed for _, changed in found[:many]]
+
     def is_own_moment(self, points: Mapping[str, int]) -> bool:
         """With these options, is the peak in a unit's own forward or backward, as the model computes it?"""
         use = self.base_top + sum(self.table[path][index] for path, index in points.items())
@@ -76,9 +98,15 @@ class Model(Table):
 
     def bound_seconds(self, budget_bytes: int) -> float:
         """No choices within the budget take fewer seconds than this. Meant for a table of the frontiers' own points."""
-        relaxed = self._solve(budget_bytes, self._relaxed())
-        return 0.0 if relaxed is None else relaxed.bound
+        found = self._solve(budget_bytes, self._relaxed)
+        return 0.0 if found is None else found.bound
 
+    def is_ruled_out(self, budget_bytes: int) -> bool:
+        """Is it proven that no choices are within the budget? Meant for a table of the frontiers' own points."""
+        least = sum((table.min(axis=0) for table in self._relaxed.values()), self.base_top)
+        return bool((least > budget_bytes).any())
+
+    @functools.cached_property
     def _relaxed(self) -> dict[str, Floats]:
         """A table for the bound: for each option, bytes that are nowhere above those of any kept set with at least the
         option's seconds.

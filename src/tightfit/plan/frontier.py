@@ -199,7 +199,7 @@ class _Model:
         # a value is worth keeping if backward reads it or some rerunnable cluster may read it
         read = set(program.needed)
         for cluster in range(len(groups)):
-            read |= demands(program, cluster)[0]
+            read |= demands(program)[cluster][0]
         self.candidates = sorted(v for v in read if owner[v] is not None and v not in self.free)
         self.column = {v: i for i, v in enumerate(self.candidates)}
         self.offset = len(self.candidates)
@@ -226,7 +226,7 @@ class _Model:
             if (columns := have(value)) is not None:
                 rows.append((1.0, columns))
         for cluster in range(len(groups)):
-            final, early = demands(program, cluster)
+            final, early = demands(program)[cluster]
             for values, is_early in ((final, False), (early, True)):
                 for value in values:
                     columns = have(value, is_early)
@@ -241,7 +241,7 @@ class _Model:
         weights |= {first_input + place: size / self.scale for place, (size, _) in enumerate(self.inputs)}
         upper = np.ones(count)
         for cluster in range(len(groups)):
-            if not rerunnable(program, cluster):
+            if not rerunnable(program)[cluster]:
                 upper[self.offset + cluster] = 0.0
         self.second_scale = (
             max(max(self.cluster_seconds, default=0.0), 1e-12) / 1000

@@ -170,6 +170,8 @@ def _best(
             return _eased(trace, _plan(trace, way, budget_bytes, nothing, line, unplanned, 0.0))
     if Grant.DROP not in granted(levers):
         return None
+    if way.proves and model.is_ruled_out(budget_bytes):
+        return None
     found = _fitting(way, model, budget_bytes)
     bound = way.bound_seconds(budget_bytes) if found is None or found.line.recompute_seconds else 0.0
     near = _NEAR * sum(op.seconds for op in trace.ops)

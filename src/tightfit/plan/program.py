@@ -74,34 +74,34 @@ def cluster_of(program: Program) -> tuple[int | None, ...]:
     return tuple(found)
 
 
-def demands(program: Program, cluster: int) -> tuple[frozenset[int], frozenset[int]]:
-    """Values that running `cluster` reads, without those that it makes itself: (in their final state, in an earlier
-    state)."""
-    final: set[int] = set()
-    early: set[int] = set()
-    own = {value for op in clusters(program)[cluster] for value in program.steps[op].writes}
-    for op in clusters(program)[cluster]:
-        step = program.steps[op]
-        final.update(step.reads)
-        early.update(step.reads_early)
-    return frozenset(final - own - early), frozenset(early - own)
+@functools.lru_cache(maxsize=4096)
+def demands(program: Program) -> tuple[tuple[frozenset[int], frozenset[int]], ...]:
+    """For each cluster, the values that running it reads, without those that it makes itself: (in their final state, in
+    an earlier state)."""
+    found = []
+    for ops in clusters(program):
+        steps = [program.steps[op] for op in ops]
+        own = {value for step in steps for value in step.writes}
+        early = {value for step in steps for value in step.reads_early}
+        final = {value for step in steps for value in step.reads}
+        found.append((frozenset(final - own - early), frozenset(early - own)))
+    return tuple(found)
 
 
-def rerunnable(program: Program, cluster: int) -> bool:
-    """May these ops run twice? Each must be rerunnable, and none may be opaque."""
-    return all(
-        program.steps[op].rerunnable and program.steps[op].kind is not Kind.OPAQUE for op in clusters(program)[cluster]
-    )
+@functools.lru_cache(maxsize=4096)
+def rerunnable(program: Program) -> tuple[bool, ...]:
+    """For each cluster, may its ops run twice? Each must be rerunnable, and none may be opaque."""
+    may = [step.rerunnable and step.kind is not Kind.OPAQUE for step in program.steps]
+    return tuple(all(may[op] for op in ops) for ops in clusters(program))
 
 
 @functools.lru_cache(maxsize=65536)
 def live_clusters(program: Program, kept: frozenset[int], lends: frozenset[int] = frozenset()) -> frozenset[int]:
     """Clusters that must run again when the values `kept` are kept, and other units ask for the values `lends`. Raises
     `Unsupported` if one of the clusters must not run twice."""
-    owner = cluster_of(program)
+    owner, demanded_by, may_run = cluster_of(program), demands(program), rerunnable(program)
     live: set[int] = set()
     pending = [v for v in (*program.needed, *lends) if v not in kept]
-    forced: set[int] = set()
     while pending:
         value = pending.pop()
         cluster = owner[value]
@@ -109,11 +109,10 @@ def live_clusters(program: Program, kept: frozenset[int], lends: frozenset[int] 
             raise Unsupported("a value that backward reads was made outside any recorded op and cannot be made again")
         if cluster in live:
             continue
-        if not rerunnable(program, cluster):
+        if not may_run[cluster]:
             raise Unsupported(f"{program.steps[clusters(program)[cluster][0]].name} must not run twice")
         live.add(cluster)
-        final, early = demands(program, cluster)
-        forced |= early
+        final, early = demanded_by[cluster]
         pending += [v for v in final if v not in kept] + list(early)
     return frozenset(live)
 
@@ -192,7 +191,7 @@ def reads_copy(step: Step, chosen: Recipe, value: int) -> bool:
 def _joined(program: Program, chosen: Recipe) -> tuple[list[int], dict[int, list[int]]]:
     """For each cluster, the first of the clusters that run together with it; and for each such first cluster, all that
     run with it. Ops that change the same value, and live ops that read it in between, run together."""
-    owner, groups = cluster_of(program), clusters(program)
+    owner, groups, demanded_by = cluster_of(program), clusters(program), demands(program)
     leader = list(range(len(groups)))
 
     def root(cluster: int) -> int:
@@ -202,7 +201,7 @@ def _joined(program: Program, chosen: Recipe) -> tuple[list[int], dict[int, list
 
     live = [c for c in range(len(groups)) if groups[c][0] in chosen.runs]
     for cluster in live:
-        for value in demands(program, cluster)[1]:
+        for value in demanded_by[cluster][1]:
             other = owner[value]
             if other is not None and groups[other][0] in chosen.runs:
                 leader[root(other)] = root(cluster)
@@ -222,7 +221,7 @@ def _closure(
 ) -> tuple[int, ...]:
     """The ops that must run to make `value`, except the groups in `done`, which have run. The groups that are found are
     added to `done`."""
-    owner, groups = cluster_of(program), clusters(program)
+    owner, groups, demanded_by = cluster_of(program), clusters(program), demands(program)
     wanted: set[int] = set()
     pending = [value]
     while pending:
@@ -234,7 +233,7 @@ def _closure(
             continue
         wanted.add(group)
         for cluster in members[group]:
-            final, early = demands(program, cluster)
+            final, early = demanded_by[cluster]
             pending += [*(v for v in final if v in chosen.rematerialised), *early]
     done |= wanted
     return tuple(sorted(op for group in wanted for cluster in members[group] for op in groups[cluster]))
@@ -260,13 +259,14 @@ def shared(programs: Collection[Program]) -> Program | None:
         wanted = tuple(value in needed for value in longest.slots)
     more = tuple(sorted(needed.difference(longest.slots)))
     held = set(longest.held).intersection(*(program.held for program in distinct))
-    return Program(
+    merged = Program(
         steps=longest.steps,
         slots=longest.slots + more,
         wanted=wanted + (True,) * len(more),
         values=longest.values,
         held=tuple(sorted(held)),
     )
+    return merged.the_first()
 
 
 def expected(slots: Sequence[int], wanted: Sequence[bool], index: int, value: int) -> bool | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -31,11 +30,8 @@ from tightfit.plan.segments import LENGTHS, Segmented, segmented
 from tightfit.plan.simulate import simulate_choices
 from tightfit.plan.table import THOROUGH, Effort
 
-# How long the lowest peak is looked for. Counted in plans and events and not in seconds, so that no machine differs.
-_FEWEST_TRIES = 8
-
-
-_EVENTS_TO_TRY = 200_000
+#: So many choices near the model's own answer are tried for the lowest peak.
+_NEAR_TRIES = 8
 
 
 #: Segments are small and many, so each gets fewer points, and each choice across them fewer seconds.
@@ -203,32 +199,22 @@ class Way:
         return min(found, self._lowest_by(model, solution), key=lambda each: each.line.peak_bytes)
 
     def _lowest_by(self, model: Model, solution: Solution) -> Refereed:
-        """The choices of the lowest peak near `solution`, the model's own answer. The model's lowest peak is not always
-        the referee's, so the referee is also asked about choices that differ by one step in a unit."""
-        tries = max(_FEWEST_TRIES, _EVENTS_TO_TRY // max(1, len(self.trace.events))) if self.effort.proves else 2
-        seen: dict[tuple[int, ...], Timeline] = {}
+        """The choices of the lowest peak near `solution`, the model's own answer.
+
+        The model's lowest peak is not always the referee's. So the referee is also asked about the least of everything,
+        and about the choices of the lowest peaks, in the model's eyes, that differ from its answer in one unit or in
+        all that are alike.
+        """
 
         def line(points: Mapping[str, int]) -> Timeline:
-            key = tuple(points[path] for path in model.options)
-            if key not in seen:
-                choices = self.choices(points, model)
-                seen[key] = simulate_choices(self.trace, choices, self.advances)
-            return seen[key]
+            return simulate_choices(self.trace, self.choices(points, model), self.advances)
 
         fewest = {path: len(options) - 1 for path, options in model.options.items()}
-        best = min((dict(solution.points), fewest), key=lambda points: line(points).peak_bytes)
-        alike: dict[str, list[str]] = defaultdict(list)
-        for unit in self.planned.units:
-            alike[unit.digest].append(unit.path)
-        groups = [paths for paths in alike.values() if len(model.options[paths[0]]) > 1]
-        alone = [[path] for paths in groups if len(paths) > 1 for path in paths]
-        for paths in (*groups, *alone):
-            for index in range(len(model.options[paths[0]]) - 1, -1, -1):
-                if len(seen) >= tries:
-                    break
-                changed = best | {path: index for path in paths if index < len(model.options[path])}
-                best = min((best, changed), key=lambda points: line(points).peak_bytes)
-        return Refereed(choices=self.choices(best, model), line=line(best), how=solution.how)
+        tried = [dict(solution.points), fewest]
+        if self.effort.proves:
+            tried += model.near(solution.points, _NEAR_TRIES)
+        best, found = min(((points, line(points)) for points in tried), key=lambda each: each[1].peak_bytes)
+        return Refereed(choices=self.choices(best, model), line=found, how=solution.how)
 
 
 _latest: Way | None = None

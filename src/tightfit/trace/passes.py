@@ -219,9 +219,7 @@ def record_pass(
     profiler: Any = None
     if measured:
         recorder.marks = True
-        profiler = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        )
+        profiler = cpu_profile()
     try:
         with profiler or contextlib.nullcontext(), resizes_told(recorder.resized), recorder:
             with (
