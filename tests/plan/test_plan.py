@@ -17,7 +17,7 @@ from torch import nn
 
 import tightfit
 from tightfit.core import Action, BudgetInfeasible, Choice, InvalidInput, PlanMismatch, Status, Trace
-from tightfit.plan import every_block
+from tightfit.plan import choose, every_block, solver
 from tightfit.plan.choose import Model
 from tightfit.plan.program import kept_values, recipe
 from tightfit.plan.simulate import simulate_choices
@@ -187,7 +187,38 @@ def test_the_bound_is_below_every_plan(seed: int) -> None:
         relaxed = model._solve(budget, model._relaxed)
         assert relaxed is not None, "the relaxation forbids what is possible"
         assert relaxed.bound <= best + 1e-9
+        assert not model.is_ruled_out(budget)
         if plan is not None:
             assert plan.bound_seconds <= best + 1e-9, "the bound is no bound"
             assert plan.recompute_seconds >= best - 1e-9
             assert plan.status is not Status.OPTIMAL or plan.recompute_seconds == pytest.approx(best)
+
+
+def test_rows_that_bind_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where options are many, the solver sees few rows at first. The answer holds all of them, and is as good."""
+    model = Model(transformer())
+    least = model.solve(None)
+    assert least is not None
+    most = int(model.base_top.max())
+    low = model.peak_bytes(least.points)
+    budgets = [low + (most - low) * tenths // 10 for tenths in range(1, 9)]
+    exact = [model.solve(budget) for budget in budgets]
+    proven = [model.bound_seconds(budget) for budget in budgets]
+    monkeypatch.setattr(choose, "_FEW", 0)
+    monkeypatch.setattr(choose, "_ROWS", 1)
+    step_seconds = sum(op.seconds for op in model.trace.ops)
+    put: list[int] = []
+    monkeypatch.setattr(
+        solver, "engine", lambda program, *rest: put.append(len(program.row_low)) or solver.highs(program, *rest)
+    )
+    for budget, best, bound in zip(budgets, exact, proven, strict=True):
+        found = model.solve(budget)
+        assert found is not None
+        assert best is not None
+        assert model.peak_bytes(found.points) <= budget
+        assert found.seconds <= best.seconds + 3e-4 * step_seconds
+        assert model.bound_seconds(budget) <= bound + 1e-9, "fewer rows cannot prove more"
+    lowest = model.solve(None)
+    assert lowest is not None
+    assert model.peak_bytes(lowest.points) <= low * 1.0002
+    assert len(set(put)) > 1, "no row was ever added"

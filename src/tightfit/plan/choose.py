@@ -10,9 +10,10 @@ take the least of everything, so no plan of this kind takes fewer seconds.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,10 @@ _GAP = 2e-4
 
 #: ... and a bound if it is proven to be within this part of the highest that this program gives.
 _BOUND_GAP = 5e-4
+
+
+#: So many rows are put to the solver at first where options are many, and so many are added at a time.
+_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,25 +223,30 @@ class Model(Table):
         near = 0.0 if len(columns) <= _FEW else _GAP if table is self.table else _BOUND_GAP
         if table is self.table and usage.size:  # not for the bound, where a hair would be one too many
             costs = costs + _HAIR * (usage.mean(axis=0) - usage.mean(axis=0).min()) / max(1.0, np.ptp(usage))
-        program = self._program(budget_bytes, usage, room, rows, costs, groups)
         waits = [(lane.bytes_per_second * second_scale, lane.beside_seconds / second_scale) for lane in lanes]
-        program = _with_lanes(program, away, waits, 1.0 if budget_bytes is not None else _TIE)
         # the step's own seconds count too, so that the gap is a part of the whole step
         own = step_seconds / second_scale if budget_bytes is not None and near else 0.0
-        answer = solver.solve(
-            program.plus(own) if own else program,
-            seconds=self.effort.solver_seconds,
-            gap=1e-4 if budget_bytes is None else near,
-            attainable=budget_bytes is None,
-        )
+        top = self.base_top[rows] if budget_bytes is None else -room
+
+        def solved(active: list[int]) -> solver.Answer:
+            """The program with these of the rows alone."""
+            program = self._program(budget_bytes, usage[active], top[active], costs, groups)
+            program = _with_lanes(program, away, waits, 1.0 if budget_bytes is not None else _TIE)
+            return solver.solve(
+                program.plus(own) if own else program,
+                seconds=self.effort.solver_seconds,
+                gap=1e-4 if budget_bytes is None else near,
+                attainable=budget_bytes is None,
+            )
+
+        answer = _by_rows(solved, usage, top, groups, many=near > 0, lowest=budget_bytes is None)
         chosen, bound, how = None, max(0.0, answer.bound - own) * second_scale, answer.how
         if answer.values is not None:
-            chosen = [group.start + int(np.argmax(answer.values[group])) for group in groups]
+            chosen = _columns(answer.values, groups)
         known = 0.0 if chosen is None else float(unit_seconds[chosen].sum())
         if answer.verdict is not Verdict.OPTIMAL and (chosen is None or known - bound > _BOUND_GAP * step_seconds):
             # the seconds as if no copy ran beside the compute
             priced = unit_seconds + sum((away / lane.bytes_per_second for lane in lanes), np.zeros(len(columns)))
-            top = self.base_top[rows] if budget_bytes is None else -room
             ours, proven = _by_prices(priced, usage, top, groups, answer.verdict, lowest=budget_bytes is None)
             bound = bound if lanes else max(bound, proven)
 
@@ -256,31 +266,31 @@ class Model(Table):
         self,
         budget_bytes: int | None,
         usage: Floats,
-        room: Floats,
-        rows: Sequence[int],
+        top: Floats,
         costs: Floats,
         groups: Sequence[slice],
     ) -> MixedProgram:
         """The integer program: a column for each option and a row for each moment; one option must be chosen for each
-        unit. Without a budget a last column stands for the peak."""
+        unit. `top` is what a moment has before the options, from the budget up or, without a budget, from zero up.
+        Without a budget a last column stands for the peak."""
         scale = solver.scale_of(float(np.abs(usage).max(initial=0.0)))
         lowest = budget_bytes is None
         count = len(costs) + lowest
         peak = [count - 1] if lowest else []
         table: list[tuple[list[int], list[float]]] = []
         high: list[float] = []
-        for place, segment in enumerate(rows):
+        for place in range(len(top)):
             nonzero = [int(column) for column in np.nonzero(usage[place])[0]]
             amounts = [float(usage[place][column]) / scale for column in nonzero]
             table.append(([*nonzero, *peak], [*amounts, *(-1.0 for _ in peak)]))
-            high.append(-self.base_top[segment] / scale if lowest else room[place] / scale)
+            high.append(-float(top[place]) / scale)
         for group in groups:
             table.append((list(range(group.start, group.stop)), [1.0] * (group.stop - group.start)))
         upper = np.ones(count)
         upper[len(costs) :] = np.inf
         return MixedProgram.of(
             table,
-            row_low=[-np.inf] * len(rows) + [1.0] * len(groups),
+            row_low=[-np.inf] * len(top) + [1.0] * len(groups),
             row_high=high + [1.0] * len(groups),
             costs=np.append(costs * _TIE, 1.0) if lowest else costs,
             lower=np.zeros(count),
@@ -318,6 +328,47 @@ class _Found:
     seconds: float
     bound: float
     how: str
+
+
+def _columns(values: Floats, groups: Sequence[slice]) -> list[int]:
+    """The column that an answer chooses of each group."""
+    return [group.start + int(np.argmax(values[group])) for group in groups]
+
+
+def _by_rows(
+    solved: Callable[[list[int]], solver.Answer],
+    usage: Floats,
+    top: Floats,
+    groups: Sequence[slice],
+    *,
+    many: bool,
+    lowest: bool,
+) -> solver.Answer:
+    """The answer of `solved` for all rows. Where options are `many`, only rows that matter are put to the solver.
+
+    Few of the moments of a step bind. So the program is solved with the fullest of them, the rows that its answer
+    breaks are added, and it is solved again. An answer that breaks no row is the whole program's. With fewer rows a
+    bound can only be too low, so the highest of all is taken.
+    """
+    everything = list(range(len(top)))
+    if not many:
+        return solved(everything)
+    fullest = top + sum((usage[:, group].max(axis=1) for group in groups), np.zeros(len(top)))
+    active = sorted(np.argsort(-fullest, kind="stable")[:_ROWS].tolist())
+    bound = -np.inf
+    while True:
+        answer = solved(active)
+        bound = max(bound, answer.bound)
+        if answer.values is None:
+            return answer
+        level = top + usage[:, _columns(answer.values, groups)].sum(axis=1)
+        over = level - (level[active].max(initial=-np.inf) if lowest else 0.0)
+        over[active] = 0.0
+        broken = np.argsort(-over, kind="stable")[:_ROWS]
+        broken = broken[over[broken] > 0]
+        if not len(broken):
+            return dataclasses.replace(answer, bound=bound)
+        active = sorted({*active, *broken.tolist()})
 
 
 def _by_prices(

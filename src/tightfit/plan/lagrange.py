@@ -3,8 +3,8 @@
 Idea: put a price on the bytes of every moment of the step. Each unit then chooses the option that is cheapest for
 itself alone. The sum of these costs is a lower bound for every choice that fits (Fisher, Management Science 27(1),
 1981). Prices rise at moments that are too full and fall at others (a subgradient method, with Polyak's step length). A
-choice that does not fit is repaired by exchanging the option that frees the most bytes for a second. A choice that fits
-is improved by any exchange after which it still fits.
+choice that does not fit is repaired by exchanging options, those first that free the most bytes for a second. A choice
+that fits is improved by any exchange after which it still fits.
 
 Invariant: a choice that is returned fits. The bound is not above the cost of any choice that fits.
 Refused: a proof that nothing fits. `plan.choose` calls this module where the solver has no answer.
@@ -90,26 +90,38 @@ def _repaired(
     seconds: Floats, usage: Floats, room: Floats, groups: Sequence[slice], start: Sequence[int]
 ) -> list[int] | None:
     """A choice near `start` that fits, improved as far as exchanges improve it. None: none was found."""
-    chosen = list(start)
+    chosen = np.array(start)
     group_of = np.concatenate([np.full(group.stop - group.start, i) for i, group in enumerate(groups)])
+    firsts = np.array([group.start for group in groups])
+
+    def best_of_each(worth: Floats) -> list[tuple[int, int]]:
+        """The best exchange of each group that has one, as (group, column), from the best on."""
+        tops = np.maximum.reduceat(worth, firsts)
+        columns = [group.start + int(np.argmax(worth[group])) for group in groups]
+        return [(int(i), columns[i]) for i in np.argsort(-tops, kind="stable") if tops[i] > 0]
+
     over = usage[:, chosen].sum(axis=1) - room
     while (too_much := float(np.maximum(over, 0.0).sum())) > 0:
-        current = np.array(chosen)[group_of]
-        after = np.maximum(over[:, None] + usage - usage[:, current], 0.0).sum(axis=0)
-        freed = too_much - after
+        current = chosen[group_of]
+        freed = too_much - np.maximum(over[:, None] + usage - usage[:, current], 0.0).sum(axis=0)
         dearer = np.maximum(seconds - seconds[current], 0.0) + 1e-15
-        worth = np.where(freed > 1e-12, freed / dearer, -1.0)
-        column = int(np.argmax(worth))
-        if worth[column] < 0:
+        exchanges = best_of_each(np.where(freed > 1e-12, freed / dearer, 0.0))
+        if not exchanges:
             return None
-        over += usage[:, column] - usage[:, chosen[group_of[column]]]
-        chosen[group_of[column]] = column
+        for group, column in exchanges:  # many at once: looking at all columns takes far longer than one exchange
+            after = over + usage[:, column] - usage[:, chosen[group]]
+            left = float(np.maximum(after, 0.0).sum())
+            if left < too_much:
+                chosen[group], over, too_much = column, after, left
+            if too_much <= 0:
+                break
     while True:
-        current = np.array(chosen)[group_of]
+        current = chosen[group_of]
         fits = (over[:, None] + usage - usage[:, current] <= 0).all(axis=0)
-        saved = np.where(fits, seconds[current] - seconds, 0.0)
-        column = int(np.argmax(saved))
-        if saved[column] <= 1e-15:
-            return chosen
-        over += usage[:, column] - usage[:, chosen[group_of[column]]]
-        chosen[group_of[column]] = column
+        exchanges = best_of_each(np.where(fits, seconds[current] - seconds - 1e-15, 0.0))
+        if not exchanges:
+            return [int(column) for column in chosen]
+        for group, column in exchanges:
+            after = over + usage[:, column] - usage[:, chosen[group]]
+            if (after <= 0).all():
+                chosen[group], over = column, after

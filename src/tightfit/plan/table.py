@@ -27,8 +27,8 @@ from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random,
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-#: A choice across the units normally ends by itself in less than one second, or by its nodes.
-SOLVER_SECONDS = 10.0
+#: A choice across the units normally ends by itself in less than one second, or by its nodes; on a busy machine too.
+SOLVER_SECONDS = 30.0
 
 #: Of a unit's points, so many or not many more are also looked at with what they keep off the device.
 _MOVED = 8
