@@ -6,13 +6,13 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from tightfit.core import Trace
-from tightfit.cli.options import Calibration, Html, Json, Model
+from tightfit.cli.options import Calibration, GlobalBatch, Html, Json, Model, batches_asked
 from tightfit.cli.output import EXIT_NO, can_write, console_on_stdout, emit, progress_shown, write_page
 from tightfit.core import HOST_KIND, InvalidInput, format_apart, parse_bytes
 from tightfit.core.errors import unknown
@@ -29,7 +29,13 @@ def check(
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "full",
-    batch: Annotated[int, typer.Option(help="Sequences in a batch; with --trainer dpo, pairs of them.")] = 1,
+    batch: Annotated[
+        str,
+        typer.Option(
+            help="Sequences in a batch; with --trainer dpo, pairs; auto: the fastest micro-batches of --global-batch."
+        ),
+    ] = "1",
+    global_batch: GlobalBatch = None,
     seq: Annotated[
         int | None, typer.Option(help="Tokens in a sequence.", show_default="2048, or the model's positions")
     ] = None,
@@ -91,6 +97,7 @@ def check(
         write_text(calibrate, forecast.catalog_entry(forecast.calibrate(device_named(device)), forecast.HERE))
         emit(f"{calibrate}: use it with TIGHTFIT_CATALOG={calibrate} and --gpu here")
         return
+    size, several = batches_asked(batch, global_batch)
     told: tuple[str, ...] = ()
     if lengths is not None:
         seq, line = forecast.longest_length(lengths)
@@ -99,7 +106,7 @@ def check(
     if seq is None:
         seq = forecast.default_length(model)
     setup = forecast.Setup(
-        model=model, method=method, batch=batch, seq=seq, dtype=dtype, optimizer=optimizer, rank=rank,
+        model=model, method=method, batch=size, seq=seq, dtype=dtype, optimizer=optimizer, rank=rank,
         accumulate=accumulate, world_size=world_size, strategy=strategy, reshard=reshard, trainer=trainer,
     ).checked()  # fmt: skip
     if gpu is None:
@@ -113,6 +120,8 @@ def check(
         if budget is not None and guarded == "tightfit":
             raise InvalidInput("--max is the budget of the plan that it judges: leave --budget out, or say --max-of")
     if gpu.strip().lower() == "all":
+        if several is not None:
+            raise InvalidInput("--batch auto is about one device: give it with one --gpu")
         with progress_shown() as say:
             answers = forecast.which_gpus(setup, budget=budget, progress=say)
         answers = [dataclasses.replace(a, notes=(*told, *a.notes)) for a in answers]
@@ -128,7 +137,11 @@ def check(
         budget = str(min(most_bytes, forecast.usable_bytes(target)))
     traces: list[Trace] = []
     with progress_shown() as say:
-        answer = forecast.check(setup, target, budget=budget, search=search, progress=say, traced=traces.append)
+        asked: dict[str, Any] = {"budget": budget, "search": search, "progress": say, "traced": traces.append}
+        if several is None:
+            answer = forecast.check(setup, target, **asked)
+        else:
+            answer = forecast.check_micro_batches(setup, target, several, **asked)
         answer = dataclasses.replace(answer, notes=(*told, *answer.notes))
         if html is not None:
             say("planning for other budgets too, for the page")

@@ -13,12 +13,14 @@ from tightfit.core import (
 )
 
 if TYPE_CHECKING:
-    from tightfit.core import Trace
+    from collections.abc import Callable
+
+    from tightfit.core import Measurement, Trace
 from tightfit.cli.options import (
-    Batch,
     Budget,
     Device,
     Dtype,
+    GlobalBatch,
     Html,
     Json,
     Levers,
@@ -27,6 +29,7 @@ from tightfit.cli.options import (
     OptimizerName,
     Seed,
     Seq,
+    batches_asked,
 )
 from tightfit.cli.output import (
     EXIT_NO,
@@ -42,7 +45,10 @@ from tightfit.cli.prepared import prepare
 
 def measure(
     model: Model,
-    batch: Batch = 4,
+    batch: Annotated[
+        str, typer.Option(help="Sequences in a batch; auto: the fastest micro-batches of --global-batch.")
+    ] = "4",
+    global_batch: GlobalBatch = None,
     seq: Seq = 512,
     dtype: Dtype = "fp32",
     device: Device = HOST_KIND,
@@ -58,9 +64,11 @@ def measure(
     """Real steps side by side: no checkpointing, every block, tightfit at --budget."""
     can_write({"--html": html})
     allowed = parse_levers(levers)
+    size, several = batches_asked(batch, global_batch)
+    rows = size if several is None else several
     prepared = prepare(
         model,
-        batch=batch,
+        batch=rows,
         seq=seq,
         dtype=dtype,
         device=device,
@@ -69,9 +77,11 @@ def measure(
         budget=budget,
         seed=seed,
     )
+    from tightfit.fitting.measuring import measure_micro_batches
     from tightfit.report import measurement_document, measurement_report, measurement_table, study
-    from tightfit.verify.measure import measure as run_measure
+    from tightfit.verify.measure import measure as run_whole
 
+    run_measure: Callable[..., Measurement] = run_whole if several is None else measure_micro_batches
     traces: list[Trace] = []
     with progress_shown() as say:
         measured = run_measure(
@@ -82,7 +92,7 @@ def measure(
             optimizer=prepared.optimizer,
             repeats=repeats,
             progress=say,
-            described={"model": model, "method": method, "batch": batch, "seq": seq, "dtype": dtype},
+            described={"model": model, "method": method, "batch": rows, "seq": seq, "dtype": dtype},
             traced=traces.append,
         )
         if html is not None:

@@ -20,6 +20,25 @@ def batch_asked(text: str) -> int | str:
         raise InvalidInput(f"expected --batch with a number of sequences or auto, not {text!r}") from None
 
 
+def batches_asked(batch: str, global_batch: int | None) -> tuple[int, int | None]:
+    """`--batch N` as N and None; `--batch auto --global-batch N` as 1, which any card may have, and N.
+
+    Raises `InvalidInput` for one without the other.
+    """
+    size = batch_asked(batch)
+    if not isinstance(size, str):
+        if global_batch is not None:
+            raise InvalidInput(
+                "--global-batch is what --batch auto cuts into micro-batches: give both, or --batch alone"
+            )
+        return size, None
+    if global_batch is None:
+        raise InvalidInput("--batch auto cuts a global batch into micro-batches: say how large it is (--global-batch)")
+    if global_batch < 1:
+        raise InvalidInput(f"expected --global-batch of at least 1, not {global_batch}")
+    return 1, global_batch
+
+
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A name in the catalog, a folder with config.json, or a hub id owner/name."),
@@ -27,6 +46,12 @@ Model = Annotated[
 
 
 Batch = Annotated[int, typer.Option(help="Sequences in a batch.")]
+
+
+GlobalBatch = Annotated[
+    int | None,
+    typer.Option("--global-batch", help="Sequences in a step, with --batch auto.", show_default="none"),
+]
 
 
 Seq = Annotated[int, typer.Option(help="Tokens in a sequence.")]

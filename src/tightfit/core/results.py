@@ -111,6 +111,7 @@ class Measurement:
     budget_bytes: int
     plan: Plan
     note: str
+    micro_batches: MicroBatches | None = None  # of tightfit's row; none: the batch was not to be cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,3 +155,4 @@ class Forecast:
     notes: tuple[str, ...]
     environment: Mapping[str, str]
     calibration: str = ""  # one line: where figures that were measured on the device come from
+    micro_batches: MicroBatches | None = None  # of a global batch; none: the batch was not to be cut, or nothing fits

@@ -40,7 +40,7 @@ from tightfit.core import (
 from tightfit.engine import Applied
 from tightfit.levers import inexact
 from tightfit.plan import plan as make_plan
-from tightfit.plan.micro_batches import QUICK, attempted, shares, slices, solved
+from tightfit.plan.micro_batches import QUICK, as_asked, attempted, shares, slices, solved
 from tightfit.plan.table import THOROUGH
 from tightfit.step.patches import compiled_entries
 from tightfit.step.ranks import are_several
@@ -339,11 +339,11 @@ def solve(
         last = min(int(asked), global_batch)
         if last not in tried:
             tried[last] = attempt(last, sized)[0]
-        chosen = _as_asked(global_batch, tried[last], sized) if tried[last].fits else None
+        chosen = as_asked(global_batch, tried[last], sized) if tried[last].fits else None
     if chosen is None:  # nothing exact fits, so the smallest pieces by whatever fits, or what that says
         recorded, made, _ = plan_for(last, sized, False)
         assert made is not None
-        chosen = _as_asked(global_batch, attempted(last, global_batch, recorded, made, levers, launch_seconds), sized)
+        chosen = as_asked(global_batch, attempted(last, global_batch, recorded, made, levers, launch_seconds), sized)
         return Found(chosen=chosen, trace=recorded, plan=made)
     recorded, made = found[chosen.size]
     levers, beside = cut_levers(levers, beside, chosen.accumulation > 1)
@@ -380,13 +380,6 @@ def _best(recorded: Trace, quick: Plan, levers: frozenset[Lever] | None, beside:
         made = make_plan(recorded, quick.budget_bytes, levers=levers, exact=levers is None, beside=beside)
         return min(made, quick, key=lambda plan: plan.added_seconds)
     return quick
-
-
-def _as_asked(global_batch: int, only: MicroBatch, budget_bytes: int) -> MicroBatches:
-    return MicroBatches(
-        global_batch=global_batch, size=only.size, accumulation=only.accumulation, largest=only.size,
-        budget_bytes=budget_bytes, seconds=only.seconds, tried=(only,),
-    )  # fmt: skip
 
 
 def cut_levers(

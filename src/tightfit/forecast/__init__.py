@@ -3,7 +3,8 @@
 The model is built on `meta` from its published shape or its `config.json`, with the method's adapters, 4-bit twins and
 optimizer (`setup`). Its step is traced for the device's kernels, a few blocks of it and the rest by repetition
 (`recording`). It is planned for the device's memory and laid out by the caching allocator's rules (`room`, `search`).
-`answer` puts this together, `advice` says what would make it fit, `lengths` reads the longest sequence of a data set.
+`answer` puts this together, `micro_batches` does so for a global batch that is cut, `advice` says what would make it
+fit, `lengths` reads the longest sequence of a data set.
 `calibrating` measures the device that is here, and the figures take the place of the catalog's.
 Seconds are a roofline over the catalog's rates and are only ever called estimated.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 from tightfit.forecast.answer import check, which_gpus
 from tightfit.forecast.calibrating import Effort, calibrate, catalog_entry
 from tightfit.forecast.lengths import longest_length
+from tightfit.forecast.micro_batches import check_micro_batches
 from tightfit.forecast.recording import trace_for, trace_setup
 from tightfit.forecast.room import HERE, device_asked, usable_bytes
 from tightfit.forecast.search import least_peak_bytes
@@ -30,6 +32,7 @@ __all__ = [
     "calibrate",
     "catalog_entry",
     "check",
+    "check_micro_batches",
     "default_length",
     "device_asked",
     "least_peak_bytes",

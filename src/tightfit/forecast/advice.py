@@ -14,6 +14,7 @@ from tightfit.core import (
     Category,
     Device,
     InvalidInput,
+    Lever,
     Plan,
     Trace,
     Unsupported,
@@ -22,7 +23,7 @@ from tightfit.core import (
 from tightfit.device.cost import NOMINAL_CUDA
 from tightfit.forecast.recording import HashableDevice, optimizer_key, optimizer_record, sent_bytes, trace_setup
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, usable_bytes
-from tightfit.forecast.search import QUICK, bytes_reserved, least, least_peak_bytes
+from tightfit.forecast.search import QUICK, bytes_reserved, can_hold_floor, least, least_peak_bytes
 from tightfit.forecast.setup import Progress, Setup, build_model
 from tightfit.levers import used
 from tightfit.plan import lowest
@@ -52,12 +53,13 @@ def advice_for(
     recorded: Trace,
     largest: int | None,
     longest: int | None,
+    levers: frozenset[Lever] | None,
     progress: Progress,
 ) -> Iterable[str]:
     """What would make it fit, cheapest first, each with its number."""
     static = recorded.static_bytes
     weights = static.get(Category.PARAMETERS.value, 0) + static.get(Category.QUANTISED.value, 0)
-    if weights > room:
+    if weights > room and not can_hold_floor(levers):
         yield (
             f"the weights alone take {format_bytes(weights)}, more than the {format_bytes(room)} that {device.name} "
             "leaves for tensors"
@@ -66,14 +68,14 @@ def advice_for(
     def tell(said: str, **changed: Any) -> Iterator[str]:
         progress(f"trying {said}")
         try:
-            if floor(dataclasses.replace(setup, **changed), device) > room:
+            if floor(dataclasses.replace(setup, **changed), device) > room and not can_hold_floor(levers):
                 return
             other = trace_setup(dataclasses.replace(setup, **changed), device)
         except (InvalidInput, Unsupported):
             return
-        runs, _ = least(other, room)
+        runs, _ = least(other, room, levers)
         if runs:
-            yield f"{said} fits: from {format_bytes(least_peak_bytes(other))} on"
+            yield f"{said} fits: from {format_bytes(least_peak_bytes(other, levers))} on"
 
     if setup.optimizer == "adamw":
         yield from tell("the fused optimizer (--optimizer adamw-fused)", optimizer="adamw-fused")
@@ -88,7 +90,7 @@ def advice_for(
         yield from tell("LoRA (--method lora)", method="lora")
     if setup.method != "qlora":
         yield from tell("QLoRA in 4 bits (--method qlora)", method="qlora")
-    low = lowest(recorded, effort=QUICK)
+    low = lowest(recorded, effort=QUICK, levers=levers)
     cards = sorted((g for g in map(gpu, gpu_names()) if g.kind == device.kind), key=lambda g: g.memory_bytes)
     first = bisect.bisect_left(cards, True, key=lambda g: bytes_reserved(recorded, low, usable_bytes(g)) is not None)
     larger = cards[first:]

@@ -20,9 +20,9 @@ from tightfit.device.cost import retimed
 from tightfit.forecast.advice import advice_for, error_bar, essence, floor, kept_whole, notes, spread_notes
 from tightfit.forecast.recording import reached, trace_for, trace_setup
 from tightfit.forecast.room import card_named, leave_room, room_bytes
-from tightfit.forecast.search import QUICK, SHOWN, bytes_reserved, fitted, largest_fitting, least
+from tightfit.forecast.search import QUICK, SHOWN, bytes_reserved, can_hold_floor, fitted, largest_fitting, least
 from tightfit.forecast.setup import Progress, Setup, build_model
-from tightfit.levers import exact_only
+from tightfit.levers import exact_only, inexact
 from tightfit.plan import every_block, lowest, plan, simulate
 from tightfit.step.environment import environment
 from tightfit.trace.fake import FakeStep
@@ -35,34 +35,37 @@ def check(
     *,
     budget: str | int | None = None,
     search: bool = True,
+    levers: frozenset[Lever] | None = None,
     progress: Progress = lambda _: None,
     traced: Callable[[Trace], None] = lambda _: None,
 ) -> Forecast:
     """Whether the step of `setup` runs on `device`, and how.
 
     `budget`: what the allocator may take of the device, bytes or a percentage of its memory; all that is usable by
-    default. `search` also looks for the largest batch and the longest sequence. `traced` is given the trace that the
+    default. `search` also looks for the largest batch and the longest sequence. `levers`: what the plan may use; by
+    default what gives the same bits, and tiles where nothing else fits. `traced` is given the trace that the
     plan is of, for a report. Raises as `trace_setup` does, and `InvalidInput` for a budget that is no size.
     """
     setup.checked()
     room = room_bytes(device, budget)
     leave_room(device, room)
     progress("tracing the step on fake tensors")
-    recorded = trace_for(setup, device)
+    recorded = trace_for(setup, device, tiles=levers is not None and bool(inexact(levers)))
     progress("planning")
     modes = [
         _mode("none", recorded, simulate(recorded), None, room),
         _blocks_mode(setup, device, recorded, room),
     ]
     # near the limit the layout decides, and a coarser search may find what a finer one does not
-    hopeless = floor(setup, device) > room  # what does not depend on the batch is too much already
-    made = None if hopeless else fitted(recorded, room, SHOWN) or fitted(recorded, room, QUICK)
-    if made is None and not hopeless:
+    # what does not depend on the batch is too much already
+    hopeless = not can_hold_floor(levers) and floor(setup, device) > room
+    made = None if hopeless else fitted(recorded, room, SHOWN, levers) or fitted(recorded, room, QUICK, levers)
+    if made is None and not hopeless and levers is None:
         progress("nothing exact fits: tracing the step in tiles")
         recorded = trace_for(setup, device, tiles=True)
         made = fitted(recorded, room, QUICK) if recorded.tiled else None
     traced(recorded)
-    shown = made or lowest(recorded, effort=QUICK)
+    shown = made or lowest(recorded, effort=QUICK, levers=levers)
     modes.append(_mode("tightfit", recorded, simulate(recorded, shown), shown, room))
     base_seconds = modes[0].step_seconds
     modes = [dataclasses.replace(mode, slowdown=mode.step_seconds / base_seconds) for mode in modes]
@@ -71,13 +74,13 @@ def check(
     if search and hopeless:
         largest = longest = 0
     elif search:
-        levers = _levers_of(made)
-        here = (fits, least(recorded, room, levers)[1])
-        largest = largest_fitting(setup, device, room, progress, "batch", here, levers)
-        longest = largest_fitting(setup, device, room, progress, "seq", here, levers)
+        may_use = _levers_of(made) if levers is None else levers
+        here = (fits, least(recorded, room, may_use)[1])
+        largest = largest_fitting(setup, device, room, progress, "batch", here, may_use)
+        longest = largest_fitting(setup, device, room, progress, "seq", here, may_use)
     advice: tuple[str, ...] = ()
     if not fits:
-        advice = tuple(advice_for(setup, device, room, recorded, largest, longest, progress))
+        advice = tuple(advice_for(setup, device, room, recorded, largest, longest, levers, progress))
     return Forecast(
         model=setup.model,
         method=setup.method,

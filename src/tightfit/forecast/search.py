@@ -30,6 +30,15 @@ SHOWN = Effort(points=48, solver_seconds=0.4, proves=False)
 QUICK = Effort(points=12, solver_seconds=0.3, proves=False)
 
 
+#: Levers without which a step has all weights, all gradients and all optimizer state on the device at once.
+_BELOW_FLOOR = frozenset({Lever.STREAM_WEIGHTS, Lever.STATE_IN_HOST, Lever.STEP_IN_BACKWARD})
+
+
+def can_hold_floor(levers: frozenset[Lever] | None) -> bool:
+    """May `levers` run a step for which the device is smaller than what does not depend on the batch?"""
+    return levers is not None and bool(levers & _BELOW_FLOOR)
+
+
 def bytes_reserved(recorded: Trace, made: Plan | None, room: int | None = None) -> int | None:
     """Most bytes reserved in a step, `None` when that fails; under `room` free segments are given back first."""
     static, step = allocations(recorded, made)
@@ -78,9 +87,9 @@ def least(recorded: Trace, room: int, levers: frozenset[Lever] | None = None) ->
     return runs, reserved
 
 
-def least_peak_bytes(recorded: Trace) -> int:
+def least_peak_bytes(recorded: Trace, levers: frozenset[Lever] | None = None) -> int:
     """The lowest peak of any plan, in allocated bytes."""
-    return lowest(recorded, effort=QUICK).peak_bytes
+    return lowest(recorded, effort=QUICK, levers=levers).peak_bytes
 
 
 def largest_fitting(

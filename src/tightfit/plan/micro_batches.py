@@ -21,7 +21,7 @@ from tightfit.plan.planning import lowest
 from tightfit.plan.simulate import simulate
 from tightfit.plan.table import Effort
 
-__all__ = ["QUICK", "Attempt", "attempted", "largest_fitting", "shares", "sizes_of", "slices", "solved"]
+__all__ = ["QUICK", "Attempt", "as_asked", "attempted", "largest_fitting", "shares", "sizes_of", "slices", "solved"]
 
 #: Plans and measures one size.
 Attempt = Callable[[int], MicroBatch]
@@ -153,3 +153,11 @@ def solved(
         seconds=chosen.seconds,
         tried=tuple(sorted(tried.values(), key=lambda each: each.size)),
     )
+
+
+def as_asked(global_batch: int, only: MicroBatch, budget_bytes: int) -> MicroBatches:
+    """The micro-batches of a size that was not chosen among others."""
+    return MicroBatches(
+        global_batch=global_batch, size=only.size, accumulation=only.accumulation, largest=only.size,
+        budget_bytes=budget_bytes, seconds=only.seconds, tried=(only,),
+    )  # fmt: skip

@@ -122,6 +122,8 @@ def forecast_document(forecast: Forecast, study: Study | None = None) -> dict[st
     for mode in forecast.modes:
         facts[f"{mode.mode}: reserved"] = f"{format_bytes(mode.reserved_bytes)} ({'fits' if mode.fits else 'no'})"
         facts[f"{mode.mode}: step (estimated)"] = f"{mode.step_seconds:.3f} s"
+    if forecast.micro_batches is not None:
+        facts["global batch"] = forecast.micro_batches.said
     facts["largest batch"], facts["longest sequence"] = forecast.largest_batch, forecast.longest_seq
     record = to_json(forecast)
     if record["plan"]:

@@ -21,6 +21,7 @@ from tightfit.core import (
     Forecast,
     Kind,
     Measurement,
+    MicroBatches,
     Plan,
     Proof,
     Row,
@@ -80,7 +81,17 @@ def measurement_table(measured: Measurement) -> RenderableType:
         f"budget {format_bytes(measured.budget_bytes)} ({measured.budget_bytes / base.predicted_peak_bytes:.0%} of the "
         f"unplanned peak); plan {measured.plan.status.value}, {measured.plan.replays} units replayed"
     )
-    return Group(table, budget, Text(measured.note))
+    return Group(table, budget, *_cut(measured.micro_batches), Text(measured.note))
+
+
+def _cut(chosen: MicroBatches | None) -> list[Text]:
+    if chosen is None:
+        return []
+    said = [Text(f"tightfit: {chosen.said}")]
+    if chosen.check is not None:
+        apart = f"{chosen.check.measured} (at most {chosen.check.tolerance.partition(':')[0]})"
+        said.append(Text(f"the batch cut and uncut, in float64 where possible: {apart}"))
+    return said
 
 
 MODES = {"none": "no checkpointing", "every-block": "every block", "tightfit": "tightfit"}
@@ -218,6 +229,8 @@ def forecast_table(forecast: Forecast) -> RenderableType:
         f"{MODES.get(m.mode, m.mode)}: the peak is in the {m.peak_phase}, at: {m.peak_owner}" for m in forecast.modes
     ]
     lines += [f"plan: {said}" for said in forecast.essence]
+    if forecast.micro_batches is not None:
+        lines.append(f"global batch: {forecast.micro_batches.said}")
     if forecast.largest_batch is not None:
         lines.append(
             f"largest batch at {forecast.seq} tokens: {forecast.largest_batch or 'none'}; "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tightfit.core import Lever, Measurement, Plan, Row, Trace, Unsupported, format_bytes
+from tightfit.core import Lever, Measurement, MicroBatches, Plan, Row, Trace, Unsupported, format_bytes
 from tightfit.engine import apply
 from tightfit.levers import changes_optimizer, of_units
 from tightfit.plan import every_block, simulate
@@ -41,9 +41,24 @@ from tightfit.verify.rounding import TOLERANCE
 from tightfit.verify.seconds import timed
 from tightfit.verify.stepped import check_of_optimizer
 
-__all__ = ["FlopCount", "every_block_checkpointed", "measure"]
+__all__ = ["BESIDE", "CutStep", "FlopCount", "every_block_checkpointed", "measure"]
 
 NONE, EVERY_BLOCK, TIGHTFIT = "none", "every-block", "tightfit"
+
+#: Beside the default levers: nothing in this loop reads gradients after backward, so the optimizer may step there, and
+#: its state has host memory.
+BESIDE = frozenset({Lever.STEP_IN_BACKWARD, Lever.STATE_IN_HOST})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutStep:
+    """A batch that runs in micro-batches under `plan`, which is theirs."""
+
+    chosen: MicroBatches  # its `check` compares all of the batch, cut and uncut
+    trace: Trace  # of `plan`
+    plan: Plan
+    part: Any  # a micro-batch
+    backward: Callable[[Any], None]  # forward and backward of all of the batch
 
 
 def measure(
@@ -59,6 +74,7 @@ def measure(
     progress: Callable[[str], None] = lambda _: None,
     described: dict[str, Any] | None = None,
     traced: Callable[[Trace], None] = lambda _: None,
+    cut: CutStep | None = None,
 ) -> Measurement:
     """Rows for no checkpointing, every block, and the plan by `levers` for `budget` (a percentage is of the unplanned
     peak). By default the plan may use what `plan` uses, the optimizer's step in backward, and its state in
@@ -67,7 +83,8 @@ def measure(
     Raises `Unsupported` for a compiled model, and what `trace` and `plan` do.
 
     `repeats`: interleaved timed steps per row; the row has their median. `described` fills the fields that say
-    what was measured (`model`, `method`, `batch`, `seq`, `dtype`). `traced` is given the trace, for a report.
+    what was measured (`model`, `method`, `batch`, `seq`, `dtype`). `traced` is given the trace, for a report. `cut`: what
+    runs in place of a plan of the whole batch.
     """
     if compiled_entries(model):
         raise Unsupported(
@@ -76,11 +93,14 @@ def measure(
         )
     progress("tracing one step")
     recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
-    traced(recorded)
+    traced(recorded if cut is None else cut.trace)
     progress("planning")
-    # nothing in this loop reads gradients after backward, so the optimizer may step there; its state has host memory
-    beside = {Lever.STEP_IN_BACKWARD, Lever.STATE_IN_HOST} if levers is None else ()
-    chosen = make_plan(recorded, budget, levers=levers, beside=beside)
+    chosen = (
+        make_plan(recorded, budget, levers=levers, beside=BESIDE if levers is None else ())
+        if cut is None
+        else (cut.plan)
+    )
+    runs = {} if cut is None else {TIGHTFIT: cut.backward}
     held = of_units(chosen)
     blocks = every_block(recorded)
     paths = [unit.path for unit in recorded.units]
@@ -100,19 +120,22 @@ def measure(
                 FlopCount() as count,
                 restart.watching(),
             ):
-                compute_loss(model, batch, loss).backward()
+                runs.get(mode, lambda batch: compute_loss(model, batch, loss).backward())(batch)
             outcomes[mode], flops[mode] = Outcome(model), count.flops
-        steps = _steps(model, batch, loss, optimizer, modes, restart, repeats, progress)
+        steps = _steps(model, batch, loss, optimizer, modes, restart, repeats, progress, runs)
         stepped_alike = True
         if optimizer is not None and changes_optimizer(chosen):
             progress("parameters and optimizer state: tightfit")
-            stepped_alike = check_of_optimizer(model, batch, chosen, loss, optimizer, restart).passed
+            part = batch if cut is None else cut.part
+            stepped_alike = check_of_optimizer(model, part, chosen, loss, optimizer, restart).passed
     same = {mode: "differs" if differences(outcomes[NONE], outcomes[mode]) else "identical" for mode in outcomes}
     differs = same[TIGHTFIT] == "differs"
     if not stepped_alike:
         same[TIGHTFIT] = "differs"
     held = of_units(chosen)
-    if (
+    if cut is not None and cut.chosen.check is not None:  # sums in another order
+        same[TIGHTFIT] = "within tolerance" if stepped_alike and cut.chosen.check.passed else "differs"
+    elif (
         differs
         and stepped_alike
         and not chosen.exact
@@ -141,6 +164,7 @@ def measure(
         budget_bytes=chosen.budget_bytes,
         plan=chosen,
         note=_note(model, rows, chosen),
+        micro_batches=None if cut is None else cut.chosen,
     )
 
 
@@ -178,10 +202,20 @@ def _steps(
     restart: Callable[[], None],
     repeats: int,
     progress: Callable[[str], None],
+    runs: Mapping[str, Callable[[Any], None]],
 ) -> dict[str, list[_MeasuredStep]]:
     """Whole steps of each mode, the modes taking turns."""
     device = device_of(model)
     found: dict[str, list[_MeasuredStep]] = {mode: [] for mode in modes}
+
+    def step(mode: str) -> None:
+        if mode not in runs:
+            run_step(model, batch, loss, optimizer)
+            return
+        runs[mode](batch)
+        if optimizer is not None:
+            optimizer.step()
+
     with untrained(optimizer):
         progress("a step to warm up")
         restart()
@@ -193,7 +227,7 @@ def _steps(
                 with context():
                     before_bytes = static_bytes(model, optimizer, batch)
                     with PeakMeter(device) as meter:
-                        seconds = timed(device, lambda: run_step(model, batch, loss, optimizer))
+                        seconds = timed(device, lambda mode=mode: step(mode))
                 found[mode].append(
                     _MeasuredStep(
                         seconds=seconds, peak_bytes=before_bytes + meter.rise_bytes, rise_bytes=meter.rise_bytes
