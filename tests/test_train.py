@@ -27,6 +27,8 @@ from tightfit.core import InvalidInput, Plan, TightfitError
 from tightfit.integrations.recovery import OutOfMemory, Recovery, lower
 from tightfit.train import RunResult, TrainOptions, byte_tokenizer, last_checkpoint, progress, recipe, train
 from tightfit.train import run as training
+from tightfit.train.asked import as_asked
+from tightfit.train.options import check_options
 
 TINY = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
@@ -130,6 +132,8 @@ CHILD = """
 import os, signal, sys
 import transformers
 from tightfit.train import run as training
+from tightfit.train.asked import as_asked
+from tightfit.train.options import check_options
 from tightfit.cli import main
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -293,6 +297,81 @@ def test_micro_batches_go_on_in_the_size_that_was_chosen(
     run = train(TrainOptions(out=str(tmp_path / "run"), resume=True))
     assert run.passed and len(run.losses) == 6 and run.losses[:4] == cut.losses
     assert run.micro_batches is not None and run.micro_batches.size == cut.micro_batches.size
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "batch", "global_batch"),
+    [
+        ({"batch": "auto", "global_batch": 12}, {}, "auto", 12),
+        ({"batch": "auto", "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, {}, "auto", 6),
+        ({"batch": "auto", "global_batch": 12, "gradient_accumulation_steps": 2}, {}, "auto", 12),
+        ({"batch": 5}, {}, 5, None),
+        ({"batch": "auto", "global_batch": 12}, {"global_batch": 8}, "auto", 8),
+        ({"batch": "auto", "global_batch": 12}, {"batch": 4}, 4, None),
+        ({"batch": 5}, {"batch": "auto", "global_batch": 8}, "auto", 8),
+    ],
+)
+def test_a_file_names_the_batches(
+    config: dict[str, Any], changed: dict[str, Any], batch: int | str, global_batch: int | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("".join(f"{key}: {value}\n" for key, value in {"model_name_or_path": "gpt2", **config}.items()))
+    asked_options = TrainOptions(config=str(file), out=str(tmp_path / "run"), **changed)
+    check_options(asked_options)
+    asked = as_asked(asked_options)[0]
+    found, args = asked.resolved(), asked.recipe().args
+    assert (found.batch, found.global_batch) == (batch, global_batch)
+    assert args.per_device_train_batch_size == (global_batch or batch) and args.gradient_accumulation_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"global_batch": 8}, "is what batch: auto cuts into micro-batches"),
+        ({"batch": 4, "global_batch": 8}, "is what batch: auto cuts into micro-batches"),
+        ({"batch": "auto", "global_batch": 0}, "expected global_batch of at least 1, not 0"),
+        ({"batch": "auto", "global_batch": "many"}, "global_batch in the config: expected int, not 'many'"),
+        ({"batch": "some"}, "batch in the config with a number of sequences or auto, not 'some'"),
+        ({"batch": 0}, "expected batch of at least 1, not 0"),
+        ({"batch": 4, "per_device_train_batch_size": 2}, "the config has batch and per_device_train_batch_size"),
+        ({"batches": "auto"}, "unknown key 'batches' in the config; did you mean 'batch'?"),
+    ],
+)
+def test_a_file_that_names_half_of_it_is_refused(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("".join(f"{key}: {value}\n" for key, value in {"model_name_or_path": "gpt2", **config}.items()))
+    with pytest.raises(InvalidInput) as refused:
+        as_asked(TrainOptions(config=str(file), out=str(tmp_path / "run")))[0].resolved()
+    assert said in str(refused.value)
+
+
+@pytest.mark.slow
+def test_a_run_from_a_file_is_cut_and_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training.Run.trainer
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        trainer = real(self, *args)
+        trainer.add_callback(InterruptBefore(2))
+        return trainer
+
+    file = tmp_path / "run.yaml"
+    keys = {
+        "model_name_or_path": place / "tiny", "data": place / "text.txt", "batch": "auto", "global_batch": 8,
+        "max_length": 64, "max_steps": 3, "budget": "35%", "save_strategy": "steps", "save_steps": 1, "use_cpu": True,
+        "bf16": False, "report_to": "none", "learning_rate": 0.001,
+    }  # fmt: skip
+    file.write_text("".join(f"{key}: {value}\n".replace("True", "true") for key, value in keys.items()))
+    monkeypatch.setattr(training.Run, "trainer", interrupted)
+    cut = train(TrainOptions(config=str(file), out=str(tmp_path / "run")))
+    assert cut.status == "interrupted" and cut.micro_batches is not None and cut.micro_batches.accumulation > 1
+    monkeypatch.undo()
+    run = train(TrainOptions(out=str(tmp_path / "run"), resume=True))
+    assert len(run.losses) == 3 and run.losses[:2] == cut.losses
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["options"]["batch"] == "auto" and record["options"]["global_batch"] == 8
+    assert record["observed"]["micro_batches"]["size"] == cut.micro_batches.size
+    with pytest.raises(InvalidInput, match="was made with --global-batch 8, not 4"):
+        train(TrainOptions(out=str(tmp_path / "run"), resume=True, batch="auto", global_batch=4))
 
 
 # ------------------------------------------------------------------------------------------ out of memory

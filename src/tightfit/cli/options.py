@@ -7,17 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tightfit.core import AUTO, InvalidInput, Lever
-
-
-def batch_asked(text: str) -> int | str:
-    """`auto`, or a number of sequences. Raises `InvalidInput` for anything else."""
-    if text.strip().lower() == AUTO:
-        return AUTO
-    try:
-        return int(text)
-    except ValueError:
-        raise InvalidInput(f"expected --batch with a number of sequences or auto, not {text!r}") from None
+from tightfit.core import InvalidInput, Lever, parse_batch
 
 
 def batches_asked(batch: str, global_batch: int | None) -> tuple[int, int | None]:
@@ -25,7 +15,7 @@ def batches_asked(batch: str, global_batch: int | None) -> tuple[int, int | None
 
     Raises `InvalidInput` for one without the other.
     """
-    size = batch_asked(batch)
+    size = parse_batch(batch)
     if not isinstance(size, str):
         if global_batch is not None:
             raise InvalidInput(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tightfit.cli.options import Json, batch_asked
+from tightfit.cli.options import Json
 from tightfit.cli.output import (
     EXIT_INTERRUPTED,
     EXIT_NO,
@@ -16,6 +16,7 @@ from tightfit.cli.output import (
     emit,
     say_if_above_all,
 )
+from tightfit.core import parse_batch
 
 
 def train(
@@ -104,7 +105,7 @@ def train(
         model=model,
         data=data,
         method=method,
-        batch=None if batch is None else batch_asked(batch),
+        batch=None if batch is None else parse_batch(batch),
         global_batch=global_batch,
         seq=seq,
         steps=steps,

@@ -11,6 +11,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from tightfit.core.errors import InvalidInput
+from tightfit.core.results import AUTO
 
 _UNITS = {
     "": 1, "B": 1,
@@ -63,3 +64,13 @@ def require_part(budget: str | int, whole: str) -> None:
     percent = percentage(budget)
     if percent is not None and percent > 100:
         raise InvalidInput(f"a budget of {budget!r} is more than all of {whole}: give 100% or less, or a size")
+
+
+def parse_batch(text: str, asked: str = "--batch") -> int | str:
+    """`"auto"`, or a number of sequences. Raises `InvalidInput` for anything else. `asked`: by which option."""
+    if text.strip().lower() == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise InvalidInput(f"expected {asked} with a number of sequences or auto, not {text!r}") from None

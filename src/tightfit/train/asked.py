@@ -18,6 +18,7 @@ from tightfit.accelerator import device_named, is_host
 from tightfit.core import (
     AUTO,
     InvalidInput,
+    parse_batch,
     parse_bytes,
     parse_levers,
 )
@@ -39,19 +40,21 @@ class Asked:
     def recipe(self) -> Recipe:
         """TRL's settings, made anew: a trainer changes the arguments that it is given."""
         made = self._resolved_settings()
-        if self.options.batch == AUTO:  # one batch for each step of the optimizer, which is cut later
+        if made.fit.batch == AUTO:  # one batch for each step of the optimizer, which is cut later
             made.args.per_device_train_batch_size *= made.args.gradient_accumulation_steps
             made.args.gradient_accumulation_steps = 1
         return made
 
     def _resolved_settings(self) -> Recipe:
         options, config = self.options, self.config
+        if config is not None and isinstance(options.batch, int):  # which goes over both keys of the file
+            config = {key: value for key, value in config.items() if key not in ("batch", "global_batch")}
         defaults = DEFAULTS if config is None else None
         pairs: list[tuple[str, Any]] = [
             ("model_name_or_path", self.model or options.model),
             ("data", options.data),
-            ("per_device_train_batch_size", options.global_batch if options.batch == AUTO else options.batch),
-            ("gradient_accumulation_steps", 1 if options.global_batch is not None else None),
+            ("batch", options.batch),
+            ("global_batch", options.global_batch),
             ("max_length", options.seq),
             ("max_steps", options.steps),
             ("learning_rate", options.lr),
@@ -73,7 +76,7 @@ class Asked:
             pairs += [("use_peft", adapters), ("load_in_4bit", four_bit), ("use_bnb_nested_quant", four_bit)]
         arguments = [f"--{name}={value}" for name, value in pairs if value is not None]
         if config is not None:
-            return resolve(config, [*arguments, *options.arguments])
+            return _with_batch(resolve(config, [*arguments, *options.arguments]), config)
         first = resolve(None, [*arguments, *options.arguments], defaults)
         depending = {
             "learning_rate": 3e-3
@@ -83,7 +86,7 @@ class Asked:
             else 2e-5,
             "warmup_steps": max(1, first.args.max_steps // 10),
         }
-        return resolve(None, [*arguments, *options.arguments], {**DEFAULTS, **depending})
+        return _with_batch(resolve(None, [*arguments, *options.arguments], {**DEFAULTS, **depending}), {})
 
     def resolved(self) -> TrainOptions:
         """The options with what the config and the defaults decided."""
@@ -96,8 +99,8 @@ class Asked:
             model=model.model_name_or_path,
             data=recipe.fit.data or recipe.script.dataset_name,
             method=method,
-            batch=AUTO if self.options.batch == AUTO else args.per_device_train_batch_size,
-            global_batch=args.per_device_train_batch_size if self.options.batch == AUTO else None,
+            batch=AUTO if recipe.fit.batch == AUTO else args.per_device_train_batch_size,
+            global_batch=args.per_device_train_batch_size if recipe.fit.batch == AUTO else None,
             seq=args.max_length,
             steps=args.max_steps if args.max_steps > 0 else None,
             lr=args.learning_rate,
@@ -110,6 +113,30 @@ class Asked:
             oom_retries=recipe.fit.oom_retries,
             levers=recipe.fit.levers,
         )
+
+
+def _with_batch(made: Recipe, config: Mapping[str, Any]) -> Recipe:
+    """`made` with the batch of our keys in TRL's place. `config`: the keys of the file."""
+    fit, args = made.fit, made.args
+    size = None if fit.batch is None else parse_batch(fit.batch, "batch in the config")
+    for name, value in (("batch", size), ("global_batch", fit.global_batch)):
+        if isinstance(value, int) and value < 1:
+            raise InvalidInput(f"expected {name} of at least 1, not {value}")
+    if fit.global_batch is not None and size != AUTO:
+        raise InvalidInput("global_batch in the config is what batch: auto cuts into micro-batches: give both, or none")
+    fit.batch = AUTO if size == AUTO else None
+    ours, theirs = (
+        ("global_batch", fit.global_batch) if size == AUTO else ("batch", size),
+        "per_device_train_batch_size",
+    )
+    if ours[1] is None:
+        return made
+    if {ours[0], theirs} <= set(config):
+        raise InvalidInput(f"the config has {ours[0]} and {theirs}, which say the same: give one of them")
+    args.per_device_train_batch_size = ours[1]
+    if size == AUTO:
+        args.gradient_accumulation_steps = 1
+    return made
 
 
 def as_asked(options: TrainOptions) -> tuple[Asked, Path, dict[str, Any] | None]:

@@ -151,7 +151,8 @@ class RunResult:
 
 
 def check_options(options: TrainOptions) -> None:
-    if options.global_batch is not None and options.batch != AUTO:
+    is_file_read = options.config is not None and options.batch is None  # its batch may be auto
+    if options.global_batch is not None and options.batch != AUTO and not is_file_read:
         raise InvalidInput("--global-batch is what --batch auto cuts into micro-batches: give both, or --batch alone")
     numbers = (("batch", 1), ("global_batch", 1), ("seq", 2), ("steps", 1), ("compare_steps", 0), ("oom_retries", 0))
     for name, least in numbers:

@@ -83,8 +83,8 @@ def measure(
     Raises `Unsupported` for a compiled model, and what `trace` and `plan` do.
 
     `repeats`: interleaved timed steps per row; the row has their median. `described` fills the fields that say
-    what was measured (`model`, `method`, `batch`, `seq`, `dtype`). `traced` is given the trace, for a report. `cut`: what
-    runs in place of a plan of the whole batch.
+    what was measured (`model`, `method`, `batch`, `seq`, `dtype`). `traced` is given the trace, for a report.
+    `cut`: what runs in place of a plan of the whole batch.
     """
     if compiled_entries(model):
         raise Unsupported(
