@@ -91,6 +91,8 @@ def test_check_shows_the_choice_in_one_line(model: str, capsys: pytest.CaptureFi
         (("--batch", "auto", "--global-batch", "many"), "unable to parse string"),
         (("--batch", "several"), "a number of sequences or auto, not 'several'"),
         (("--batch", "auto", "--global-batch", "8", "--gpu", "all"), "give it with one --gpu"),
+        (("--levers", "stream_weights", "--gpu", "all"), "--levers is about one device"),
+        (("--levers", "streams"), "unknown lever 'streams'"),
         (("--batch", "auto", "--global-batch", "8", "--accumulate"), "leave --accumulate out"),
         (("--batch", "auto", "--global-batch", "8", "--world-size", "2", "--strategy", "ddp"), "2 ranks were asked"),
         (("--batch", "auto", "--global-batch", "99999999"), "--global-batch of 1 to 16777216 sequences"),
@@ -102,6 +104,19 @@ def test_check_refuses_what_cannot_be_meant(
     assert main(["check", model, "--seq", "32", *asked]) == 2
     out, err = capsys.readouterr()
     assert not out and said in " ".join(err.split())
+
+
+@pytest.mark.slow
+def test_check_streams_frozen_weights_where_it_may(capsys: pytest.CaptureFixture[str]) -> None:
+    """A device that the weights alone do not leave room on; the model is traced by a few of its blocks."""
+    given = ("smollm2-135m", "--method", "lora", "--seq", "128", "--no-search", "--json")
+    room = ("--gpu", card(260 * 2**20).name)
+    assert main(["check", *given, *room, "--levers", "recompute,loss_in_place"]) == 1
+    without = json.loads(capsys.readouterr().out)
+    assert main(["check", *given, *room, "--levers", "recompute,loss_in_place,stream_weights"]) == 0
+    streamed = json.loads(capsys.readouterr().out)
+    assert streamed["modes"][-1]["peak_bytes"] < without["modes"][-1]["peak_bytes"]
+    assert streamed["streamed_bytes"] > 0 == without["streamed_bytes"]
 
 
 # ---------------------------------------------------------------------------------------------- measure

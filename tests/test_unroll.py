@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tightfit
-from tightfit.core import Trace
+from tightfit.core import Lever, Trace
+from tightfit.integrations.bitsandbytes import quantise
 from tightfit.integrations.peft import add_lora
+from tightfit.levers import as_recorded, defined
 from tightfit.plan import Effort
 from tightfit.step.modules import find_units
 from tightfit.trace.unroll import unroll
@@ -34,7 +37,9 @@ def trace_of(arch: str, blocks: int, method: str, device: str | None) -> tuple[T
     with torch.device("meta"):
         made = AutoConfig.for_model(arch, **config, **{depth: blocks * period})
         model: Any = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).train()
-        if method == "lora":
+        if method == "qlora":
+            model = quantise(model, torch.bfloat16)
+        if method != "full":
             model = add_lora(model, rank=4)
     ids = torch.zeros(2, 32, dtype=torch.long)
     recorded = tightfit.trace(model, {"input_ids": ids, "labels": ids}, fake=True, device=device)
@@ -67,6 +72,41 @@ def test_unrolled_is_the_deep_models_own_trace(arch: str, method: str, device: s
     effort = Effort(solver_seconds=0.5, proves=False)  # any plan will do
     plan = tightfit.plan(made, fixed + (top - fixed) * 9 // 10, effort=effort)
     assert tightfit.simulate(made, plan) == tightfit.simulate(deep, plan)  # one digest: the plan is both's
+
+
+def described(recorded: Trace) -> list[tuple[Any, ...]]:
+    """Frozen weights, each value by what it is and who reads it: two traces number values in another order."""
+    readers: dict[int, list[int]] = defaultdict(list)
+    for op in recorded.ops:
+        for value in op.inputs:
+            readers[value].append(op.id)
+
+    def said(number: int) -> tuple[Any, ...]:
+        value = recorded.values[number]
+        return value.size_bytes, value.dtype, value.shape, tuple(readers[number])
+
+    return [(each.module, sorted(map(said, each.values)), each.is_quantised, each.spans) for each in recorded.frozen]
+
+
+@slow
+@pytest.mark.parametrize(
+    ("arch", "method", "device"),
+    [
+        ("llama", "lora", "cuda"), ("llama", "qlora", "cuda"), ("gemma2", "lora", "cuda"), ("gpt2", "lora", None),
+        ("mixtral", "lora", "cuda"), ("llama", "qlora", None),
+    ],
+)  # fmt: skip
+def test_unrolled_knows_the_frozen_weights_of_every_block(arch: str, method: str, device: str | None) -> None:
+    few, _ = trace_of(arch, 5, method, device)
+    deep, paths = trace_of(arch, 8, method, device)
+    made = unroll(few, paths, SHAPES[arch][0])
+    assert made is not None and len(deep.frozen) > len(few.frozen) > 0
+    assert described(made) == described(deep)
+    made = dataclasses.replace(made, static_bytes=deep.static_bytes)
+    streams = defined(Lever.STREAM_WEIGHTS)
+    for one, other in zip(streams.variants(as_recorded(made)), streams.variants(as_recorded(deep)), strict=True):
+        assert one.decided == other.decided
+        assert tightfit.simulate(one.trace) == tightfit.simulate(other.trace)
 
 
 class Reaching(nn.Module):

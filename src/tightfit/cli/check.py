@@ -12,9 +12,9 @@ import typer
 
 if TYPE_CHECKING:
     from tightfit.core import Trace
-from tightfit.cli.options import Calibration, GlobalBatch, Html, Json, Model, batches_asked
+from tightfit.cli.options import Calibration, GlobalBatch, Html, Json, Levers, Model, batches_asked
 from tightfit.cli.output import EXIT_NO, can_write, console_on_stdout, emit, progress_shown, write_page
-from tightfit.core import HOST_KIND, InvalidInput, format_apart, parse_bytes
+from tightfit.core import HOST_KIND, InvalidInput, format_apart, parse_bytes, parse_levers
 from tightfit.core.errors import unknown
 from tightfit.device.calibration import NO_FILE
 
@@ -66,6 +66,7 @@ def check(
         str | None,
         typer.Option(help="A size, or a percentage of the GPU's memory.", show_default="all that is usable"),
     ] = None,
+    levers: Levers = "",
     most: Annotated[
         str | None,
         typer.Option("--max", help="A size: exit status 1 if the step takes more. A guard for CI."),
@@ -97,6 +98,7 @@ def check(
         write_text(calibrate, forecast.catalog_entry(forecast.calibrate(device_named(device)), forecast.HERE))
         emit(f"{calibrate}: use it with TIGHTFIT_CATALOG={calibrate} and --gpu here")
         return
+    allowed = parse_levers(levers)
     size, several = batches_asked(batch, global_batch)
     told: tuple[str, ...] = ()
     if lengths is not None:
@@ -120,6 +122,8 @@ def check(
         if budget is not None and guarded == "tightfit":
             raise InvalidInput("--max is the budget of the plan that it judges: leave --budget out, or say --max-of")
     if gpu.strip().lower() == "all":
+        if allowed is not None:
+            raise InvalidInput("--levers is about one device: give it with one --gpu")
         if several is not None:
             raise InvalidInput("--batch auto is about one device: give it with one --gpu")
         with progress_shown() as say:
@@ -137,7 +141,9 @@ def check(
         budget = str(min(most_bytes, forecast.usable_bytes(target)))
     traces: list[Trace] = []
     with progress_shown() as say:
-        asked: dict[str, Any] = {"budget": budget, "search": search, "progress": say, "traced": traces.append}
+        asked: dict[str, Any] = {
+            "budget": budget, "search": search, "levers": allowed, "progress": say, "traced": traces.append,
+        }  # fmt: skip
         if several is None:
             answer = forecast.check(setup, target, **asked)
         else:

@@ -155,4 +155,5 @@ class Forecast:
     notes: tuple[str, ...]
     environment: Mapping[str, str]
     calibration: str = ""  # one line: where figures that were measured on the device come from
+    streamed_bytes: int = 0  # of frozen weights that wait in host memory, by the plan
     micro_batches: MicroBatches | None = None  # of a global batch; none: the batch was not to be cut, or nothing fits

@@ -125,6 +125,9 @@ def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = 
         twice = setup.trainer == "dpo" and not dict(setup.settings).get("precompute_ref_log_probs")
         recorded = _traced(model, batch, step_loss, device, units, tiles, spread, shortened=not twice)
     recorded = spread.with_buckets(model, recorded, FakeStep(device).granule_bytes)
+    if spread.strategy is not Strategy.ONE:  # whose weights are not streamed yet
+        tiled = tuple(dataclasses.replace(variant, frozen=()) for variant in recorded.tiled)
+        recorded = dataclasses.replace(recorded, frozen=(), tiled=tiled)
     if setup.optimizer == "none":
         return recorded
     record = optimizer_record(*optimizer_key(setup), HashableDevice(device))

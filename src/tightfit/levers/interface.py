@@ -157,6 +157,10 @@ class LeverDefinition:
         """Does `plan` use it? By default: does it have a setting of it, as `Variant.with_setting` makes one?"""
         return self.lever.value in plan.settings
 
+    def weights_elsewhere_bytes(self, plan: Plan) -> int:
+        """Bytes of weights that `plan` has wait off the device."""
+        return 0
+
     def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:
         """Open while `plan`, which uses it, is in force on `model`."""
         return contextlib.nullcontext()

@@ -229,6 +229,8 @@ def forecast_table(forecast: Forecast) -> RenderableType:
         f"{MODES.get(m.mode, m.mode)}: the peak is in the {m.peak_phase}, at: {m.peak_owner}" for m in forecast.modes
     ]
     lines += [f"plan: {said}" for said in forecast.essence]
+    if forecast.streamed_bytes:
+        lines.append(f"host memory for frozen weights: {format_bytes(forecast.streamed_bytes)}")
     if forecast.micro_batches is not None:
         lines.append(f"global batch: {forecast.micro_batches.said}")
     if forecast.largest_batch is not None:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tightfit.core import Event, EventKind, Frame, Op, Saved, Trace, Unit, Value
+from tightfit.trace.unroll_weights import FrozenBlocks, repeated_frozen
 
 __all__ = ["LEAST_BLOCKS", "trace_digest", "unroll"]
 
@@ -109,6 +110,7 @@ class _Blocks:
         for (_, k), span in self.spans.items():
             for i in span:
                 self.block_of_event[i] = k
+        self.frozen = FrozenBlocks(trace, period)
         self._own()
 
     @classmethod
@@ -172,6 +174,10 @@ class _Blocks:
             near = sorted(user for user in users[value] if user is not None)
             if near[-1] - near[0] < _NEIGHBOURS:
                 claim("value", value, (near[0] + near[-1]) // 2)
+        for index, block in self.frozen.block_of.items():
+            for value in trace.frozen[index].values:
+                if value not in users and value not in allocated:
+                    claim("value", value, block)
 
     def _ref(self, kind: str, subject: int | None, block: int) -> Any:
         if subject is None:
@@ -477,7 +483,7 @@ class _Build:
             old, units=units, frames=all_frames, ops=all_ops, values=all_values,
             saved=tuple(saved[i] for i in range(len(saved))), events=events, programs=programs,
             digest=trace_digest(units, all_ops, all_values),
-            frozen=(),  # its spans are those of the short trace
+            frozen=repeated_frozen(blocks.frozen, blocks, self, len(all_ops)),
             losses=tuple(
                 dataclasses.replace(
                     loss, log_softmax=self.numbers["op", None, loss.log_softmax],
@@ -487,6 +493,13 @@ class _Build:
                 for loss in old.losses
             ),
         )  # fmt: skip
+
+    def _op_number(self, op: int) -> int:
+        """The new number of the first copy of an op."""
+        found = self.blocks.owner["op"].get(op)
+        if found is None:
+            return self.numbers["op", None, op]
+        return min(self.numbers["op", position, found[1]] for position in self._positions(found[0]))
 
     def _must(self, kind: str, ref: Any, position: int) -> int:
         number = self._new(kind, ref, position)

@@ -161,6 +161,9 @@ class StreamWeights(LeverDefinition):
     def fact(self, plan: Plan) -> tuple[str, str | None]:
         return "frozen weights", self.said(plan) if self.is_used(plan) else None
 
+    def weights_elsewhere_bytes(self, plan: Plan) -> int:
+        return self._sizes(plan)[0] if self.is_used(plan) else 0
+
     def _sizes(self, plan: Plan) -> tuple[int, int]:
         host_bytes, frozen_bytes, *_ = plan.settings[self.lever.value].split()
         return int(host_bytes), int(frozen_bytes)
