@@ -106,19 +106,6 @@ def test_check_refuses_what_cannot_be_meant(
     assert not out and said in " ".join(err.split())
 
 
-@pytest.mark.slow
-def test_check_streams_frozen_weights_where_it_may(capsys: pytest.CaptureFixture[str]) -> None:
-    """A device that the weights alone do not leave room on; the model is traced by a few of its blocks."""
-    given = ("smollm2-135m", "--method", "lora", "--seq", "128", "--no-search", "--json")
-    room = ("--gpu", card(260 * 2**20).name)
-    assert main(["check", *given, *room, "--levers", "recompute,loss_in_place"]) == 1
-    without = json.loads(capsys.readouterr().out)
-    assert main(["check", *given, *room, "--levers", "recompute,loss_in_place,stream_weights"]) == 0
-    streamed = json.loads(capsys.readouterr().out)
-    assert streamed["modes"][-1]["peak_bytes"] < without["modes"][-1]["peak_bytes"]
-    assert streamed["streamed_bytes"] > 0 == without["streamed_bytes"]
-
-
 # ---------------------------------------------------------------------------------------------- measure
 
 
