@@ -31,11 +31,11 @@ class Base(pl.LightningModule):
         self.calls += 1
         self.losses.append(loss.item())
         self.kinds.setdefault("seen", []).append(self.calls)
-        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=8)
         return {"loss": loss}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch))
+        self.log("val_loss", self.loss(batch), batch_size=4)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-3)

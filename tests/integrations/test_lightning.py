@@ -191,25 +191,40 @@ class Steps(Pictures):
 class Tokenized(Language):
     """Its batches are what a tokenizer gives, in which torch finds no tensors, and it takes them apart."""
 
-    def loss(self, batch: Any) -> torch.Tensor:
-        given = BatchEncoding(dict(batch))
-        return super().loss({"input_ids": given.pop("input_ids")})
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return BatchEncoding(dict(batch))
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step({"input_ids": batch.pop("input_ids")}, batch_idx)
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss({"input_ids": batch.pop("input_ids")})
 
 
 @slow
 @pytest.mark.parametrize("kind", [BackTwice, Steps, Tokenized])
 def test_modules_that_do_more_themselves(kind: type[Base], tmp_path: Path) -> None:
-    assert_same_run(kind, tmp_path, "90%", others=lambda: [])  # one of them notes more than its losses
+    sizes = (4, 4, 8)
+    callback = assert_same_run(kind, tmp_path, "90%", lambda: [], sizes=sizes)  # one notes more than its losses
+    assert callback.plans == 2
+
+
+class Heavy(Pictures):
+    """So many parameters that the optimizer's step is the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Sequential(  # type: ignore[assignment]
+            torch.nn.Linear(8 * 144, 64), *(torch.nn.Linear(64, 64) for _ in range(24)), torch.nn.Linear(64, 5)
+        )
 
 
 @slow
 @pytest.mark.parametrize("levers", ["recompute,optimizer_chunks", "recompute,state_in_host"])
 def test_levers_of_the_optimizer_inside_its_closure(levers: str, tmp_path: Path) -> None:
-    plain = run(Pictures, [], tmp_path, max_steps=5)
-    ours = run(Pictures, [callback := TightfitCallback("80%", levers=levers)], tmp_path, max_steps=5)
+    more: dict[str, Any] = {"sizes": (2,) * 5, "max_steps": 5}
+    with pytest.raises(BudgetInfeasible) as least:
+        run(Heavy, [TightfitCallback(1000, levers=levers)], tmp_path, **more)
+    plain = run(Heavy, [], tmp_path, **more)
+    callback = TightfitCallback(least.value.least_bytes, levers=levers)
+    ours = run(Heavy, [callback], tmp_path, **more)
     assert same(dict(ours.state_dict()), dict(plain.state_dict())) and ours.losses == plain.losses
     assert callback.plan is not None and callback.plan.settings
     files = [io.BytesIO(), io.BytesIO()]

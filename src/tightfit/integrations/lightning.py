@@ -195,6 +195,15 @@ class TightfitCallback(Callback):
         self._patches.enter_context(_rerouted(trainer.strategy, self._step))
 
     def _fit_step(self, trainer: Any, given: dict[str, Any], budget: str | int) -> None:
+        try:
+            self._fit_here(trainer, given, budget)
+        except torch.OutOfMemoryError as error:
+            raise Unsupported(
+                f"the plain step does not fit this device ({error}), and a LightningModule's step is run once to plan "
+                "it: begin with a smaller batch or shorter sequences, or fit the network itself with tightfit.fit"
+            ) from error
+
+    def _fit_here(self, trainer: Any, given: dict[str, Any], budget: str | int) -> None:
         step, optimizer = self._step, bare(trainer.optimizers[0])
         assert step is not None
         options: dict[str, Any] = {"optimizer": optimizer, "levers": self.levers, "beside": self.beside}

@@ -6,7 +6,8 @@ trainers too: what they compute is asked of them, not rebuilt here.
 
 Invariant: the step that is traced and proven is the Trainer's own (`Trainer.compute_loss` on a batch that its own
 collator made), and finding it moves no random state, no statistic and no setting that is saved, so losses and saved
-files are those of a run without the callback, but for its figures in the log lines of `trainer_state.json`. Where nothing exact fits (`Plan.exact`), the line says so.
+files are those of a run without the callback, but for its figures in the log lines of `trainer_state.json`. Where
+nothing exact fits (`Plan.exact`), the line says so.
 Refused: what `tightfit.integrations.conflicts` names; a gradient that differs (`ReplayDiverged`).
 """
 
