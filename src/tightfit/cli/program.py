@@ -41,7 +41,7 @@ from tightfit.core import (
 EXTRAS = {
     "transformers": "transformers", "tokenizers": "transformers", "accelerate": "transformers", "tqdm": "transformers",
     "peft": "peft", "trl": "trl", "datasets": "trl", "pyarrow": "trl", "yaml": "trl",
-    "bitsandbytes": "bitsandbytes", "matplotlib": "png", "lightning": "lightning", "pytorch_lightning": "lightning",
+    "bitsandbytes": "bitsandbytes", "matplotlib": "png",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -51,18 +52,34 @@ from tightfit.step.run import device_of, tensors_in, unique_bytes
 from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, peak_checks, require_counted, static_bytes
 from tightfit.verify.proving import gradient_checks
 
-try:
-    from lightning.pytorch import Callback
-except ImportError:  # the same framework under its older name
-    from pytorch_lightning import Callback
-
 __all__ = ["TightfitCallback", "refuse"]
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _bases() -> tuple[type, ...]:
+    """`Callback` of the framework, which goes by two names: each has classes of its own, and takes no others. That of
+    the one that is loaded already; else those of all that are installed."""
+    loaded = [name for name in _PACKAGES if name in sys.modules]
+    found = []
+    for name in loaded or _PACKAGES:
+        try:
+            found.append(importlib.import_module(name).Callback)
+        except ModuleNotFoundError as error:
+            missing = error
+    if not found:
+        raise missing
+    return tuple(found)
+
+
+_Callback: Any = type("_Callback", _bases(), {})
+
 
 #: Precision plugins that the tests run.
 _PRECISIONS = ("Precision", "MixedPrecision", "HalfPrecision", "DoublePrecision")
 
 
-class TightfitCallback(Callback):
+class TightfitCallback(_Callback):
     """Fits the training step into `budget`: bytes (`"22GiB"`, an int) or a percentage of the unplanned step's peak.
 
         trainer = Trainer(callbacks=[TightfitCallback("60%")])
