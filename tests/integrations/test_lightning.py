@@ -90,7 +90,8 @@ def test_a_whole_run_is_the_one_without_the_callback(
     assert callback.plans == 1
 
 
-@pytest.mark.parametrize("accumulated", [pytest.param(1, marks=slow), 2])
+@slow
+@pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_longer_batch_is_planned_for_before_it_runs(accumulated: int, tmp_path: Path) -> None:
     counted = TightfitCallback("100%", verify=False)
     sizes = (8, 8, 12, 12, 8, 12)
