@@ -1417,6 +1417,7 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Integrations", "tightfit.integrations.trainer", ("TightfitCallback", "PeakCallback")),
     ("", "tightfit.integrations.recovery", ("Recovery", "Retry", "OutOfMemory", "TornStep")),
     ("", "tightfit.integrations.transformers", ("load_model", "random_batch")),
+    ("", "tightfit.integrations.lightning", ("TightfitCallback",)),
     ("", "tightfit.integrations.peft", ("add_lora",)),
     ("", "tightfit.integrations.accelerate", ("fit",)),
     ("Doctor", "tightfit.doctor", ("examine",)),

@@ -381,6 +381,30 @@ def test_reporters_see_peak_and_prediction(tmp_path: Path) -> None:
     )
 
 
+def test_the_figures_are_in_tensorboards_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    callback = TightfitCallback("88%")
+    run = trainer("trainer", tmp_path, [callback], max_steps=4, logging_steps=2, report_to="tensorboard")
+    run.train()
+    found = reader.EventAccumulator(str(next((tmp_path / "events").rglob("*tfevents*"))))
+    found.Reload()
+    plan = callback.plan
+    assert plan is not None and plan.recompute_seconds > 0
+    expected = {
+        "peak_bytes": [max(callback.peaks[:2]), max(callback.peaks[2:])], "budget_bytes": [plan.budget_bytes] * 2,
+        "predicted_peak_bytes": [plan.peak_bytes] * 2, "unplanned_peak_bytes": [plan.unplanned_peak_bytes] * 2,
+        "predicted_slowdown": [plan.slowdown] * 2, "exact": [1.0] * 2, "gradients_identical": [1.0] * 2,
+        "recompute_share": [plan.recompute_seconds / plan.step_seconds] * 2,
+    }  # fmt: skip
+    tags = {tag for tag in found.Tags()["scalars"] if "tightfit/" in tag}
+    assert {tag.partition("tightfit/")[2] for tag in tags} == set(expected)
+    for tag in tags:
+        events = found.Scalars(tag)
+        assert [event.step for event in events] == [2, 4]
+        assert [event.value for event in events] == pytest.approx(expected[tag.partition("tightfit/")[2]])
+
+
 def test_the_highest_since_the_last_log_is_logged() -> None:
     counted, state, logs = PeakCallback(), types.SimpleNamespace(log_history=[]), [{"loss": 1.0} for _ in range(3)]
     for peaks, each in zip(([7, 9, 8], [5, 3], []), logs, strict=True):

@@ -403,9 +403,9 @@ class _Guard:
         self.told = levers is not None and bool(inexact(levers))  # that the plan is not exact
         self.model, self.policy, self.loss, self.optimizer, self.units = model, policy, loss, optimizer, units
         self.applied: Fitted | None = None
-        self.accumulates = False  # every step is a part of a larger one, and may find gradients
         self.extent: _Extent | None = None  # of the planned batch
         self.started = {id(p) for p in model.parameters() if p.grad is not None}  # gradients that are planned for
+        self.accumulates = bool(self.started)  # steps may find gradients, whether or not one does that is planned anew
         self.plans: dict[bool, _InForce] = {}  # by: are there gradients beyond `started`?
         # the model is not shown the whole of a loss function's batch; it is planned anew while the user has it still
         leaves, self.structure = pytree.tree_flatten(batch)

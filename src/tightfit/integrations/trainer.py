@@ -6,7 +6,8 @@ trainers too: what they compute is asked of them, not rebuilt here.
 
 Invariant: the step that is traced and proven is the Trainer's own (`Trainer.compute_loss` on a batch that its own
 collator made), and finding it moves no random state, no statistic and no setting that is saved, so losses and saved
-files are those of a run without the callback. Where nothing exact fits (`Plan.exact`), the line says so.
+files are those of a run without the callback, but for its figures in the log lines of `trainer_state.json`. Where
+nothing exact fits (`Plan.exact`), the line says so.
 Refused: what `tightfit.integrations.conflicts` names; a gradient that differs (`ReplayDiverged`).
 """
 
@@ -45,6 +46,7 @@ from tightfit.integrations.longest import Extent, longest_batch, plain
 from tightfit.integrations.micro_batches import InParts, parts_of
 from tightfit.integrations.own_step import recorded as record_step
 from tightfit.integrations.own_step import statistics_kept, trainer_loss
+from tightfit.integrations.tracking import figures
 from tightfit.levers import exact_only
 from tightfit.levers.step_in_backward.hooks import gradient_norms_kept
 from tightfit.step.environment import environment
@@ -134,15 +136,14 @@ class PeakCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs:
-            figures = self._figures()
+            told = self._figures()
             self._logged = len(self.peaks)
-            logs.update(figures)
+            logs.update(told)
             if state.log_history:  # the Trainer appended a copy of `logs` just before
-                state.log_history[-1].update(figures)
+                state.log_history[-1].update(told)
 
     def _figures(self) -> dict[str, float]:
-        since = self.peaks[self._logged :]
-        return {"tightfit/peak_bytes": max(since)} if since else {}
+        return figures(None, None, self.peaks[self._logged :])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -472,14 +473,7 @@ class TightfitCallback(PeakCallback):
             )
 
     def _figures(self) -> dict[str, float]:
-        figures = super()._figures()
-        if self.plan is not None:
-            figures["tightfit/predicted_peak_bytes"] = self.plan.peak_bytes
-            figures["tightfit/budget_bytes"] = self.plan.budget_bytes
-        if self.proof is not None and self.plan is not None:
-            held = "identical" if self.plan.exact else "within_tolerance"
-            figures[f"tightfit/gradients_{held}"] = float(self.proof["gradients"].passed)
-        return figures
+        return figures(self.plan, self.proof, self.peaks[self._logged :])
 
     def _warn(self, line: str) -> None:
         self._say(self._trainer.state, line)

@@ -23,10 +23,12 @@ from tightfit.step.patches import compiled_entries, no_key_value_cache, uncompil
 from tightfit.step.ranks import are_several
 from tightfit.step.run import LossFunction, compute_loss, cpu_profile, device_of, static_bytes_by_category
 from tightfit.step.snapshot import undisturbed
-from tightfit.trace.profiler import memory_events
+from tightfit.trace.profiler import memory_events, moment_of
 from tightfit.verify.gradients import copy_of
 
 PEAK_TOLERANCE = 0.005
+
+_RELEASED = "tightfit: released"  # marks a moment in a profile
 
 
 class PeakMeter:
@@ -42,6 +44,7 @@ class PeakMeter:
         self.rise_bytes = 0
         self._profiler: Any = None
         self._before_bytes = 0
+        self._released_bytes = 0
 
     def __enter__(self) -> PeakMeter:
         require_counted(self.device)
@@ -60,10 +63,21 @@ class PeakMeter:
             return
         self._profiler.__exit__(kind, error, where)
         level = 0
-        for _, changed_bytes in memory_events(self._profiler):
+        released_at = moment_of(self._profiler, _RELEASED) if self._released_bytes else None
+        for nanosecond, changed_bytes in memory_events(self._profiler):
+            if released_at is not None and nanosecond > released_at:
+                level, released_at = level - self._released_bytes, None
             level += changed_bytes
             self.rise_bytes = max(self.rise_bytes, level)
         self._profiler = None
+
+    def released(self, size_bytes: int) -> None:
+        """Inside the block: that many bytes which were there before it have just gone, as old gradients do. The host's
+        profiler does not tell the size of such blocks."""
+        if self._profiler is not None and size_bytes > 0 and not self._released_bytes:
+            self._released_bytes = size_bytes
+            with torch.profiler.record_function(_RELEASED):
+                pass
 
 
 def require_counted(device: torch.device) -> None:
