@@ -10,6 +10,7 @@ Invariant: the model is left as it was found. Refused: a budget that nothing fit
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -227,7 +228,7 @@ def _steps(
                 with context():
                     before_bytes = static_bytes(model, optimizer, batch)
                     with PeakMeter(device) as meter:
-                        seconds = timed(device, lambda mode=mode: step(mode))
+                        seconds = timed(device, functools.partial(step, mode))
                 found[mode].append(
                     _MeasuredStep(
                         seconds=seconds, peak_bytes=before_bytes + meter.rise_bytes, rise_bytes=meter.rise_bytes
