@@ -36,6 +36,7 @@ from tightfit.levers.step_in_backward.hooks import gradient_norms_kept, is_half_
 from tightfit.plan import simulate
 from tightfit.step.optimizers import Part, refusal, step_parts
 from tightfit.step.snapshot import undisturbed
+from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, static_bytes
 from tightfit.verify.stepped import check_of_optimizer
 
 STEPS = 5
@@ -556,3 +557,28 @@ def test_parts_step_what_has_a_gradient() -> None:
     assert torch.equal(model.scale, before) and len(optimizer.param_groups[0]["params"]) == len(
         list(model.parameters())
     )
+
+
+@pytest.mark.parametrize("lever", [Lever.OPTIMIZER_CHUNKS, Lever.STATE_IN_HOST])
+def test_the_first_step_makes_the_state_within_the_budget(lever: Lever) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128)) for _ in range(4)))
+    optimizer, batch, levers = torch.optim.AdamW(model.parameters()), torch.randn(2, 128), (Lever.RECOMPUTE, lever)
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    with pytest.raises(BudgetInfeasible) as least:
+        tightfit.fit(model, batch, 1000, loss=loss, optimizer=optimizer, levers=levers)
+    budget = least.value.least_bytes
+    applied = tightfit.fit(model, batch, budget, loss=loss, optimizer=optimizer, levers=levers)
+    try:
+        for _ in range(2):
+            before_bytes = static_bytes(model, optimizer, batch)
+            with PeakMeter(torch.device("cpu")) as meter:
+                loss(model, batch).backward()
+                optimizer.step()
+            assert before_bytes + meter.rise_bytes <= budget * (1 + PEAK_TOLERANCE)
+            optimizer.zero_grad()
+    finally:
+        applied.remove()

@@ -155,6 +155,11 @@ def _can_be_sliced(parameter: torch.Tensor) -> bool:
     return gradient is not None and gradient.layout is torch.strided and local_of(parameter) is parameter
 
 
+#: The first step cuts a parameter into so many times more slices: their state is twice their size with Adam, and is
+#: there beside what a slice has for a while in any step.
+_FIRST_FINER = 4
+
+
 def _step_slices(optimizer: Optimizer, part: Part, step: Callable[[Optimizer], Any]) -> None:
     """Step views of a parameter's rows in turn. Each has the views of the state that is as large as the parameter, and
     its own copy of the rest, of which the last one's is kept."""
@@ -164,7 +169,10 @@ def _step_slices(optimizer: Optimizer, part: Part, step: Callable[[Optimizer], A
     state = optimizer.state
     whole: dict[Any, Any] = state.get(parameter, {})
     rows = parameter.shape[0]
-    bounds = [rows * i // part.slices for i in range(part.slices + 1)]
+    # the first step makes the slices' state beside the whole parameter's, so its slices are smaller
+    most = rows if parameter.numel() > rows else rows // 2  # the state of a single number would look like a count
+    slices = part.slices if whole else max(part.slices, min(most, _FIRST_FINER * part.slices))
+    bounds = [rows * i // slices for i in range(slices + 1)]
     made: dict[Any, Any] = {}
     for start, end in itertools.pairwise(bounds):
         piece = parameter.detach()[start:end].requires_grad_()
