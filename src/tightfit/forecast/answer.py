@@ -22,7 +22,7 @@ from tightfit.forecast.recording import reached, trace_for, trace_setup
 from tightfit.forecast.room import card_named, leave_room, room_bytes
 from tightfit.forecast.search import QUICK, SHOWN, bytes_reserved, can_hold_floor, fitted, largest_fitting, least
 from tightfit.forecast.setup import Progress, Setup, build_model
-from tightfit.levers import defined, exact_only, inexact
+from tightfit.levers import exact_only, inexact, used
 from tightfit.plan import every_block, lowest, plan, simulate
 from tightfit.step.environment import environment
 from tightfit.trace.fake import FakeStep
@@ -102,7 +102,7 @@ def check(
         notes=(*recorded.notes, *kept_whole(recorded), *notes(setup, device), *spread_notes(setup, recorded)),
         environment=environment(),
         calibration=device.calibration,
-        streamed_bytes=0 if made is None else defined(Lever.STREAM_WEIGHTS).weights_elsewhere_bytes(made),
+        streamed_bytes=0 if made is None else sum(each.weights_elsewhere_bytes(made) for each in used(made)),
     )
 
 

@@ -17,6 +17,7 @@ from tightfit.core import (
 from tightfit.device.allocator import OutOfMemory, reserved_peak_bytes
 from tightfit.forecast.recording import trace_for
 from tightfit.forecast.setup import MOST_TOKENS, Progress, Setup, build_model, positions_in
+from tightfit.levers import allowed
 from tightfit.plan import Effort, lowest, plan, simulate
 from tightfit.plan.simulate import allocations
 
@@ -30,13 +31,9 @@ SHOWN = Effort(points=48, solver_seconds=0.4, proves=False)
 QUICK = Effort(points=12, solver_seconds=0.3, proves=False)
 
 
-#: Levers without which a step has all weights, all gradients and all optimizer state on the device at once.
-_BELOW_FLOOR = frozenset({Lever.STREAM_WEIGHTS, Lever.STATE_IN_HOST, Lever.STEP_IN_BACKWARD})
-
-
 def can_hold_floor(levers: frozenset[Lever] | None) -> bool:
     """May `levers` run a step for which the device is smaller than what does not depend on the batch?"""
-    return levers is not None and bool(levers & _BELOW_FLOOR)
+    return any(each.lowers_floor for each in allowed(levers))
 
 
 def bytes_reserved(recorded: Trace, made: Plan | None, room: int | None = None) -> int | None:

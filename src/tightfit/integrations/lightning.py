@@ -245,8 +245,11 @@ class TightfitCallback(_Callback):
         try:
             self._fit_step(trainer, given, budget)
         except BudgetInfeasible as error:
-            self._say(trainer, f"{error}; this batch runs under the leanest plan")
-            self._fit_step(trainer, given, error.least_bytes)
+            self._fit_leanest(trainer, given, error)
+
+    def _fit_leanest(self, trainer: Any, given: dict[str, Any], error: BudgetInfeasible) -> None:
+        self._say(trainer, f"{error}; this batch runs under the leanest plan")
+        self._fit_step(trainer, given, error.least_bytes)
 
     def _look(self, trainer: Any, given: dict[str, Any]) -> None:
         """Show `fit`'s guard the batch before Lightning begins the step, in which the optimizer is busy already."""
@@ -257,9 +260,8 @@ class TightfitCallback(_Callback):
             for look in tuple(step._forward_pre_hooks.values()):
                 look(step, (), given)
         except BudgetInfeasible as error:
-            self._say(trainer, f"{error}; this batch runs under the leanest plan")
             fitted.remove()
-            self._fit_step(trainer, given, error.least_bytes)
+            self._fit_leanest(trainer, given, error)
             return
         if fitted.plan is not before:
             self.plans += 1

@@ -117,6 +117,8 @@ class LeverDefinition:
     caveat: ClassVar[str] = ""  # of an inexact lever: what its use means for the bits, as "the plan ..."
     is_default: ClassVar[bool] = True  # a plan may use it that is asked for no levers
     grants: ClassVar[Grant] = Grant.NOTHING
+    #: with it a step can run for which the device is smaller than all weights, gradients and optimizer state together
+    lowers_floor: ClassVar[bool] = False
     steps_optimizer: ClassVar[bool] = False  # it changes how the optimizer steps, and is given the optimizer
     is_compiled: ClassVar[bool] = False  # its plans can be carried out inside compiled code
     is_compiled_around: ClassVar[bool] = False  # its plans can be carried out around compiled units
@@ -158,7 +160,7 @@ class LeverDefinition:
         return self.lever.value in plan.settings
 
     def weights_elsewhere_bytes(self, plan: Plan) -> int:
-        """Bytes of weights that `plan` has wait off the device."""
+        """Bytes of weights that `plan`, which uses it, has wait off the device."""
         return 0
 
     def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:

@@ -64,12 +64,16 @@ class Model(Table):
     def peak_bytes(self, points: Mapping[str, int]) -> int:
         """The peak when these options are chosen, as the model computes it. `points`: unit path -> index of its
         option."""
-        return int((self.base_top + sum(self.table[path][index] for path, index in points.items())).max())
+        return int(self._use(points).max())
+
+    def _use(self, points: Mapping[str, int]) -> Floats:
+        """Live bytes in each segment when these options are chosen."""
+        return sum((self.table[path][index] for path, index in points.items()), self.base_top)
 
     def near(self, points: Mapping[str, int], many: int) -> list[dict[str, int]]:
         """The `many` choices of the lowest peaks among those that differ from `points` in one unit or in all units that
         are alike. The peaks are as the model computes them."""
-        use = self.base_top + sum(self.table[path][index] for path, index in points.items())
+        use = self._use(points)
         alike: dict[tuple[str, int], list[str]] = defaultdict(list)
         for unit in self.trace.units:
             alike[unit.digest, len(self.options[unit.path])].append(unit.path)
@@ -88,7 +92,7 @@ class Model(Table):
 
     def is_own_moment(self, points: Mapping[str, int]) -> bool:
         """With these options, is the peak in a unit's own forward or backward, as the model computes it?"""
-        use = self.base_top + sum(self.table[path][index] for path, index in points.items())
+        use = self._use(points)
         segment = int(np.argmax(use))
         return segment < len(self.starts) and any(self._own_segments(path)[segment] for path in self.options)
 
@@ -350,10 +354,9 @@ def _by_rows(
     breaks are added, and it is solved again. An answer that breaks no row is the whole program's. With fewer rows a
     bound can only be too low, so the highest of all is taken.
     """
-    everything = list(range(len(top)))
     if not many:
-        return solved(everything)
-    fullest = top + sum((usage[:, group].max(axis=1) for group in groups), np.zeros(len(top)))
+        return solved(list(range(len(top))))
+    fullest = sum((usage[:, group].max(axis=1) for group in groups), top)
     active = sorted(np.argsort(-fullest, kind="stable")[:_ROWS].tolist())
     bound = -np.inf
     while True:

@@ -197,9 +197,8 @@ class _Model:
         owner = cluster_of(program)
         self.free = frozenset(program.held)
         # a value is worth keeping if backward reads it or some rerunnable cluster may read it
-        read = set(program.needed)
-        for cluster in range(len(groups)):
-            read |= demands(program)[cluster][0]
+        demanded_by, may_run = demands(program), rerunnable(program)
+        read = set(program.needed).union(*(final for final, _ in demanded_by))
         self.candidates = sorted(v for v in read if owner[v] is not None and v not in self.free)
         self.column = {v: i for i, v in enumerate(self.candidates)}
         self.offset = len(self.candidates)
@@ -226,7 +225,7 @@ class _Model:
             if (columns := have(value)) is not None:
                 rows.append((1.0, columns))
         for cluster in range(len(groups)):
-            final, early = demands(program)[cluster]
+            final, early = demanded_by[cluster]
             for values, is_early in ((final, False), (early, True)):
                 for value in values:
                     columns = have(value, is_early)
@@ -241,7 +240,7 @@ class _Model:
         weights |= {first_input + place: size / self.scale for place, (size, _) in enumerate(self.inputs)}
         upper = np.ones(count)
         for cluster in range(len(groups)):
-            if not rerunnable(program)[cluster]:
+            if not may_run[cluster]:
                 upper[self.offset + cluster] = 0.0
         self.second_scale = (
             max(max(self.cluster_seconds, default=0.0), 1e-12) / 1000

@@ -92,12 +92,11 @@ def _repaired(
     """A choice near `start` that fits, improved as far as exchanges improve it. None: none was found."""
     chosen = np.array(start)
     group_of = np.concatenate([np.full(group.stop - group.start, i) for i, group in enumerate(groups)])
-    firsts = np.array([group.start for group in groups])
 
     def best_of_each(worth: Floats) -> list[tuple[int, int]]:
         """The best exchange of each group that has one, as (group, column), from the best on."""
-        tops = np.maximum.reduceat(worth, firsts)
         columns = [group.start + int(np.argmax(worth[group])) for group in groups]
+        tops = worth[columns]
         return [(int(i), columns[i]) for i in np.argsort(-tops, kind="stable") if tops[i] > 0]
 
     over = usage[:, chosen].sum(axis=1) - room

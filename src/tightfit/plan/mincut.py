@@ -90,7 +90,7 @@ class _Network:
         # every cluster costs a tiny amount more, so that none reruns for nothing
         self.times = [time * (len(groups) + 1) + 1 for time in self.times]
         self.clusters, self.values = len(groups), program.values
-        self.fixed = [not rerunnable(program)[cluster] for cluster in range(self.clusters)]
+        self.fixed = [not may_run for may_run in rerunnable(program)]
         self.inputs = inputs
         self.total_time = sum(self.times)
         self.total_bytes = sum(self.sizes) + sum(size for size, _ in inputs)
@@ -99,8 +99,7 @@ class _Network:
         self.needed = [v for v in program.needed if self.owner[v] is not None and v not in free]
         self.wants: list[tuple[int, int]] = []  # (cluster, value that it reads)
         self.follows: list[tuple[int, int]] = []  # (cluster, cluster that must then rerun as well)
-        for cluster in range(self.clusters):
-            final, early = demands(program)[cluster]
+        for cluster, (final, early) in enumerate(demands(program)):
             self.wants += [(cluster, v) for v in final if self.owner[v] is not None and v not in free]
             self.follows += [(cluster, owner) for v in early if (owner := self.owner[v]) not in (None, cluster)]  # type: ignore[misc]
 

@@ -109,10 +109,14 @@ def _recompute(recompute_flops: int, forward_flops: int) -> str:
 
 def measurement_report(measured: Measurement) -> dict[str, Any]:
     """The document of `measure --json`. `micro_batches` is there if a global batch was to be cut."""
-    report: dict[str, Any] = to_json(measured)
-    if measured.micro_batches is None:
+    return _document(measured)
+
+
+def _document(answer: Measurement | Forecast) -> dict[str, Any]:
+    report: dict[str, Any] = to_json(answer)
+    report["plan"] = None if answer.plan is None else plan_report(answer.plan)
+    if answer.micro_batches is None:
         del report["micro_batches"]
-    report["plan"] = plan_report(measured.plan)
     return report
 
 
@@ -304,11 +308,7 @@ def gpus_table(forecasts: Sequence[Forecast]) -> RenderableType:
 
 def forecast_report(forecast: Forecast) -> dict[str, Any]:
     """The document of `check --json`. `micro_batches` is there if a global batch was cut."""
-    report: dict[str, Any] = to_json(forecast)
-    if forecast.micro_batches is None:
-        del report["micro_batches"]
-    report["plan"] = None if forecast.plan is None else plan_report(forecast.plan)
-    return report
+    return _document(forecast)
 
 
 # -------------------------------------------------------------------------------------------------- doctor

@@ -113,13 +113,7 @@ def summed_by_engine(profiler: torch.profiler.profile, count: int) -> list[bool]
 def moment_of(profiler: torch.profiler.profile, name: str) -> int | None:
     """The nanosecond at which the first op or marked range of that name began. None: there is none."""
     results: Any = profiler.profiler
-    open_nodes, found = list(results.kineto_results.experimental_event_tree()), []
-    while open_nodes:
-        node = open_nodes.pop()
-        open_nodes += node.children
-        if node.tag == torch._C._profiler._EventType.TorchOp and node.name == name:
-            found.append(int(node.start_time_ns))
-    return min(found, default=None)
+    return min((event.start_ns() for event in results.kineto_results.events() if event.name() == name), default=None)
 
 
 def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:

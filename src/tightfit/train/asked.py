@@ -125,15 +125,13 @@ def _with_batch(made: Recipe, config: Mapping[str, Any]) -> Recipe:
     if fit.global_batch is not None and size != AUTO:
         raise InvalidInput("global_batch in the config is what batch: auto cuts into micro-batches: give both, or none")
     fit.batch = AUTO if size == AUTO else None
-    ours, theirs = (
-        ("global_batch", fit.global_batch) if size == AUTO else ("batch", size),
-        "per_device_train_batch_size",
-    )
-    if ours[1] is None:
+    ours, sequences = ("global_batch", fit.global_batch) if size == AUTO else ("batch", size)
+    theirs = "per_device_train_batch_size"
+    if sequences is None:
         return made
-    if {ours[0], theirs} <= set(config):
-        raise InvalidInput(f"the config has {ours[0]} and {theirs}, which say the same: give one of them")
-    args.per_device_train_batch_size = ours[1]
+    if {ours, theirs} <= set(config):
+        raise InvalidInput(f"the config has {ours} and {theirs}, which say the same: give one of them")
+    args.per_device_train_batch_size = sequences
     if size == AUTO:
         args.gradient_accumulation_steps = 1
     return made

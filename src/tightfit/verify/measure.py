@@ -96,12 +96,10 @@ def measure(
     recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
     traced(recorded if cut is None else cut.trace)
     progress("planning")
-    chosen = (
-        make_plan(recorded, budget, levers=levers, beside=BESIDE if levers is None else ())
-        if cut is None
-        else (cut.plan)
-    )
-    runs = {} if cut is None else {TIGHTFIT: cut.backward}
+    if cut is None:
+        chosen = make_plan(recorded, budget, levers=levers, beside=BESIDE if levers is None else ())
+    else:
+        chosen = cut.plan
     held = of_units(chosen)
     blocks = every_block(recorded)
     paths = [unit.path for unit in recorded.units]
@@ -110,6 +108,11 @@ def measure(
         EVERY_BLOCK: (lambda: every_block_checkpointed(model, units or paths), blocks.peak_bytes),
         TIGHTFIT: (lambda: apply(model, chosen, optimizer=optimizer), chosen.peak_bytes),
     }
+    backward: dict[str, Callable[[Any], None]] = dict.fromkeys(
+        modes, lambda batch: compute_loss(model, batch, loss).backward()
+    )
+    if cut is not None:
+        backward[TIGHTFIT] = cut.backward
     forward_flops = sum(op.flops for op in recorded.ops if op.phase.value == "forward")
     with undisturbed(model, batch) as restart, no_key_value_cache(model):
         outcomes, flops = {}, {}
@@ -121,9 +124,9 @@ def measure(
                 FlopCount() as count,
                 restart.watching(),
             ):
-                runs.get(mode, lambda batch: compute_loss(model, batch, loss).backward())(batch)
+                backward[mode](batch)
             outcomes[mode], flops[mode] = Outcome(model), count.flops
-        steps = _steps(model, batch, loss, optimizer, modes, restart, repeats, progress, runs)
+        steps = _steps(model, batch, loss, optimizer, modes, restart, repeats, progress, backward)
         stepped_alike = True
         if optimizer is not None and changes_optimizer(chosen):
             progress("parameters and optimizer state: tightfit")
@@ -203,17 +206,14 @@ def _steps(
     restart: Callable[[], None],
     repeats: int,
     progress: Callable[[str], None],
-    runs: Mapping[str, Callable[[Any], None]],
+    backward: Mapping[str, Callable[[Any], None]],
 ) -> dict[str, list[_MeasuredStep]]:
     """Whole steps of each mode, the modes taking turns."""
     device = device_of(model)
     found: dict[str, list[_MeasuredStep]] = {mode: [] for mode in modes}
 
     def step(mode: str) -> None:
-        if mode not in runs:
-            run_step(model, batch, loss, optimizer)
-            return
-        runs[mode](batch)
+        backward[mode](batch)
         if optimizer is not None:
             optimizer.step()
 

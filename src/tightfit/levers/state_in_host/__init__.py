@@ -30,6 +30,7 @@ class StateInHost(LeverDefinition):
     noun = "optimizer state in host memory"
     summary = "what the optimizer keeps of large parameters waits in host memory"
     is_default = False
+    lowers_floor = True
     steps_optimizer = True
 
     def variants(self, step: Variant) -> Iterator[Variant]:

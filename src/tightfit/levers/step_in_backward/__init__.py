@@ -28,6 +28,7 @@ class StepInBackward(LeverDefinition):
     noun = "the optimizer's step in backward"
     summary = "each parameter is stepped when its gradient is there, and the gradient goes at once"
     is_default = False
+    lowers_floor = True
     steps_optimizer = True
 
     def variants(self, step: Variant) -> Iterator[Variant]:

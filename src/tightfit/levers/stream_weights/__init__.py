@@ -50,6 +50,7 @@ class StreamWeights(LeverDefinition):
     noun = "frozen weights streamed from host memory"
     summary = "frozen weights wait in host memory, and each is on the device only while the step reads it"
     is_default = False
+    lowers_floor = True
 
     def variants(self, step: Variant) -> Iterator[Variant]:
         order = _in_order(step.trace)
@@ -162,7 +163,7 @@ class StreamWeights(LeverDefinition):
         return "frozen weights", self.said(plan) if self.is_used(plan) else None
 
     def weights_elsewhere_bytes(self, plan: Plan) -> int:
-        return self._sizes(plan)[0] if self.is_used(plan) else 0
+        return self._sizes(plan)[0]
 
     def _sizes(self, plan: Plan) -> tuple[int, int]:
         host_bytes, frozen_bytes, *_ = plan.settings[self.lever.value].split()
