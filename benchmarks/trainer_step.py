@@ -42,6 +42,7 @@ class Case:
     batch: int = 4  # with DPO, pairs
     seq: int = 128
     settings: dict[str, Any] = field(default_factory=dict)
+    model_settings: dict[str, Any] = field(default_factory=dict)  # of TRL's ModelConfig, read from a YAML by the doctor
 
 
 CASES: dict[str, Case] = {
@@ -53,6 +54,21 @@ CASES: dict[str, Case] = {
     "llama, NEFTune": Case(config=LLAMA, settings={"neftune_noise_alpha": 5.0}),
     "llama, label smoothing": Case(config=LLAMA, settings={"label_smoothing_factor": 0.1}),
     "llama, accumulation": Case(config=LLAMA, settings={"gradient_accumulation_steps": 4}),
+    "llama, LoRA with dropout": Case(
+        config=LLAMA, method="lora", model_settings={"use_peft": True, "lora_target_modules": ["all-linear"]}
+    ),
+    "llama, LoRA on PEFT's own targets": Case(
+        config=LLAMA, method="lora", model_settings={"use_peft": True, "lora_dropout": 0.0}
+    ),
+    "llama, DoRA": Case(
+        config=LLAMA,
+        method="lora",
+        model_settings={"use_peft": True, "use_dora": True, "lora_target_modules": ["q_proj", "up_proj"]},
+    ),
+    "llama, LoRA and the head whole": Case(
+        config=LLAMA, method="lora", model_settings={"use_peft": True, "lora_modules_to_save": ["lm_head"]}
+    ),
+    "llama, eager attention": Case(config=LLAMA, seq=256, model_settings={"attn_implementation": "eager"}),
     "gpt2, nll": Case(config=GPT2, batch=8),
     "gpt2, LoRA and dft": Case(config=GPT2, method="lora", seq=256, settings={"loss_type": "dft"}),
     "llama, DPO": Case(config=LLAMA, trainer="dpo"),
@@ -77,7 +93,9 @@ def measured_bytes(folder: str, case: Case) -> int:
 
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_config(config).train()
+    model: Any = AutoModelForCausalLM.from_config(
+        config, attn_implementation=case.model_settings.get("attn_implementation")
+    ).train()
     with tempfile.TemporaryDirectory() as place:
         common = {
             "output_dir": place, "report_to": [], "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
@@ -108,12 +126,12 @@ def measured_bytes(folder: str, case: Case) -> int:
 
 def _sft(model: Any, case: Case, common: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
     from tightfit.integrations.peft import add_lora
     from tightfit.integrations.trainer_step import _tokenizer
 
-    if case.method == "lora":
+    if case.method == "lora" and not case.model_settings:
         model = add_lora(model, rank=16)
     rows = [{"input_ids": [3] * case.seq, "labels": [3] * case.seq} for _ in range(case.batch)]
     args = SFTConfig(
@@ -121,7 +139,11 @@ def _sft(model: Any, case: Case, common: dict[str, Any]) -> tuple[Any, list[dict
         dataset_kwargs={"skip_prepare_dataset": True}, **common,
     )  # fmt: skip
     data = Dataset.from_list(rows)
-    return SFTTrainer(model=model, args=args, train_dataset=data, processing_class=_tokenizer()), rows
+    adapters = get_peft_config(ModelConfig(**case.model_settings))
+    made = SFTTrainer(
+        model=model, args=args, train_dataset=data, processing_class=_tokenizer(), peft_config=adapters
+    )  # fmt: skip
+    return made, rows
 
 
 def _dpo(model: Any, case: Case, common: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
@@ -147,6 +169,25 @@ def _dpo(model: Any, case: Case, common: dict[str, Any]) -> tuple[Any, list[dict
     return trainer, list(trainer.train_dataset)
 
 
+def _read(folder: str, case: Case, setup: Any) -> Any:
+    """`setup` as the doctor reads it from the YAML of a run."""
+    import yaml
+
+    from tightfit.doctor import case_of
+
+    run = {
+        "model_name_or_path": folder, "per_device_train_batch_size": case.batch, "max_length": case.seq, "bf16": False,
+        **case.settings, **case.model_settings,
+    }  # fmt: skip
+    path = Path(folder) / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    found = case_of(str(path), trainer=case.trainer, optimizer="none").setup
+    assert found is not None
+    for same in ("method", "batch", "seq", "dtype", "trainer", "accumulate"):
+        assert getattr(found, same) == getattr(setup, same), same
+    return found
+
+
 def compared(name: str, case: Case) -> dict[str, Any]:
     """The forecast and the count of one case."""
     from tightfit.forecast import Setup, trace_setup
@@ -159,6 +200,8 @@ def compared(name: str, case: Case) -> dict[str, Any]:
             trainer=case.trainer, settings=tuple(case.settings.items()),
             accumulate=case.settings.get("gradient_accumulation_steps", 1) > 1,
         )  # fmt: skip
+        if case.model_settings:
+            setup = _read(folder, case, setup)
         predicted = simulate(trace_setup(setup)).peak_bytes
         sequences = case.batch * (2 if case.trainer == "dpo" else 1)
         own_loss = dataclasses.replace(setup, trainer="model", settings=(), batch=sequences)

@@ -32,7 +32,7 @@ import tightfit
 from tightfit.core import BudgetInfeasible, Device, Lever, Plan, Trace, dumps
 from tightfit.device.allocator import peaks
 from tightfit.forecast import Setup, trace_setup
-from tightfit.forecast.setup import DTYPES, build_model
+from tightfit.forecast.setup import DTYPES, new_model
 from tightfit.levers import exact_only
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.simulate import allocations
@@ -225,7 +225,7 @@ def step_of(case: Case, device: torch.device | str) -> tuple[Any, dict[str, torc
     setup, device = case.setup, torch.device(device)
     weights, compute = DTYPES[setup.dtype]
     if device.type == "meta":
-        model = build_model.__wrapped__(setup.model, "full", setup.dtype, setup.rank)  # not the cached one: it changes
+        model = new_model(dataclasses.replace(setup, method="full"))
         model = quantise(model, compute or weights) if setup.method == "qlora" else model
     elif setup.method == "qlora":
         model = _packed(setup.model, weights, compute or weights, device)

@@ -14,7 +14,7 @@ from tightfit.integrations.peft import add_lora
 from tightfit.step.run import static_bytes_by_category
 
 
-def four_bit(device: str, dtype: torch.dtype) -> Any:
+def four_bit(device: str, dtype: torch.dtype, double: bool = True) -> Any:
     config = LlamaConfig(
         hidden_size=128, intermediate_size=200, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=256,
@@ -22,14 +22,14 @@ def four_bit(device: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM(config).to(dtype).train()
-    return add_lora(quantise(model, dtype), rank=4)
+    return add_lora(quantise(model, dtype, double=double), rank=4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_twin_is_as_large_and_does_the_same(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "double"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_the_twin_is_as_large_and_does_the_same(dtype: torch.dtype, double: bool) -> None:
     ids = torch.randint(0, 256, (2, 48))
     batch = {"input_ids": ids, "labels": ids}
-    real, twin = four_bit("cpu", dtype), four_bit("meta", dtype)
+    real, twin = four_bit("cpu", dtype, double), four_bit("meta", dtype, double)
     assert static_bytes_by_category(real) == static_bytes_by_category(twin)
     assert static_bytes_by_category(real)["quantised_parameters"] > 0
     measured, forecast = tightfit.trace(real, batch), tightfit.trace(twin, batch, fake=True)

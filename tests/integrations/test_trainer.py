@@ -210,9 +210,9 @@ def test_a_callback_that_comes_late(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_batch_size_is_found_for_the_budget(tmp_path: Path) -> None:
     changes = {"max_steps": 3, "per_device_train_batch_size": 16, "auto_find_batch_size": True}
-    probe = trainer("trainer", tmp_path, [counted := PeakCallback()], max_steps=3, per_device_train_batch_size=4)
+    probe = trainer("trainer", tmp_path, [counted := PeakCallback()], max_steps=3, per_device_train_batch_size=2)
     probe.train()
-    callback = TightfitCallback(max(counted.peaks))
+    callback = TightfitCallback(max(counted.peaks))  # less than any plan of the whole batch takes
     ours = trainer("trainer", tmp_path, [callback], **changes)
     ours.train()
     assert ours._train_batch_size < 16

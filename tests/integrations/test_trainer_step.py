@@ -13,12 +13,12 @@ from tests.conftest import load_benchmark
 from tightfit.core import InvalidInput, Unsupported
 from tightfit.device.cost import NOMINAL_CUDA
 from tightfit.doctor import case_of, peak_of
-from tightfit.forecast import Setup, trace_setup
+from tightfit.forecast import Adapters, Setup, trace_setup
 from tightfit.forecast.setup import build_model
 from tightfit.plan import simulate
 
 harness = load_benchmark("trainer_step")
-FAST = ("llama, dft", "llama, packing")
+FAST = ("llama, dft", "llama, packing", "llama, LoRA with dropout")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_on_cuda_the_trainers_kernels_stand_for_themselves(folder: str) -> None:
 def test_the_model_is_given_back(trainer: str, method: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**harness.GPT2, "vocab_size": 512, "n_embd": 32}))
     asked = setup(str(tmp_path), trainer=trainer, method=method, settings=(("neftune_noise_alpha", 5.0),))
-    model = build_model(asked.model, asked.method, asked.dtype, asked.rank)
+    model = build_model(asked)
 
     def seen() -> dict[str, Any]:
         found: dict[str, Any] = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -98,6 +98,31 @@ def test_what_trl_refuses_is_one_line(folder: str) -> None:
         setup(folder, trainer="ppo").checked()
     with pytest.raises(Unsupported, match="how FSDP2 shards DPO's reference is not forecast"):
         setup(folder, trainer="dpo", strategy="fsdp2", world_size=2).checked()
+
+
+def test_doctor_reads_the_adapters_of_a_run(folder: str, tmp_path: Path) -> None:
+    def read(lines: str) -> Any:
+        (tmp_path / "run.yaml").write_text(f"model_name_or_path: {folder}\nmax_length: 64\n{lines}\n")
+        return case_of(str(tmp_path / "run.yaml"))
+
+    asked = read("use_peft: true").setup.adapters
+    assert asked == Adapters(targets=None, dropout=0.05)  # TRL's dropout, and PEFT's own targets
+    lines = "use_peft: true\nlora_target_modules: [q_proj, v_proj]\nuse_dora: true\nlora_dropout: 0.1"
+    asked = read(f"{lines}\nlora_modules_to_save: [lm_head]\nmodel_init_kwargs: {{attn_implementation: eager}}").setup
+    assert asked.adapters == Adapters(targets=("q_proj", "v_proj"), saved=("lm_head",), dropout=0.1, dora=True)
+    assert asked.attention == "eager"
+    assert not read("load_in_4bit: true").setup.double_quantised
+    assert read("load_in_4bit: true\nuse_bnb_nested_quant: true").setup.double_quantised
+    flash = read("attn_implementation: flash_attention_2\nactivation_offloading: true")
+    assert flash.setup.attention is None
+    assert any(note.startswith("attn_implementation flash_attention_2") for note in flash.notes)
+    assert any(note.startswith("activation_offloading") for note in flash.notes)
+    assert read("model_init_kwargs: {dtype: bfloat16}").setup.dtype == "bf16"
+    for wrong in ("lora_dropout: 1.5", "lora_target_modules: 3"):
+        with pytest.raises(InvalidInput, match=f"{wrong.split(':')[0]} in .* is {wrong.split(': ')[1]}: expected"):
+            read(f"use_peft: true\n{wrong}")
+    with pytest.raises(InvalidInput, match="PEFT cannot put LoRA on 'no_such' of this model"):
+        trace_setup(read("use_peft: true\nlora_target_modules: [no_such]").setup)
 
 
 @pytest.mark.parametrize(

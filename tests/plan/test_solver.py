@@ -7,6 +7,7 @@ import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,9 +37,17 @@ def broken(what: str) -> Engine:
         if what in ("error", "time", "infeasible", "unbounded"):
             verdict = Verdict.INFEASIBLE if what == "infeasible" else Verdict.UNSOLVED
             return Claim(verdict=verdict, said=what, out_of_time=what == "time")
+        if what == "no claim":
+            return None  # type: ignore[return-value]  # what no solver should do
         right = highs(program, seconds, gap, presolve)
         if right.values is None:
             return right
+        wrong: Any = {"a list": list(right.values), "words": ["one"] * len(right.values), "complex": right.values + 1j}
+        if what in wrong:
+            return dataclasses.replace(right, values=wrong[what])
+        if what == "a bound of nothing":
+            nothing: Any = None
+            return dataclasses.replace(right, bound=nothing)
         if what == "all zeros":
             return dataclasses.replace(right, values=np.zeros_like(right.values))
         if what == "all ones":
@@ -66,6 +75,7 @@ RECOMPUTE = (Lever.RECOMPUTE,)
 FAULTS = (
     "raises", "is missing", "error", "time", "infeasible", "unbounded", "all zeros", "all ones", "flipped", "halves",
     "not numbers", "too short", "bound above", "no bound", "feasible only",
+    "no claim", "a list", "words", "complex", "a bound of nothing",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from tightfit.accelerator import any_card
 from tightfit.core import InvalidInput, Unsupported
 from tightfit.core.errors import nearly, unknown
-from tightfit.forecast import Setup, default_length
+from tightfit.forecast import Adapters, Setup, default_length
 
 __all__ = ["Case", "Run", "case_of", "is_true", "read_run", "setup_of"]
 
@@ -201,8 +201,6 @@ def setup_of(run: Run) -> tuple[Setup | None, tuple[str, ...]]:
     method = "qlora" if loaded_in_4bit else "lora" if is_true(run.get("use_peft")) else "full"
     if is_true(run.get("load_in_8bit")):
         notes.append("8-bit weights are not forecast: they count in their plain dtype")
-    if method != "full" and run.get("lora_target_modules"):
-        notes.append("adapters are counted on every linear layer, not on lora_target_modules alone")
     asked_optimizer = run.get("optim")
     asked_optimizer = str(getattr(asked_optimizer, "value", asked_optimizer) or "adamw_torch_fused")
     optimizer = _OPTIMIZERS.get(asked_optimizer, "none")
@@ -211,6 +209,9 @@ def setup_of(run: Run) -> tuple[Setup | None, tuple[str, ...]]:
     per_device = _whole(run, "per_device_train_batch_size", 8)
     if run.trainer == "dpo":
         notes.append(_of_dpo(run, method, per_device))
+    attention = _attention(run)
+    if attention not in (None, *_ATTENTIONS):
+        notes.append(f"attn_implementation {attention}: forecast with transformers' own choice in its place")
     longest = run.get("max_length")
     seq = default_length(name) if longest is None else min(_whole(run, "max_length", 1024), _most_tokens(name))
     setup = Setup(
@@ -224,22 +225,74 @@ def setup_of(run: Run) -> tuple[Setup | None, tuple[str, ...]]:
         accumulate=_whole(run, "gradient_accumulation_steps", 1) > 1,
         trainer=run.trainer if run.trainer in ("sft", "dpo") else "model",
         settings=_settings(run) if run.trainer in ("sft", "dpo") else (),
+        adapters=Adapters() if method == "full" else _adapters(run),
+        double_quantised=method != "qlora" or is_true(run.get("use_bnb_nested_quant")),
+        attention=attention if attention in _ATTENTIONS else None,
     )
     return setup.checked(), tuple(notes)
+
+
+#: Values of attn_implementation that need no other package and no card.
+_ATTENTIONS = ("eager", "sdpa")
+
+
+def _made_with(run: Run) -> Mapping[str, Any]:
+    """What the run gives to `from_pretrained`."""
+    found = run.get("model_init_kwargs")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _attention(run: Run) -> str | None:
+    asked = run.get("attn_implementation") or _made_with(run).get("attn_implementation")
+    return None if asked is None else str(asked)
+
+
+def _adapters(run: Run) -> Adapters:
+    """As TRL's scripts make them: what the file leaves out is TRL's default (a dropout of 0.05, PEFT's own targets)."""
+    targets = _names(run, "lora_target_modules")
+    return Adapters(
+        targets=targets or None,
+        parameters=_names(run, "lora_target_parameters"),
+        saved=_names(run, "lora_modules_to_save"),
+        dropout=_share(run, "lora_dropout"),
+        dora=is_true(run.get("use_dora")),
+    )
+
+
+def _names(run: Run, key: str) -> tuple[str, ...]:
+    """One name or several; a file may have them as a list or in one line."""
+    value = run.get(key)
+    found = [] if value is None else value.split() if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise InvalidInput(f"{key} in {run.source!r} is {value!r}: expected names")
+    return tuple(found)
+
+
+def _share(run: Run, key: str) -> float:
+    value = run.get(key)
+    try:
+        share = float(value or 0)
+        if isinstance(value, bool) or not 0 <= share < 1:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InvalidInput(
+            f"{key} in {run.source!r} is {value!r}: expected a share of at least 0 and below 1"
+        ) from None
+    return share
 
 
 #: What a run may ask for that changes its step, and that its forecast leaves out.
 _NOT_FORECAST = {
     "deepspeed": "deepspeed: its shards and its offload are not forecast; the peak is that of one device without it",
     "fsdp": "fsdp: the peak is that of one device without shards; tightfit check --strategy fsdp2 forecasts shards",
+    "activation_offloading": "activation_offloading: what it moves to the host is not forecast; the peak is without it",
     "torch_compile": "torch_compile: the peak is that of the step without it; a compiled step has other temporaries",
 }
 
 
 def _hub_kernels(run: Run) -> bool:
     """Does the run replace layers by kernels of the hub?"""
-    made_with = run.get("model_init_kwargs")
-    return is_true(run.get("use_kernels")) or (isinstance(made_with, Mapping) and is_true(made_with.get("use_kernels")))
+    return is_true(run.get("use_kernels")) or is_true(_made_with(run).get("use_kernels"))
 
 
 def _settings(run: Run) -> tuple[tuple[str, Any], ...]:
@@ -291,7 +344,10 @@ def _most_tokens(name: str) -> int:
 def _dtype_of(run: Run, name: str) -> str:
     from tightfit.integrations.transformers import config_named
 
-    said = str(run.values.get("torch_dtype") or run.get("dtype") or "float32").removeprefix("torch.")
+    made_with = _made_with(run)
+    asked = run.values.get("torch_dtype") or run.values.get("dtype") or made_with.get("dtype")
+    asked = asked or made_with.get("torch_dtype") or run.get("dtype") or "float32"
+    said = str(asked).removeprefix("torch.")
     if said == "auto":
         said = str(getattr(config_named(name), "dtype", None) or "float32").removeprefix("torch.")
     half = {"bfloat16": "bf16", "float16": "fp16", "bf16": "bf16", "fp16": "fp16"}.get(said)

@@ -22,10 +22,11 @@ from tightfit.forecast.micro_batches import check_micro_batches
 from tightfit.forecast.recording import trace_for, trace_setup
 from tightfit.forecast.room import HERE, device_asked, usable_bytes
 from tightfit.forecast.search import least_peak_bytes
-from tightfit.forecast.setup import Progress, Setup, default_length
+from tightfit.forecast.setup import Adapters, Progress, Setup, default_length
 
 __all__ = [
     "HERE",
+    "Adapters",
     "Effort",
     "Progress",
     "Setup",

@@ -35,7 +35,7 @@ from tightfit.trace.optimizer import OptimizerRecord
 
 def floor(setup: Setup, device: Device) -> int:
     """Bytes that any step has at once, whatever its batch: weights, optimizer state, and gradients when it steps."""
-    model = build_model(setup.model, setup.method, setup.dtype, setup.rank)
+    model = build_model(setup)
     static = sum(static_bytes_by_category(model).values())
     if setup.optimizer == "none":
         return static // (setup.world_size if setup.strategy == Strategy.FSDP2.value else 1)
@@ -152,7 +152,7 @@ def notes(setup: Setup, device: Device) -> Iterable[str]:
         yield f"{device.name}: kernels are taken to be CUDA's, which {device.kind}'s resemble but are not"
     if device.compute_capability is not None and device.compute_capability < 8.0 and setup.dtype.startswith("bf16"):
         yield f"{device.name} has no bfloat16 units, so bf16 runs at float32 speed there: use fp16"
-    config = build_model(setup.model, setup.method, setup.dtype, setup.rank).config
+    config = build_model(setup).config
     if getattr(config, "quantization_config", None) is not None:
         yield "the config names a quantisation of its own, which is not forecast: weights count in their plain dtype"
     if setup.method == "qlora":
@@ -181,5 +181,5 @@ def spread_notes(setup: Setup, recorded: Trace) -> Iterable[str]:
 
 def _packed_not(setup: Setup) -> list[nn.Parameter]:
     """Stacked expert weights (three dimensions), which bitsandbytes' layers do not take."""
-    model = build_model(setup.model, setup.method, setup.dtype, setup.rank)
+    model = build_model(setup)
     return [p for p in model.parameters() if p.dim() == 3 and not p.requires_grad]

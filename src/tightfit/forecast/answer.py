@@ -144,7 +144,7 @@ def _mode(name: str, recorded: Trace, line: Timeline, made: Plan | None, room: i
 def _blocks_mode(setup: Setup, device: Device, recorded: Trace, room: int) -> Mode:
     """Every block recomputed. Where a unit cannot be planned, the step with torch.utils.checkpoint itself is traced."""
     if any(unit.pinned for unit in recorded.units):
-        model = build_model(setup.model, setup.method, setup.dtype, setup.rank)
+        model = build_model(setup)
         with every_block_checkpointed(model):
             whole = retimed(trace_setup(setup, device, units=[""]), reached(device))
         mode = _mode("every-block", whole, simulate(whole), None, room)

@@ -106,7 +106,7 @@ def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = 
     cannot run.
     """
     setup.checked()
-    model = build_model(setup.model, setup.method, setup.dtype, setup.rank)
+    model = build_model(setup)
     from tightfit.integrations.transformers import require_positions
 
     require_positions(model.config, setup.seq)
@@ -196,17 +196,15 @@ class _Spread:
         return dataclasses.replace(recorded, static_bytes=static, tiled=tiled)
 
 
-def optimizer_key(setup: Setup) -> tuple[str, str, str, int, str, int]:
+def optimizer_key(setup: Setup) -> tuple[Setup, str, int]:
     shards = setup.world_size if setup.strategy == Strategy.FSDP2.value else 1
-    return setup.model, setup.method, setup.dtype, setup.rank, setup.optimizer, shards
+    return setup.of_model, setup.optimizer, shards
 
 
 @functools.lru_cache(maxsize=4)
-def optimizer_record(
-    model: str, method: str, dtype: str, rank: int, optimizer: str, shards: int, device: HashableDevice
-) -> OptimizerRecord:
+def optimizer_record(model: Setup, optimizer: str, shards: int, device: HashableDevice) -> OptimizerRecord:
     """The optimizer's step depends on the parameters alone, so one serves every batch and length."""
-    trained: nn.Module = build_model(model, method, dtype, rank)
+    trained: nn.Module = build_model(model)
     if shards > 1:
         trained = nn.ParameterList(
             nn.Parameter(p.new_empty(-(-p.shape[0] // shards), *p.shape[1:]) if p.dim() else p.new_empty(()))

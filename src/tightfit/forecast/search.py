@@ -105,7 +105,7 @@ def largest_fitting(
     0: not even the smallest fits.
     """
     step = 1 if what == "batch" else SEQ_STEP
-    positions = positions_in(build_model(setup.model, setup.method, setup.dtype, setup.rank))
+    positions = positions_in(build_model(setup))
     most = max(1, MOST_TOKENS // setup.seq) if what == "batch" else (positions or MOST_TOKENS // setup.batch) // step
     asked = getattr(setup, what)
     tried: dict[int, tuple[bool, int]] = {}

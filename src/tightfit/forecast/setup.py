@@ -49,6 +49,17 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adapters:
+    """What LoRA puts into a model, beside its rank, in the terms of PEFT's `LoraConfig`."""
+
+    targets: tuple[str, ...] | None = ("all-linear",)  # target_modules; None: PEFT's own choice for the architecture
+    parameters: tuple[str, ...] = ()  # target_parameters
+    saved: tuple[str, ...] = ()  # modules_to_save: trained whole, on a copy
+    dropout: float = 0.0
+    dora: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """What is asked about: a model and how it is trained."""
 
@@ -65,6 +76,17 @@ class Setup:
     reshard: bool = True  # FSDP2: are a unit's weights given back between its forward and its backward?
     trainer: str = "model"  # whose loss: the model's own, as transformers' Trainer takes it, or TRL's for SFT or DPO
     settings: tuple[tuple[str, Any], ...] = ()  # of that trainer, as its config names them
+    adapters: Adapters = Adapters()  # of the methods that train adapters
+    double_quantised: bool = True  # with qlora: are the scales of the 4-bit weights quantised too?
+    attention: str | None = None  # attn_implementation; None: transformers' own choice
+
+    @property
+    def of_model(self) -> Setup:
+        """What the model depends on; the rest is as it is when nothing is said."""
+        return Setup(
+            model=self.model, method=self.method, dtype=self.dtype, rank=self.rank, adapters=self.adapters,
+            double_quantised=self.double_quantised, attention=self.attention,
+        )  # fmt: skip
 
     def checked(self) -> Setup:
         """Itself. Raises `InvalidInput` for what cannot be meant."""
@@ -97,33 +119,51 @@ class Setup:
         return self
 
 
+def build_model(setup: Setup) -> Any:
+    """The model on `meta`, in training mode, with the method's parameters trainable. Setups that differ in the batch
+    alone are given the same one."""
+    return _built(setup.of_model)
+
+
 @functools.lru_cache(maxsize=4)
-def build_model(name: str, method: str, dtype: str, rank: int) -> Any:
-    """The model on `meta`, in training mode, with the method's parameters trainable."""
+def _built(setup: Setup) -> Any:
+    return new_model(setup)
+
+
+def new_model(setup: Setup) -> Any:
+    """As `build_model`, for a caller who changes it."""
     from transformers import AutoModelForCausalLM
 
     from tightfit.integrations.transformers import config_named
 
-    config = copy.deepcopy(config_named(name))
-    weights, compute = DTYPES[dtype]
+    config = copy.deepcopy(config_named(setup.model))
+    weights, compute = DTYPES[setup.dtype]
+    attention = {} if setup.attention is None else {"attn_implementation": setup.attention}
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=weights, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=weights, trust_remote_code=False, **attention)
     except Exception as error:  # model classes raise what they like for configs that do not fit together
         first_line = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:200]
         raise InvalidInput(
-            f"no causal language model can be built from the config of {name!r} ({type(error).__name__}: {first_line})"
+            f"no causal language model can be built from the config of {setup.model!r} "
+            f"({type(error).__name__}: {first_line})"
         ) from error
     model.train()
-    if method == "qlora":
+    if setup.method == "qlora":
         from tightfit.integrations.bitsandbytes import quantise
 
-        model = quantise(model, compute or weights)
-    if method != "full":
+        model = quantise(model, compute or weights, double=setup.double_quantised)
+    if setup.method != "full":
         from tightfit.integrations.peft import add_lora
 
+        asked = setup.adapters
+        # a name alone may be a pattern, or stand for many
+        targets = asked.targets[0] if asked.targets is not None and len(asked.targets) == 1 else asked.targets
         with torch.device("meta"):
-            model = add_lora(model, rank=rank)
+            model = add_lora(
+                model, rank=setup.rank, dropout=asked.dropout, targets=targets, parameters=asked.parameters,
+                saved=asked.saved, dora=asked.dora,
+            )  # fmt: skip
     return model
 
 

@@ -1,4 +1,4 @@
-"""4-bit weights from bitsandbytes: nf4 with double quantisation, as QLoRA uses them.
+"""4-bit weights from bitsandbytes: nf4, with double quantisation as QLoRA uses them or without.
 
 `quantise` replaces a model's linear layers by bitsandbytes' own 4-bit layer. A layer whose weights are really there is
 quantised by bitsandbytes; one on `meta` becomes its twin: packed weights, scales and code books of the same sizes, and
@@ -25,8 +25,9 @@ __all__ = ["no_repacking", "quantise"]
 _BLOCK, _SCALES_BLOCK = 64, 256
 
 
-def quantise(model: Any, compute_dtype: torch.dtype = torch.bfloat16) -> Any:
-    """`model` with every linear layer but its output layer in nf4 with double quantisation, frozen, in place.
+def quantise(model: Any, compute_dtype: torch.dtype = torch.bfloat16, *, double: bool = True) -> Any:
+    """`model` with every linear layer but its output layer in nf4, frozen, in place. `double`: the scales are quantised
+    too (`bnb_4bit_use_double_quant`).
 
     Raises `Unsupported` without bitsandbytes, `InvalidInput` for a model without linear layers (GPT-2 has `Conv1D`s).
     """
@@ -51,9 +52,9 @@ def quantise(model: Any, compute_dtype: torch.dtype = torch.bfloat16) -> Any:
         # made on meta and filled after, so that nothing is allocated twice
         layer: Any = Linear4bit(
             linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype, quant_type="nf4",
-            compress_statistics=True, device="meta",
+            compress_statistics=double, device="meta",
         )  # fmt: skip
-        layer.weight = _twin(linear.weight, layer) if linear.weight.is_meta else _packed(linear.weight, layer)
+        layer.weight = (_twin if linear.weight.is_meta else _packed)(linear.weight, layer, double)
         layer.bias = linear.bias
         layer.train(linear.training)
         setattr(module, name, layer)
@@ -63,16 +64,16 @@ def quantise(model: Any, compute_dtype: torch.dtype = torch.bfloat16) -> Any:
     return model
 
 
-def _packed(weight: torch.Tensor, layer: Any) -> Any:
+def _packed(weight: torch.Tensor, layer: Any, double: bool) -> Any:
     from bitsandbytes.nn import Params4bit
 
     packed = Params4bit(
-        weight.detach(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+        weight.detach(), requires_grad=False, compress_statistics=double, quant_type="nf4", module=layer
     )._quantize(weight.device)
     return packed
 
 
-def _twin(weight: torch.Tensor, layer: Any) -> Any:
+def _twin(weight: torch.Tensor, layer: Any, double: bool) -> Any:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
 
@@ -80,16 +81,19 @@ def _twin(weight: torch.Tensor, layer: Any) -> Any:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     blocks = -(-weight.numel() // _BLOCK)
-    scales = QuantState(
-        absmax=on_meta(-(-blocks // _SCALES_BLOCK)), code=on_meta(256), blocksize=_SCALES_BLOCK, dtype=torch.float32
-    )
+    scales = offset = None
+    if double:
+        offset = on_meta()
+        scales = QuantState(
+            absmax=on_meta(-(-blocks // _SCALES_BLOCK)), code=on_meta(256), blocksize=_SCALES_BLOCK, dtype=torch.float32
+        )
     state = QuantState(
-        absmax=on_meta(blocks, dtype=torch.uint8), shape=weight.shape, dtype=weight.dtype, blocksize=_BLOCK,
-        code=on_meta(16), quant_type="nf4", offset=on_meta(), state2=scales,
+        absmax=on_meta(blocks, dtype=torch.uint8 if double else torch.float32), shape=weight.shape, dtype=weight.dtype,
+        blocksize=_BLOCK, code=on_meta(16), quant_type="nf4", offset=offset, state2=scales,
     )  # fmt: skip
     packed = Params4bit(
         on_meta((weight.numel() + 1) // 2, 1, dtype=torch.uint8), requires_grad=False, quant_state=state,
-        compress_statistics=True, quant_type="nf4", module=layer, bnb_quantized=True,
+        compress_statistics=double, quant_type="nf4", module=layer, bnb_quantized=True,
     )  # fmt: skip
     layer.quant_state = state
     return packed

@@ -23,9 +23,16 @@ def add_lora(
     rank: int = 16,
     alpha: float = 32,
     dropout: float = 0.0,
-    targets: str | Sequence[str] = "all-linear",
+    targets: str | Sequence[str] | None = "all-linear",
+    *,
+    parameters: Sequence[str] = (),
+    saved: Sequence[str] = (),
+    dora: bool = False,
 ) -> PeftModel:
-    """`model` with LoRA adapters of `rank` on `targets`: `"all-linear"`, or module names as PEFT takes them.
+    """`model` with LoRA adapters of `rank` on `targets`: `"all-linear"`, module names as PEFT takes them, or `None` for
+    PEFT's own choice for the architecture.
+
+    `parameters`, `saved` and `dora` are PEFT's `target_parameters`, `modules_to_save` and `use_dora`.
 
     Raises `Unsupported` when PEFT is not installed and `InvalidInput` for values that PEFT refuses.
     """
@@ -41,14 +48,19 @@ def add_lora(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int and divides it by the rank
         lora_dropout=dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=targets if targets is None or isinstance(targets, str) else list(targets),
+        modules_to_save=list(saved) or None,
+        use_dora=dora,
         task_type=TaskType.CAUSAL_LM,
+        **({"target_parameters": list(parameters)} if parameters else {}),  # PEFT has it since 0.17
     )
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         first_line = (str(error).splitlines() or [""])[0]
-        raise InvalidInput(f"PEFT cannot put LoRA on {targets!r} of this model: {first_line}") from error
+        raise InvalidInput(
+            f"PEFT cannot put LoRA on {targets or 'its own choice'!r} of this model: {first_line}"
+        ) from error
     adapted.train()
     return adapted
 

@@ -165,6 +165,11 @@ class Claim:
     bound: float = float("-inf")
     out_of_time: bool = False  # or out of nodes: asking again would end the same
 
+    def read(self) -> Claim:
+        """The claim with numbers for what should be numbers. Raises what Python does where there are none."""
+        values = None if self.values is None else np.asarray(self.values).astype(np.float64, casting="safe")
+        return dataclasses.replace(self, said=str(self.said), values=values, bound=float(self.bound))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -249,7 +254,7 @@ def solve(program: MixedProgram, *, seconds: float, gap: float = 0.0, attainable
             break
         put = program.rescaled() if attempt.rescaled else program
         try:
-            claim = engine(put, left, gap, attempt.presolve)
+            claim = engine(put, left, gap, attempt.presolve).read()
         except Exception as error:  # whatever ends a solver must not end the plan
             said.append(f"{type(error).__name__}: {error}")
             continue

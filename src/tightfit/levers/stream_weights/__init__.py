@@ -208,15 +208,13 @@ def _in_order(trace: Trace) -> list[FrozenWeights]:
 
 
 def copy_seconds(trace: Trace, streamed: Sequence[FrozenWeights]) -> float:
-    """What it takes to copy these weights in a step, but for what replays read."""
+    """What it takes to copy these weights in a step, but for what replays read. Whole numbers are added up, so that
+    the order of a module's values does not matter."""
     reads = _reads(trace)
     _, back = copy_lanes(trace)
-    seconds = 0.0
-    for each in streamed:
-        for value in each.values:
-            copy = trace.values[value].size_bytes / back.bytes_per_second + _COPY_SECONDS
-            seconds += copy * (len(each.spans) + reads[value])
-    return seconds
+    copies = [(value, len(each.spans) + reads[value]) for each in streamed for value in each.values]
+    copied_bytes = sum(trace.values[value].size_bytes * count for value, count in copies)
+    return copied_bytes / back.bytes_per_second + sum(count for _, count in copies) * _COPY_SECONDS
 
 
 def streaming(trace: Trace, streamed: Sequence[FrozenWeights]) -> Trace:
