@@ -452,13 +452,13 @@ def test_the_step_of_a_run(tmp_path: Path) -> None:
     [
         ("", "nothing"),
         ("- 1\n", "a list"),
-        ("a: [", "no YAML in line"),
+        ("a: [", r"not YAML \(line"),
         ("foo: 1\n", "'foo'"),
         (BASE + "per_device_train_batch_size: many\n", "'many'"),
         (BASE + "lora_r: 0\nuse_peft: true\n", "lora_r"),
         (BASE + "dtype: int3\n", "int3"),
         ("model_name_or_path: gpt3\n", "gpt3"),
-        ("!!python/object/apply:os.system ['true']\n", "no YAML"),
+        ("!!python/object/apply:os.system ['true']\n", "not YAML"),
     ],
 )
 def test_a_yaml_that_is_no_run(text: str, said: str, tmp_path: Path) -> None:
