@@ -24,7 +24,7 @@ from tightfit.doctor import TRAPS, Verdict, case_of, examine, explain_peak, find
 from tightfit.doctor.traps import peaks, use_cache
 from tightfit.doctor.traps import trap as shared
 from tightfit.doctor.traps.reentrant import _missing
-from tightfit.forecast import Setup
+from tightfit.forecast import Adapters, Setup
 from tightfit.levers.loss_in_place.loss import in_place
 from tightfit.step.run import static_bytes_by_category
 from tightfit.verify.measure import every_block_checkpointed
@@ -433,7 +433,7 @@ def test_the_step_of_a_run(tmp_path: Path) -> None:
     setup, _ = setup_of(read_run(write(tmp_path, text)))
     assert setup == Setup(
         model="gpt2", method="lora", batch=3, seq=128, dtype="bf16-mixed", optimizer="adamw", rank=4, accumulate=True,
-        trainer="sft", settings=(("gradient_accumulation_steps", 2),),
+        trainer="sft", settings=(("gradient_accumulation_steps", 2),), adapters=Adapters(targets=None, dropout=0.05),
     )  # fmt: skip
     setup, notes = setup_of(read_run(write(tmp_path, text + "beta: 0.1\n")))
     assert setup is not None
@@ -452,13 +452,13 @@ def test_the_step_of_a_run(tmp_path: Path) -> None:
     [
         ("", "nothing"),
         ("- 1\n", "a list"),
-        ("a: [", "no YAML in line"),
+        ("a: [", r"not YAML \(line"),
         ("foo: 1\n", "'foo'"),
         (BASE + "per_device_train_batch_size: many\n", "'many'"),
         (BASE + "lora_r: 0\nuse_peft: true\n", "lora_r"),
         (BASE + "dtype: int3\n", "int3"),
         ("model_name_or_path: gpt3\n", "gpt3"),
-        ("!!python/object/apply:os.system ['true']\n", "no YAML"),
+        ("!!python/object/apply:os.system ['true']\n", "not YAML"),
     ],
 )
 def test_a_yaml_that_is_no_run(text: str, said: str, tmp_path: Path) -> None:

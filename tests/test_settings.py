@@ -1,16 +1,15 @@
-"""YAML files of settings: a key that stands twice is an error that says where."""
+"""YAML files of settings: what is wrong with one is told in one line that says where, by `train` and by `doctor`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tightfit.core import InvalidInput
 from tightfit.doctor.run import read_run
 from tightfit.train.recipe import read_config
-from tightfit.train.settings import parse_yaml
+from tightfit.train.settings import read_yaml
 
 
 @pytest.mark.parametrize(
@@ -30,14 +29,33 @@ def test_a_key_that_stands_twice_is_refused(text: str, lines: str, tmp_path: Pat
         assert str(error.value) == f"{str(path)!r} gives {lines}: keep one of them"
 
 
-def test_what_is_no_repetition_is_read() -> None:
-    text = (
+def test_what_is_no_repetition_is_read(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
         "base: &base {x: 1, y: 2}\nmid: &mid {<<: *base, x: 3}\ntop: {<<: *mid, <<: *base, y: 4}\n1: one\n'1': text\n"
     )
-    found = parse_yaml(text, "a file")
+    found = read_yaml(tmp_path / "run.yaml", "config")
     assert found["mid"] == {"x": 3, "y": 2} and found["top"]["y"] == 4 and found[1] == "one" and found["1"] == "text"
 
 
-def test_nothing_runs() -> None:
-    with pytest.raises(yaml.YAMLError):
-        parse_yaml("a: !!python/object/apply:os.getcwd []", "a file")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 1\nmax_steps: 9999-99-99\n", "has '9999-99-99' in line 2, which YAML takes for a date that it is not"),
+        ("a: !!int ''\n", "has '' in line 1, which YAML takes for a whole number"),
+        ("a: !!timestamp x\n", "has 'x' in line 1, which YAML takes for a date"),
+        ("a: !!bool x\n", "has 'x' in line 1, which YAML takes for true or false"),
+        ("a: 1\n---\nb: 2\n", "holds several YAML documents (another begins in line 2): keep one in a file"),
+        ("a: 1\n\tb: 2\n", "is not YAML (line 2): found character"),
+        ("a: 1\nb: \x01\n", "is not YAML (line 2): special characters are not allowed"),
+        ("a: !!python/object/apply:os.getcwd []", "is not YAML (line 1): could not determine a constructor"),
+        ("[" * 500, "is nested too deep"),
+        ("é", "is not UTF-8 text (byte 0): save it as UTF-8"),
+    ],
+)
+def test_what_is_no_settings_is_told_with_its_line(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    for read in (read_config, read_run):
+        with pytest.raises(InvalidInput) as error:
+            read(path)
+        assert said in str(error.value) and repr(str(path)) in str(error.value) and "\n" not in str(error.value)

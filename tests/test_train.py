@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -691,17 +693,95 @@ def test_a_folder_without_data_says_so(names: tuple[str, ...], tmp_path: Path) -
         recipe._local(str(tmp_path), "text")
 
 
-def test_the_progress_line_reads_whole_at_80_columns() -> None:
+@pytest.mark.parametrize("name", ["d[1]", "d*", "d?", "."])
+def test_a_path_is_no_pattern(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the name that was given nor the working folder, which `datasets` puts in front of it."""
+    work = tmp_path / "w[1]"
+    for folder, text in (("d1", "another's"), (name, "mine")):
+        (work / folder).mkdir(parents=True, exist_ok=True)
+        if folder != ".":
+            (work / folder / "a.txt").write_text(text)
+            (work / f"{folder}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    with progress.quiet_libraries():
+        if name == ".":
+            assert recipe._local("d1", "text")[0]["train"][:]["text"] == ["another's"]
+        else:
+            assert recipe._local(name, "text")[0]["train"][:]["text"] == ["mine"]
+            assert recipe._local(f"{name}.jsonl", "text")[0][:]["text"] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"a.bin": b"\x8c", "b.txt": b"a\x8c"}, "b.txt' is not UTF-8 text (byte 1): mend that file, or move it"),
+        ({"a.txt": b"", "b.txt": b""}, "a.txt' is empty, as all its files are: give text"),
+        ({"a.jsonl": b'{"text":"a"}', "b.jsonl": b'{"txt":"a"}'}, "a.jsonl' has the columns text and "),
+        ({"a.csv": b"text\na\n", "b.csv": b"txt,x\na,b\n"}, "b.csv' has txt, x: give all files the same columns"),
+        ({"a.jsonl": b'{"text":"a"}', "b.jsonl": b'{"text":\n'}, "line 1 of "),
+        ({"a.json": b'[{"text":"a"}]', "b.json": b'[{"text": "b"}, "a"]'}, "b.json' holds something else than JSON"),
+        ({"a.parquet": b"PAR1 and no more"}, "a.parquet' is not Parquet"),
+    ],
+)
+def test_the_file_of_a_folder_that_is_no_data_is_named(files: dict[str, bytes], said: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with progress.quiet_libraries(), pytest.raises(InvalidInput) as caught:
+        recipe._local(str(tmp_path), "text")
+    assert said in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_json_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.json").write_text("{\n  x\n")
+    with progress.quiet_libraries(), pytest.raises(InvalidInput, match=r"bad.json' is not JSON \(line 2\)"):
+        recipe._local(str(tmp_path / "bad.json"), "text")
+    assert "Failed" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model", "data", "out"])
+def test_an_empty_name_is_not_left_out(name: str, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=f"--{name}.* is given, but empty"):
+        as_asked(dataclasses.replace(options(place, tmp_path / "run"), **{name: ""}))
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "data", "dataset_name", "base_config", "output_dir"])
+def test_an_empty_name_in_a_file_is_not_left_out(key: str, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=f"{key} is given, but empty"):
+        as_asked(TrainOptions(config=yaml(place, tmp_path, **{key: ""})))
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 99, 100, 200])
+@pytest.mark.parametrize(
+    ("step", "steps", "figures"),
+    [
+        (2, 4, (12.345, 100.0, 44 << 20, 45 << 20)),
+        (12_345, 99_999, (12.345, 123_456.0, 189 << 20, (190 << 20) + (1 << 19))),
+        (99_999, 100_000, (123.456, 1_234_567.0, 1_073_636_966, 1 << 30)),
+        (9_999_999, 99_999_999, (1e30, 1_234_567.0, 1_073_636_966, 1023 << 30)),
+        (1, 10, None),
+    ],
+)
+def test_the_progress_line_is_never_cut(width: int, step: int, steps: int, figures: Any) -> None:
+    """What there is no room for is left out whole, the least important first; the counter of steps always stands."""
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
-    bar = progress.progress_bar(console)
-    figures = progress.figures_of(12.345, 123_456, 189 << 20, (190 << 20) + (1 << 19))
-    task = bar.add_task("train", total=99_999, completed=12_345, figures=figures)
-    bar.update(task)
-    with bar:
-        bar.refresh()
-    line = [each for each in screen.getvalue().splitlines() if "12345/99999" in each][-1]
-    assert "…" not in line and "loss 12.345  123,456 tokens/s  189.0 of 190.5 MiB" in line and line.count(":") == 2
+    console = Console(file=screen, force_terminal=True, width=width, color_system=None)
+    words = progress.Figures() if figures is None else progress.figures_of(*figures)
+    with progress.progress_bar(console) as bar:
+        bar.add_task("train", total=steps, completed=step, figures=words)
+    counter = f"step {step:{len(str(steps))}}/{steps}"
+    line = next(each for each in screen.getvalue().splitlines() if counter in each)
+    line = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\r", "", line).strip()
+    assert line.startswith(counter) and len(line) <= width
+    known = [each for each in (words.loss, "-:--:--", words.peak, words.speed) if each]  # the most important first
+    there = [each for each in known if each in line]
+    assert there == known[: len(there)]
+    rest = re.sub("[━╸╺ ]", "", line)
+    assert len(rest) == sum(len(each.replace(" ", "")) for each in [counter, *there])  # and nothing in part
+    if there != known:
+        assert len(line) + 2 + len(known[len(there)]) > width
+    if width == 80 and steps == 99_999:
+        assert there == known
 
 
 def test_local_files_train(place: Path, tmp_path: Path) -> None:

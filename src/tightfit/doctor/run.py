@@ -112,23 +112,12 @@ def read_run(path: str | Path, trainer: str | None = None) -> Run:
     if trainer is not None and trainer not in _TRAINERS:
         raise unknown("trainer", trainer, _TRAINERS)
     try:
-        import yaml
-
-        from tightfit.train.settings import parse_yaml
+        from tightfit.train.settings import read_yaml
     except ImportError as error:
         raise Unsupported(
             f"reading a run's YAML needs the package pyyaml ({error}): pip install 'tightfit[trl]'"
         ) from None
-    try:
-        values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
-    except InvalidInput:
-        raise
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"cannot read the run {str(path)!r}: {error}") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" in line {where.line + 1}" if where is not None else ""
-        raise InvalidInput(f"{str(path)!r} is no YAML{line}: {getattr(error, 'problem', None) or error}") from None
+    values = read_yaml(path, "run")
     if not isinstance(values, Mapping):
         raise InvalidInput(f"{str(path)!r} holds {_kind(values)}: expected the keys of a TRL or transformers run")
     values = {str(key): value for key, value in values.items()}

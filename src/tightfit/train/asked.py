@@ -142,6 +142,7 @@ def as_asked(options: TrainOptions) -> tuple[Asked, Path, dict[str, Any] | None]
     config = None if options.config is None else read_config(options.config)
     asked = Asked(options=options, config=config)
     recipe = asked.recipe()
+    _require_names(options, recipe)
     budget, base = recipe.fit.budget, recipe.fit.base_config
     parse_bytes(budget, whole_bytes=2**40)
     parse_levers(recipe.fit.levers)
@@ -164,6 +165,21 @@ def as_asked(options: TrainOptions) -> tuple[Asked, Path, dict[str, Any] | None]
             f"there is no run in {str(folder)!r} to resume: give the folder of one with --out, or say what to train too"
         )
     return asked, folder, None
+
+
+def _require_names(options: TrainOptions, recipe: Recipe) -> None:
+    """Raise `InvalidInput` for an empty name, as of `--data "$UNSET"`: it is not what leaving it out would be."""
+    names = (
+        ("--model or model_name_or_path", recipe.model.model_name_or_path),
+        ("--data or data", recipe.fit.data),
+        ("dataset_name", recipe.script.dataset_name),
+        ("base_config", recipe.fit.base_config),
+        ("--out", options.out),
+        ("output_dir", recipe.args.output_dir),
+    )
+    for name, value in names:
+        if value is not None and not str(value).strip():
+            raise InvalidInput(f"{name} is given, but empty: give a name, or leave it out")
 
 
 def _says_what(options: TrainOptions) -> bool:

@@ -6,18 +6,15 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, RenderableType
+from rich.progress import Progress, Task, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -101,20 +98,65 @@ class Losses(TrainerCallback):
         self.rows.append(row)
 
 
-def progress_bar(console: Console) -> Progress:
-    """One line of which nothing is cut at 80 columns: a bar is drawn where there is room for one besides."""
-    columns: list[ProgressColumn] = [TextColumn("step"), MofNCompleteColumn()]
-    if console.width >= 100:
-        columns.append(BarColumn(bar_width=None))
-    columns += [TextColumn("{task.fields[figures]}"), TimeRemainingColumn()]
-    return Progress(*columns, console=console)
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the progress line says of a step, in words."""
+
+    loss: str = ""
+    speed: str = ""
+    peak: str = ""
 
 
-def figures_of(loss: float, tokens_per_second: float, peak_bytes: int, budget_bytes: int) -> str:
+def figures_of(loss: float, tokens_per_second: float, peak_bytes: int, budget_bytes: int) -> Figures:
     peak, budget = format_bytes(peak_bytes), format_bytes(budget_bytes)
     if peak.split()[1:] == budget.split()[1:]:
         peak = peak.split()[0]
-    return f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {peak} of {budget}"
+    number = f"{loss:.3f}" if abs(loss) < 1e6 else f"{loss:.3e}"
+    return Figures(f"loss {number}", f"{tokens_per_second:,.0f} tokens/s", f"{peak} of {budget}")
+
+
+class _OneLine(Progress):
+    """A line for each task of which nothing is ever cut: what there is no room for is left out whole.
+
+    rich's own columns all shrink at once where the line is too long, the counter of steps with them.
+    """
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            yield _line(task, self.console.width)
+
+
+_GAP = 2  # columns between two of the figures
+_LEAST_BAR = 8  # columns; a shorter one shows nothing
+
+
+def _line(task: Task, width: int) -> RenderableType:
+    """The counter of steps, then what fits: first the loss, then the time left, the peak, the speed and a bar."""
+    figures: Figures = task.fields["figures"]
+    total = "?" if task.total is None else str(int(task.total))
+    counter = Text(f"step {int(task.completed):{len(total)}}/{total}", style="progress.download")
+    loss, speed, peak = (Text(each) for each in (figures.loss, figures.speed, figures.peak))
+    remaining = TimeRemainingColumn().render(task)
+    known = [each for each in (loss, remaining, peak, speed) if each]
+    room = width - counter.cell_len
+    kept = 0
+    while kept < len(known) and room >= known[kept].cell_len + _GAP:
+        room -= known[kept].cell_len + _GAP
+        kept += 1
+    cells: list[RenderableType] = [counter]
+    if kept == len(known) and room >= _LEAST_BAR + _GAP:
+        cells.append(ProgressBar(total=task.total, completed=task.completed, width=room - _GAP))
+    cells += [each for each in (loss, speed, peak, remaining) if any(each is it for it in known[:kept])]
+    line = Table.grid(padding=(0, _GAP, 0, 0), pad_edge=False)
+    for _ in cells:
+        line.add_column(no_wrap=True, overflow="crop")
+    line.add_row(*cells)
+    return line
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar whose tasks have `figures`, a `Figures`. What is shown reads whole; the counter of steps always is."""
+    return _OneLine(console=console)
 
 
 @contextmanager
@@ -129,7 +171,10 @@ def one_line(what: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No progress bars and no advice from transformers, TRL and datasets inside; their errors still come through."""
+    """No progress bars and no advice from transformers, TRL and datasets inside; their errors still come through.
+
+    But for datasets, which logs an error and then raises it: it is told once.
+    """
     import logging as python_logging
 
     import datasets
@@ -143,7 +188,7 @@ def quiet_libraries() -> Iterator[None]:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     for other in others:
-        other.setLevel(python_logging.ERROR)
+        other.setLevel(python_logging.CRITICAL if other.name == "datasets" else python_logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -13,27 +13,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import dataclasses
+import glob
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import torch
-import yaml
 from datasets import Dataset, load_dataset
+from datasets.data_files import get_data_patterns
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_dataset
 
 from tightfit.core import InvalidInput
-from tightfit.core.errors import did_you_mean
-from tightfit.train.settings import parse_yaml
+from tightfit.core.errors import did_you_mean, reason_of
+from tightfit.train.settings import read_yaml
 
 __all__ = ["EMBEDDED", "FitArguments", "Recipe", "load_data", "read_config", "resolve"]
 
@@ -87,17 +91,7 @@ def _parser() -> Any:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The keys of a YAML file. Raises `InvalidInput` when it cannot be read or is no mapping."""
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InvalidInput(f"cannot read the config {str(path)!r}: {reason}") from None
-    try:
-        found = parse_yaml(text, str(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark is not None else ""
-        raise InvalidInput(f"the config {str(path)!r} is not YAML{line}") from None
+    found = read_yaml(path, "config")
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise InvalidInput(f"the config {str(path)!r} is no mapping of names to values")
     return found
@@ -254,9 +248,9 @@ def _local(name: str, text_column: str) -> tuple[Any, dict[str, Any], bool]:
         return _running_text(texts, name, text_column)
     path = Path(name).expanduser()
     if path.is_dir():
-        with _one_line(f"cannot load the data in the folder {name!r}"):
+        with _one_line(f"cannot load the data in the folder {name!r}", path):
             try:
-                found = load_dataset(str(path))
+                found = load_dataset(str(path), data_files=_patterns(path))
             except (IndexError, FileNotFoundError):  # both mean that no file is one that `datasets` reads
                 raise InvalidInput(
                     f"the folder {name!r} holds no data files: expected {', '.join(sorted(_BUILDERS))} or .txt"
@@ -281,11 +275,12 @@ def _local(name: str, text_column: str) -> tuple[Any, dict[str, Any], bool]:
     if builder == "json":
         _check_lines(path)
     if builder == "parquet":
-        with _one_line(f"cannot read the data {name!r}"):
+        with _one_line(f"cannot read the data {name!r}", path):
             if pyarrow.parquet.read_metadata(path).num_rows == 0:
                 raise InvalidInput(f"the data {name!r} is empty: it has no rows")
-    with _one_line(f"cannot read the data {name!r}"):
-        found = load_dataset(builder, data_files=str(path), split="train")
+    with _one_line(f"cannot read the data {name!r}", path):
+        # `datasets` takes it for a pattern, and the working folder too, which it would put in front
+        found = load_dataset(builder, data_files=glob.escape(str(path.absolute())), split="train")
     return found, source, False
 
 
@@ -295,31 +290,135 @@ def _running_text(texts: Sequence[str], name: str, text_column: str) -> tuple[An
     return Dataset.from_dict({text_column: list(texts)}), source, True
 
 
+def _patterns(folder: Path) -> dict[str, list[str]] | None:
+    """The data files of a folder whose own path would be read as a pattern, for each split; else `datasets` finds them.
+
+    `datasets` puts the path in front of its patterns as it is, so that `d[1]` would stand for `d1`.
+    """
+    path = folder.resolve().as_posix()
+    literal = glob.escape(path)
+    if literal == path:
+        return None
+    return {
+        str(split): [f"{literal}/{pattern}" for pattern in found] for split, found in get_data_patterns(literal).items()
+    }
+
+
 def _check_lines(path: Path) -> None:
     """Say which line of a .jsonl file is none; `datasets` does not."""
     if path.suffix.lower() != ".jsonl":
         return
     with open(path, encoding="utf-8") as lines:
         try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    raise InvalidInput(f"line {number} of {str(path)!r} is no JSON object")
+            _require_objects(lines, path)
         except UnicodeDecodeError:
             raise InvalidInput(f"the data {str(path)!r} is not UTF-8 text") from None
-        except json.JSONDecodeError:
+
+
+def _require_objects(lines: Iterable[str], path: Path) -> None:
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip() and not isinstance(json.loads(line), dict):
+                raise InvalidInput(f"line {number} of {str(path)!r} is no JSON object")
+        except (json.JSONDecodeError, RecursionError):
             raise InvalidInput(f"line {number} of {str(path)!r} is not JSON") from None
 
 
+def _blame(path: Path) -> None:
+    """Raise `InvalidInput` with what is wrong with this file, where that can be seen."""
+    kind, name = path.suffix.lower(), repr(str(path))
+    if kind == ".parquet":
+        try:
+            pyarrow.parquet.read_metadata(path)
+        except Exception as error:
+            raise InvalidInput(f"{name} is not Parquet ({reason_of(error)})") from None
+        return
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InvalidInput(f"{name} cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{name} is not UTF-8 text (byte {error.start})") from None
+    if kind == ".jsonl":
+        _require_objects(text.split("\n"), path)
+    elif kind == ".json":
+        try:
+            found = json.loads(text)
+        except RecursionError:
+            raise InvalidInput(f"{name} is nested too deep") from None
+        except json.JSONDecodeError as error:
+            # one object in each line will do too; whether that was meant, the first line says
+            with contextlib.suppress(json.JSONDecodeError):
+                json.loads(text.lstrip().partition("\n")[0])
+                return _require_objects(text.split("\n"), path)
+            raise InvalidInput(f"{name} is not JSON (line {error.lineno})") from None
+        if not all(isinstance(row, dict) for row in (found if isinstance(found, list) else [found])):
+            raise InvalidInput(f"{name} holds something else than JSON objects, which are its rows")
+
+
+def _fault(path: Path, error: Exception) -> str | None:
+    """What is wrong with the file, or with which file of the folder, that `datasets` could not read, and what to do.
+
+    Looked for only now: what can be read is not read twice.
+    """
+    if not path.is_dir():
+        files = [path]
+    else:
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file()
+            and file.suffix.lower() in (*_BUILDERS, ".txt")
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        # `datasets` reads the files of the kind that most of them are of
+        kinds = Counter(file.suffix.lower() for file in files)
+        files.sort(key=lambda file: -kinds[file.suffix.lower()])
+    sized = [file for file in files if file.stat().st_size]
+    if files and not sized:
+        return f"{str(files[0])!r} is empty" + (", as all its files are" if len(files) > 1 else "") + ": give text"
+    for file in sized:
+        try:
+            _blame(file)
+        except InvalidInput as fault:
+            return f"{fault}: mend that file" + (", or move it elsewhere" if path.is_dir() else "")
+    uneven = hasattr(error.__cause__, "table_column_names")  # `datasets.table.CastError`, which names no file
+    columns = [(file, _columns(file)) for file in sized if uneven or file.suffix.lower() in (".csv", ".parquet")]
+    for (first, wanted), (other, found) in itertools.pairwise(columns):
+        if first.suffix.lower() == other.suffix.lower() and set(wanted) != set(found):
+            return (
+                f"{str(first)!r} has the columns {', '.join(wanted)} and {str(other)!r} has {', '.join(found)}: give "
+                "all files the same columns"
+            )
+    return "its rows do not all have the same columns: give them the same" if uneven else None
+
+
+def _columns(path: Path) -> list[str]:
+    """The columns of a file of which `_blame` found nothing to say, by its first row."""
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return list(pyarrow.parquet.read_schema(path).names)
+    text = path.read_text(encoding="utf-8").lstrip()
+    if kind == ".csv":
+        return next(csv.reader(text.split("\n")), [])
+    if kind not in (".json", ".jsonl"):
+        return []
+    row, _ = json.JSONDecoder().raw_decode(text)
+    return list(row[0] if isinstance(row, list) and row else row)
+
+
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def _one_line(what: str, path: Path | None = None) -> Iterator[None]:
+    """Turn what `datasets` raises into one line. `path`: the file or folder that is read, where the fault may be."""
     try:
         yield
     except InvalidInput:
         raise
     except Exception as error:  # `datasets`, pyarrow and the hub client raise types of their own
+        fault = None if path is None else _fault(path, error)
         cause = error.__cause__ or error
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        raise InvalidInput(f"{what}: {lines[0] if lines else type(cause).__name__}") from error
+        raise InvalidInput(f"{what}: {fault or (lines[0] if lines else type(cause).__name__)}") from error
 
 
 def fields_of(thing: Any) -> dict[str, Any]:

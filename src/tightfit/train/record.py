@@ -41,7 +41,7 @@ from tightfit.step.environment import environment
 from tightfit.train.asked import Asked
 from tightfit.train.checkpoints import read_lines
 from tightfit.train.options import END_STEPS, RunResult
-from tightfit.train.progress import Losses, figures_of, progress_bar
+from tightfit.train.progress import Figures, Losses, figures_of, progress_bar
 
 RECORD_VERSION = 1
 
@@ -307,7 +307,9 @@ class Watch(Losses):
         self.file = open(run.folder / "losses.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         if run.progress is not None:
             self.bar = progress_bar(run.progress)
-            self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
+            self.task = self.bar.add_task(
+                "train", total=state.max_steps, completed=state.global_step, figures=Figures()
+            )
             self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
