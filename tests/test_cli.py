@@ -357,7 +357,8 @@ def test_an_empty_name_is_not_this_folder(
     monkeypatch.chdir(shaped(tmp_path / "here"))
     assert main([command, *(("--model", name) if command == "train" else (name,))]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.endswith(" ..."))
-    assert "name of the model is empty" in line
+    said = "--model or model_name_or_path is given, but empty" if command == "train" else "name of the model is empty"
+    assert said in line
     assert [entry.name for entry in Path().iterdir()] == ["config.json"]
 
 

@@ -112,6 +112,8 @@ def read_run(path: str | Path, trainer: str | None = None) -> Run:
     if trainer is not None and trainer not in _TRAINERS:
         raise unknown("trainer", trainer, _TRAINERS)
     try:
+        import yaml  # noqa: F401  # what a base install lacks; the package of the reader asks for more
+
         from tightfit.train.settings import read_yaml
     except ImportError as error:
         raise Unsupported(
