@@ -106,7 +106,7 @@ def head_in_four_bits() -> nn.Module:
         WIDTH, VOCABULARY, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True,
         device="meta",
     )  # fmt: skip
-    layer.weight = _packed(torch.randn(VOCABULARY, WIDTH) * 0.2, layer)
+    layer.weight = _packed(torch.randn(VOCABULARY, WIDTH) * 0.2, layer, double=True)
     model.lm_head = layer
     return model  # type: ignore[no-any-return]
 

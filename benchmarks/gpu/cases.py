@@ -31,7 +31,7 @@ from torch import nn
 import tightfit
 from tightfit.core import BudgetInfeasible, Device, Lever, Plan, Trace, dumps
 from tightfit.device.allocator import peaks
-from tightfit.forecast import Setup, trace_setup
+from tightfit.forecast import Adapters, Setup, trace_setup
 from tightfit.forecast.setup import DTYPES, new_model
 from tightfit.levers import exact_only
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
@@ -218,31 +218,26 @@ TINY_LONGEST_SETUP = Setup(model="tiny-llama", method="lora", rank=2, batch=1, o
 
 def step_of(case: Case, device: torch.device | str) -> tuple[Any, dict[str, torch.Tensor], torch.optim.Optimizer]:
     """The case's model, batch and optimizer, with random weights on `device` or with none on `meta`."""
-    from tightfit.integrations.bitsandbytes import quantise
     from tightfit.integrations.peft import add_lora
     from tightfit.integrations.transformers import load_model, random_batch
 
     setup, device = case.setup, torch.device(device)
-    weights, compute = DTYPES[setup.dtype]
     if device.type == "meta":
-        model = new_model(dataclasses.replace(setup, method="full"))
-        model = quantise(model, compute or weights) if setup.method == "qlora" else model
-    elif setup.method == "qlora":
+        model = new_model(dataclasses.replace(setup, adapters=Adapters(targets=case.targets or ("all-linear",))))
+        ids = torch.zeros(setup.batch, setup.seq, dtype=torch.long)
+        return model, {"input_ids": ids, "labels": ids}, optimizer_of(model, setup.optimizer)
+    weights, compute = DTYPES[setup.dtype]
+    if setup.method == "qlora":
         model = _packed(setup.model, weights, compute or weights, device)
     else:
         model, _ = load_model(setup.model, dtype=weights, device=device)
     if setup.method != "full":
         with torch.device(device):
             model = add_lora(model, rank=setup.rank, targets=list(case.targets) or "all-linear")
-        for name, parameter in model.named_parameters() if device.type != "meta" else ():
+        for name, parameter in model.named_parameters():
             if "lora_B" in name:  # PEFT makes them zero, and then half of the gradients are zero whatever goes wrong
                 nn.init.normal_(parameter, std=0.02)
-    if device.type == "meta":
-        ids = torch.zeros(setup.batch, setup.seq, dtype=torch.long)
-        batch = {"input_ids": ids, "labels": ids}
-    else:
-        batch = random_batch(model, setup.batch, setup.seq)
-    return model, batch, optimizer_of(model, setup.optimizer)
+    return model, random_batch(model, setup.batch, setup.seq), optimizer_of(model, setup.optimizer)
 
 
 @contextlib.contextmanager

@@ -203,6 +203,7 @@ def setup_of(run: Run) -> tuple[Setup | None, tuple[str, ...]]:
     attention = _attention(run)
     if attention not in (None, *_ATTENTIONS):
         notes.append(f"attn_implementation {attention}: forecast with transformers' own choice in its place")
+        attention = None
     longest = run.get("max_length")
     seq = default_length(name) if longest is None else min(_whole(run, "max_length", 1024), _most_tokens(name))
     setup = Setup(
@@ -218,7 +219,7 @@ def setup_of(run: Run) -> tuple[Setup | None, tuple[str, ...]]:
         settings=_settings(run) if run.trainer in ("sft", "dpo") else (),
         adapters=Adapters() if method == "full" else _adapters(run),
         double_quantised=method != "qlora" or is_true(run.get("use_bnb_nested_quant")),
-        attention=attention if attention in _ATTENTIONS else None,
+        attention=attention,
     )
     return setup.checked(), tuple(notes)
 

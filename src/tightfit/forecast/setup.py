@@ -125,11 +125,6 @@ def build_model(setup: Setup) -> Any:
     return _built(setup.of_model)
 
 
-@functools.lru_cache(maxsize=4)
-def _built(setup: Setup) -> Any:
-    return new_model(setup)
-
-
 def new_model(setup: Setup) -> Any:
     """As `build_model`, for a caller who changes it."""
     from transformers import AutoModelForCausalLM
@@ -165,6 +160,9 @@ def new_model(setup: Setup) -> Any:
                 saved=asked.saved, dora=asked.dora,
             )  # fmt: skip
     return model
+
+
+_built = functools.lru_cache(maxsize=4)(new_model)
 
 
 def default_length(name: str) -> int:

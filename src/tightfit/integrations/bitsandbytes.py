@@ -64,7 +64,7 @@ def quantise(model: Any, compute_dtype: torch.dtype = torch.bfloat16, *, double:
     return model
 
 
-def _packed(weight: torch.Tensor, layer: Any, double: bool = True) -> Any:
+def _packed(weight: torch.Tensor, layer: Any, double: bool) -> Any:
     from bitsandbytes.nn import Params4bit
 
     packed = Params4bit(
