@@ -28,11 +28,10 @@ os.environ["TIGHTFIT_CATALOG"] = str(Path(__file__).with_name("models.toml"))
 import torch
 from torch import nn
 
-import tightfit
-from tightfit.core import BudgetInfeasible, Device, Lever, Plan, Trace, dumps
+from tightfit.core import BudgetInfeasible, Lever, Plan, Trace, dumps
 from tightfit.device.allocator import peaks
-from tightfit.forecast import Adapters, Setup, trace_setup
-from tightfit.forecast.setup import DTYPES, new_model
+from tightfit.forecast import Adapters, Setup
+from tightfit.forecast.setup import DTYPES, with_adapters
 from tightfit.levers import exact_only
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.simulate import allocations
@@ -52,12 +51,11 @@ LEAST_TILED, MIDDLE = "tightfit, least, tiles", "tightfit, 60%"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One step, and the ways to run it. `targets`: the modules with adapters; empty means all linear layers."""
+    """One step, and the ways to run it."""
 
     name: str
     setup: Setup
     modes: tuple[str, ...]
-    targets: tuple[str, ...] = ()
     published_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -74,13 +72,13 @@ class Table:
 
 
 def _public(name: str, modes: tuple[str, ...], published: Mapping[str, int], **more: Any) -> Case:
-    targets = more.pop("targets", ())
-    return Case(name=name, setup=Setup(**more), modes=modes, targets=targets, published_bytes=published)
+    return Case(name=name, setup=Setup(**more), modes=modes, published_bytes=published)
 
 
 ALL = (NONE, EVERY_BLOCK, LEAST, LEAST_TILED)
 #: torchtune's recipe has adapters on all but the key projection.
-_TORCHTUNE = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_TORCHTUNE = Adapters(targets=("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+_QUERY_AND_VALUE = Adapters(targets=("q_proj", "v_proj"))
 
 TABLES: dict[str, Table] = {
     "A": Table(
@@ -111,12 +109,12 @@ TABLES: dict[str, Table] = {
         ),
         cases=(
             _public(
-                "B-lora", ALL, {"LitGPT": 21_300_000_000}, targets=("q_proj", "v_proj"),
+                "B-lora", ALL, {"LitGPT": 21_300_000_000}, adapters=_QUERY_AND_VALUE,
                 model="llama-2-7b", method="lora", rank=8, batch=1, seq=1304,
             ),
             _public(
                 "B-nf4", ALL, {"LitGPT, nf4": 14_140_000_000, "LitGPT, nf4-dq": 13_840_000_000},
-                targets=("q_proj", "v_proj"), model="llama-2-7b", method="qlora", rank=8, batch=1, seq=1304,
+                adapters=_QUERY_AND_VALUE, model="llama-2-7b", method="qlora", rank=8, batch=1, seq=1304,
             ),
         ),
     ),
@@ -137,11 +135,11 @@ TABLES: dict[str, Table] = {
                 model="llama-3.2-3b", method="full", optimizer="adamw-fused", batch=2, seq=4096,
             ),
             _public(
-                "C-lora", ALL, {"LoRA, all of it on": int(8.5 * GIB)}, targets=_TORCHTUNE,
+                "C-lora", ALL, {"LoRA, all of it on": int(8.5 * GIB)}, adapters=_TORCHTUNE,
                 model="llama-3.2-3b", method="lora", rank=64, optimizer="adamw-fused", batch=2, seq=4096,
             ),
             _public(
-                "C-qlora", ALL, {"QLoRA, all of it on": int(4.6 * GIB)}, targets=_TORCHTUNE,
+                "C-qlora", ALL, {"QLoRA, all of it on": int(4.6 * GIB)}, adapters=_TORCHTUNE,
                 model="llama-3.2-3b", method="qlora", rank=64, optimizer="adamw-fused", batch=2, seq=4096,
             ),
         ),
@@ -202,8 +200,9 @@ TINY = {
     ),
     "B": (
         Case(
-            name="B-tiny", setup=Setup(model="tiny-llama", method="lora", rank=2, batch=2, seq=64),
-            targets=("q_proj", "v_proj"), modes=(NONE, LEAST, LEAST_TILED),
+            name="B-tiny",
+            setup=Setup(model="tiny-llama", method="lora", rank=2, batch=2, seq=64, adapters=_QUERY_AND_VALUE),
+            modes=(NONE, LEAST, LEAST_TILED),
         ),
     ),
     "C": (
@@ -216,24 +215,18 @@ TINY = {
 TINY_LONGEST_SETUP = Setup(model="tiny-llama", method="lora", rank=2, batch=1, optimizer="adamw-fused")
 
 
-def step_of(case: Case, device: torch.device | str) -> tuple[Any, dict[str, torch.Tensor], torch.optim.Optimizer]:
-    """The case's model, batch and optimizer, with random weights on `device` or with none on `meta`."""
-    from tightfit.integrations.peft import add_lora
+def step_of(case: Case, device: torch.device) -> tuple[Any, dict[str, torch.Tensor], torch.optim.Optimizer]:
+    """The case's model with random weights, a batch and the optimizer, on `device`."""
     from tightfit.integrations.transformers import load_model, random_batch
 
-    setup, device = case.setup, torch.device(device)
-    if device.type == "meta":
-        model = new_model(dataclasses.replace(setup, adapters=Adapters(targets=case.targets or ("all-linear",))))
-        ids = torch.zeros(setup.batch, setup.seq, dtype=torch.long)
-        return model, {"input_ids": ids, "labels": ids}, optimizer_of(model, setup.optimizer)
+    setup = case.setup
     weights, compute = DTYPES[setup.dtype]
     if setup.method == "qlora":
         model = _packed(setup.model, weights, compute or weights, device)
     else:
         model, _ = load_model(setup.model, dtype=weights, device=device)
     if setup.method != "full":
-        with torch.device(device):
-            model = add_lora(model, rank=setup.rank, targets=list(case.targets) or "all-linear")
+        model = with_adapters(model, setup, device)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # PEFT makes them zero, and then half of the gradients are zero whatever goes wrong
                 nn.init.normal_(parameter, std=0.02)
@@ -288,18 +281,8 @@ def _packed(name: str, dtype: torch.dtype, compute: torch.dtype, device: torch.d
 
 
 def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    for group in optimizer.param_groups if name == "adamw-fused" else ():
-        group["fused"], group["foreach"] = True, False  # set here, since torch refuses the argument on meta
-    return optimizer
-
-
-def recorded(case: Case, device: Device | None, *, tiles: bool = False) -> Trace:
-    """The case's step on fake tensors, with the kernels of `device` (None: this CPU's)."""
-    if not case.targets:  # a few blocks, and the rest by repetition
-        return trace_setup(case.setup, device, tiles=tiles)
-    model, batch, optimizer = step_of(case, "meta")
-    return tightfit.trace(model, batch, optimizer=optimizer, fake=True, device=device, tiles=tiles)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-5, fused=True if name == "adamw-fused" else None)
 
 
 def plan_of(trace: Trace, mode: str) -> Plan | None:
@@ -366,8 +349,8 @@ def described(case: Case) -> dict[str, Any]:
     setup = case.setup
     return {
         "case": case.name, "model": setup.model, "method": setup.method, "rank": setup.rank, "batch": setup.batch,
-        "seq": setup.seq, "dtype": setup.dtype, "optimizer": setup.optimizer, "targets": list(case.targets),
-        "published_bytes": dict(case.published_bytes),
+        "seq": setup.seq, "dtype": setup.dtype, "optimizer": setup.optimizer,
+        "targets": list(setup.adapters.targets or ()), "published_bytes": dict(case.published_bytes),
     }  # fmt: skip
 
 

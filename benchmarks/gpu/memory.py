@@ -35,7 +35,6 @@ from cases import (
     kept_plans,
     longer,
     plan_of,
-    recorded,
     step_of,
 )
 from predict import CARD, MODES, RESULTS, longest
@@ -43,6 +42,7 @@ from predict import CARD, MODES, RESULTS, longest
 import tightfit
 from tightfit.catalog import gpu
 from tightfit.core import Plan
+from tightfit.forecast import trace_setup
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.run import compute_loss
 from tightfit.verify.measure import every_block_checkpointed
@@ -73,7 +73,7 @@ class _Built:
     def step(self, case: Case) -> tuple[Any, Any, Any]:
         from tightfit.integrations.transformers import random_batch
 
-        key = (dataclasses.replace(case.setup, batch=1, seq=2), case.targets)
+        key = dataclasses.replace(case.setup, batch=1, seq=2)
         if key != self._key:
             self._model = self._optimizer = self._key = None
             self.card.empty()
@@ -128,7 +128,7 @@ def _plan(case: Case, mode: str) -> tuple[Plan | None, str]:
     text = kept_plans().get((case.name, mode))
     if text is not None:
         return tightfit.core.loads(Plan, text), "registered"
-    return plan_of(recorded(case, gpu(CARD), tiles=mode == LEAST_TILED), mode), "made here"
+    return plan_of(trace_setup(case.setup, gpu(CARD), tiles=mode == LEAST_TILED), mode), "made here"
 
 
 def _against(forecast: dict[str, Any] | None, measured: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _memory(card: Card, table: str, modes: tuple[str, ...], most: int = 1 << 62)
             if mode not in case.modes:
                 continue
             if card.is_dry:
-                trace = recorded(case, None, tiles=mode == LEAST_TILED)
+                trace = trace_setup(case.setup, None, tiles=mode == LEAST_TILED)
                 plan, origin = plan_of(trace, mode), "made here"
                 forecast: dict[str, Any] | None = forecast_of(trace, plan)
             else:
@@ -201,9 +201,8 @@ def memory_d(card: Card) -> Rows:
     if card.is_dry:
         case = Case(name="D-tiny", setup=TINY_LONGEST_SETUP, modes=())
         found, plan = longest(
-            lambda seq, tiles: recorded(dataclasses.replace(case, setup=longer(case.setup, seq)), None),
-            LEAST, 1 << 20, first=128, most=512,
-        )  # fmt: skip
+            lambda seq, tiles: trace_setup(longer(case.setup, seq), None), LEAST, 1 << 20, first=128, most=512
+        )
         rows = [{"case": "D-tiny", "room_bytes": 1 << 20, "modes": {LEAST: found}}]
         plans = {("D-tiny", LEAST): plan}
     else:

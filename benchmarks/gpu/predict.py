@@ -29,13 +29,12 @@ from cases import (
     keep_plans,
     longer,
     plan_of,
-    recorded,
 )  # fmt: skip
 from run import git
 
 from tightfit.catalog import gpu
 from tightfit.core import Device, Plan, Trace
-from tightfit.forecast import device_asked, usable_bytes
+from tightfit.forecast import device_asked, trace_setup, usable_bytes
 from tightfit.forecast.search import bytes_reserved
 from tightfit.step.environment import environment
 
@@ -55,9 +54,9 @@ def of_case(case: Case, device: Device | None, plans: Plans) -> dict[str, Any]:
     plain: Trace | None = None
     for mode in case.modes:
         if mode == LEAST_TILED:
-            trace = recorded(case, device, tiles=True)
+            trace = trace_setup(case.setup, device, tiles=True)
         else:
-            trace = plain = plain or recorded(case, device)
+            trace = plain = plain or trace_setup(case.setup, device)
         made = plan_of(trace, mode)
         modes[mode] = forecast_of(trace, made)
         if made is not None and mode != EVERY_BLOCK:
@@ -129,8 +128,7 @@ def of_longest(plans: Plans, modes: tuple[str, ...] = MODES) -> list[dict[str, A
     def traced(seq: int, tiles: bool) -> Trace:
         if (seq, tiles) not in known:
             known.clear()
-            case = Case(name="D", setup=longer(LONGEST_SETUP, seq), modes=())
-            known[seq, tiles] = recorded(case, gpu(CARD), tiles=tiles)
+            known[seq, tiles] = trace_setup(longer(LONGEST_SETUP, seq), gpu(CARD), tiles=tiles)
         return known[seq, tiles]
 
     rows = [

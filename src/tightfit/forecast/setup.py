@@ -149,17 +149,22 @@ def new_model(setup: Setup) -> Any:
 
         model = quantise(model, compute or weights, double=setup.double_quantised)
     if setup.method != "full":
-        from tightfit.integrations.peft import add_lora
-
-        asked = setup.adapters
-        # a name alone may be a pattern, or stand for many
-        targets = asked.targets[0] if asked.targets is not None and len(asked.targets) == 1 else asked.targets
-        with torch.device("meta"):
-            model = add_lora(
-                model, rank=setup.rank, dropout=asked.dropout, targets=targets, parameters=asked.parameters,
-                saved=asked.saved, dora=asked.dora,
-            )  # fmt: skip
+        model = with_adapters(model, setup, "meta")
     return model
+
+
+def with_adapters(model: Any, setup: Setup, device: torch.device | str) -> Any:
+    """`model` with the LoRA that the setup asks for, made on `device`."""
+    from tightfit.integrations.peft import add_lora
+
+    asked = setup.adapters
+    # a name alone may be a pattern, or stand for many
+    targets = asked.targets[0] if asked.targets is not None and len(asked.targets) == 1 else asked.targets
+    with torch.device(device):
+        return add_lora(
+            model, rank=setup.rank, dropout=asked.dropout, targets=targets, parameters=asked.parameters,
+            saved=asked.saved, dora=asked.dora,
+        )  # fmt: skip
 
 
 _built = functools.lru_cache(maxsize=4)(new_model)
