@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 # A file's tests stay on one worker, since they share launches of several processes, models and traces. One thread per
 # worker: two workers with torch's default of one thread per core only fight over the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --durations=15
 
 .PHONY: help demo test test-slow fresh wheel lint docs site bench versions clean
 .DEFAULT_GOAL := help

@@ -76,11 +76,12 @@ def tested(row: str, python: Path, tests: list[str]) -> dict[str, Any]:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     began = time.monotonic()
-    # the checkout's own source, whether the environment has the wheel or not
+    # the checkout's own source, whether the environment has the wheel or not; a worker that crashes is not replaced,
+    # since with its files dealt out again pytest-xdist waits for ever
     done = subprocess.run(
         [
             python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "-n", "2", "--dist", "loadfile",
-            *tests,
+            "--max-worker-restart", "0", *tests,
         ],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
 from typing import Any
 
@@ -115,7 +116,18 @@ def test_a_plan_in_force_says_what_it_is() -> None:
         assert "gradients: bit for bit those without it" in said and "levers: recompute" in said
         assert f"budget: {format_bytes(applied.plan.budget_bytes)}" in said and "the peak is at: " in said
         shown = applied._repr_html_()
+        lower_bytes = int(applied.plan.peak_bytes * 0.9)
+        assert applied.trace is not None
+        lower = tightfit.plan(applied.trace, lower_bytes, exact=True)
+        (line,) = re.findall(r"a tenth less: (.*) would take (.*) x", said)
+        assert line[0] == format_bytes(lower_bytes)
+        assert float(line[1]) == pytest.approx(lower.slowdown, abs=0.02)
     assert shown.startswith("<table>") and shown.count("<tr>") == len(said.splitlines())
+    trace = tightfit.trace(model, batch)
+    with tightfit.apply(model, lowest(trace)) as applied:
+        assert "a tenth less" not in str(applied)  # a plan alone does not say what the step's values are
+        applied.trace = trace
+        assert "a tenth less: no plan without nested recompute holds " in str(applied)
 
 
 def test_advice_is_in_the_batch_that_the_user_counts() -> None:

@@ -42,6 +42,7 @@ from tightfit.levers import every, require_known, used
 from tightfit.levers.interface import Given
 from tightfit.plan import simulate
 from tightfit.plan.program import kept_values, offloaded_values, recipe
+from tightfit.plan.tighter import tighter
 from tightfit.step.modules import modules_of
 from tightfit.step.optimizers import bare
 from tightfit.step.parallel import inside
@@ -85,6 +86,7 @@ class Applied:
         self._switches, self._optimizer_switches = contextlib.ExitStack(), contextlib.ExitStack()
         self._optimizer_is_open = False
         self._on_remove: list[Callable[[], None]] = []
+        self._tighter: tuple[Plan, str] | None = None  # looked for when it is first shown
         self.resume(plan, trace)
 
     def resume(self, plan: Plan, trace: Trace | None = None, *, agreed: bool = False) -> None:
@@ -203,6 +205,9 @@ class Applied:
         said.append(("levers", ", ".join(names) or "none: the step fits as it is"))
         if self.trace is not None:
             said.append(("the peak is at", simulate(self.trace, plan).peak_owner))
+            if self._tighter is None or self._tighter[0] is not plan:
+                self._tighter = plan, tighter(self.trace, plan)
+            said.append(("a tenth less", self._tighter[1]))
         return said
 
     def stats(self) -> Stats:

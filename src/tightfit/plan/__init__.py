@@ -14,6 +14,7 @@
 | `simulate` | the referee: live bytes through the step under a plan |
 | `shares` | which lever of a plan buys which bytes |
 | `advice` | what would make a step fit, where no plan does |
+| `tighter` | what a tenth less would cost, where a plan does |
 
 Invariant: a plan is returned only after the referee has found it under the budget. No module here imports torch: a
 trace that was read from JSON is enough. Refused: a budget below the least feasible peak (`BudgetInfeasible`, which says
