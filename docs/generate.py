@@ -89,10 +89,10 @@ def render() -> str:
     return "".join(parts)
 
 
-def measured() -> str:
-    """README's measured part, from the results files that are there."""
+def evidence() -> str:
+    """README's first figures, from the results files that are there."""
     parts = [
-        "Every figure in this part was measured on a CPU. "
+        "Every figure on this page was measured on a CPU. "
         + ("No GPU has run tightfit yet. " if _of_a_card() is None else "What a GPU measured is on a page of its own. ")
         + "What is forecast for one, against published tables, is in [docs/gpu.md](docs/gpu.md), with the list of "
         "which figures are from what.\n"
@@ -101,7 +101,7 @@ def measured() -> str:
         file = RESULTS / f"measure_{name}.json"
         if file.exists():
             parts.append(_measured_table(name, json.loads(file.read_text(encoding="utf-8"))))
-    zoo, cases, step = (RESULTS / f"{name}.json" for name in ("zoo", "random_modules", "step"))
+    zoo, cases = (RESULTS / f"{name}.json" for name in ("zoo", "random_modules"))
     if zoo.exists():
         counts = json.loads(zoo.read_text(encoding="utf-8"))["counts"]
         trained = sum(n for status, n in counts.items() if not status.startswith("cannot"))
@@ -116,6 +116,13 @@ def measured() -> str:
             f"Random modules ran under random plans (`benchmarks/random_modules.py`): {tally['cases']:,} cases with "
             f"{tally['replays']:,} replays, of which {len(tally['failures'])} gave a different gradient.\n"
         )
+    return "\n".join(parts)
+
+
+def measured() -> str:
+    """README's other figures."""
+    parts = []
+    step = RESULTS / "step.json"
     if step.exists():
         parts.append(_reached(json.loads(step.read_text(encoding="utf-8"))))
     for name, told in (
@@ -1376,6 +1383,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "results": results_part,
     "kit": kit_part,
     "compiled": compiled_part,
+    "evidence": evidence,
     "readme": measured,
     "gpt2": gpt2_part,
     "timeline": timeline_part,
