@@ -549,9 +549,9 @@ def _callback(found: dict[str, Any]) -> str:
     ratio = found["time_ratio"]
     time = found["time_ratio_note"] if ratio is None else ", ".join(f"{run} {of}" for run, of in ratio.items())
     lines.append(
-        f"\nStep time against the run without it: {time}. On the CPU torch's profiler counts the peak of every step, and "
-        "it looks at every op; `PeakCallback` alone costs as much as the callback with a budget of 100 %. The allocator of "
-        "a card counts by itself."
+        f"\nStep time against the run without it: {time}. On the CPU torch's profiler counts the peak of every step, "
+        "and it looks at every op; `PeakCallback` alone costs as much as the callback with a budget of 100 %. The "
+        "allocator of a card counts by itself."
     )
     return "\n".join(lines) + "\n"
 
