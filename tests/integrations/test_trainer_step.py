@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tightfit.core import InvalidInput, Unsupported
 from tightfit.device.cost import NOMINAL_CUDA
 from tightfit.doctor import case_of, peak_of
 from tightfit.forecast import Adapters, Setup, trace_setup
+from tightfit.forecast.recording import optimizer_record
 from tightfit.forecast.setup import build_model
 from tightfit.plan import simulate
 
@@ -66,16 +68,29 @@ def test_on_cuda_the_trainers_kernels_stand_for_themselves(folder: str) -> None:
     assert before == (chunked_logprob._use_triton, chunked_logprob._forward_kernel, utils._use_triton)
 
 
-@pytest.mark.parametrize(("trainer", "method"), [("sft", "full"), ("dpo", "full"), ("dpo", "lora")])
+#: The least that has linear layers to put in 4 bits.
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("trainer", "method"), [("sft", "full"), ("sft", "qlora"), ("dpo", "full"), ("dpo", "lora"), ("dpo", "qlora")]
+)
 def test_the_model_is_given_back(trainer: str, method: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**harness.GPT2, "vocab_size": 512, "n_embd": 32}))
-    asked = setup(str(tmp_path), trainer=trainer, method=method, settings=(("neftune_noise_alpha", 5.0),))
+    small = {**harness.GPT2, "vocab_size": 512, "n_embd": 32} if method != "qlora" else LLAMA
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    asked = setup(
+        str(tmp_path), trainer=trainer, method=method, settings=(("neftune_noise_alpha", 5.0),),
+        adapters=Adapters(dropout=0.1),
+    )  # fmt: skip
     model = build_model(asked)
 
     def seen() -> dict[str, Any]:
         found: dict[str, Any] = {name: set(vars(module)) for name, module in model.named_modules()}
         found |= {f"{name}.p": each.p for name, each in model.named_modules() if isinstance(each, torch.nn.Dropout)}
-        found |= {f"{name} trains": each.requires_grad for name, each in model.named_parameters()}
+        found |= {f"{name} trains": (each.requires_grad, each.dtype) for name, each in model.named_parameters()}
         found |= {"config": dict(vars(model.config)), "generation": dict(vars(model.generation_config))}
         return found
 
@@ -85,8 +100,26 @@ def test_the_model_is_given_back(trainer: str, method: str, tmp_path: Path) -> N
     assert "forward" not in vars(model)
     assert seen() == before
     assert len(model.get_input_embeddings()._forward_hooks) == hooks
-    own = trace_setup(setup(str(tmp_path), method=method))
+    own = trace_setup(dataclasses.replace(asked, trainer="model", settings=()))
     assert own.losses  # the model's own loss, as if nothing had been
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_the_adapters_of_4_bit_models_are_trained_in_bfloat16(trainer: str, tmp_path: Path) -> None:
+    """TRL makes them so. The state of the optimizer is in the dtype of what it trains, whatever was forecast before."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    asked = dataclasses.replace(setup(str(tmp_path), trainer=trainer, method="qlora"), optimizer="adamw")
+    adapters = sum(p.numel() for p in build_model(asked).parameters() if p.requires_grad)
+
+    def state_bytes(asked: Setup) -> int:
+        optimizer_record.cache_clear()
+        return trace_setup(asked, NOMINAL_CUDA).static_bytes["optimizer_state"]
+
+    own = dataclasses.replace(asked, trainer="model", settings=())
+    before, theirs, after = state_bytes(own), state_bytes(asked), state_bytes(own)
+    scalars = len([p for p in build_model(asked).parameters() if p.requires_grad]) * 512  # the counters of the steps
+    assert before == after and 2 * 4 * adapters <= before <= 2 * 4 * adapters + 3 * scalars
+    assert 2 * 2 * adapters <= theirs <= 2 * 2 * adapters + 3 * scalars
 
 
 def test_what_trl_refuses_is_one_line(folder: str) -> None:

@@ -21,7 +21,14 @@ from tightfit.core import (
     format_bytes,
 )
 from tightfit.device.cost import NOMINAL_CUDA
-from tightfit.forecast.recording import HashableDevice, optimizer_key, optimizer_record, sent_bytes, trace_setup
+from tightfit.forecast.recording import (
+    HashableDevice,
+    as_trained,
+    optimizer_key,
+    optimizer_record,
+    sent_bytes,
+    trace_setup,
+)
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, usable_bytes
 from tightfit.forecast.search import QUICK, bytes_reserved, can_hold_floor, least, least_peak_bytes
 from tightfit.forecast.setup import Progress, Setup, build_model
@@ -35,11 +42,11 @@ from tightfit.trace.optimizer import OptimizerRecord
 
 def floor(setup: Setup, device: Device) -> int:
     """Bytes that any step has at once, whatever its batch: weights, optimizer state, and gradients when it steps."""
-    model = build_model(setup)
-    static = sum(static_bytes_by_category(model).values())
+    with as_trained(setup) as model:
+        static = sum(static_bytes_by_category(model).values())
+        gradients: int = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     if setup.optimizer == "none":
         return static // (setup.world_size if setup.strategy == Strategy.FSDP2.value else 1)
-    gradients: int = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     record: OptimizerRecord = optimizer_record(*optimizer_key(setup), HashableDevice(device))
     if setup.strategy == Strategy.FSDP2.value:
         return (static + gradients) // setup.world_size + record.state_bytes

@@ -198,20 +198,29 @@ class _Spread:
 
 def optimizer_key(setup: Setup) -> tuple[Setup, str, int]:
     shards = setup.world_size if setup.strategy == Strategy.FSDP2.value else 1
-    return setup.of_model, setup.optimizer, shards
+    return dataclasses.replace(setup.of_model, trainer=setup.trainer), setup.optimizer, shards
+
+
+@contextlib.contextmanager
+def as_trained(setup: Setup) -> Iterator[Any]:
+    """The model of `setup` as its trainer trains it, given back as it was: TRL changes the dtype of what is trained."""
+    model = build_model(setup)
+    with _trainers_step(model, dataclasses.replace(setup, batch=1, seq=8), cuda=False):
+        yield model
 
 
 @functools.lru_cache(maxsize=4)
 def optimizer_record(model: Setup, optimizer: str, shards: int, device: HashableDevice) -> OptimizerRecord:
     """The optimizer's step depends on the parameters alone, so one serves every batch and length."""
-    trained: nn.Module = build_model(model)
-    if shards > 1:
-        trained = nn.ParameterList(
-            nn.Parameter(p.new_empty(-(-p.shape[0] // shards), *p.shape[1:]) if p.dim() else p.new_empty(()))
-            for p in trained.parameters()
-            if p.requires_grad
-        )
-    return record_optimizer(_optimizer(trained, optimizer), device.device)
+    with as_trained(model) as whole:
+        trained: nn.Module = whole
+        if shards > 1:
+            trained = nn.ParameterList(
+                nn.Parameter(p.new_empty(-(-p.shape[0] // shards), *p.shape[1:]) if p.dim() else p.new_empty(()))
+                for p in trained.parameters()
+                if p.requires_grad
+            )
+        return record_optimizer(_optimizer(trained, optimizer), device.device)
 
 
 @contextlib.contextmanager

@@ -200,11 +200,12 @@ def _put_back_afterwards(model: Any, restored: contextlib.ExitStack) -> None:
     for holder in {id(each): each for each in (model, base, *configs) if each is not None}.values():
         restored.callback(_attributes_put_back, holder, dict(vars(holder)))
     dropouts = [(each, each.p) for each in model.modules() if isinstance(each, nn.Dropout)]
-    requires = [(each, each.requires_grad) for each in model.parameters()]
+    parameters = [(each, each.data, each.requires_grad) for each in model.parameters()]
     for dropout, share in dropouts:
         restored.callback(setattr, dropout, "p", share)
-    for parameter, needs in requires:
+    for parameter, data, needs in parameters:
         restored.callback(parameter.requires_grad_, needs)
+        restored.callback(setattr, parameter, "data", data)  # TRL makes the adapters of 4-bit models bfloat16
 
 
 def _causal_model(model: Any) -> Any:
