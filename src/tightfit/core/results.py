@@ -6,7 +6,7 @@ Invariant: the field names are the keys of the JSON documents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tightfit.core.decided import Plan
 
@@ -156,4 +156,5 @@ class Forecast:
     environment: Mapping[str, str]
     calibration: str = ""  # one line: where figures that were measured on the device come from
     streamed_bytes: int = 0  # of frozen weights that wait in host memory, by the plan
+    host_bytes: Mapping[str, int] = field(default_factory=dict)  # all that waits there, by lever
     micro_batches: MicroBatches | None = None  # of a global batch; none: the batch was not to be cut, or nothing fits

@@ -22,8 +22,9 @@ from tightfit.forecast.recording import reached, trace_for, trace_setup
 from tightfit.forecast.room import card_named, leave_room, room_bytes
 from tightfit.forecast.search import QUICK, SHOWN, bytes_reserved, can_hold_floor, fitted, largest_fitting, least
 from tightfit.forecast.setup import Progress, Setup, build_model
-from tightfit.levers import exact_only, inexact, used
+from tightfit.levers import exact_only, inexact
 from tightfit.plan import every_block, lowest, plan, simulate
+from tightfit.plan.account import host_bytes
 from tightfit.step.environment import environment
 from tightfit.trace.fake import FakeStep
 from tightfit.verify.measure import every_block_checkpointed
@@ -78,6 +79,7 @@ def check(
         here = (fits, least(recorded, room, may_use)[1])
         largest = largest_fitting(setup, device, room, progress, "batch", here, may_use)
         longest = largest_fitting(setup, device, room, progress, "seq", here, may_use)
+    waiting = {} if made is None else host_bytes(recorded, made)
     advice: tuple[str, ...] = ()
     if not fits:
         advice = tuple(advice_for(setup, device, room, recorded, largest, longest, levers, progress))
@@ -102,7 +104,8 @@ def check(
         notes=(*recorded.notes, *kept_whole(recorded), *notes(setup, device), *spread_notes(setup, recorded)),
         environment=environment(),
         calibration=device.calibration,
-        streamed_bytes=0 if made is None else sum(each.weights_elsewhere_bytes(made) for each in used(made)),
+        streamed_bytes=waiting.get(Lever.STREAM_WEIGHTS.value, 0),
+        host_bytes=waiting,
     )
 
 

@@ -113,6 +113,7 @@ class LeverDefinition:
     lever: ClassVar[Lever]
     noun: ClassVar[str]  # in sentences: "exact=True forbids tiles"
     summary: ClassVar[str]  # one line, for people who choose levers
+    waits: ClassVar[str] = ""  # of a lever that moves bytes: what waits off the device
     is_exact: ClassVar[bool] = True  # loss and gradients are bit for bit those of the step without it
     caveat: ClassVar[str] = ""  # of an inexact lever: what its use means for the bits, as "the plan ..."
     is_default: ClassVar[bool] = True  # a plan may use it that is asked for no levers
@@ -159,8 +160,9 @@ class LeverDefinition:
         """Does `plan` use it? By default: does it have a setting of it, as `Variant.with_setting` makes one?"""
         return self.lever.value in plan.settings
 
-    def weights_elsewhere_bytes(self, plan: Plan) -> int:
-        """Bytes of weights that `plan`, which uses it, has wait off the device."""
+    def host_bytes(self, planned: Trace, plan: Plan) -> int:
+        """Bytes that `plan`, which uses it, has wait off the device at once. `planned`: what the levers of the plan
+        make of the recorded step."""
         return 0
 
     def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ It is no default: it needs room elsewhere, and it has not been measured on a GPU
 
 from __future__ import annotations
 
-from tightfit.core import Action, Choice, Lever, Plan, format_bytes
+from tightfit.core import Action, Choice, Lever, Plan, Trace, format_bytes
 from tightfit.device.cost import copy_lanes
 from tightfit.levers.interface import Grant, LeverDefinition, Share, Walked
 from tightfit.levers.without import keeping
@@ -19,6 +19,7 @@ class Offload(LeverDefinition):
     lever = Lever.OFFLOAD
     noun = "offload"
     summary = "kept values moved to host memory"
+    waits = "kept values"
     is_default = False
     grants = Grant.MOVE
 
@@ -41,6 +42,9 @@ class Offload(LeverDefinition):
             flops=0,
             what=f"{line.offloaded_bytes:,} bytes wait off the device",
         )
+
+    def host_bytes(self, planned: Trace, plan: Plan) -> int:
+        return plan.offloaded_bytes
 
     def fact(self, plan: Plan) -> tuple[str, str | None]:
         return "offloaded", format_bytes(plan.offloaded_bytes) if plan.offloaded_bytes else None

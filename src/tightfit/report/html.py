@@ -19,6 +19,7 @@ from typing import Any
 
 from tightfit.core import Forecast, InvalidInput, Measurement, Plan, Row, format_bytes, to_json
 from tightfit.levers import every
+from tightfit.plan.account import host_said
 from tightfit.report.study import Study
 
 __all__ = ["forecast_document", "measurement_document", "page", "plan_document", "run_document"]
@@ -124,6 +125,8 @@ def forecast_document(forecast: Forecast, study: Study | None = None) -> dict[st
         facts[f"{mode.mode}: step (estimated)"] = f"{mode.step_seconds:.3f} s"
     if forecast.micro_batches is not None:
         facts["global batch"] = forecast.micro_batches.said
+    if forecast.host_bytes:
+        facts["in host memory"] = host_said(forecast.host_bytes)
     facts["largest batch"], facts["longest sequence"] = forecast.largest_batch, forecast.longest_seq
     record = to_json(forecast)
     if record["plan"]:

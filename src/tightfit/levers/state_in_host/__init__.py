@@ -29,6 +29,7 @@ class StateInHost(LeverDefinition):
     lever = Lever.STATE_IN_HOST
     noun = "optimizer state in host memory"
     summary = "what the optimizer keeps of large parameters waits in host memory"
+    waits = "optimizer state"
     is_default = False
     lowers_floor = True
     steps_optimizer = True
@@ -80,8 +81,7 @@ class StateInHost(LeverDefinition):
     def share(self, walked: Walked) -> Share | None:
         if not self.is_used(walked.plan):
             return None
-        at = walked.planned.optimizer
-        waiting = 0 if at is None else waiting_bytes(at, self._least_bytes(walked.plan))
+        waiting = self.host_bytes(walked.planned, walked.plan)
         return Share(
             lever=self.lever,
             bought_bytes=walked.bought_by_setting(self.lever),
@@ -89,6 +89,9 @@ class StateInHost(LeverDefinition):
             flops=0,
             what=f"{waiting:,} bytes of optimizer state wait in host memory",
         )
+
+    def host_bytes(self, planned: Trace, plan: Plan) -> int:
+        return 0 if planned.optimizer is None else waiting_bytes(planned.optimizer, self._least_bytes(plan))
 
     def how(self, plan: Plan) -> str:
         return "with optimizer state in host memory"

@@ -49,6 +49,7 @@ class StreamWeights(LeverDefinition):
     lever = Lever.STREAM_WEIGHTS
     noun = "frozen weights streamed from host memory"
     summary = "frozen weights wait in host memory, and each is on the device only while the step reads it"
+    waits = "frozen weights"
     is_default = False
     lowers_floor = True
 
@@ -162,7 +163,7 @@ class StreamWeights(LeverDefinition):
     def fact(self, plan: Plan) -> tuple[str, str | None]:
         return "frozen weights", self.said(plan) if self.is_used(plan) else None
 
-    def weights_elsewhere_bytes(self, plan: Plan) -> int:
+    def host_bytes(self, planned: Trace, plan: Plan) -> int:
         return self._sizes(plan)[0]
 
     def _sizes(self, plan: Plan) -> tuple[int, int]:
