@@ -10,7 +10,7 @@ from tests.plan.stacks import Lean, steady, traced
 import tightfit
 from tightfit.core import Trace
 from tightfit.device.cost import NOMINAL_CPU, retimed
-from tightfit.plan import every_block, lowest, table, ways
+from tightfit.plan import Effort, every_block, lowest, table, ways
 from tightfit.plan.polish import polished
 from tightfit.plan.simulate import simulate_choices
 
@@ -29,11 +29,13 @@ def llama() -> Trace:
 def test_options_of_a_lower_moment_lower_the_peak(llama: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fullest moment is in a block's own backward, which the frontier does not see."""
     with_them = lowest(llama, levers=("recompute",))
+    quick = lowest(llama, levers=("recompute",), effort=Effort(points=40, solver_seconds=0.3, proves=False))
     monkeypatch.setattr(ways, "_latest", None)
     monkeypatch.setattr(table, "leaner", lambda *_, **__: [])
     without = lowest(llama, levers=("recompute",))
     monkeypatch.setattr(ways, "_latest", None)
     assert with_them.peak_bytes < 0.98 * without.peak_bytes
+    assert quick.peak_bytes < 0.98 * without.peak_bytes  # forecasts are made in quick searches
     assert tightfit.simulate(llama, with_them).peak_bytes == with_them.peak_bytes
     fixed = sum(llama.static_bytes.values())
     assert with_them.peak_bytes > fixed

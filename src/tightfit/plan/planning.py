@@ -88,9 +88,10 @@ def plan(
             best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
         if best is not None:
             return best
-        lowest_way, line = _lowest(ways, levers)
+        lowest_way, found = _lowest(ways, levers)
+        line = found.line
         if line.peak_bytes <= budget_bytes:
-            found = _polished(lowest_way, lowest_way.lowest, budget_bytes, 0.0)
+            found = _polished(lowest_way, found, budget_bytes, 0.0)
             bound = lowest_way.bound_seconds(budget_bytes)
             made = _plan(trace, lowest_way, budget_bytes, found.choices, found.line, unplanned, bound, found.how)
             return _eased(trace, made)
@@ -100,7 +101,7 @@ def plan(
     if least_way is not None and not chosen:
         advice = (*_other_levers(every_way, least_way, budget_bytes, levers), *advice)
     if exact and (inexact_ways := [way for way in every_way if not way.is_exact]):
-        peak_bytes = _lowest(inexact_ways, None)[1].peak_bytes
+        peak_bytes = _lowest(inexact_ways, None)[1].line.peak_bytes
         if peak_bytes <= budget_bytes:
             nouns = " and ".join(each.noun for each in inexact(None))
             said = f"without exact=True {nouns} would take {format_bytes(peak_bytes)}, to rounding but not bit for bit"
@@ -284,24 +285,23 @@ def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever 
     if Grant.DROP not in granted(levers):
         needed = next(each for each in every() if Grant.DROP in each.grants)
         raise InvalidInput(f"the lowest peak is looked for by {needed.noun}: add {needed.lever.value} to the levers")
-    way, line = _lowest(way_of(trace, effort).ways(levers), levers)
-    return _plan(
-        trace, way, line.peak_bytes, way.lowest.choices, line, simulate_choices(trace, ()), 0.0, way.lowest.how
-    )
+    way, found = _lowest(way_of(trace, effort).ways(levers), levers)
+    unplanned = simulate_choices(trace, ())
+    return _plan(trace, way, found.line.peak_bytes, found.choices, found.line, unplanned, 0.0, found.how)
 
 
-def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Timeline]:
-    """The way by which the lowest peak is found, one of `ways` or a nesting of it, with the referee's word."""
+def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Refereed]:
+    """The way by which the lowest peak is found, one of `ways` or a nesting of it, and that peak's choices."""
     if Grant.DROP not in granted(levers):
-        lines = [(way, simulate_choices(way.trace, ())) for way in ways]
-        return min(lines, key=lambda found: found[1].peak_bytes)
+        kept = [(way, Refereed((), simulate_choices(way.trace, ()), frozenset())) for way in ways]
+        return min(kept, key=lambda each: each[1].line.peak_bytes)
     best = min(ways, key=lambda way: way.lowest.line.peak_bytes)
     if Grant.SWEEP in granted(levers):
         floors = [nested.floor.peak_bytes for nested in best.nested]
         if floors and min(floors) < best.lowest.line.peak_bytes * _WORTH:
             nested = next(way for way in best.nested if way.floor.peak_bytes * _WORTH <= min(floors))
             best = min(best, nested, key=lambda way: way.lowest.line.peak_bytes)
-    return best, best.lowest.line
+    return best, best.leanest
 
 
 def every_block(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
