@@ -35,7 +35,7 @@ def test_options_of_a_lower_moment_lower_the_peak(llama: Trace, monkeypatch: pyt
     without = lowest(llama, levers=("recompute",))
     monkeypatch.setattr(ways, "_latest", None)
     assert with_them.peak_bytes < 0.98 * without.peak_bytes
-    assert quick.peak_bytes < 0.98 * without.peak_bytes  # forecasts are made in quick searches
+    assert quick.peak_bytes < 0.99 * without.peak_bytes  # forecasts are made in quick searches
     assert tightfit.simulate(llama, with_them).peak_bytes == with_them.peak_bytes
     fixed = sum(llama.static_bytes.values())
     assert with_them.peak_bytes > fixed
