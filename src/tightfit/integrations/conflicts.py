@@ -18,6 +18,7 @@ from torch import nn
 from tightfit.core import Unsupported
 from tightfit.integrations import trl
 from tightfit.step.parallel import Strategy, strategy_of
+from tightfit.step.patches import own_checkpointing
 
 __all__ = ["Suspended", "refuse"]
 
@@ -67,10 +68,10 @@ class Suspended:
     """Checkpointing flags and input-gradient hooks of `model`, off until `restore`. `said`: one line, or nothing."""
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
-        self._flags = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+        self._flags = own_checkpointing(model)
         self._hooks: list[tuple[dict[int, Callable[..., Any]], int, Callable[..., Any]]] = []
-        for module in self._flags:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
+        for module, name in self._flags:
+            setattr(module, name, False)
         if self._flags:
             # they make a frozen prefix carry gradients, which only reentrant checkpointing needs
             self._hooks = _input_gradient_hooks(model)
@@ -88,8 +89,8 @@ class Suspended:
 
     def restore(self) -> None:
         """Put back what was switched off. Twice is once."""
-        for module in self._flags:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
+        for module, name in self._flags:
+            setattr(module, name, True)
         for table, key, hook in self._hooks:
             table[key] = hook
         self._flags, self._hooks = [], []
