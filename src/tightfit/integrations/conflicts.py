@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import transformers
 from torch import nn
 
 from tightfit.core import Unsupported
@@ -29,7 +28,7 @@ def _on(args: Any) -> list[str]:
     return [name for name in _SWITCHES if getattr(args, name, None)]
 
 
-def refuse(trainer: Any, model: nn.Module, batch_given: bool) -> None:
+def refuse(trainer: Any, model: nn.Module) -> None:
     """Raise `Unsupported`, naming both sides, for a Trainer whose step cannot be planned."""
     args = trainer.args
     if (names := _on(args)) and not trl.is_default_checkpointing(args):
@@ -60,8 +59,7 @@ def refuse(trainer: Any, model: nn.Module, batch_given: bool) -> None:
             f"a model wrapped as {type(wrapped).__name__} cannot be planned: use one device, DDP or FSDP2 "
             "(fsdp_version: 2 in accelerate's config)"
         )
-    generates = type(trainer)._prepare_inputs is not transformers.Trainer._prepare_inputs
-    trl.refuse(trainer, generates and not batch_given)
+    trl.refuse(trainer)
 
 
 class Suspended:
