@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.names import is_on, switch_on
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tightfit
@@ -19,6 +20,7 @@ from tightfit.core import BudgetInfeasible, InvalidInput, Lever, format_bytes, l
 from tightfit.integrations.trainer import TightfitCallback
 from tightfit.plan import lowest
 from tightfit.verify.gradients import Outcome, differences
+from tightfit.verify.peak import peak_checks
 
 
 def made(vocabulary: int = 256, layers: int = 3) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -59,6 +61,37 @@ def test_a_models_own_checkpointing_makes_way_and_comes_back() -> None:
         assert not is_on(model)
         assert not differences(expected, outcome(model, batch))
     assert is_on(model)
+
+
+@pytest.mark.parametrize("switch", ["gradient_checkpointing", "grad_checkpointing"])
+def test_the_proof_is_of_the_plan_and_not_of_the_models_own_checkpointing(switch: str) -> None:
+    """diffusers and transformers call the switch by one name, timm by the other."""
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in "123")
+            setattr(self, switch, False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False) if getattr(self, switch) else block(x)
+            return x
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    model, batch = Blocks(), torch.randn(256, 64)
+    unplanned = tightfit.simulate(tightfit.trace(model, batch, loss=loss)).peak_bytes
+    setattr(model, switch, True)
+    with pytest.warns(UserWarning, match="own checkpointing is off while tightfit's plan is in force"):
+        applied = tightfit.fit(model, batch, "90%", loss=loss)
+    assert applied.plan.budget_bytes == int(unplanned * 0.9) and not getattr(model, switch)
+    applied.remove()
+    proof = tightfit.verify(model, batch, applied.plan, loss=loss)
+    assert proof.passed, [(check.name, check.measured) for check in proof.checks if not check.passed]
+    assert all(check.passed for check in peak_checks(model, batch, applied.plan, loss=loss))
+    assert getattr(model, switch) and tightfit.active(model).by == "torch"
 
 
 def budget_for_tiles(model: nn.Module, batch: Any) -> int:

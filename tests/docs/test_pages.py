@@ -13,10 +13,12 @@ Comments right before a block steer it:
     <!-- test: slow -->         only with -m slow, which runs the whole page
     <!-- test: skip REASON -->  not run; the reason is shown
     <!-- test: exit 1 -->       the last command's exit status is 1 ("the answer is no")
+    <!-- test: needs PACKAGE -->  a program of its own, run with -m slow where that package can be imported
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -61,6 +63,7 @@ class Block:
     slow: bool = False
     skip: str | None = None
     exit_status: int = 0
+    needs: str | None = None  # a package that the project does not install
 
 
 def parse(text: str) -> list[Block]:
@@ -91,7 +94,7 @@ def parse(text: str) -> list[Block]:
 
 def _block(info: str, line: int, source: str, directives: list[tuple[int, str, str]]) -> Block:
     language, title = (info.split() or [""])[0].lower(), TITLE.search(info)
-    slow, skip, exit_status = False, None, 0
+    slow, skip, exit_status, needs = False, None, 0, None
     for number, verb, rest in directives:
         if verb == "slow" and not rest:
             slow = True
@@ -99,13 +102,17 @@ def _block(info: str, line: int, source: str, directives: list[tuple[int, str, s
             skip = rest
         elif verb == "exit" and rest.isdigit():
             exit_status = int(rest)
+        elif verb == "needs" and rest.isidentifier() and language in PYTHON:
+            needs = rest
         else:
-            raise ValueError(f"line {number}: expected `slow`, `skip REASON` or `exit N`, found `{verb} {rest}`")
+            raise ValueError(
+                f"line {number}: expected `slow`, `skip REASON`, `exit N` or `needs PACKAGE`, found `{verb} {rest}`"
+            )
     if language in PYTHON and exit_status:
         raise ValueError(f"line {line}: `exit N` is for commands")
     return Block(
         language=language, line=line, source=source, title=title and title[1], slow=slow, skip=skip,
-        exit_status=exit_status,
+        exit_status=exit_status, needs=needs,
     )  # fmt: skip
 
 
@@ -158,7 +165,7 @@ def blocks_of(page: str) -> list[Block]:
 def stories() -> Iterator[object]:
     """(page, with its slow blocks?) for each page that has something to run, as pytest parameters."""
     for page in PAGES:
-        todo = [block for block in blocks_of(page) if block.skip is None]
+        todo = [block for block in blocks_of(page) if block.skip is None and block.needs is None]
         if any(not block.slow and not block.title for block in todo):
             yield pytest.param(page, False, id=page)
         if any(block.slow for block in todo):
@@ -248,7 +255,33 @@ def test_readme_has_a_python_block() -> None:
 def test_page(page: str, slow: bool, tmp_path: Path) -> None:
     if page == "docs/how_to/several_gpus.md" and not hasattr(FSDPModule, "reset_iter_state"):
         pytest.skip("torch before 2.13 cannot take back a step of FSDP2")
-    tell(page, [block for block in blocks_of(page) if block.skip is None and (slow or not block.slow)], tmp_path)
+    todo = [block for block in blocks_of(page) if block.skip is None and block.needs is None]
+    tell(page, [block for block in todo if slow or not block.slow], tmp_path)
+
+
+def of_packages() -> Iterator[object]:
+    for page in PAGES:
+        for block in blocks_of(page):
+            if block.needs is not None:
+                yield pytest.param(page, block, id=f"{page}-{block.needs}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "block"), list(of_packages()))
+def test_block_that_needs_a_package(page: str, block: Block, tmp_path: Path) -> None:
+    if importlib.util.find_spec(str(block.needs)) is None:
+        pytest.skip(f"{page} line {block.line} needs {block.needs}, which is not installed here")
+    tell(page, [block], tmp_path)
+
+
+def test_a_block_that_needs_a_package_is_found_and_can_fail(tmp_path: Path) -> None:
+    text = "<!-- test: needs json -->\n```python\nimport json\nassert json.loads('1') == {}\n```\n"
+    (block,) = parse(text.format(1))
+    assert block.needs == "json"
+    tell("a page", [block], tmp_path)
+    with pytest.raises(AssertionError, match="line 4"):
+        tell("a page", parse(text.format(2)), tmp_path)
+    assert len(list(of_packages())) >= 4
 
 
 @pytest.mark.parametrize("block", list(left_out()))
@@ -346,7 +379,7 @@ def test_a_directive_inside_a_block_is_text() -> None:
         ("```python\nx = 1\n", "line 1: this block is never closed"),
         ("<!-- test: slow -->\ntext\n```sh\na\n```\n", "line 1: a test comment must stand right before"),
         ("text\n<!-- test: slow -->\n", "line 2: a test comment must stand right before"),
-        ("<!-- test: skip -->\n```sh\na\n```\n", "line 1: expected `slow`, `skip REASON` or `exit N`"),
+        ("<!-- test: skip -->\n```sh\na\n```\n", "line 1: expected `slow`, `skip REASON`, `exit N` or `needs PACKAGE`"),
         ("<!-- test: quick -->\n```sh\na\n```\n", "found `quick"),
     ],
 )

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from tightfit.core import BudgetInfeasible, Unsupported, parse_levers
+from tightfit.engine import applied_to
 from tightfit.integrations import conflicts, own_step
 from tightfit.integrations import trainer as subject
 from tightfit.integrations.longest import Extent, longest_batch
@@ -268,20 +269,85 @@ def test_what_was_asked_of_trl_is_refused(changes: dict[str, Any], named: str, t
         run.train()
 
 
-def test_a_trainer_that_generates_its_batches_is_refused(tmp_path: Path) -> None:
+# the second is longer, but shorter than the longest completion
+PROMPTS = ["say ", "the quick brown fox jumps "]
+
+
+def generating(folder: Path, callbacks: list[Any], kind: str = "GRPO", method: str = "full", **changes: Any) -> Any:
+    import trl
     from datasets import Dataset
     from tests.integrations.runs import tokenizer
-    from trl import GRPOConfig, GRPOTrainer
 
-    run = GRPOTrainer(
-        model=model(), reward_funcs=lambda completions, **_: [0.0 for _ in completions],
-        args=GRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1, bf16=False,
-                        num_generations=2, per_device_train_batch_size=2, max_completion_length=4),
-        train_dataset=Dataset.from_list([{"prompt": "say "}] * 4), processing_class=tokenizer(),
-        callbacks=[TightfitCallback("90%")],
+    options: dict[str, Any] = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "max_steps": 2, "bf16": False,
+        "num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 32, "logging_steps": 1,
+        "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-3, "shuffle_dataset": False,
+        "generation_kwargs": {"max_new_tokens": 10},  # fewer than there may be
+    }  # fmt: skip
+    policy, seen = model(method), []
+
+    def rewards(completions: list[str], **_: Any) -> list[float]:
+        torch.zeros(1 << 24)  # 64 MiB that are not the step's
+        seen.append((policy.config.use_cache, applied_to(policy) is None))
+        return [len(set(each)) / 10 for each in completions]
+
+    torch.manual_seed(0)
+    run = getattr(trl, f"{kind}Trainer")(
+        model=policy, reward_funcs=rewards,
+        args=getattr(trl, f"{kind}Config")(**{**options, **changes}), callbacks=callbacks,
+        train_dataset=Dataset.from_list([{"prompt": each} for each in PROMPTS * 8]), processing_class=tokenizer(),
     )  # fmt: skip
-    with pytest.raises(Unsupported, match="GRPOTrainer generates its batches"):
+    run.seen = seen
+    return run
+
+
+TOLD = ("loss", "reward", "reward_std", "grad_norm", "entropy", "kl", "completions/mean_length")
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "changes"),
+    [
+        ("GRPO", "full", {}),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [
+            ("GRPO", "full", {"gradient_accumulation_steps": 2}),
+            ("GRPO", "lora", {"beta": 0.1}),
+            ("GRPO", "full", {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 6}),
+            ("GRPO", "full", {"loss_type": "dapo", "temperature": 0.7, "scale_rewards": "none"}),
+            ("RLOO", "full", {"beta": 0.0}),
+        ]),
+    ],
+)  # fmt: skip
+def test_generated_batches_are_planned_for_as_they_come(
+    kind: str, method: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    def outcome(callbacks: list[Any]) -> tuple[Any, list[Any], dict[str, torch.Tensor]]:
+        run = generating(tmp_path, callbacks, kind, method, **changes)
         run.train()
+        told = [{k: v for k, v in each.items() if k in TOLD} for each in run.state.log_history if "loss" in each]
+        return run, told, {name: each.detach().clone() for name, each in run.model.named_parameters()}
+
+    plain, expected, weights = outcome([])
+    callback = TightfitCallback("97%")
+    run, told, found = outcome([callback])
+    assert expected and "reward" in expected[0] and told == expected
+    assert all(torch.equal(weights[name], found[name]) for name in weights)
+    assert callback.proof is not None and callback.proof.passed and callback.plan is not None
+    assert callback.plan.slowdown > 1
+    assert callback.plans == 2 or changes  # a longer prompt comes, where it is not in the first batch
+    assert callback.batch["completion_ids"].shape[1] == 32  # what the settings allow
+    assert callback.peaks and max(callback.peaks) <= callback.plan.budget_bytes * 1.005
+    assert not [line for line in callback.said if "something beside the planned step" in line]
+    assert run.seen == plain.seen
+    assert is_on(run.model) and "_prepare_inputs" not in vars(run)
+
+
+def test_what_was_not_tried_with_generated_batches_is_refused(tmp_path: Path) -> None:
+    run = generating(tmp_path, [TightfitCallback("90%")])
+    run.use_vllm = True
+    with pytest.raises(Unsupported, match="use_vllm=True"):
+        run.train()
+    with pytest.raises(Unsupported, match=r"GRPOTrainer generates its batches while it trains.*leave micro_batch out"):
+        generating(tmp_path, [TightfitCallback("90%", micro_batch=1)]).train()
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

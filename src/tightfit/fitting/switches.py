@@ -33,7 +33,7 @@ from tightfit.fitting.fit import fit
 from tightfit.levers import used
 from tightfit.plan import every_block
 from tightfit.step.modules import UnitsAsked, find_units
-from tightfit.step.patches import ForwardPatch, no_key_value_cache, own_checkpointing_off
+from tightfit.step.patches import ForwardPatch, no_key_value_cache, own_checkpointing, own_checkpointing_off
 from tightfit.step.run import LossFunction, compute_loss, device_of
 from tightfit.step.snapshot import undisturbed
 from tightfit.trace.recording import trace
@@ -256,13 +256,15 @@ def _owner_of_flags(model: nn.Module) -> Any:
     """The outermost transformers model in `model` that has checkpointing of its own; None: there is none."""
     for module in model.modules():
         # asked of the class: PEFT's models pass on what they do not have
-        if hasattr(type(module), "_set_gradient_checkpointing") and module.supports_gradient_checkpointing:
+        has_switch = hasattr(type(module), "_set_gradient_checkpointing")
+        if has_switch and getattr(module, "supports_gradient_checkpointing", False):  # which diffusers' lack
             return module
     return None
 
 
 def _flagged(model: nn.Module) -> tuple[str, ...]:
     """Paths of the layers whose own checkpointing flag is on; of a model without layers of that kind, what has it."""
-    found = {p: m for p, m in model.named_modules() if getattr(m, "gradient_checkpointing", False) is True}
+    on = {id(module) for module, _ in own_checkpointing(model)}
+    found = [path for path, module in model.named_modules() if id(module) in on]
     layers = tuple(path for path in found if not any(other.startswith(f"{path}.") for other in found if path != other))
     return tuple(path for path in layers if path) or layers

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import transformers
 from torch import nn
 
 from tightfit.core import Unsupported
 from tightfit.integrations import trl
 from tightfit.step.parallel import Strategy, strategy_of
+from tightfit.step.patches import own_checkpointing
 
 __all__ = ["Suspended", "refuse"]
 
@@ -28,7 +28,7 @@ def _on(args: Any) -> list[str]:
     return [name for name in _SWITCHES if getattr(args, name, None)]
 
 
-def refuse(trainer: Any, model: nn.Module, batch_given: bool) -> None:
+def refuse(trainer: Any, model: nn.Module) -> None:
     """Raise `Unsupported`, naming both sides, for a Trainer whose step cannot be planned."""
     args = trainer.args
     if (names := _on(args)) and not trl.is_default_checkpointing(args):
@@ -59,18 +59,17 @@ def refuse(trainer: Any, model: nn.Module, batch_given: bool) -> None:
             f"a model wrapped as {type(wrapped).__name__} cannot be planned: use one device, DDP or FSDP2 "
             "(fsdp_version: 2 in accelerate's config)"
         )
-    generates = type(trainer)._prepare_inputs is not transformers.Trainer._prepare_inputs
-    trl.refuse(trainer, generates and not batch_given)
+    trl.refuse(trainer)
 
 
 class Suspended:
     """Checkpointing flags and input-gradient hooks of `model`, off until `restore`. `said`: one line, or nothing."""
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
-        self._flags = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+        self._flags = own_checkpointing(model)
         self._hooks: list[tuple[dict[int, Callable[..., Any]], int, Callable[..., Any]]] = []
-        for module in self._flags:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
+        for module, name in self._flags:
+            setattr(module, name, False)
         if self._flags:
             # they make a frozen prefix carry gradients, which only reentrant checkpointing needs
             self._hooks = _input_gradient_hooks(model)
@@ -88,8 +87,8 @@ class Suspended:
 
     def restore(self) -> None:
         """Put back what was switched off. Twice is once."""
-        for module in self._flags:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
+        for module, name in self._flags:
+            setattr(module, name, True)
         for table, key, hook in self._hooks:
             table[key] = hook
         self._flags, self._hooks = [], []

@@ -17,11 +17,12 @@ from torch import nn
 
 from tightfit import accelerator
 from tightfit.core import InvalidInput, Trace, Unsupported
+from tightfit.step.run import parameter_tensors
 from tightfit.step.snapshot import random_states, restore_random_states
 from tightfit.trace.fake import logging_step
 from tightfit.trace.recording import trace
 
-__all__ = ["recorded", "statistics_kept", "trainer_loss"]
+__all__ = ["recorded", "replaced", "statistics_kept", "trainer_loss", "weights_beside"]
 
 
 def trainer_loss(trainer: Any) -> Callable[[nn.Module, Any], torch.Tensor]:
@@ -43,6 +44,8 @@ def trainer_loss(trainer: Any) -> Callable[[nn.Module, Any], torch.Tensor]:
     return loss
 
 
+#: What TRL's losses add to that is no plain value.
+_STATISTICS = ("_metrics", "_logs", "_entropy_window_stats")
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
@@ -51,7 +54,7 @@ def statistics_kept(trainer: Any) -> Iterator[None]:
     """Undo what `compute_loss` adds to statistics of its own (TRL's do) in steps that train nothing."""
     held = vars(trainer)
     plain = {name: value for name, value in held.items() if isinstance(value, _PLAIN)}
-    kept = {name: copy.deepcopy(held[name]) for name in ("_metrics", "_logs") if name in held}
+    kept = {name: copy.deepcopy(held[name]) for name in _STATISTICS if name in held}
     if "current_gradient_accumulation_steps" not in held:  # the Trainer sets it at its first step
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     try:
@@ -82,3 +85,26 @@ def recorded(
             ) from refused
         finally:
             restore_random_states(states)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """`owner.name` as `make` gives it, on this object alone, until the context ends."""
+    had_own, original = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        if had_own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+def weights_beside(trainer: Any, model: nn.Module) -> list[torch.Tensor]:
+    """Weights of other models that the Trainer holds on the model's device: DPO's reference, a teacher, a judge."""
+    own = {id(p) for p in model.parameters()}
+    kind = next(model.parameters()).device.type
+    others = [m for m in vars(trainer).values() if isinstance(m, nn.Module)]
+    found = [t for m in others for p in m.parameters() if id(p) not in own for t in parameter_tensors(p)]
+    return [t for t in found if t.device.type == kind]

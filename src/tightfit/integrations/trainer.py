@@ -41,11 +41,11 @@ from tightfit.core import (
 from tightfit.engine import Applied
 from tightfit.fitting.fit import planned
 from tightfit.fitting.micro_batches import cut_levers, gradients_in_place
-from tightfit.integrations import conflicts
+from tightfit.integrations import conflicts, generated
 from tightfit.integrations.longest import Extent, longest_batch, plain
 from tightfit.integrations.micro_batches import InParts, parts_of
 from tightfit.integrations.own_step import recorded as record_step
-from tightfit.integrations.own_step import statistics_kept, trainer_loss
+from tightfit.integrations.own_step import replaced, statistics_kept, trainer_loss, weights_beside
 from tightfit.integrations.tracking import figures
 from tightfit.levers import exact_only
 from tightfit.levers.step_in_backward.hooks import gradient_norms_kept
@@ -53,7 +53,7 @@ from tightfit.step.environment import environment
 from tightfit.step.optimizers import bare
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.ranks import anywhere
-from tightfit.step.run import parameter_tensors, tensors_in, unique_bytes
+from tightfit.step.run import tensors_in, unique_bytes
 from tightfit.verify.measure import every_block_checkpointed
 from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, peak_checks, require_counted, static_bytes
 from tightfit.verify.proving import gradient_checks
@@ -78,6 +78,7 @@ class PeakCallback(TrainerCallback):
         self._beside: list[torch.Tensor] = []  # weights of other models that the step holds
         self._wrapped: Any = None  # the model as the Trainer calls it
         self._meter: PeakMeter | None = None
+        self._highest_bytes = 0  # of the parts of the running step that were counted before
         self._states, self._static_bytes, self._base_bytes = -1, 0, 0
         self._patches = ExitStack()
 
@@ -88,10 +89,10 @@ class PeakCallback(TrainerCallback):
         _report_first(self, trainer)
         self.peaks, self._logged, self._upcoming, self._states = [], 0, [], -1
         self._wrapped = trainer.model_wrapped
-        self._beside = _weights_beside(trainer, kwargs["model"])
-        self._patches.enter_context(_replaced(trainer, "get_batch_samples", self._noting))
+        self._beside = weights_beside(trainer, kwargs["model"])
+        self._patches.enter_context(replaced(trainer, "get_batch_samples", self._noting))
         # the Trainer calls no callback when a training fails
-        self._patches.enter_context(_replaced(trainer, "_run_epoch", self._closing))
+        self._patches.enter_context(replaced(trainer, "_run_epoch", self._closing))
 
     def _noting(self, fetch: Callable[..., Any]) -> Callable[..., Any]:
         def get_batch_samples(*args: Any, **kwargs: Any) -> Any:
@@ -117,6 +118,7 @@ class PeakCallback(TrainerCallback):
             self._states = len(optimizer.state)
             self._static_bytes = static_bytes(self._wrapped, optimizer, self._beside)
         self._base_bytes = self._static_bytes + unique_bytes(tensors_in(self._upcoming))
+        self._highest_bytes = 0
         self._meter = PeakMeter(args.device)
         self._meter.__enter__()
 
@@ -130,9 +132,22 @@ class PeakCallback(TrainerCallback):
         # the optimizer has stepped and the gradients are gone: the whole step lies behind
         self._upcoming = []
         if self._meter is not None:
+            self._paused()
+            self.peaks.append(self._highest_bytes)
+            self._highest_bytes = 0
+
+    def _paused(self) -> None:
+        """What follows does not count, until `_counting`."""
+        if self._meter is not None:
             meter, self._meter = self._meter, None
             meter.__exit__(None, None, None)
-            self.peaks.append(self._base_bytes + meter.rise_bytes)
+            self._highest_bytes = max(self._highest_bytes, self._base_bytes + meter.rise_bytes)
+
+    def _counting(self, args: Any, optimizer: Any, batches: Any) -> None:
+        """Count on, in the middle of a step: with the gradients and the batches that there are now."""
+        self._base_bytes = static_bytes(self._wrapped, optimizer, self._beside) + unique_bytes(tensors_in(batches))
+        self._meter = PeakMeter(args.device)
+        self._meter.__enter__()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs:
@@ -163,12 +178,14 @@ class TightfitCallback(PeakCallback):
         trainer = Trainer(model, args, train_dataset=data, callbacks=[TightfitCallback("60%")])
 
     It plans for the longest batch that the Trainer's collator makes of the data; a longer one (a stream's) is planned
-    for anew, for the same bytes, before it runs. `verify=True` measures the planned peak, and compares the gradients of
-    the first real batch with and without the plan. `batch` overrides the batch that is planned for; give it when the
-    data cannot be looked at before training. `levers`: what the plan may use, as in `tightfit.plan`; by default what
-    gives the same bits, and tiles, whose gradients are proven against float64, only where nothing else fits;
-    `exact=True` forbids those. `beside`: levers with the default ones. The optimizer steps in backward by default where
-    the Trainer neither clips (`max_grad_norm=0`), nor accumulates, nor scales gradients, and no callback looks at them.
+    for anew, for the same bytes, before it runs. Of a trainer that generates its batches (TRL's GRPO) it plans for the
+    first one, with the longest completions that the settings allow. `verify=True` measures the planned peak, and
+    compares the gradients of the first real batch with and without the plan. `batch` overrides the batch that is
+    planned for; give it when the data cannot be looked at before training. `levers`: what the plan may use, as in
+    `tightfit.plan`; by default what gives the same bits, and tiles, whose gradients are proven against float64, only
+    where nothing else fits; `exact=True` forbids those. `beside`: levers with the default ones. The optimizer steps in
+    backward by default where the Trainer neither clips (`max_grad_norm=0`), nor accumulates, nor scales gradients, and
+    no callback looks at them.
 
     `batch="auto"` (or `micro_batch="auto"`; a number is the most examples of a micro-batch): each batch of the Trainer
     runs in micro-batches. Their size and the plan are solved together for the fewest seconds of a batch. Given to the
@@ -236,7 +253,7 @@ class TightfitCallback(PeakCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
         trainer = running_trainer()
-        conflicts.refuse(trainer, kwargs["model"], self._given)
+        conflicts.refuse(trainer, kwargs["model"])
         model = trainer.model_wrapped
         super().on_train_begin(args, state, control, **kwargs)
         self._trainer = trainer
@@ -246,6 +263,12 @@ class TightfitCallback(PeakCallback):
             self._suspended = conflicts.Suspended(trainer, model)
             self._say(state, self._suspended.said)
             unseen = ""
+            if generated.generates(trainer):
+                generated.refuse(trainer, self.in_parts is not None)
+                watch = generated.with_batches(self._at_rest, self._generated, trainer)
+                self._patches.enter_context(replaced(trainer, "_prepare_inputs", watch))
+                if not self._given:  # planned when the first batch is there
+                    return
             if self.in_parts is not None:
                 with self._in_training(model):
                     self.batch, unseen = self.in_parts.begin(self, kwargs["train_dataloader"], kwargs["optimizer"])
@@ -258,15 +281,8 @@ class TightfitCallback(PeakCallback):
                 self._say(
                     state, f"planned for the longest of {unseen}; a longer batch will be planned for when it comes"
                 )
-            self._extent = Extent.of(self.batch)
-            with self._in_training(model):
-                chosen = self.plan or self._plan_for(self.batch, model, kwargs["optimizer"])
-                if self.verify:
-                    planned = self._step(self.batch)
-                    with gradients_in_place(model, self._accumulates):
-                        self._peak_checks = peak_checks(
-                            model, planned, chosen, loss=self._loss(), optimizer=bare(kwargs["optimizer"])
-                        )
+            self._extent = generated.extent_of(self.batch)
+            self._planned_first(model, kwargs["optimizer"])
         except BudgetInfeasible as error:
             self.close()
             if (
@@ -277,6 +293,14 @@ class TightfitCallback(PeakCallback):
         except BaseException:
             self.close()
             raise
+
+    def _planned_first(self, model: nn.Module, optimizer: Any) -> None:
+        with self._in_training(model):
+            chosen = self.plan or self._plan_for(self.batch, model, optimizer)
+            if self.verify:
+                planned = self._step(self.batch)
+                with gradients_in_place(model, self._accumulates):
+                    self._peak_checks = peak_checks(model, planned, chosen, self._loss(), bare(optimizer))
 
     @property
     def _accumulates(self) -> bool:
@@ -349,6 +373,8 @@ class TightfitCallback(PeakCallback):
     def _step(self, batch: Batch) -> dict[str, Any]:
         """What the step on `batch` holds: the batch, those that wait beside it, and other models' weights."""
         waiting = self._trainer.args.gradient_accumulation_steps - 1
+        if generated.generates(self._trainer):
+            waiting = generated.waiting_batches(self._trainer)
         others = [] if self.in_parts is None else tensors_in(self.in_parts.others)
         return {
             "batch": batch,
@@ -380,6 +406,10 @@ class TightfitCallback(PeakCallback):
     # -- steps
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer is not None and self.plan is None and generated.generates(self._trainer):
+            self._cache.enter_context(no_key_value_cache(self._trainer.model_wrapped))
+            super().on_step_begin(args, state, control, **kwargs)
+            return
         if self.plan is None or self._trainer is None:
             raise Unsupported("TightfitCallback was added in the middle of a training: give it before trainer.train()")
         model = self._trainer.model_wrapped
@@ -389,11 +419,41 @@ class TightfitCallback(PeakCallback):
         if anywhere(model, longer is not None)[0]:  # what one rank plans anew, all do
             self._replan(self.batch if longer is None else longer, state, **kwargs)
         if self.applied is None:
-            if self.verify:
-                self._prove(state, model)
-            self._norms.enter_context(gradient_norms_kept())  # which the Trainer logs
-            self.applied = Applied(model, self.plan, self.trace, optimizer=bare(kwargs["optimizer"]))
+            self._prove(state, model)
+            self._in_force(model, kwargs["optimizer"])
         super().on_step_begin(args, state, control, **kwargs)
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """No plan is in force and nothing is counted: batches are being generated."""
+        trainer, within = self._trainer, self._meter is not None
+        self._paused()
+        self._cache.close()
+        if self.applied is not None:
+            self.applied.suspend(keep_optimizer=True)
+        try:
+            yield
+        finally:
+            if self.applied is not None and self.plan is not None:
+                self.applied.suspend(keep_optimizer=True)  # where a longer batch was planned for meanwhile
+                self.applied.resume(self.plan, self.trace)
+        if within:
+            self._cache.enter_context(no_key_value_cache(trainer.model_wrapped))
+            self._counting(trainer.args, bare(trainer.optimizer), getattr(trainer, "_buffered_inputs", None))
+
+    def _generated(self, inputs: Batch) -> None:
+        """A batch to train on has been generated: it is planned for, if it is the first or longer than any before."""
+        trainer = self._trainer
+        longest = generated.longest_completions(inputs, trainer)
+        extent = generated.extent_of(longest)
+        if self.plan is None:
+            self.batch, self._extent = longest, extent
+            self._planned_first(trainer.model_wrapped, trainer.optimizer)
+            self._prove(trainer.state, trainer.model_wrapped, inputs)
+            self._in_force(trainer.model_wrapped, trainer.optimizer)
+        elif extent.exceeds(self._extent):
+            self._extent = self._extent.joined(extent)
+            self._replan(longest, trainer.state, optimizer=trainer.optimizer)
 
     def _longer_batch(self) -> Batch | None:
         longest = None
@@ -426,10 +486,17 @@ class TightfitCallback(PeakCallback):
             assert self.plan is not None
             self.applied.resume(self.plan, self.trace)
 
-    def _prove(self, state: Any, model: nn.Module) -> None:
-        batch = self.batch
-        if self._upcoming:
+    def _in_force(self, model: nn.Module, optimizer: Any) -> None:
+        assert self.plan is not None
+        self._norms.enter_context(gradient_norms_kept())  # which the Trainer logs
+        self.applied = Applied(model, self.plan, self.trace, optimizer=bare(optimizer))
+
+    def _prove(self, state: Any, model: nn.Module, batch: Any = None) -> None:
+        if not self.verify:
+            return
+        if batch is None and self._upcoming and not generated.generates(self._trainer):
             batch = transformers.Trainer._prepare_inputs(self._trainer, parts_of(self._upcoming[0])[0])
+        batch = self.batch if batch is None else batch
         assert self.plan is not None
         with self._in_training(model):
             loss, step = self._loss(), self._step(batch)
@@ -526,26 +593,3 @@ def _report_first(callback: TrainerCallback, trainer: transformers.Trainer) -> N
     callbacks = trainer.callback_handler.callbacks
     callbacks.remove(callback)
     callbacks.insert(0, callback)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """`owner.name` as `make` gives it, on this object alone, until the context ends."""
-    had_own, original = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, make(original))
-    try:
-        yield
-    finally:
-        if had_own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
-
-
-def _weights_beside(trainer: Any, model: nn.Module) -> list[torch.Tensor]:
-    """Weights of other models that the Trainer holds on the model's device: DPO's reference, a teacher, a judge."""
-    own = {id(p) for p in model.parameters()}
-    kind = next(model.parameters()).device.type
-    others = [m for m in vars(trainer).values() if isinstance(m, nn.Module)]
-    found = [t for m in others for p in m.parameters() if id(p) not in own for t in parameter_tensors(p)]
-    return [t for t in found if t.device.type == kind]

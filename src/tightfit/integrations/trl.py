@@ -3,8 +3,7 @@
 TRL switches checkpointing on in every config unless the user says otherwise; `is_default_checkpointing` tells that from
 a user's own choice. Nothing here imports TRL: a trainer is looked at by what it has.
 
-Refused: activation offloading (saved tensors would be moved by two), trainers that generate their batches while they
-train (GRPO, RLOO).
+Refused: activation offloading (saved tensors would be moved by two), completions that vLLM generates.
 """
 
 from __future__ import annotations
@@ -37,12 +36,11 @@ def refuse_offloading(args: Any, context: Any = None) -> None:
         )
 
 
-def refuse(trainer: Any, generates: bool) -> None:
-    """Raise `Unsupported` for what TRL offers and a plan cannot stand beside. `generates`: the trainer makes its
-    batches itself."""
+def refuse(trainer: Any) -> None:
+    """Raise `Unsupported` for what TRL offers and a plan cannot stand beside."""
     refuse_offloading(trainer.args, getattr(trainer, "maybe_activation_offload_context", None))
-    if generates:
+    if getattr(trainer, "use_vllm", False):
         raise Unsupported(
-            f"{type(trainer).__name__} generates its batches while it trains, so none can be planned for before: "
-            "give what its compute_loss takes as TightfitCallback(budget=..., batch=...)"
+            "use_vllm=True and TightfitCallback(budget=...) were not tried together: vLLM takes memory of its own, "
+            "which no plan counts; set use_vllm=False, or leave the callback out"
         )

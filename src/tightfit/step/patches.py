@@ -16,6 +16,7 @@ from torch import nn
 
 from tightfit.core import Unsupported
 from tightfit.step.modules import plain_path, unwrapped
+from tightfit.step.snapshot import CHECKPOINTING_SWITCHES
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -76,22 +77,27 @@ def refuse_compiled(what: str) -> None:
 refuse_compiled._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-def own_checkpointing(model: nn.Module) -> list[Any]:
-    """The modules of `model` whose own checkpointing is switched on, as transformers' models have it."""
-    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+def own_checkpointing(model: nn.Module) -> list[tuple[Any, str]]:
+    """The modules of `model` whose own checkpointing is switched on, each with the attribute that says so."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name in CHECKPOINTING_SWITCHES
+        if getattr(module, name, False) is True
+    ]
 
 
 @contextlib.contextmanager
 def own_checkpointing_off(model: nn.Module) -> Iterator[None]:
     """The model's own checkpointing makes way inside, and is on again afterwards where it was."""
-    modules = own_checkpointing(model)
-    for module in modules:
-        module.gradient_checkpointing = False
+    switched = own_checkpointing(model)
+    for module, name in switched:
+        setattr(module, name, False)
     try:
         yield
     finally:
-        for module in modules:
-            module.gradient_checkpointing = True
+        for module, name in switched:
+            setattr(module, name, True)
 
 
 def hidden_from_compiler(function: _F) -> _F:

@@ -6,8 +6,10 @@ Refused: a batch that the model does not take, a loss that is not one number, a 
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -109,6 +111,34 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+#: How many attributes deep a batch's tensors are looked for: a graph's lie in its store's mapping.
+_ATTRIBUTES_DEEP = 3
+
+
+_NO_HOLDERS = (torch.Tensor, nn.Module, ModuleType, type, type(None), str)
+
+
+def batch_tensors(batch: Any) -> list[torch.Tensor]:
+    """The tensors of a batch, which may be an object too: a mapping of its own kind, a dataclass, a graph."""
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    level = [batch]
+    for _ in range(_ATTRIBUTES_DEEP + 1):
+        leaves = pytree.tree_leaves(level)
+        found += [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        holders = [leaf for leaf in leaves if not isinstance(leaf, _NO_HOLDERS)]
+        level = [_held(each) for each in holders if id(each) not in seen]
+        seen.update(map(id, holders))
+    return found
+
+
+def _held(holder: Any) -> list[Any]:
+    if isinstance(holder, Mapping):
+        return list(holder.values())
+    names = [field.name for field in dataclasses.fields(holder)] if dataclasses.is_dataclass(holder) else ()
+    return [*vars(holder).values()] if hasattr(holder, "__dict__") else [getattr(holder, name, None) for name in names]
+
+
 def unique_bytes(tensors: Iterable[torch.Tensor], granule_bytes: int = 1) -> int:
     """Bytes of the distinct storages behind `tensors`, each rounded up to a multiple of `granule_bytes`."""
     sizes: dict[int, int] = {}
@@ -140,7 +170,7 @@ def static_bytes_by_category(
         Category.PARAMETERS.value: new_bytes([t for p in model.parameters() for t in parameter_tensors(p)]),
         Category.GRADIENTS.value: new_bytes([p.grad for p in model.parameters() if p.grad is not None]),
         Category.BUFFERS.value: new_bytes(list(model.buffers())),
-        Category.INPUTS.value: new_bytes(tensors_in(batch)),
+        Category.INPUTS.value: new_bytes(batch_tensors(batch)),
         Category.OPTIMIZER_STATE.value: new_bytes(state),
         **_of_buckets(model),
     }

@@ -23,7 +23,7 @@ from tightfit.step.parallel import (
     require_no_step_under_way,
     resizes_told,
 )
-from tightfit.step.run import is_elsewhere, tensors_in
+from tightfit.step.run import batch_tensors, is_elsewhere, tensors_in
 
 
 @contextlib.contextmanager
@@ -52,6 +52,14 @@ _HOOKS = (
 )  # fmt: skip
 
 
+#: The attributes by which a model's own checkpointing is on: those of transformers and diffusers, and of timm.
+CHECKPOINTING_SWITCHES = ("gradient_checkpointing", "grad_checkpointing")
+
+
+#: Whoever puts a plan or a trace in force changes these, and takes that back.
+_OF_PLANS = ("forward", *CHECKPOINTING_SWITCHES)
+
+
 #: Ops that write their running statistics without saying so in their schema.
 _HIDDEN_WRITES = "running_"
 
@@ -69,7 +77,7 @@ class Snapshot:
         require_no_step_under_way(model)
         self._forget = functools.partial(forget_step, model)
         self._forget()
-        leaves = [t for t in tensors_in(batch) if t.is_leaf and t.requires_grad]
+        leaves = [t for t in batch_tensors(batch) if t.is_leaf and t.requires_grad]
         self._gradients: list[tuple[torch.Tensor, torch.Tensor | None]] = [
             (p, p.grad) for p in (*model.parameters(), *leaves)
         ]
@@ -84,8 +92,7 @@ class Snapshot:
         tables += [table for module in modules for name in _HOOKS if (table := vars(module).get(name)) is not None]
         # those of a TorchScript module are no dicts and cannot be assigned to
         self._tables = [(table, dict(table)) for table in tables if isinstance(table, dict)]
-        # the patches of a plan or a trace are put into `forward` and taken out by whoever put them there
-        self._attributes = [(m, {k: v for k, v in vars(m).items() if k != "forward"}) for m in modules]
+        self._attributes = [(m, {k: v for k, v in vars(m).items() if k not in _OF_PLANS}) for m in modules]
         self._states = random_states()
         self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
         for _, attributes in self._attributes:
@@ -111,7 +118,8 @@ class Snapshot:
     def _put_back(self) -> None:
         for module, before in self._attributes:
             now = vars(module)
-            for name in [n for n, v in now.items() if n not in before and n != "forward" and isinstance(v, _PLAIN)]:
+            made = [n for n, v in now.items() if n not in before and n not in _OF_PLANS and isinstance(v, _PLAIN)]
+            for name in made:
                 del now[name]
             for name, value in before.items():
                 if isinstance(value, _PLAIN) and now.get(name, _PLAIN) is not value:

@@ -40,18 +40,18 @@ from tightfit.step.parallel import (
 from tightfit.step.patches import ForwardPatch
 from tightfit.step.run import (
     LossFunction,
+    batch_tensors,
     compute_loss,
     cpu_profile,
     device_of,
     static_bytes_by_category,
-    tensors_in,
 )
 from tightfit.step.snapshot import Snapshot
 from tightfit.trace.assembly import Assembly
 from tightfit.trace.fake import FakeStep
 from tightfit.trace.optimizer import OptimizerRecord, behind
-from tightfit.trace.profiler import Timer, risen_bytes, summed_by_engine
-from tightfit.trace.recorder import Recorder, sum_in_place
+from tightfit.trace.profiler import Timer, risen_bytes, run_by
+from tightfit.trace.recorder import Recorder, add_in_place
 from tightfit.trace.units import Census
 from tightfit.trace.weights import WeightsWatch, watches_weights
 
@@ -197,7 +197,7 @@ def record_pass(
     recorder = Recorder(dry=dry, fake=fake)
     recorder.census = census
     recorder.restart = restart if isinstance(restart, Snapshot) else None
-    for tensor in [*model.parameters(), *model.buffers(), *tensors_in(batch)]:
+    for tensor in [*model.parameters(), *model.buffers(), *batch_tensors(batch)]:
         recorder.value_of(tensor._values() if tensor.layout is torch.sparse_coo else tensor)
     weights = WeightsWatch(recorder, model) if watches_weights(model) else None
     for parameter in model.parameters():
@@ -258,15 +258,14 @@ def record_pass(
 
 
 def _backward_marked(result: torch.Tensor, recorder: Recorder) -> None:
-    """Run backward on fake tensors. Gradients are never summed in place there, so the profile tells which sums the
-    engine would have made in place."""
+    """Run backward on fake tensors. Nothing is summed in place there, so the profile tells what would have been."""
     first = len(recorder.dispatched)
     recorder.marks = True
     with cpu_profile(memory=False) as profiler:
         result.backward()
     recorder.marks = False
     count = len(recorder.dispatched) - first
-    sum_in_place(recorder, [False] * first + summed_by_engine(profiler, count))
+    add_in_place(recorder, [""] * first + run_by(profiler, count))
 
 
 def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: Recorder) -> None:
@@ -278,7 +277,7 @@ def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: Reco
     calls, finished = full.dispatched, timer.finished
     _same_ops("the measured pass", list(compress(timer.names, finished)), [c.name for c in calls])
     risen = timer.risen_bytes if timer.has_queue else compress(risen_bytes(profiler, len(finished)), finished)
-    sum_in_place(full, list(compress(summed_by_engine(profiler, len(finished)), finished)))
+    add_in_place(full, list(compress(run_by(profiler, len(finished)), finished)))
     for call, seconds, rise in zip(calls, timer.seconds, risen, strict=True):
         call.seconds.append(seconds)
         call.scratch_bytes = max(0, rise - call.out_bytes)

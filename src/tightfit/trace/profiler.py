@@ -1,6 +1,6 @@
-"""What torch's profiler tells of a step: bytes by the allocator's own count, and which sums autograd's engine made.
+"""What torch's profiler tells of a step: bytes by the allocator's own count, and which node of autograd ran which op.
 
-Invariant: where the profiler lost events, the answer is zero or no. It is never a guess.
+Invariant: where the profiler lost events, the answer is zero or nothing. It is never a guess.
 """
 
 from __future__ import annotations
@@ -85,15 +85,19 @@ def risen_bytes(profiler: Any, count: int) -> list[int]:
 _ENGINE = "autograd::engine::evaluate_function: "
 
 
-def summed_by_engine(profiler: torch.profiler.profile, count: int) -> list[bool]:
-    """For each marked op: did autograd's engine call it, between two nodes, to sum gradients that meet?"""
+#: What runs an op that autograd's engine calls itself, between two nodes, to sum gradients that meet.
+ENGINE = "the engine"
+
+
+def run_by(profiler: torch.profiler.profile, count: int) -> list[str]:
+    """For each marked op: the node of autograd that ran it in a backward (`MulBackward0`), or `ENGINE`, or nothing."""
     results: Any = profiler.profiler
     threads: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
     for event in results.kineto_results.events():
         name = event.name()
         if name != "[memory]":
             threads[event.start_thread_id()].append((event.start_ns(), -(event.start_ns() + event.duration_ns()), name))
-    marks: list[tuple[int, bool]] = []
+    marks: list[tuple[int, str]] = []
     for events in threads.values():
         open_events: list[tuple[int, str]] = []
         for start, minus_end, name in sorted(events):
@@ -103,11 +107,11 @@ def summed_by_engine(profiler: torch.profiler.profile, count: int) -> list[bool]
                 # the node's own event has the engine event's name without its prefix
                 names = [each for _, each in open_events]
                 engine = max((i for i, each in enumerate(names) if each.startswith(_ENGINE)), default=None)
-                between = engine is not None and names[engine].removeprefix(_ENGINE) not in names[engine + 1 :]
-                marks.append((start, between))
+                node = "" if engine is None else names[engine].removeprefix(_ENGINE)
+                marks.append((start, node if engine is None or node in names[engine + 1 :] else ENGINE))
             open_events.append((-minus_end, name))
     marks.sort()
-    return [between for _, between in marks] if len(marks) == count else [False] * count
+    return [node for _, node in marks] if len(marks) == count else [""] * count
 
 
 def moment_of(profiler: torch.profiler.profile, name: str) -> int | None:

@@ -1,13 +1,14 @@
 """The dispatch mode that records a step: its ops, its storages and their lives, what autograd saves and reads.
 
 Invariant: one `Recorder` sees one pass. The mode changes nothing of what runs, with one exception: under a dispatch
-mode, autograd's engine sums no gradients in place. `sum_in_place` corrects the record for that.
+mode, a backward adds nothing in place. `add_in_place` corrects the record for that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -35,7 +36,7 @@ from tightfit.step.run import (
 )
 from tightfit.step.snapshot import Snapshot
 from tightfit.trace.fake import FakeStep
-from tightfit.trace.profiler import MARK, risen_bytes, summed_by_engine
+from tightfit.trace.profiler import ENGINE, MARK, risen_bytes, run_by
 from tightfit.trace.units import Census
 
 _aten = torch.ops.aten
@@ -343,11 +344,10 @@ class Recorder(TorchDispatchMode):
         return [call for call in self.calls if call.name != _FILLED]
 
     def scratch_from(self, profiler: Any) -> None:
-        """Take two things from a profile of this pass: each op's scratch bytes, and which sums the engine would make in
-        place."""
+        """Take two things from a profile of this pass: each op's scratch bytes, and what would be added in place."""
         calls = self.dispatched
         risen = risen_bytes(profiler, len(calls))
-        sum_in_place(self, summed_by_engine(profiler, len(calls)))
+        add_in_place(self, run_by(profiler, len(calls)))
         for call, rise in zip(calls, risen, strict=True):
             call.scratch_bytes = max(0, rise - call.out_bytes)
 
@@ -472,19 +472,39 @@ def _foreign_random_state() -> tuple[int, int]:
 _QUERIES = frozenset({torch.ops.prim.device.default})
 
 
-def sum_in_place(full: Recorder, summed: list[bool]) -> None:
-    """Correct the record for gradients that the engine sums in place, where nobody else holds them.
+#: What backward adds to zeros of its own, into a new tensor under a dispatch mode and in place without one.
+_INTO_ZEROS = (
+    "aten.index_add.default", "aten.index_put.default", "aten.masked_scatter.default", "aten.put.default",
+    "aten.scatter.src", "aten.scatter_add.default",
+)  # fmt: skip
+_ZEROS = ("aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default")
+#: A node that is torch's own; those of custom functions have no number.
+_TORCHS_NODE = re.compile(r"Backward\d+$")
 
-    Under a dispatch mode the engine never sums in place (`isTensorSubclassLike` in
-    torch/csrc/autograd/input_buffer.cpp). Where the first addend dies at the sum, its bytes become the sum's, so it is
-    recorded as freed before the sum is made and not after. A view holds its base (the gradient of a linear layer's
-    weight is one), so nothing is summed into it.
+
+def _is_in_place(full: Recorder, call: Call, node: str) -> bool:
+    """Is the result of `call`, which `node` ran, its first argument where no dispatch mode is on?"""
+    if call.name == "aten.add.Tensor":
+        return node == ENGINE and not call.adds_to_view
+    # the mean of scattered values counts them into a new tensor in either case
+    if call.name not in _INTO_ZEROS or not _TORCHS_NODE.search(node) or node.startswith("ScatterReduce"):
+        return False
+    made_by = full.storages[call.reads[0][0]].producer
+    return made_by is not None and full.calls[made_by].name in _ZEROS
+
+
+def add_in_place(full: Recorder, run_by: list[str]) -> None:
+    """Correct the record for what a backward adds in place, where nobody else holds the first addend: gradients that
+    the engine sums, and zeros into which the gradient of an indexed read is put. `run_by`: the node that ran each call.
+
+    Under a dispatch mode neither is done in place (`isTensorSubclassLike` in torch/csrc/autograd/input_buffer.cpp and
+    FunctionsManual.cpp). Where the first addend dies at the sum, its bytes become the sum's, so it is recorded as
+    freed before the sum is made and not after. A view holds its base (the gradient of a linear layer's weight is one),
+    so nothing is summed into it.
     """
     position = {subject: i for i, (what, subject) in enumerate(full.events) if what is EventKind.OP}
-    for call, by_engine in zip(full.dispatched, summed, strict=True):
-        if not by_engine or call.name != "aten.add.Tensor" or len(call.fresh) != 1 or not call.reads:
-            continue
-        if call.adds_to_view:
+    for call, node in zip(full.dispatched, run_by, strict=True):
+        if len(call.fresh) != 1 or not call.reads or not _is_in_place(full, call, node):
             continue
         old, new = call.reads[0][0], call.fresh[0]
         at = position[call.id]

@@ -52,9 +52,9 @@ from tightfit.step.patches import (
 )
 from tightfit.step.run import (
     LossFunction,
+    batch_tensors,
     check_trainable,
     is_elsewhere,
-    tensors_in,
 )
 from tightfit.step.snapshot import undisturbed
 from tightfit.trace.fake import FakeStep, faked, refusals_named
@@ -118,7 +118,7 @@ def trace(
             f"the model calls a function that is compiled ({functions[0]}), and what a compiled function does cannot "
             "be planned op by op: compile the whole block instead (block.compile()), or leave the function uncompiled"
         )
-    if any(tensor.is_nested for tensor in tensors_in(batch)):
+    if any(tensor.is_nested for tensor in batch_tensors(batch)):
         raise Unsupported(
             "the batch has a NestedTensor, and steps on nested (jagged) tensors are not recorded: pad it "
             "(torch.nested.to_padded_tensor), or pack its rows into one"

@@ -209,7 +209,7 @@ class Run(RunRecord):
             rows = trainer.train_dataset
             whole = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) == args.max_length]
             trainer.train_dataset = rows.select(whole)
-        conflicts.refuse(trainer, trainer.model, False)
+        conflicts.refuse(trainer, trainer.model)
         self._look_at(trainer)
         for unwanted in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(unwanted)

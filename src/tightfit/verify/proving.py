@@ -23,7 +23,7 @@ from torch import nn
 from tightfit.core import Check, Plan, Proof
 from tightfit.levers import changes_optimizer, of_units
 from tightfit.step.environment import environment
-from tightfit.step.patches import compiled_entries, no_key_value_cache, uncompiled
+from tightfit.step.patches import compiled_entries, no_key_value_cache, own_checkpointing_off, uncompiled
 from tightfit.step.run import LossFunction, compute_loss
 from tightfit.step.snapshot import undisturbed
 from tightfit.verify.float64 import compiled_checks, float64_checks
@@ -53,7 +53,7 @@ def verify(
 
     Raises `PlanMismatch`, `InvalidInput`. A check that fails is not raised: see `Proof.passed`.
     """
-    with undisturbed(model, batch) as restart, no_key_value_cache(model):
+    with undisturbed(model, batch) as restart, no_key_value_cache(model), own_checkpointing_off(model):
 
         def step() -> None:
             restart()
@@ -98,7 +98,7 @@ def gradient_checks(
 ) -> tuple[Check, ...]:
     """The checks `gradients` and `buffers` of `verify` alone: three steps, no optimizer. The compared step runs inside
     `reference()`: torch's own checkpointing, where the plain step does not fit."""
-    with undisturbed(model, batch) as restart, no_key_value_cache(model):
+    with undisturbed(model, batch) as restart, no_key_value_cache(model), own_checkpointing_off(model):
 
         def step() -> None:
             with reference():
