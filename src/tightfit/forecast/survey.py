@@ -1,0 +1,308 @@
+"""Will one step run, on each of many cards? The same question as `check`'s, with what cards have in common done once.
+
+A trace depends on a card's attention kernel alone: workspaces are a constant beside it. So cards share traces, and with
+them plans. A plan is made for a few of the memory sizes, and a card takes the one of least recompute that the caching
+allocator lays out within its own room. Its seconds are those of the plan at the card's own rates.
+
+Invariant: "fits" means that a plan, or the step without one, was laid out in that card's room, as for `check`; nothing
+is interpolated. Bounds only ever say no: what any step holds at once, and what one op of attention holds alone.
+Plans are made with little effort and for the rates of one card, so `check` may find a faster one. Where the least that
+was found is only just too much, it may find one that fits. Refused: what `trace_setup` refuses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tightfit.core import Category, Device, Lever, Phase, Plan, Timeline, Trace
+from tightfit.core.recorded import Kind
+from tightfit.device.allocator import OutOfMemory, reserved_peak_bytes
+from tightfit.device.cost import retimed, work_of
+from tightfit.forecast.advice import essence, floor, kept_whole, notes
+from tightfit.forecast.recording import reached, trace_setup
+from tightfit.forecast.room import usable_bytes
+from tightfit.forecast.search import QUICK, fitted
+from tightfit.forecast.setup import Progress, Setup
+from tightfit.levers import exact_only, used
+from tightfit.plan import lowest, simulate
+from tightfit.plan.simulate import allocations, under
+from tightfit.trace.fake import FakeStep
+
+__all__ = ["CardAnswer", "How", "Survey", "Way", "survey"]
+
+
+class How(enum.Enum):
+    """What a way to run the step is."""
+
+    PLAIN = "plain"  # as it is
+    PLAN = "plan"  # bit for bit the same gradients
+    TILES = "tiles"  # the same but for rounding
+    FLOOR = "floor"  # no way: what does not depend on the batch
+    ONE_OP = "one op"  # no way: that, and one op of a unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to run the step, or a bound on all of them."""
+
+    how: How
+    peak_bytes: int
+    peak_owner: str
+    by_category: Mapping[str, int]  # at the peak
+    levers: tuple[str, ...] = ()
+    essence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardAnswer:
+    """The answer for one card. Where it does not fit, `way` is the leanest that was found, or the bound that says no."""
+
+    card: str
+    fits: bool
+    way: int
+    reserved_bytes: int  # by that way
+    step_seconds: float | None  # estimated; none: it does not fit
+    slowdown: float | None  # against the step as it is, on the same card
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """The answers for one model, method and length."""
+
+    ways: tuple[Way, ...]
+    answers: tuple[CardAnswer, ...]  # in the order of the cards asked about
+    notes: tuple[str, ...]
+
+
+#: Plans are made for so many memory sizes at most, beside the leanest.
+_EXACT_RUNGS, _TILED_RUNGS = 4, 2
+
+_EXACT = exact_only(None)
+
+
+def survey(setup: Setup, cards: Sequence[Device], *, progress: Progress = lambda _: None) -> Survey:
+    """Whether the step of `setup` runs on each of `cards`. Raises as `trace_setup` does."""
+    setup.checked()
+    groups: dict[object, list[Device]] = {}
+    for card in cards:
+        groups.setdefault(_kernels(card), []).append(card)
+    ways: list[Way] = []
+    found: dict[str, CardAnswer] = {}
+    said: dict[str, None] = {}
+    for members in groups.values():
+        group = _Group(setup, members, progress)
+        for answer in group.answers():
+            found[answer.card] = dataclasses.replace(answer, way=answer.way + len(ways))
+        ways += group.ways
+        said |= dict.fromkeys(group.notes)
+    of_cards = [set(notes(setup, card)) for card in cards]
+    said |= dict.fromkeys(sorted(set.intersection(*of_cards)))  # the others are about a card, whatever the step
+    return Survey(ways=tuple(ways), answers=tuple(found[card.name] for card in cards), notes=tuple(said))
+
+
+def _kernels(card: Device) -> object:
+    """What a trace depends on; the workspace is put in by `with_workspace`."""
+    return card.is_host, FakeStep(card).flash, card.expandable_segments, card.calibration
+
+
+def with_workspace(trace: Trace, size_bytes: int) -> Trace:
+    """`trace` with kernels' workspaces of `size_bytes`."""
+    return dataclasses.replace(
+        trace,
+        static_bytes={**trace.static_bytes, Category.WORKSPACE.value: size_bytes},
+        tiled=tuple(with_workspace(variant, size_bytes) for variant in trace.tiled),
+    )
+
+
+def one_op_bytes(trace: Trace) -> int:
+    """What every plan holds at some moment: what lives throughout, and one op of a unit's forward with what it reads
+    and makes. A replay runs the op whole too; in tiles it is the variant's op."""
+    size = [value.size_bytes if value.producer is not None else 0 for value in trace.values]
+    largest = max(
+        (
+            sum(size[v] for v in {*op.inputs, *(v for v in op.outputs if v is not None)})
+            for op in trace.ops
+            if op.unit is not None and op.phase is Phase.FORWARD and op.kind is not Kind.VIEW
+        ),
+        default=0,
+    )
+    return min([sum(trace.static_bytes.values()) + largest, *map(one_op_bytes, trace.tiled)])
+
+
+@dataclass
+class _Run:
+    """A way to run the step, as it is laid out."""
+
+    index: int
+    made: Plan | None
+    trace: Trace
+    peak_bytes: int
+    workspace_bytes: int
+    blocks: dict[int, tuple[list[int], list[tuple[object, int]]]] = field(default_factory=dict)  # by workspace
+    laid_out: dict[tuple[int, int | None], int | None] = field(default_factory=dict)
+
+    def within(self, room: int, workspace_bytes: int) -> tuple[bool, int]:
+        """Does it fit into `room` beside such a workspace, and what is reserved."""
+        peak = self.peak_bytes - self.workspace_bytes + workspace_bytes
+        reserved = self._reserved(workspace_bytes, None)
+        assert reserved is not None
+        if peak > room:
+            return False, reserved
+        if reserved <= room:
+            return True, reserved
+        limited = self._reserved(workspace_bytes, room)  # free segments are given back before the allocator fails
+        return limited is not None, reserved if limited is None else limited
+
+    def _reserved(self, workspace_bytes: int, room: int | None) -> int | None:
+        if self.trace.random_state_bytes:  # the CPU has no caching allocator
+            return self.peak_bytes - self.workspace_bytes + workspace_bytes
+        if (workspace_bytes, room) not in self.laid_out:
+            if workspace_bytes not in self.blocks:
+                self.blocks[workspace_bytes] = allocations(with_workspace(self.trace, workspace_bytes), self.made)
+            static, step = self.blocks[workspace_bytes]
+            try:
+                found = reserved_peak_bytes(
+                    static, step, limit_bytes=room, expandable=self.trace.expandable_segments
+                )
+            except OutOfMemory:
+                found = None
+            self.laid_out[workspace_bytes, room] = found
+        return self.laid_out[workspace_bytes, room]
+
+
+class _Group:
+    """Cards whose kernels are the same."""
+
+    def __init__(self, setup: Setup, cards: Sequence[Device], progress: Progress) -> None:
+        self.setup, self.cards, self.progress = setup, cards, progress
+        self.rooms = {card.name: usable_bytes(card) for card in cards}
+        self.workspaces = {card.name: FakeStep(card).workspace_bytes for card in cards}
+        self.workspace_bytes = self.workspaces[cards[0].name]  # of the traces that plans are made for
+        self.ways: list[Way] = []
+        self.notes: list[str] = []
+
+    def answers(self) -> Iterable[CardAnswer]:
+        floor_bytes = floor(self.setup, self.cards[0])
+        if floor_bytes > max(self.rooms.values()):
+            return self._all_no(How.FLOOR, floor_bytes, "weights, gradients and the optimizer's state together")
+        self.progress("tracing")
+        recorded = trace_setup(self.setup, self.cards[0])
+        self.notes += [*recorded.notes, *kept_whole(recorded)]
+        plain = self._run(recorded, None)
+        runs = [plain]
+        left = self._unfit(self.cards, runs)
+        bound = max(floor_bytes, one_op_bytes(recorded) if left else 0)
+        possible = [card for card in left if self._room(card) >= bound]
+        if possible:
+            self.progress("tracing in tiles")
+            recorded = trace_setup(self.setup, self.cards[0], tiles=True)
+            runs += self._planned(recorded, possible, _EXACT, _EXACT_RUNGS)
+            bound = max(floor_bytes, one_op_bytes(recorded))
+            possible = [card for card in self._unfit(possible, runs) if self._room(card) >= bound]
+            if possible and recorded.tiled:
+                runs += self._planned(recorded, possible, None, _TILED_RUNGS)
+        elif left:
+            bound_way = self._bound(How.ONE_OP, bound, "what lives throughout, and one op of a block with it")
+            return self._answers(runs, [card.name for card in left], (bound_way, bound))
+        return self._answers(runs, [], (0, 0))
+
+    def _planned(
+        self, recorded: Trace, cards: Sequence[Device], levers: frozenset[Lever] | None, rungs: int
+    ) -> list[_Run]:
+        """Plans for some of the cards' rooms, from the least recompute on; the leanest comes last."""
+        timed = retimed(recorded, reached(cards[len(cards) // 2]))
+        self.progress("planning for the lowest peak" if levers is not None else "planning for the lowest peak, in tiles")
+        leanest = self._run(timed, lowest(timed, effort=QUICK, levers=levers))
+        rooms = sorted({self._room(card) for card in cards if leanest.peak_bytes <= self._room(card)}, reverse=True)
+        chosen = {rooms[i * (len(rooms) - 1) // max(1, rungs - 1)] for i in range(rungs)} if rooms else set()
+        found: list[_Run] = []
+        for room in sorted(chosen, reverse=True):
+            self.progress(f"planning for {room / 2**30:.1f} GiB")
+            made = fitted(timed, room, QUICK, levers)
+            if made is not None:
+                found.append(self._run(timed, made))
+        for card in self._unfit(cards, [*found, leanest]):  # within the allocator's slack another plan may be laid out
+            if leanest.peak_bytes <= self._room(card) and self._room(card) not in chosen:
+                made = fitted(timed, self._room(card), QUICK, levers)
+                if made is not None:
+                    found.append(self._run(timed, made))
+        return [*sorted(found, key=lambda run: -run.peak_bytes), leanest]
+
+    def _room(self, card: Device) -> int:
+        """What `card` leaves beside a workspace like the first card's."""
+        return self.rooms[card.name] - self.workspaces[card.name] + self.workspace_bytes
+
+    def _unfit(self, cards: Iterable[Device], runs: Sequence[_Run]) -> list[Device]:
+        return [card for card in cards if not any(self._within(run, card)[0] for run in runs)]
+
+    def _within(self, run: _Run, card: Device) -> tuple[bool, int]:
+        return run.within(self.rooms[card.name], self.workspaces[card.name])
+
+    # -- ways
+
+    def _run(self, trace: Trace, made: Plan | None) -> _Run:
+        line = simulate(trace, made)
+        how = How.PLAIN if made is None else How.PLAN if made.exact else How.TILES
+        self.ways.append(
+            Way(
+                how=how, peak_bytes=line.peak_bytes, peak_owner=line.peak_owner, by_category=_at_peak(line),
+                levers=() if made is None else tuple(each.lever.value for each in used(made)),
+                essence=() if made is None else tuple(essence(trace, made)),
+            )
+        )  # fmt: skip
+        return _Run(len(self.ways) - 1, made, trace, line.peak_bytes, self.workspace_bytes)
+
+    def _bound(self, how: How, size_bytes: int, owner: str) -> int:
+        self.ways.append(Way(how=how, peak_bytes=size_bytes, peak_owner=owner, by_category={}))
+        return len(self.ways) - 1
+
+    # -- answers
+
+    def _all_no(self, how: How, size_bytes: int, owner: str) -> Iterable[CardAnswer]:
+        index = self._bound(how, size_bytes, owner)
+        for card in self.cards:
+            yield CardAnswer(
+                card=card.name, fits=False, way=index, reserved_bytes=size_bytes, step_seconds=None, slowdown=None
+            )
+
+    def _answers(
+        self, runs: Sequence[_Run], bounded: Sequence[str], bound: tuple[int, int]
+    ) -> Iterable[CardAnswer]:
+        base_seconds = _clock(runs[0].trace)
+        for card in self.cards:
+            fitting = next((run for run in runs if self._within(run, card)[0]), None)
+            if fitting is None and card.name in bounded:
+                way, reserved = bound
+            else:
+                run = fitting or min(runs, key=lambda run: self._within(run, card)[1])
+                way, reserved = run.index, self._within(run, card)[1]
+            seconds = slowdown = None
+            if fitting is not None:
+                base = base_seconds(card)
+                seconds = base if fitting.made is None else planned_seconds(fitting.trace, fitting.made, card)
+                slowdown = seconds / base
+            yield CardAnswer(
+                card=card.name, fits=fitting is not None, way=way, reserved_bytes=reserved, step_seconds=seconds,
+                slowdown=slowdown,
+            )  # fmt: skip
+
+
+def _at_peak(line: Timeline) -> dict[str, int]:
+    at_peak = {category: rows[line.peak_event] for category, rows in line.by_category.items()}
+    return {category: size for category, size in at_peak.items() if size}
+
+
+def _clock(trace: Trace) -> Callable[[Device], float]:
+    """The seconds of the step as it is, by card: ops that do the same work are counted, not timed one by one."""
+    counted = Counter(work for work in work_of(trace) if work is not None)
+    return lambda card: sum(work.seconds(reached(card)) * count for work, count in counted.items())
+
+
+def planned_seconds(trace: Trace, made: Plan, card: Device) -> float:
+    """The seconds of the step under a plan, at the rates that `card` reaches, whatever rates the plan was made for."""
+    timed = retimed(dataclasses.replace(trace, tiled=()) if made.exact else trace, reached(card))
+    return sum(op.seconds for op in under(timed, made).ops) + simulate(timed, made).recompute_seconds
