@@ -14,22 +14,25 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
 
 from tightfit.core import Category, Device, Lever, Phase, Plan, Timeline, Trace
 from tightfit.core.recorded import Kind
 from tightfit.device.allocator import OutOfMemory, reserved_peak_bytes
-from tightfit.device.cost import retimed, work_of
+from tightfit.device.cost import Work, retimed, work_of
 from tightfit.forecast.advice import essence, floor, kept_whole, notes
 from tightfit.forecast.recording import reached, trace_setup
 from tightfit.forecast.room import usable_bytes
 from tightfit.forecast.search import QUICK, fitted
 from tightfit.forecast.setup import Progress, Setup
 from tightfit.levers import exact_only, used
+from tightfit.levers.tile import tile_seconds
 from tightfit.plan import lowest, simulate
-from tightfit.plan.simulate import allocations, under
+from tightfit.plan.simulate import allocations
 from tightfit.trace.fake import FakeStep
 
 __all__ = ["CardAnswer", "How", "Survey", "Way", "survey"]
@@ -59,7 +62,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardAnswer:
-    """The answer for one card. Where it does not fit, `way` is the leanest that was found, or the bound that says no."""
+    """The answer for one card. Where nothing fits, `way` is the leanest that was found, or the bound that says no."""
 
     card: str
     fits: bool
@@ -79,7 +82,7 @@ class Survey:
 
 
 #: Plans are made for so many memory sizes at most, beside the leanest.
-_EXACT_RUNGS, _TILED_RUNGS = 4, 2
+_EXACT_RUNGS, _TILED_RUNGS = 3, 2
 
 _EXACT = exact_only(None)
 
@@ -142,7 +145,7 @@ class _Run:
     trace: Trace
     peak_bytes: int
     workspace_bytes: int
-    blocks: dict[int, tuple[list[int], list[tuple[object, int]]]] = field(default_factory=dict)  # by workspace
+    blocks: dict[int, tuple[list[int], list[tuple[Hashable, int]]]] = field(default_factory=dict)  # by workspace
     laid_out: dict[tuple[int, int | None], int | None] = field(default_factory=dict)
 
     def within(self, room: int, workspace_bytes: int) -> tuple[bool, int]:
@@ -165,9 +168,7 @@ class _Run:
                 self.blocks[workspace_bytes] = allocations(with_workspace(self.trace, workspace_bytes), self.made)
             static, step = self.blocks[workspace_bytes]
             try:
-                found = reserved_peak_bytes(
-                    static, step, limit_bytes=room, expandable=self.trace.expandable_segments
-                )
+                found = reserved_peak_bytes(static, step, limit_bytes=room, expandable=self.trace.expandable_segments)
             except OutOfMemory:
                 found = None
             self.laid_out[workspace_bytes, room] = found
@@ -215,7 +216,9 @@ class _Group:
     ) -> list[_Run]:
         """Plans for some of the cards' rooms, from the least recompute on; the leanest comes last."""
         timed = retimed(recorded, reached(cards[len(cards) // 2]))
-        self.progress("planning for the lowest peak" if levers is not None else "planning for the lowest peak, in tiles")
+        self.progress(
+            "planning for the lowest peak" if levers is not None else "planning for the lowest peak, in tiles"
+        )
         leanest = self._run(timed, lowest(timed, effort=QUICK, levers=levers))
         rooms = sorted({self._room(card) for card in cards if leanest.peak_bytes <= self._room(card)}, reverse=True)
         chosen = {rooms[i * (len(rooms) - 1) // max(1, rungs - 1)] for i in range(rungs)} if rooms else set()
@@ -265,30 +268,34 @@ class _Group:
     def _all_no(self, how: How, size_bytes: int, owner: str) -> Iterable[CardAnswer]:
         index = self._bound(how, size_bytes, owner)
         for card in self.cards:
-            yield CardAnswer(
-                card=card.name, fits=False, way=index, reserved_bytes=size_bytes, step_seconds=None, slowdown=None
-            )
+            yield _answer_no(card, index, size_bytes)
 
-    def _answers(
-        self, runs: Sequence[_Run], bounded: Sequence[str], bound: tuple[int, int]
-    ) -> Iterable[CardAnswer]:
-        base_seconds = _clock(runs[0].trace)
+    def _answers(self, runs: Sequence[_Run], bounded: Sequence[str], bound: tuple[int, int]) -> Iterable[CardAnswer]:
+        by: dict[int, list[Device]] = {}  # cards that run the step, by the first of `runs` that fits
         for card in self.cards:
-            fitting = next((run for run in runs if self._within(run, card)[0]), None)
-            if fitting is None and card.name in bounded:
-                way, reserved = bound
+            turn = next((turn for turn, run in enumerate(runs) if self._within(run, card)[0]), None)
+            if turn is not None:
+                by.setdefault(turn, []).append(card)
+            elif card.name in bounded:
+                yield _answer_no(card, *bound)
             else:
-                run = fitting or min(runs, key=lambda run: self._within(run, card)[1])
-                way, reserved = run.index, self._within(run, card)[1]
-            seconds = slowdown = None
-            if fitting is not None:
-                base = base_seconds(card)
-                seconds = base if fitting.made is None else planned_seconds(fitting.trace, fitting.made, card)
-                slowdown = seconds / base
-            yield CardAnswer(
-                card=card.name, fits=fitting is not None, way=way, reserved_bytes=reserved, step_seconds=seconds,
-                slowdown=slowdown,
-            )  # fmt: skip
+                leanest = min(runs, key=lambda run: self._within(run, card)[1])
+                yield _answer_no(card, leanest.index, self._within(leanest, card)[1])
+        for turn, cards in by.items():
+            run = runs[turn]
+            seconds = step_seconds(run.trace, run.made, cards)
+            plain = seconds if run.made is None else step_seconds(run.trace, None, cards)
+            for card, taken, base in zip(cards, seconds, plain, strict=True):
+                yield CardAnswer(
+                    card=card.name, fits=True, way=run.index, reserved_bytes=self._within(run, card)[1],
+                    step_seconds=taken, slowdown=taken / base,
+                )  # fmt: skip
+
+
+def _answer_no(card: Device, way: int, reserved_bytes: int) -> CardAnswer:
+    return CardAnswer(
+        card=card.name, fits=False, way=way, reserved_bytes=reserved_bytes, step_seconds=None, slowdown=None
+    )
 
 
 def _at_peak(line: Timeline) -> dict[str, int]:
@@ -296,13 +303,35 @@ def _at_peak(line: Timeline) -> dict[str, int]:
     return {category: size for category, size in at_peak.items() if size}
 
 
-def _clock(trace: Trace) -> Callable[[Device], float]:
-    """The seconds of the step as it is, by card: ops that do the same work are counted, not timed one by one."""
-    counted = Counter(work for work in work_of(trace) if work is not None)
-    return lambda card: sum(work.seconds(reached(card)) * count for work, count in counted.items())
+def step_seconds(trace: Trace, made: Plan | None, cards: Sequence[Device]) -> list[float]:
+    """The seconds of the step, by card, at the rates that each reaches, whatever rates the plan was made for.
+
+    What a plan costs beside recompute and tiles (the optimizer in chunks) stays as at the rates it was made for.
+    """
+    timed = _timed_for(trace, [reached(card) for card in cards])
+    seconds: Any = sum((op.seconds for op in timed.ops), numpy.zeros(len(cards)))
+    if made is not None:
+        seconds = seconds + simulate(timed, made).recompute_seconds + made.offload_seconds + made.other_seconds
+        if made.tiling is not None:
+            tiled = next((each for each in timed.tiled if each.tiling == made.tiling), None)
+            more: Any = made.tile_seconds if tiled is None else tile_seconds(timed, tiled)
+            seconds = seconds + more
+    return [float(each) for each in seconds]
 
 
-def planned_seconds(trace: Trace, made: Plan, card: Device) -> float:
-    """The seconds of the step under a plan, at the rates that `card` reaches, whatever rates the plan was made for."""
-    timed = retimed(dataclasses.replace(trace, tiled=()) if made.exact else trace, reached(card))
-    return sum(op.seconds for op in under(timed, made).ops) + simulate(timed, made).recompute_seconds
+def _timed_for(trace: Trace, cards: Sequence[Device]) -> Trace:
+    """`trace` with the seconds of every op on each of `cards`, as an array. The referee only ever adds them up."""
+    known: dict[Any, Any] = {None: numpy.zeros(len(cards))}
+
+    def seconds(work: Work | None) -> Any:
+        if work is not None and work not in known:
+            known[work] = numpy.array([work.seconds(card) for card in cards])
+        return known[work]
+
+    return dataclasses.replace(
+        trace,
+        ops=tuple(
+            dataclasses.replace(op, seconds=seconds(work)) for op, work in zip(trace.ops, work_of(trace), strict=True)
+        ),
+        tiled=tuple(_timed_for(variant, cards) for variant in trace.tiled),
+    )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from tightfit.core import Lever, Plan, PlanMismatch, Tiling, Trace
+from tightfit.core import Lever, Plan, PlanMismatch, Trace
 from tightfit.levers.interface import Given, LeverDefinition, RecordedStep, Share, Variant, Walked
 
 __all__ = ["DEFINITION"]
@@ -47,7 +47,7 @@ class Tile(LeverDefinition):
         for tiled in step.trace.tiled:
             tiling = tiled.tiling
             assert tiling is not None
-            seconds = max(0.0, _seconds(tiled, tiling) - _seconds(step.trace, tiling))
+            seconds = max(0.0, tile_seconds(step.trace, tiled))
             yield step.by(self, tiled, seconds=seconds, tiling=tiling, tile_seconds=seconds)
 
     def begun(self, trace: Trace) -> Mapping[str, Any]:
@@ -130,9 +130,15 @@ class Tile(LeverDefinition):
         return "in tiles", "no" if plan.tiling is None else self.said(plan).removeprefix("tiles: ")
 
 
-def _seconds(trace: Trace, tiling: Tiling) -> float:
+def tile_seconds(trace: Trace, tiled: Trace) -> float:
+    """By how many seconds `tiled`, a variant of `trace`, takes longer."""
+    tiling = tiled.tiling
+    assert tiling is not None
     # where only the head is tiled the units' seconds are the same, but for noise
-    return sum(op.seconds for op in trace.ops if op.unit is None or tiling.modules)
+    tiled_seconds, seconds = (
+        sum(op.seconds for op in each.ops if op.unit is None or tiling.modules) for each in (tiled, trace)
+    )
+    return tiled_seconds - seconds
 
 
 DEFINITION = Tile()
