@@ -135,21 +135,50 @@ def gather(
     now = document["environments"].index(here)
     out.mkdir(exist_ok=True)
     steps = list(_steps(asked))
-    for count, setup in enumerate(steps, start=1):
-        key = [setup.model, setup.method, setup.seq]
-        old = next((cell for cell in document["cells"] if [cell[name] for name in _OF_A_CELL] == key), None)
-        if old is None or old["environment"] != now:
+    try:
+        for count, setup in enumerate(steps, start=1):
             where = f"{setup.model}, {setup.method}, {setup.seq} tokens ({count} of {len(steps)})"
-            progress(where)
-            cell = _cell(setup, asked.cards, now, lambda what, where=where: progress(f"{where}: {what}"))
-            document["models"][setup.model] = _model(setup.model)
-            document["cells"] = [each for each in document["cells"] if each is not old]
-            document["cells"].append(cell)
-            _sort(document)
-            write_text(out / ANSWERS, json.dumps(document, separators=(",", ":")) + "\n")
-        if count == len(steps) or steps[count].model != setup.model:
+            if _is_new(document, setup, now):
+                progress(where)
+                _put(document, setup, _cell(setup, asked.cards, now, _within(progress, where)))
+                write_text(out / ANSWERS, json.dumps(document, separators=(",", ":")) + "\n")
+            if count == len(steps) or steps[count].model != setup.model:
+                written(document)
+    except BaseException:
+        if document["cells"]:  # what is there by now is on the page too
             written(document)
+        raise
     return document
+
+
+def _within(progress: Progress, where: str) -> Progress:
+    return lambda what: progress(f"{where}: {what}")
+
+
+def _key(setup: Setup) -> list[Any]:
+    return [setup.model, setup.method, setup.seq]
+
+
+def _there(document: Mapping[str, Any], setup: Setup) -> dict[str, Any] | None:
+    key = _key(setup)
+    return next((cell for cell in document["cells"] if [cell[name] for name in _OF_A_CELL] == key), None)
+
+
+def _is_new(document: Mapping[str, Any], setup: Setup, environment: int) -> bool:
+    old = _there(document, setup)
+    return old is None or old["environment"] != environment
+
+
+def _put(document: dict[str, Any], setup: Setup, cell: dict[str, Any]) -> None:
+    """Put `cell` in the place of an older one, in the catalog's order; models of other places stand behind."""
+    old, known = _there(document, setup), {name: turn for turn, name in enumerate(model_names())}
+    document["models"][setup.model] = _model(setup.model)
+    document["cells"] = [each for each in document["cells"] if each is not old] + [cell]
+    document["cells"].sort(
+        key=lambda cell: (
+            known.get(cell["model"].lower(), len(known)), cell["model"], METHODS.index(cell["method"]), cell["seq"],
+        )
+    )  # fmt: skip
 
 
 def _steps(asked: Asked) -> Iterator[Setup]:
@@ -189,16 +218,6 @@ def _cell(setup: Setup, cards: Sequence[Device], environment: int, progress: Pro
 def _digits(number: float | None) -> float | None:
     """Estimates have no more digits than these."""
     return None if number is None else float(f"{number:.4g}")
-
-
-def _sort(document: dict[str, Any]) -> None:
-    """Models in the catalog's order, those of other places behind; methods and lengths as they are asked."""
-    known = {name: turn for turn, name in enumerate(model_names())}
-    document["cells"].sort(
-        key=lambda cell: (
-            known.get(cell["model"].lower(), len(known)), cell["model"], METHODS.index(cell["method"]), cell["seq"],
-        )
-    )  # fmt: skip
 
 
 def _model(name: str) -> dict[str, Any]:
