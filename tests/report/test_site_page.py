@@ -22,8 +22,9 @@ CARDS = (("t4", 16), ("rtx-4090", 24), ("a100-80gb", 80), ("a100-twin", 80))
 
 def way(how: str, peak: int, owner: str = "backward of layers.3: aten.mm", **changed: Any) -> dict[str, Any]:
     by_category = {} if how in ("floor", "one op") else {"parameters": peak * 2 // 3, "saved": peak - peak * 2 // 3}
+    essence = ["12 of 32 units recompute part of what they make"] if how in ("plan", "tiles") else []
     made = {"how": how, "peak_bytes": peak, "peak_owner": owner, "by_category": by_category, "levers": [],
-            "essence": ["12 of 32 units recompute part of what they make"] if how in ("plan", "tiles") else []}  # fmt: skip
+            "essence": essence}  # fmt: skip
     return {**made, **changed}
 
 

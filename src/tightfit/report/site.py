@@ -44,14 +44,14 @@ def site_page(document: Mapping[str, Any]) -> str:
 
 def _head(document: Mapping[str, Any]) -> str:
     told, question = site_summary(document), document["question"]
-    when = told["first"] if told["first"] == told["last"] else f"{told['first']} to {told['last']}"
     facts = {
         "answers": f"{told['answers']:,}, of which {told['fitting']:,} fit",
         "models": told["models"],
         "cards": told["cards"],
         "one step of": f"batch {question['batch']}, {question['dtype']}, {question['optimizer']}",
         "adapters": f"LoRA of rank {question['rank']} on every linear layer",
-        "forecast on": when,
+        "forecast on": _days(told["first"], told["last"]),
+        "by": ", ".join(dict.fromkeys(_versions(made, ("tightfit", "torch")) for made in document["environments"])),
     }
     shown = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd></div>" for name, value in facts.items()
@@ -61,7 +61,20 @@ def _head(document: Mapping[str, Any]) -> str:
         "<p>Which models train on which card: each answer is a forecast of the whole training step, planned and laid "
         "out in the card&#8217;s memory. None was measured on the card. Bytes are forecast; seconds are estimated from "
         f'<a href="#rests">the makers&#8217; rates</a>.</p>\n<dl class="facts">{shown}</dl>\n'
+        + "".join(f'<p class="soft">Error bar: {html.escape(bar)}.</p>\n' for bar in _bars(document)[:1])
     )
+
+
+def _bars(document: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(card["error_bar"] for card in document["cards"]))
+
+
+def _versions(environment: Mapping[str, str], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {environment[name]}" for name in names if name in environment)
+
+
+def _days(first: str, last: str) -> str:
+    return first if first == last else f"{first} to {last}"
 
 
 def _smallest(document: Mapping[str, Any]) -> str:
@@ -98,10 +111,9 @@ def _smallest_card(cell: Mapping[str, Any], cards: Sequence[Mapping[str, Any]], 
 def _rests_on(document: Mapping[str, Any]) -> str:
     """What the figures rest on: error bars, rates with their sources, versions and dates."""
     cards = document["cards"]
-    bars = dict.fromkeys(card["error_bar"] for card in cards)
     used = {cell["environment"] for cell in document["cells"]}
     parts = ['<h2 id="rests">What these answers rest on</h2>']
-    parts += [f"<p>Error bar: {html.escape(bar)}.</p>" for bar in bars]
+    parts += [f"<p>Error bar: {html.escape(bar)}.</p>" for bar in _bars(document)]
     parts.append(
         "<p>Plans are made quickly, and for the rates of one of the cards that share them. The command of an answer "
         "plans for its card alone and for longer: it may find a faster plan, and where the least is only just too "
@@ -109,9 +121,9 @@ def _rests_on(document: Mapping[str, Any]) -> str:
     )
     for turn, versions in enumerate(document["environments"]):
         if turn in used:
-            said = ", ".join(f"{name} {version}" for name, version in versions.items())
+            said = _versions(versions, tuple(versions))
             dates = sorted({cell["date"][:10] for cell in document["cells"] if cell["environment"] == turn})
-            parts.append(f"<p>Forecast on {dates[0]} to {dates[-1]} by {html.escape(said)}.</p>")
+            parts.append(f"<p>Forecast on {_days(dates[0], dates[-1])} by {html.escape(said)}.</p>")
     rows = [
         (
             card["name"], format_bytes(card["memory_bytes"]), format_bytes(card["usable_bytes"]),
