@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,7 +83,10 @@ class Survey:
 
 
 #: Plans are made for so many memory sizes at most, beside the leanest.
-_EXACT_RUNGS, _TILED_RUNGS = 3, 2
+_EXACT_RUNGS, _TILED_RUNGS = 2, 1
+
+#: Within this many times the bound that says no, the leanest exact plan may well not fit, and tiles are needed.
+_CLOSE = 2
 
 _EXACT = exact_only(None)
 
@@ -143,30 +147,41 @@ class _Run:
     index: int
     made: Plan | None
     trace: Trace
-    peak_bytes: int
-    workspace_bytes: int
-    blocks: dict[int, tuple[list[int], list[tuple[Hashable, int]]]] = field(default_factory=dict)  # by workspace
-    laid_out: dict[tuple[int, int | None], int | None] = field(default_factory=dict)
+    peak_bytes: int  # with the trace's own workspace
+    laid_out: dict[tuple[int, int | None], int | None] = field(default_factory=dict)  # by workspace and room
 
-    def within(self, room: int, workspace_bytes: int) -> tuple[bool, int]:
-        """Does it fit into `room` beside such a workspace, and what is reserved."""
-        peak = self.peak_bytes - self.workspace_bytes + workspace_bytes
+    def fits(self, room: int, workspace_bytes: int) -> bool:
+        """Is it laid out in `room`, beside such a workspace?"""
+        if self.peak(workspace_bytes) > room:
+            return False
         reserved = self._reserved(workspace_bytes, None)
         assert reserved is not None
-        if peak > room:
-            return False, reserved
-        if reserved <= room:
-            return True, reserved
-        limited = self._reserved(workspace_bytes, room)  # free segments are given back before the allocator fails
-        return limited is not None, reserved if limited is None else limited
+        # under a limit the allocator gives free segments back before it fails
+        return reserved <= room or self._reserved(workspace_bytes, room) is not None
+
+    def reserved(self, room: int, workspace_bytes: int) -> int:
+        """What is reserved where it fits, else what would be on a card that is large enough."""
+        reserved = self._reserved(workspace_bytes, None)
+        assert reserved is not None
+        if reserved > room >= self.peak(workspace_bytes):
+            return self._reserved(workspace_bytes, room) or reserved
+        return reserved
+
+    def peak(self, workspace_bytes: int) -> int:
+        return self.peak_bytes - self.trace.static_bytes.get(Category.WORKSPACE.value, 0) + workspace_bytes
+
+    @functools.cached_property
+    def _blocks(self) -> tuple[list[int], list[tuple[Hashable, int]]]:
+        """What the allocator sees beside workspaces."""
+        return allocations(with_workspace(self.trace, 0), self.made)
 
     def _reserved(self, workspace_bytes: int, room: int | None) -> int | None:
         if self.trace.random_state_bytes:  # the CPU has no caching allocator
-            return self.peak_bytes - self.workspace_bytes + workspace_bytes
+            return self.peak(workspace_bytes)
         if (workspace_bytes, room) not in self.laid_out:
-            if workspace_bytes not in self.blocks:
-                self.blocks[workspace_bytes] = allocations(with_workspace(self.trace, workspace_bytes), self.made)
-            static, step = self.blocks[workspace_bytes]
+            static, step = self._blocks
+            half = workspace_bytes // 2  # as `allocations` has them
+            static = [*static, *(size for size in (workspace_bytes - half, half) if size)]
             try:
                 found = reserved_peak_bytes(static, step, limit_bytes=room, expandable=self.trace.expandable_segments)
             except OutOfMemory:
@@ -198,17 +213,23 @@ class _Group:
         left = self._unfit(self.cards, runs)
         bound = max(floor_bytes, one_op_bytes(recorded) if left else 0)
         possible = [card for card in left if self._room(card) >= bound]
+        if left and not possible:
+            bound_way = self._bound(How.ONE_OP, bound, "what lives throughout, and one op of a block with it")
+            return self._answers(runs, [card.name for card in left], (bound_way, bound))
+        # tiles are recorded at once where they are likely to be needed, so that one trace serves both searches
+        likely = bool(possible) and min(map(self._room, possible)) < _CLOSE * bound
+        if possible and not likely:
+            runs += self._planned(recorded, possible, _EXACT, _EXACT_RUNGS)
+            possible = [card for card in self._unfit(possible, runs) if self._room(card) >= bound]
         if possible:
             self.progress("tracing in tiles")
             recorded = trace_setup(self.setup, self.cards[0], tiles=True)
-            runs += self._planned(recorded, possible, _EXACT, _EXACT_RUNGS)
             bound = max(floor_bytes, one_op_bytes(recorded))
+            if likely:
+                runs += self._planned(recorded, possible, _EXACT, _EXACT_RUNGS)
             possible = [card for card in self._unfit(possible, runs) if self._room(card) >= bound]
             if possible and recorded.tiled:
                 runs += self._planned(recorded, possible, None, _TILED_RUNGS)
-        elif left:
-            bound_way = self._bound(How.ONE_OP, bound, "what lives throughout, and one op of a block with it")
-            return self._answers(runs, [card.name for card in left], (bound_way, bound))
         return self._answers(runs, [], (0, 0))
 
     def _planned(
@@ -221,7 +242,7 @@ class _Group:
         )
         leanest = self._run(timed, lowest(timed, effort=QUICK, levers=levers))
         rooms = sorted({self._room(card) for card in cards if leanest.peak_bytes <= self._room(card)}, reverse=True)
-        chosen = {rooms[i * (len(rooms) - 1) // max(1, rungs - 1)] for i in range(rungs)} if rooms else set()
+        chosen = {rooms[i * len(rooms) // rungs] for i in range(rungs)} if rooms else set()
         found: list[_Run] = []
         for room in sorted(chosen, reverse=True):
             self.progress(f"planning for {room / 2**30:.1f} GiB")
@@ -240,10 +261,13 @@ class _Group:
         return self.rooms[card.name] - self.workspaces[card.name] + self.workspace_bytes
 
     def _unfit(self, cards: Iterable[Device], runs: Sequence[_Run]) -> list[Device]:
-        return [card for card in cards if not any(self._within(run, card)[0] for run in runs)]
+        return [card for card in cards if not any(self._fits(run, card) for run in runs)]
 
-    def _within(self, run: _Run, card: Device) -> tuple[bool, int]:
-        return run.within(self.rooms[card.name], self.workspaces[card.name])
+    def _fits(self, run: _Run, card: Device) -> bool:
+        return run.fits(self.rooms[card.name], self.workspaces[card.name])
+
+    def _reserved(self, run: _Run, card: Device) -> int:
+        return run.reserved(self.rooms[card.name], self.workspaces[card.name])
 
     # -- ways
 
@@ -257,7 +281,7 @@ class _Group:
                 essence=() if made is None else tuple(essence(trace, made)),
             )
         )  # fmt: skip
-        return _Run(len(self.ways) - 1, made, trace, line.peak_bytes, self.workspace_bytes)
+        return _Run(len(self.ways) - 1, made, trace, line.peak_bytes)
 
     def _bound(self, how: How, size_bytes: int, owner: str) -> int:
         self.ways.append(Way(how=how, peak_bytes=size_bytes, peak_owner=owner, by_category={}))
@@ -273,21 +297,21 @@ class _Group:
     def _answers(self, runs: Sequence[_Run], bounded: Sequence[str], bound: tuple[int, int]) -> Iterable[CardAnswer]:
         by: dict[int, list[Device]] = {}  # cards that run the step, by the first of `runs` that fits
         for card in self.cards:
-            turn = next((turn for turn, run in enumerate(runs) if self._within(run, card)[0]), None)
+            turn = next((turn for turn, run in enumerate(runs) if self._fits(run, card)), None)
             if turn is not None:
                 by.setdefault(turn, []).append(card)
             elif card.name in bounded:
                 yield _answer_no(card, *bound)
             else:
-                leanest = min(runs, key=lambda run: self._within(run, card)[1])
-                yield _answer_no(card, leanest.index, self._within(leanest, card)[1])
+                leanest = min(runs, key=lambda run: run.peak_bytes)
+                yield _answer_no(card, leanest.index, self._reserved(leanest, card))
         for turn, cards in by.items():
             run = runs[turn]
             seconds = step_seconds(run.trace, run.made, cards)
             plain = seconds if run.made is None else step_seconds(run.trace, None, cards)
             for card, taken, base in zip(cards, seconds, plain, strict=True):
                 yield CardAnswer(
-                    card=card.name, fits=True, way=run.index, reserved_bytes=self._within(run, card)[1],
+                    card=card.name, fits=True, way=run.index, reserved_bytes=self._reserved(run, card),
                     step_seconds=taken, slowdown=taken / base,
                 )  # fmt: skip
 
