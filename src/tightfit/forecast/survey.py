@@ -90,6 +90,11 @@ _CLOSE = 2
 
 _EXACT = exact_only(None)
 
+_OWNERS = {
+    How.FLOOR: "weights, gradients and the optimizer's state together",
+    How.ONE_OP: "what lives throughout, and one op of a block with it,",
+}
+
 
 def survey(setup: Setup, cards: Sequence[Device], *, progress: Progress = lambda _: None) -> Survey:
     """Whether the step of `setup` runs on each of `cards`. Raises as `trace_setup` does."""
@@ -204,7 +209,7 @@ class _Group:
     def answers(self) -> Iterable[CardAnswer]:
         floor_bytes = floor(self.setup, self.cards[0])
         if floor_bytes > max(self.rooms.values()):
-            return self._all_no(How.FLOOR, floor_bytes, "weights, gradients and the optimizer's state together")
+            return self._all_no(How.FLOOR, floor_bytes)
         self.progress("tracing")
         recorded = trace_setup(self.setup, self.cards[0])
         self.notes += [*recorded.notes, *kept_whole(recorded)]
@@ -213,9 +218,6 @@ class _Group:
         left = self._unfit(self.cards, runs)
         bound = max(floor_bytes, one_op_bytes(recorded) if left else 0)
         possible = [card for card in left if self._room(card) >= bound]
-        if left and not possible:
-            bound_way = self._bound(How.ONE_OP, bound, "what lives throughout, and one op of a block with it")
-            return self._answers(runs, [card.name for card in left], (bound_way, bound))
         # tiles are recorded at once where they are likely to be needed, so that one trace serves both searches
         likely = bool(possible) and min(map(self._room, possible)) < _CLOSE * bound
         if possible and not likely:
@@ -230,7 +232,7 @@ class _Group:
             possible = [card for card in self._unfit(possible, runs) if self._room(card) >= bound]
             if possible and recorded.tiled:
                 runs += self._planned(recorded, possible, None, _TILED_RUNGS)
-        return self._answers(runs, [], (0, 0))
+        return self._answers(runs, floor_bytes, bound)
 
     def _planned(
         self, recorded: Trace, cards: Sequence[Device], levers: frozenset[Lever] | None, rungs: int
@@ -289,19 +291,23 @@ class _Group:
 
     # -- answers
 
-    def _all_no(self, how: How, size_bytes: int, owner: str) -> Iterable[CardAnswer]:
-        index = self._bound(how, size_bytes, owner)
+    def _all_no(self, how: How, size_bytes: int) -> Iterable[CardAnswer]:
+        index = self._bound(how, size_bytes, _OWNERS[how])
         for card in self.cards:
             yield _answer_no(card, index, size_bytes)
 
-    def _answers(self, runs: Sequence[_Run], bounded: Sequence[str], bound: tuple[int, int]) -> Iterable[CardAnswer]:
+    def _answers(self, runs: Sequence[_Run], floor_bytes: int, bound: int) -> Iterable[CardAnswer]:
         by: dict[int, list[Device]] = {}  # cards that run the step, by the first of `runs` that fits
+        no: dict[How, int] = {}
         for card in self.cards:
             turn = next((turn for turn, run in enumerate(runs) if self._fits(run, card)), None)
             if turn is not None:
                 by.setdefault(turn, []).append(card)
-            elif card.name in bounded:
-                yield _answer_no(card, *bound)
+            elif self._room(card) < bound:
+                how, size = (How.FLOOR, floor_bytes) if self.rooms[card.name] < floor_bytes else (How.ONE_OP, bound)
+                if how not in no:
+                    no[how] = self._bound(how, size, _OWNERS[how])
+                yield _answer_no(card, no[how], size)
             else:
                 leanest = min(runs, key=lambda run: run.peak_bytes)
                 yield _answer_no(card, leanest.index, self._reserved(leanest, card))
