@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from tightfit.core import Lever, Plan, PlanMismatch, Trace
+from tightfit.core import Lever, Plan, PlanMismatch, Tiling, Trace
 from tightfit.levers.interface import Given, LeverDefinition, RecordedStep, Share, Variant, Walked
 
 __all__ = ["DEFINITION"]
@@ -132,13 +132,13 @@ class Tile(LeverDefinition):
 
 def tile_seconds(trace: Trace, tiled: Trace) -> float:
     """By how many seconds `tiled`, a variant of `trace`, takes longer."""
-    tiling = tiled.tiling
-    assert tiling is not None
+    assert tiled.tiling is not None
+    return _seconds(tiled, tiled.tiling) - _seconds(trace, tiled.tiling)
+
+
+def _seconds(trace: Trace, tiling: Tiling) -> float:
     # where only the head is tiled the units' seconds are the same, but for noise
-    tiled_seconds, seconds = (
-        sum(op.seconds for op in each.ops if op.unit is None or tiling.modules) for each in (tiled, trace)
-    )
-    return tiled_seconds - seconds
+    return sum(op.seconds for op in trace.ops if op.unit is None or tiling.modules)
 
 
 DEFINITION = Tile()
