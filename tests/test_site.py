@@ -13,10 +13,12 @@ import pytest
 from tightfit import forecast
 from tightfit.catalog import gpu
 from tightfit.cli.program import main
-from tightfit.core import Device, Unsupported
+from tightfit.core import Device, Trace, Unsupported
+from tightfit.device.cost import retimed
 from tightfit.forecast import Setup
 from tightfit.forecast import site as sites
-from tightfit.forecast.search import QUICK
+from tightfit.forecast.recording import reached
+from tightfit.forecast.search import QUICK, bytes_reserved
 from tightfit.forecast.survey import (
     CardAnswer,
     How,
@@ -28,35 +30,39 @@ from tightfit.forecast.survey import (
     survey,
     with_workspace,
 )
-from tightfit.plan import lowest
+from tightfit.plan import lowest, simulate
 from tightfit.trace.fake import FakeStep
 
 TINY = Setup(model="tightfit-demo", method="full", batch=1, seq=64)
 
 
+@pytest.fixture(scope="module")
+def recorded() -> Trace:
+    return forecast.trace_setup(TINY, gpu("rtx-4090"))
+
+
 # ------------------------------------------------------------------------------------------------ the answers
 
 
-def test_the_answers_are_those_of_check_and_stand_on_the_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_answers_are_those_of_the_trace_and_stand_on_the_page(
+    recorded: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "site"
-    asked = ["check", "tightfit-demo", "--site", str(out), "--method", "full", "--seq", "64", "--batch", "2",
+    asked = ["check", "tightfit-demo", "--site", str(out), "--method", "full", "--seq", "64",
              "--gpu", "rtx-4090,602MiB"]  # fmt: skip
     assert main([*asked, "--json"]) == 0
     printed = capsys.readouterr()
     document = json.loads(printed.out)
     assert "tightfit-demo, full, 64 tokens (1 of 1): tracing" in printed.err
     (found,) = document["cells"]
-    answer = forecast.check(dataclasses.replace(TINY, batch=2), gpu("rtx-4090"), search=False)
-    plain = answer.modes[0]
+    timed = retimed(recorded, reached(gpu("rtx-4090")))
     fits, way, reserved, seconds, slowdown = found["answers"][0]
-    assert (bool(fits), reserved, slowdown) == (plain.fits, plain.reserved_bytes, 1.0)
-    assert seconds == pytest.approx(plain.step_seconds, rel=1e-3)
-    assert found["ways"][way]["peak_owner"] == plain.peak_owner
+    assert (fits, reserved, slowdown) == (1, bytes_reserved(recorded, None), 1.0)
+    assert seconds == pytest.approx(sum(op.seconds for op in timed.ops), rel=1e-3)
+    assert found["ways"][way]["peak_owner"] == simulate(recorded).peak_owner
     fits, way, reserved, *_ = found["answers"][1]
     assert not fits and found["ways"][way]["how"] == "floor" and reserved > document["cards"][1]["usable_bytes"]
-    assert document["question"]["options"] == "--batch 2" and document["environments"][0]["torch"]
+    assert document["question"]["options"] == "" and document["environments"][0]["torch"]
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "tightfit-demo" in page and "Error bar" in page
     # nothing is asked again, and the page is drawn from the data alone
@@ -77,15 +83,13 @@ def same_but_rates(one: Any, other: Any) -> None:
         assert dataclasses.replace(a, seconds=0.0) == dataclasses.replace(b, seconds=0.0)
 
 
-def test_cards_of_other_workspaces_share_a_trace() -> None:
-    recorded = forecast.trace_setup(TINY, gpu("rtx-4090"))
+def test_cards_of_other_workspaces_share_a_trace(recorded: Trace) -> None:
     size = FakeStep(gpu("mi300x")).workspace_bytes
     assert size != FakeStep(gpu("rtx-4090")).workspace_bytes
     same_but_rates(with_workspace(recorded, size), forecast.trace_setup(TINY, gpu("mi300x")))
 
 
-def test_one_op_is_less_than_any_plan_and_more_than_nothing() -> None:
-    recorded = forecast.trace_setup(TINY, gpu("rtx-4090"))
+def test_one_op_is_less_than_any_plan_and_more_than_nothing(recorded: Trace) -> None:
     static = sum(recorded.static_bytes.values())
     made = lowest(recorded, effort=QUICK)
     assert static < one_op_bytes(recorded) <= made.peak_bytes
@@ -240,6 +244,10 @@ def test_another_question_is_refused(
         assert main([*asked, *other]) == 2
         assert said in capsys.readouterr().err
     assert len(surveyed) == 3
+    options = ["--batch", "2", "--dtype", "fp16", "--accumulate"]
+    assert main([*asked[:3], str(tmp_path / "other"), *asked[4:], "t4", *options]) == 0
+    document = json.loads((tmp_path / "other" / "answers.json").read_text())
+    assert document["question"]["options"] == " ".join(options)
 
 
 def test_a_model_is_named_unless_a_site_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

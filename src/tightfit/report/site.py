@@ -50,8 +50,12 @@ def _head(document: Mapping[str, Any]) -> str:
         "cards": told["cards"],
         "one step of": f"batch {question['batch']}, {question['dtype']}, {question['optimizer']}",
         "adapters": f"LoRA of rank {question['rank']} on every linear layer",
-        "forecast on": _days(told["first"], told["last"]),
-        "by": ", ".join(dict.fromkeys(_versions(made, ("tightfit", "torch")) for made in document["environments"])),
+        "forecast": ", ".join(
+            [
+                _days(told["first"], told["last"]),
+                *dict.fromkeys(_versions(made, ("tightfit", "torch")) for made in document["environments"]),
+            ]
+        ),
     }
     shown = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd></div>" for name, value in facts.items()
