@@ -101,6 +101,8 @@ def test_the_table_without_a_script_names_the_smallest_cards_and_the_refusal() -
     assert "<td>small-1b</td><td>full</td>" in page
     row = page[page.index('<td>small-1b</td><td>full</td><td class="n">4,096</td>') :].split("</tr>")[0]
     assert "80.0 GiB (a100-80gb)" in row and "24.0 GiB (rtx-4090)" in row and "16.0 GiB (t4)" in row
+    row = page[page.index('<td>large-70b</td><td>QLoRA</td><td class="n">1,024</td>') :].split("</tr>")[0]
+    assert row.endswith("<td>-</td><td>80.0 GiB (a100-80gb)</td><td>-</td>")  # what does not fit is no card's way
     assert "cannot be forecast" in page and "no kernel for this" in page
     assert "give or take" in page and "torch 9.9" in page and "https://example.org/card" in page
 
