@@ -12,15 +12,23 @@ import typer
 
 if TYPE_CHECKING:
     from tightfit.core import Trace
-from tightfit.cli.options import Calibration, GlobalBatch, Html, Json, Levers, Model, batches_asked
+from tightfit.cli.options import Calibration, GlobalBatch, Html, Json, Levers, batches_asked
 from tightfit.cli.output import EXIT_NO, can_write, console_on_stdout, emit, progress_shown, write_page
-from tightfit.core import HOST_KIND, InvalidInput, format_apart, parse_bytes, parse_levers
+from tightfit.cli.site import refuse_beside_site, write_site
+from tightfit.core import AUTO, HOST_KIND, InvalidInput, format_apart, parse_bytes, parse_levers
 from tightfit.core.errors import unknown
 from tightfit.device.calibration import NO_FILE
 
 
 def check(
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A name in the catalog, a folder with config.json, or a hub id owner/name.",
+            show_default="with --site, all of the catalog",
+        ),
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -28,7 +36,9 @@ def check(
             show_default="rtx-4090, or here with --calibration",
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "full",
+    method: Annotated[
+        str | None, typer.Option(help="full, lora or qlora.", show_default="full; with --site, all three")
+    ] = None,
     batch: Annotated[
         str,
         typer.Option(
@@ -84,10 +94,30 @@ def check(
     device: Annotated[str, typer.Option(help="What --calibrate measures: cpu or the card.")] = HOST_KIND,
     calibration: Calibration = None,
     html: Html = None,
+    site: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder: write the page of models by method by length by card there, or add MODEL to it.",
+            show_default="no site",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Will it run on --gpu? Needs neither the GPU nor the weights."""
     can_write({"--calibrate": calibrate, "--html": html})
+    if site is not None:
+        refuse_beside_site({
+            "--html": html, "--max": most, "--lengths": lengths, "--levers": levers, "--budget": budget,
+            "--calibrate": calibrate, "--global-batch": global_batch, "--world-size": world_size != 1,
+            "--strategy": strategy != "one", "--batch auto": batch.strip().lower() == AUTO,
+        })  # fmt: skip
+        write_site(
+            site, as_json=as_json, model=model, method=method, seq=seq, gpu=gpu, batch=batch, dtype=dtype,
+            optimizer=optimizer, rank=rank, trainer=trainer, accumulate=accumulate,
+        )  # fmt: skip
+        return
+    if model is None and calibrate is None:
+        raise InvalidInput("say which model: tightfit check MODEL; without one, --site OUT asks about all of them")
     from tightfit import forecast
     from tightfit.report import MODES, forecast_document, forecast_report, forecast_table, gpus_table, study
 
@@ -105,10 +135,11 @@ def check(
         seq, line = forecast.longest_length(lengths)
         told = (line,)
     warnings.simplefilter("ignore")  # what libraries say about themselves is not about what was asked
+    assert model is not None
     if seq is None:
         seq = forecast.default_length(model)
     setup = forecast.Setup(
-        model=model, method=method, batch=size, seq=seq, dtype=dtype, optimizer=optimizer, rank=rank,
+        model=model, method=method or "full", batch=size, seq=seq, dtype=dtype, optimizer=optimizer, rank=rank,
         accumulate=accumulate, world_size=world_size, strategy=strategy, reshard=reshard, trainer=trainer,
     ).checked()  # fmt: skip
     if gpu is None:

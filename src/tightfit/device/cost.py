@@ -78,23 +78,40 @@ def copy_lanes(trace: Trace) -> tuple[Lane, ...]:
     )
 
 
-def retimed(trace: Trace, device: Device) -> Trace:
-    """`trace` with the seconds of every op that it has estimated for `device`."""
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an op does, whatever it runs on."""
+
+    flops: int
+    moved_bytes: int
+    dtype: str
+
+    def seconds(self, device: Device) -> float:
+        return op_seconds(self.flops, self.moved_bytes, self.dtype, device)
+
+
+def work_of(trace: Trace) -> list[Work | None]:
+    """The work of each op of `trace`; `None` for one that takes no time."""
     sizes = [value.size_bytes for value in trace.values]
     dtypes = [value.dtype for value in trace.values]
 
-    def seconds(op_inputs: tuple[int, ...], op_outputs: tuple[int | None, ...], flops: int, kind: Kind) -> float:
+    def work(op_inputs: tuple[int, ...], op_outputs: tuple[int | None, ...], flops: int, kind: Kind) -> Work | None:
         if kind is Kind.VIEW or (kind is Kind.OPAQUE and not op_inputs):  # the latter is memory taken, nothing written
-            return 0.0
+            return None
         outputs = {v for v in op_outputs if v is not None}
         moved = sum(sizes[v] for v in outputs - set(op_inputs)) + sum(sizes[v] for v in set(op_inputs))
-        dtype = next((dtypes[v] for v in op_outputs if v is not None), "float32")
-        return op_seconds(flops, moved, dtype, device)
+        return Work(flops, moved, next((dtypes[v] for v in op_outputs if v is not None), "float32"))
 
+    return [work(op.inputs, op.outputs, op.flops, op.kind) for op in trace.ops]
+
+
+def retimed(trace: Trace, device: Device) -> Trace:
+    """`trace` with the seconds of every op that it has estimated for `device`."""
     return dataclasses.replace(
         trace,
         ops=tuple(
-            dataclasses.replace(op, seconds=seconds(op.inputs, op.outputs, op.flops, op.kind)) for op in trace.ops
+            dataclasses.replace(op, seconds=0.0 if work is None else work.seconds(device))
+            for op, work in zip(trace.ops, work_of(trace), strict=True)
         ),
         tiled=tuple(retimed(variant, device) for variant in trace.tiled),
     )

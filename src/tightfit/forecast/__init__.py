@@ -5,6 +5,7 @@ optimizer (`setup`). Its step is traced for the device's kernels, a few blocks o
 (`recording`). It is planned for the device's memory and laid out by the caching allocator's rules (`room`, `search`).
 `answer` puts this together, `micro_batches` does so for a global batch that is cut, `advice` says what would make it
 fit, `lengths` reads the longest sequence of a data set.
+`survey` asks about many cards at once, and `site` does so for many models, methods and lengths.
 `calibrating` measures the device that is here, and the figures take the place of the catalog's.
 Seconds are a roofline over the catalog's rates and are only ever called estimated.
 
@@ -23,6 +24,8 @@ from tightfit.forecast.recording import trace_for, trace_setup
 from tightfit.forecast.room import HERE, device_asked, usable_bytes
 from tightfit.forecast.search import least_peak_bytes
 from tightfit.forecast.setup import Adapters, Progress, Setup, default_length
+from tightfit.forecast.site import asked_of, gather
+from tightfit.forecast.survey import survey
 
 __all__ = [
     "HERE",
@@ -30,14 +33,17 @@ __all__ = [
     "Effort",
     "Progress",
     "Setup",
+    "asked_of",
     "calibrate",
     "catalog_entry",
     "check",
     "check_micro_batches",
     "default_length",
     "device_asked",
+    "gather",
     "least_peak_bytes",
     "longest_length",
+    "survey",
     "trace_for",
     "trace_setup",
     "usable_bytes",

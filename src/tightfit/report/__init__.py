@@ -7,6 +7,7 @@ from tightfit.report.exports import chrome_trace, memory_snapshot
 from tightfit.report.exports import markdown as markdown_of
 from tightfit.report.html import forecast_document, measurement_document, page, plan_document, run_document
 from tightfit.report.picture import draw
+from tightfit.report.site import site_page, site_summary
 from tightfit.report.study import Study, study
 from tightfit.report.text import (
     MODES,
@@ -49,6 +50,8 @@ __all__ = [
     "proof_table",
     "run_document",
     "run_table",
+    "site_page",
+    "site_summary",
     "sparkline",
     "study",
 ]

@@ -166,13 +166,18 @@ def plan_document(plan: Plan, model: str, study: Study) -> dict[str, Any]:
 
 def page(document: Mapping[str, Any]) -> str:
     """The whole page as one string."""
-    template = resources.files("tightfit.report").joinpath("page.html").read_text(encoding="utf-8")
+    title = html.escape(f"tightfit: {document['answer']}"[:120])
+    return filled("page.html", document, {"TITLE": title, "BODY": _head(document), "TAIL": _tail(document)})
+
+
+def filled(template: str, document: Mapping[str, Any], pieces: Mapping[str, str]) -> str:
+    """The page `template` with HTML in its places, the pages' common style, and `document` as its data."""
+    folder = resources.files("tightfit.report")
     data = json.dumps(document, separators=(",", ":"))
     # the only way out of a script element is a less-than sign
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    title = html.escape(f"tightfit: {document['answer']}"[:120])
-    pieces = {"TITLE": title, "BODY": _head(document), "TAIL": _tail(document), "DATA": data}
-    parts = template.split("@@")
+    pieces = {**pieces, "STYLE": folder.joinpath("pages.css").read_text(encoding="utf-8"), "DATA": data}
+    parts = folder.joinpath(template).read_text(encoding="utf-8").split("@@")
     return "".join(pieces[part] if i % 2 else part for i, part in enumerate(parts))
 
 
@@ -205,7 +210,7 @@ def _tail(document: Mapping[str, Any]) -> str:
             for lever in study["levers"]
         ]
         parts.append(
-            _table("What each lever buys", ("lever", "bytes", "costs, of the step", "how"), rows, figures=(1, 2))
+            titled_table("What each lever buys", ("lever", "bytes", "costs, of the step", "how"), rows, figures=(1, 2))
         )
         parts.append('<p class="soft">By so much the peak of this page\'s plan would be higher without it.</p>')
     if document["measured"]:
@@ -215,7 +220,7 @@ def _tail(document: Mapping[str, Any]) -> str:
             (c["name"], c["expected"], c["measured"], c["tolerance"], "passed" if c["passed"] else "FAILED")
             for c in document["checks"]
         ]
-        parts.append(_table("Proof", ("check", "expected", "measured", "tolerance", "verdict"), rows))
+        parts.append(titled_table("Proof", ("check", "expected", "measured", "tolerance", "verdict"), rows))
     if len(document["steps"]) > 1:
         first, last = document["steps"][0], document["steps"][-1]
         peaks = [step["peak_bytes"] for step in document["steps"] if "peak_bytes" in step]
@@ -229,7 +234,7 @@ def _tail(document: Mapping[str, Any]) -> str:
                 f'<p class="soft">Peak of each step: {format_bytes(min(peaks))} to {format_bytes(max(peaks))}.</p>'
                 '<div class="plot"><svg id="peaks" role="img" aria-label="peak bytes by step"></svg></div>'
             )
-    parts.append(_table("What these figures depend on", ("name", "value"), list(document["environment"].items())))
+    parts.append(titled_table("What these figures depend on", ("name", "value"), list(document["environment"].items())))
     return "\n".join(parts)
 
 
@@ -248,7 +253,7 @@ def _plans(study: Mapping[str, Any]) -> str:
             )
         )  # fmt: skip
     heads = ("plan", "peak", "slowdown", "recompute", "replays", "the peak is at")
-    return _table(
+    return titled_table(
         "The same step under other budgets", heads, rows, figures=(1, 2, 3, 4), id="curve-table", head_id="h-plans"
     )
 
@@ -271,13 +276,13 @@ def _compared(measured: Sequence[Mapping[str, Any]]) -> str:
         )
     heads = ["", "peak, predicted", "peak, measured", "off by", "step", "recompute", "gradients"]
     used = [i for i in range(len(heads)) if i < 3 or any(row[i] != "-" for row in rows)]
-    return _table(
+    return titled_table(
         "Predicted against measured", [heads[i] or "step run" for i in used], [[row[i] for i in used] for row in rows],
         figures=[k for k, i in enumerate(used) if 0 < i < 6],
     )  # fmt: skip
 
 
-def _table(
+def titled_table(
     title: str,
     heads: Sequence[str],
     rows: Sequence[Sequence[Any]],

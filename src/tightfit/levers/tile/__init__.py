@@ -47,7 +47,7 @@ class Tile(LeverDefinition):
         for tiled in step.trace.tiled:
             tiling = tiled.tiling
             assert tiling is not None
-            seconds = max(0.0, _seconds(tiled, tiling) - _seconds(step.trace, tiling))
+            seconds = max(0.0, tile_seconds(step.trace, tiled))
             yield step.by(self, tiled, seconds=seconds, tiling=tiling, tile_seconds=seconds)
 
     def begun(self, trace: Trace) -> Mapping[str, Any]:
@@ -128,6 +128,12 @@ class Tile(LeverDefinition):
 
     def fact(self, plan: Plan) -> tuple[str, str]:
         return "in tiles", "no" if plan.tiling is None else self.said(plan).removeprefix("tiles: ")
+
+
+def tile_seconds(trace: Trace, tiled: Trace) -> float:
+    """By how many seconds `tiled`, a variant of `trace`, takes longer."""
+    assert tiled.tiling is not None
+    return _seconds(tiled, tiled.tiling) - _seconds(trace, tiled.tiling)
 
 
 def _seconds(trace: Trace, tiling: Tiling) -> float:
