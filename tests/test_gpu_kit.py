@@ -367,7 +367,7 @@ def test_the_page_tells_a_card_from_a_dry_run(tmp_path: Path, monkeypatch: pytes
     spec.loader.exec_module(generate)
     shutil.copy(RESULTS / "gpu_predictions.json", tmp_path)
     monkeypatch.setattr(generate, "RESULTS", tmp_path)
-    assert "No card has run tightfit yet" in generate.gpu_page() and "No GPU has run" in generate.measured()
+    assert "No card has run tightfit yet" in generate.gpu_page() and "No GPU has run" in generate.evidence()
     assert generate.kit_part().count("| not run |") == len(kit_module("run").LIMITS)
     forecast = {"allocated_bytes": 10**10, "reserved_bytes": 2 * 10**10}
     measured: dict[str, Any] = {
@@ -394,7 +394,7 @@ def test_the_page_tells_a_card_from_a_dry_run(tmp_path: Path, monkeypatch: pytes
     file.write_text(json.dumps({**measured, "is_dry": False}), encoding="utf-8")
     page = generate.gpu_page()
     assert "One card has run tightfit: A card, on 2026-12-01, with torch 2.11.0+cu130, at commit c0ffee." in page
-    assert "No card" not in page and "No GPU has run" not in generate.measured()
+    assert "No card" not in page and "No GPU has run" not in generate.evidence()
     assert "| ended after its 25 seconds; 1 of 2 rows failed |" in page and "| not run |" in page
     assert "| B-lora | no checkpointing | 10.00 GB / 20.00 GB | 8.00 GB / 20.00 GB | +25.0% / +0.0% |" in page
     assert "| B-nf4 | no checkpointing | | OutOfMemoryError | |" in page
