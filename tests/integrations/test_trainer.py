@@ -655,9 +655,11 @@ def test_a_plan_in_tiles_is_proven_with_a_tolerance(levers: str, budget: str, tm
 
 def test_what_the_plan_may_not_use_it_does_not_use(tmp_path: Path) -> None:
     data = [{"input_ids": list(range(7, 135))}] * 8
-    with pytest.raises(BudgetInfeasible):
-        callback = TightfitCallback("35%", levers=parse_levers("recompute,nest"))
-        trainer("trainer", tmp_path, [callback], subject=wide(), data=data, max_steps=1).train()
+    callback = TightfitCallback("35%", levers=parse_levers("recompute,nest"))
+    run = trainer("trainer", tmp_path, [callback], subject=wide(), data=data, max_steps=1)
+    run.teacher = nn.Sequential(*(nn.Linear(5, 5) for _ in range(8)))  # held beside the batch, and no part of it
+    with pytest.raises(BudgetInfeasible, match=r"a batch of [123] instead of 4 would need"):
+        run.train()
 
 
 @pytest.mark.parametrize("clips", [True, False])

@@ -13,6 +13,7 @@ Refused: what `tightfit.integrations.conflicts` names; a gradient that differs (
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -53,7 +54,7 @@ from tightfit.step.environment import environment
 from tightfit.step.optimizers import bare
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.ranks import anywhere
-from tightfit.step.run import tensors_in, unique_bytes
+from tightfit.step.run import leading_sizes, tensors_in, unique_bytes
 from tightfit.verify.measure import every_block_checkpointed
 from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, peak_checks, require_counted, static_bytes
 from tightfit.verify.proving import gradient_checks
@@ -311,7 +312,8 @@ class TightfitCallback(PeakCallback):
         """The Trainer's step on `batch`, as its later micro-batches find it."""
         model = self._trainer.model_wrapped
         with gradients_in_place(model, self._accumulates):
-            return record_step(model, self._step(batch), self._loss(), bare(optimizer), tiles)
+            made = record_step(model, self._step(batch), self._loss(), bare(optimizer), tiles)
+        return dataclasses.replace(made, batch_sizes=leading_sizes(batch))  # without those of what is held beside it
 
     def allowed(self) -> tuple[frozenset[Lever] | None, frozenset[Lever]]:
         """The levers that the plan may use, and those beside the default ones."""

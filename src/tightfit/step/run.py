@@ -139,6 +139,11 @@ def _held(holder: Any) -> list[Any]:
     return [*vars(holder).values()] if hasattr(holder, "__dict__") else [getattr(holder, name, None) for name in names]
 
 
+def leading_sizes(batch: Any) -> tuple[int, ...]:
+    """The first extent of each tensor of a batch."""
+    return tuple(tensor.shape[0] for tensor in batch_tensors(batch) if tensor.dim())
+
+
 def unique_bytes(tensors: Iterable[torch.Tensor], granule_bytes: int = 1) -> int:
     """Bytes of the distinct storages behind `tensors`, each rounded up to a multiple of `granule_bytes`."""
     sizes: dict[int, int] = {}

@@ -41,8 +41,8 @@ from tightfit.step.parallel import (
     resharded,
 )
 from tightfit.step.run import (
-    batch_tensors,
     device_of,
+    leading_sizes,
 )
 from tightfit.step.signature import signature_of
 from tightfit.trace.fake import FakeStep
@@ -125,7 +125,7 @@ class Assembly:
             device=self._device(),
             environment=environment(),
             digest=trace_digest(units, ops, values),
-            batch_sizes=tuple(t.shape[0] for t in batch_tensors(self.batch) if t.dim()),
+            batch_sizes=leading_sizes(self.batch),
             random_state_bytes=self._random_state_bytes(),
             notes=self.notes,
             losses=tuple(self._losses()),
