@@ -150,7 +150,7 @@ TABLES: dict[str, Table] = {
         assumed=(
             "A card of n GB has n GiB, of which the driver takes 600 MiB and 2 % are kept free.",
             "Fused AdamW; the adapters are float32. The context is looked for to two parts in a hundred, from below.",
-            "With tiles only two lengths were looked at for each card, so there may be room for more.",
+            "With tiles only four lengths were looked at for each card, so there may be room for more.",
             "`every-block` stands for Hugging Face with FlashAttention-2.",
         ),
     ),

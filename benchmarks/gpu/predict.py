@@ -146,7 +146,7 @@ def of_longest(plans: Plans, modes: tuple[str, ...] = MODES) -> list[dict[str, A
                 1024, (room - 66 * 10**8) // per_token
             )
             # a trace with tiles takes several times as long, so fewer are looked at
-            found, made = longest(traced, mode, room, first=first, probes=2 if mode == LEAST_TILED else 9)
+            found, made = longest(traced, mode, room, first=first, probes=4 if mode == LEAST_TILED else 9)
             row["modes"][mode] = found
             if made is not None and mode != EVERY_BLOCK:
                 plans[row["case"], mode] = made
