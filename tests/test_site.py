@@ -220,8 +220,17 @@ def test_what_is_refused_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("there", "said"), [("{}", "holds no answers of this tightfit's"), ("no json", "cannot read"), (None, "no folder")]
-)
+    ("there", "said"),
+    [
+        ("{}", "holds no answers of this tightfit's"), ("no json", "cannot read"), (None, "no folder"),
+        ('{"type": "WillItRun", "schema_version": 1}', "is damaged"),
+        (
+            '{"type": "WillItRun", "schema_version": 1, "question": {}, "cards": [], "environments": [], "models": {}, '
+            '"cells": [{}]}',
+            "is damaged",
+        ),
+    ],
+)  # fmt: skip
 def test_a_place_that_is_no_site(
     there: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,7 @@ _TYPE, _SCHEMA = "WillItRun", 1
 _VERSIONS = ("tightfit", "torch", "transformers", "peft", "trl", "bitsandbytes", "highspy")
 
 _OF_A_CELL = ("model", "method", "seq")
+_ANSWERED = ("environment", "date", "refused", "notes", "ways", "answers")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +118,17 @@ def read_document(file: Path) -> dict[str, Any]:
         raise InvalidInput(f"cannot read {str(file)!r}: {error}") from None
     if not isinstance(found, dict) or found.get("type") != _TYPE or found.get("schema_version") != _SCHEMA:
         raise InvalidInput(f"{str(file)!r} holds no answers of this tightfit's check --site: give another folder")
+    if not _is_whole(found):
+        raise InvalidInput(f"{str(file)!r} is damaged: give another folder, or remove that file to begin anew")
     return found
+
+
+def _is_whole(document: Mapping[str, Any]) -> bool:
+    """Has it the parts of a document, and its cells those of a cell? Their figures are not looked at."""
+    kinds = {"question": dict, "cards": list, "environments": list, "models": dict, "cells": list}
+    return all(isinstance(document.get(name), kind) for name, kind in kinds.items()) and all(
+        isinstance(cell, dict) and cell.keys() >= {*_OF_A_CELL, *_ANSWERED} for cell in document["cells"]
+    )
 
 
 def gather(
