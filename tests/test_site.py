@@ -244,6 +244,19 @@ def test_a_place_that_is_no_site(
     assert said in capsys.readouterr().err
 
 
+def test_no_tokens_and_a_folder_that_cannot_be_made_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    out = tmp_path / "site"
+    assert main(["check", "gpt2", "--site", str(out), "--seq", "0"]) == 2 and not out.exists()
+    monkeypatch.setattr(Path, "mkdir", refused)
+    assert main(["check", "gpt2", "--site", str(out), "--seq", "128"]) == 2
+    assert "cannot write a site to" in capsys.readouterr().err
+
+
 def test_another_question_is_refused(
     tmp_path: Path, surveyed: list[tuple[str, str, int]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,7 +77,7 @@ def asked_of(model: str | None, method: str | None, seq: int | None, gpu: str | 
         cards = tuple(device_asked(name.strip()) for name in dict.fromkeys(gpu.split(",")))
     for card in cards:
         leave_room(card, usable_bytes(card))
-    dataclasses.replace(setup, model="", method=methods[0], seq=seq or LENGTHS[0]).checked()
+    dataclasses.replace(setup, model="", method=methods[0], seq=LENGTHS[0] if seq is None else seq).checked()
     return Asked(models=models, methods=methods, seq=seq, cards=cards, setup=setup)
 
 
@@ -144,7 +144,10 @@ def gather(
     if here not in document["environments"]:
         document["environments"].append(here)
     now = document["environments"].index(here)
-    out.mkdir(exist_ok=True)
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(f"cannot write a site to {str(out)!r}: {error}") from None
     steps = list(_steps(asked))
     try:
         for count, setup in enumerate(steps, start=1):
