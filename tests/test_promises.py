@@ -19,6 +19,7 @@ import tightfit
 from tightfit.core import BudgetInfeasible, InvalidInput, Lever, format_bytes, levers_named
 from tightfit.integrations.trainer import TightfitCallback
 from tightfit.plan import lowest
+from tightfit.plan.tighter import tighter
 from tightfit.verify.gradients import Outcome, differences
 from tightfit.verify.peak import peak_checks
 
@@ -161,6 +162,17 @@ def test_a_plan_in_force_says_what_it_is() -> None:
         assert "a tenth less" not in str(applied)  # a plan alone does not say what the step's values are
         applied.trace = trace
         assert "a tenth less: no plan without nested recompute holds " in str(applied)
+
+
+def test_tiles_that_were_not_tried_are_not_said_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise BudgetInfeasible(1, 2, "")
+
+    model, batch = made()
+    trace = tightfit.trace(model, batch)
+    exact = tightfit.plan(trace, "100%")
+    monkeypatch.setitem(tighter.__globals__, "plan", refused)
+    assert exact.exact and tighter(trace, exact).startswith("no exact plan without nested recompute holds ")
 
 
 def test_advice_is_in_the_batch_that_the_user_counts() -> None:

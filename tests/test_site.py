@@ -220,8 +220,17 @@ def test_what_is_refused_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("there", "said"), [("{}", "holds no answers of this tightfit's"), ("no json", "cannot read"), (None, "no folder")]
-)
+    ("there", "said"),
+    [
+        ("{}", "holds no answers of this tightfit's"), ("no json", "cannot read"), (None, "no folder"),
+        ('{"type": "WillItRun", "schema_version": 1}', "is damaged"),
+        (
+            '{"type": "WillItRun", "schema_version": 1, "question": {}, "cards": [], "environments": [], "models": {}, '
+            '"cells": [{}]}',
+            "is damaged",
+        ),
+    ],
+)  # fmt: skip
 def test_a_place_that_is_no_site(
     there: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +242,19 @@ def test_a_place_that_is_no_site(
         (out / "answers.json").write_text(there)
     assert main(["check", "gpt2", "--site", str(out)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_no_tokens_and_a_folder_that_cannot_be_made_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    out = tmp_path / "site"
+    assert main(["check", "gpt2", "--site", str(out), "--seq", "0"]) == 2 and not out.exists()
+    monkeypatch.setattr(Path, "mkdir", refused)
+    assert main(["check", "gpt2", "--site", str(out), "--seq", "128"]) == 2
+    assert "cannot write a site to" in capsys.readouterr().err
 
 
 def test_another_question_is_refused(

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import tightfit
 from tightfit.core import Category, InvalidInput, Kind, Phase, Trace, Unsupported, dumps, loads
+from tightfit.step import run
 from tightfit.step.modules import find_units
 from tightfit.step.snapshot import undisturbed
 from tightfit.verify.peak import PeakMeter, static_bytes
@@ -127,6 +128,31 @@ def test_the_bytes_of_a_batch_that_is_an_object_are_counted() -> None:
     assert other.static_bytes == trace.static_bytes and other.digest == trace.digest
 
 
+class Slotted:
+    """A batch without a mapping of its attributes, one of which is not set; the numbers hold nothing."""
+
+    __slots__ = ("_nodes", "numbers", "unset")
+
+    def __init__(self, nodes: torch.Tensor) -> None:
+        self._nodes, self.numbers = nodes, [*range(1000), 0.5, b"", True]
+
+
+class SlottedFurther(Slotted):
+    __slots__ = ("more",)
+
+
+def test_the_tensors_of_a_batch_are_found_in_slots_and_not_looked_for_in_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    held = run._held
+    monkeypatch.setattr(run, "_held", lambda holder: asked.append(holder) or held(holder))
+    batch = SlottedFurther(torch.ones(3))
+    batch.more = torch.zeros(2)
+    assert {id(each) for each in run.batch_tensors(batch)} == {id(batch._nodes), id(batch.more)}
+    assert asked == [batch]
+
+
 class Pick(torch.autograd.Function):
     """Rows of a table, whose gradient really is added to zeros out of place."""
 
@@ -154,6 +180,7 @@ READS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "scatter_reduce": lambda table, rows: table.new_zeros(9, table.shape[1]).scatter_reduce(
         0, (rows % 9)[:, None].expand(-1, table.shape[1]), table[:100], "mean", include_self=False
     ),
+    "the largest of all": lambda table, rows: table.max(),
     "a function of one's own": Pick.apply,
 }  # fmt: skip
 

@@ -43,6 +43,7 @@ _TYPE, _SCHEMA = "WillItRun", 1
 _VERSIONS = ("tightfit", "torch", "transformers", "peft", "trl", "bitsandbytes", "highspy")
 
 _OF_A_CELL = ("model", "method", "seq")
+_ANSWERED = ("environment", "date", "refused", "notes", "ways", "answers")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,7 @@ def asked_of(model: str | None, method: str | None, seq: int | None, gpu: str | 
         cards = tuple(device_asked(name.strip()) for name in dict.fromkeys(gpu.split(",")))
     for card in cards:
         leave_room(card, usable_bytes(card))
-    dataclasses.replace(setup, model="", method=methods[0], seq=seq or LENGTHS[0]).checked()
+    dataclasses.replace(setup, model="", method=methods[0], seq=LENGTHS[0] if seq is None else seq).checked()
     return Asked(models=models, methods=methods, seq=seq, cards=cards, setup=setup)
 
 
@@ -117,7 +118,17 @@ def read_document(file: Path) -> dict[str, Any]:
         raise InvalidInput(f"cannot read {str(file)!r}: {error}") from None
     if not isinstance(found, dict) or found.get("type") != _TYPE or found.get("schema_version") != _SCHEMA:
         raise InvalidInput(f"{str(file)!r} holds no answers of this tightfit's check --site: give another folder")
+    if not _is_whole(found):
+        raise InvalidInput(f"{str(file)!r} is damaged: give another folder, or remove that file to begin anew")
     return found
+
+
+def _is_whole(document: Mapping[str, Any]) -> bool:
+    """Has it the parts of a document, and its cells those of a cell? Their figures are not looked at."""
+    kinds = {"question": dict, "cards": list, "environments": list, "models": dict, "cells": list}
+    return all(isinstance(document.get(name), kind) for name, kind in kinds.items()) and all(
+        isinstance(cell, dict) and cell.keys() >= {*_OF_A_CELL, *_ANSWERED} for cell in document["cells"]
+    )
 
 
 def gather(
@@ -133,7 +144,10 @@ def gather(
     if here not in document["environments"]:
         document["environments"].append(here)
     now = document["environments"].index(here)
-    out.mkdir(exist_ok=True)
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(f"cannot write a site to {str(out)!r}: {error}") from None
     steps = list(_steps(asked))
     try:
         for count, setup in enumerate(steps, start=1):

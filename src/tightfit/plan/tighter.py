@@ -30,5 +30,7 @@ def tighter(trace: Trace, made: Plan) -> str:
     try:
         found = plan(trace, budget_bytes, effort=_EFFORT, levers=levers)
     except BudgetInfeasible:
-        return f"no plan without nested recompute holds {format_bytes(budget_bytes)}"
+        # where `made` is exact, tiles were left out, which may hold it
+        kind = "exact plan" if made.exact else "plan"
+        return f"no {kind} without nested recompute holds {format_bytes(budget_bytes)}"
     return f"{format_bytes(budget_bytes)} would take {found.slowdown:.2f} x"

@@ -6,10 +6,10 @@ Refused: a batch that the model does not take, a loss that is not one number, a 
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from types import ModuleType
+from types import MemberDescriptorType, ModuleType
 from typing import Any
 
 import torch
@@ -115,7 +115,8 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 _ATTRIBUTES_DEEP = 3
 
 
-_NO_HOLDERS = (torch.Tensor, nn.Module, ModuleType, type, type(None), str)
+#: Of what a batch holds, what can hold no tensor of it. A batch may have a million numbers.
+_NO_HOLDERS = (torch.Tensor, nn.Module, ModuleType, type, type(None), str, bytes, int, float, complex)
 
 
 def batch_tensors(batch: Any) -> list[torch.Tensor]:
@@ -135,8 +136,13 @@ def batch_tensors(batch: Any) -> list[torch.Tensor]:
 def _held(holder: Any) -> list[Any]:
     if isinstance(holder, Mapping):
         return list(holder.values())
-    names = [field.name for field in dataclasses.fields(holder)] if dataclasses.is_dataclass(holder) else ()
-    return [*vars(holder).values()] if hasattr(holder, "__dict__") else [getattr(holder, name, None) for name in names]
+    held = list(getattr(holder, "__dict__", {}).values())
+    for kind in type(holder).__mro__:
+        for slot in vars(kind).values() if "__slots__" in vars(kind) else ():
+            if isinstance(slot, MemberDescriptorType):
+                with contextlib.suppress(AttributeError):  # not set
+                    held.append(slot.__get__(holder))
+    return held
 
 
 def leading_sizes(batch: Any) -> tuple[int, ...]:

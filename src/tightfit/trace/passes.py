@@ -51,7 +51,7 @@ from tightfit.trace.assembly import Assembly
 from tightfit.trace.fake import FakeStep
 from tightfit.trace.optimizer import OptimizerRecord, behind
 from tightfit.trace.profiler import Timer, risen_bytes, run_by
-from tightfit.trace.recorder import Recorder, add_in_place
+from tightfit.trace.recorder import Recorder, add_in_place, fill_evenly
 from tightfit.trace.units import Census
 from tightfit.trace.weights import WeightsWatch, watches_weights
 
@@ -265,7 +265,10 @@ def _backward_marked(result: torch.Tensor, recorder: Recorder) -> None:
         result.backward()
     recorder.marks = False
     count = len(recorder.dispatched) - first
-    add_in_place(recorder, [""] * first + run_by(profiler, count))
+    nodes = [""] * first + run_by(profiler, count)
+    add_in_place(recorder, nodes)
+    if recorder.fake is not None and not recorder.fake.cuda:
+        fill_evenly(recorder, nodes)
 
 
 def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: Recorder) -> None:
@@ -277,7 +280,10 @@ def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: Reco
     calls, finished = full.dispatched, timer.finished
     _same_ops("the measured pass", list(compress(timer.names, finished)), [c.name for c in calls])
     risen = timer.risen_bytes if timer.has_queue else compress(risen_bytes(profiler, len(finished)), finished)
-    add_in_place(full, list(compress(run_by(profiler, len(finished)), finished)))
+    nodes = list(compress(run_by(profiler, len(finished)), finished))
+    add_in_place(full, nodes)
+    if not timer.has_queue:
+        fill_evenly(full, nodes)
     for call, seconds, rise in zip(calls, timer.seconds, risen, strict=True):
         call.seconds.append(seconds)
         call.scratch_bytes = max(0, rise - call.out_bytes)

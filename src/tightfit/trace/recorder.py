@@ -347,7 +347,9 @@ class Recorder(TorchDispatchMode):
         """Take two things from a profile of this pass: each op's scratch bytes, and what would be added in place."""
         calls = self.dispatched
         risen = risen_bytes(profiler, len(calls))
-        add_in_place(self, run_by(profiler, len(calls)))
+        nodes = run_by(profiler, len(calls))
+        add_in_place(self, nodes)
+        fill_evenly(self, nodes)
         for call, rise in zip(calls, risen, strict=True):
             call.scratch_bytes = max(0, rise - call.out_bytes)
 
@@ -480,6 +482,35 @@ _INTO_ZEROS = (
 _ZEROS = ("aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default")
 #: A node that is torch's own; those of custom functions have no number.
 _TORCHS_NODE = re.compile(r"Backward\d+$")
+
+
+#: What gives its gradient to all the places of an extreme value evenly.
+_EVENLY = re.compile(r"(Max|Min|Median|Nanmedian)Backward\d+$")
+
+
+def fill_evenly(full: Recorder, run_by: list[str]) -> None:
+    """Correct the record for the gradient of an extreme value of a whole tensor, on the host.
+
+    There torch makes one mask of the places that share the value and the gradient's zeros, counts the places, and fills
+    the zeros in. Under a dispatch mode, and on a card, it makes more masks, and the gradient after the count
+    (`evenly_distribute_backward` in FunctionsManual.cpp). So the gradient is recorded as made before the count, and the
+    masks that it does not read as freed there.
+    """
+    before: list[Call] = []  # calls of one such node, up to its count
+    for call, node in zip(full.dispatched, run_by, strict=True):
+        counted = bool(before) and before[-1].name == "aten.sum.default"
+        if not _EVENLY.search(node):
+            before = []
+        elif not counted:
+            before.append(call)
+        elif call.name == "aten.mul.Tensor" and len(call.fresh) == 1:
+            used = {value for value, _ in call.reads}
+            spent = [(EventKind.FREE, v) for each in before[:-1] for v in each.fresh if v not in used]
+            moved = [event for event in spent if event in full.events] + [(EventKind.ALLOC, call.fresh[0])]
+            full.events = [event for event in full.events if event not in moved]
+            at = full.events.index((EventKind.ALLOC, before[-1].fresh[0]))
+            full.events[at:at] = moved
+            before = []
 
 
 def _is_in_place(full: Recorder, call: Call, node: str) -> bool:
