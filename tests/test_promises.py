@@ -64,9 +64,11 @@ def test_a_models_own_checkpointing_makes_way_and_comes_back() -> None:
     assert is_on(model)
 
 
-@pytest.mark.parametrize("switch", ["gradient_checkpointing", "grad_checkpointing"])
-def test_the_proof_is_of_the_plan_and_not_of_the_models_own_checkpointing(switch: str) -> None:
-    """diffusers and transformers call the switch by one name, timm by the other."""
+@pytest.mark.parametrize(
+    ("switch", "on"), [("gradient_checkpointing", True), ("grad_checkpointing", True), ("grad_checkpointing", 1)]
+)
+def test_the_proof_is_of_the_plan_and_not_of_the_models_own_checkpointing(switch: str, on: int) -> None:
+    """diffusers and transformers call the switch by one name, timm by the other, where it may be a number."""
 
     class Blocks(nn.Module):
         def __init__(self) -> None:
@@ -84,7 +86,7 @@ def test_the_proof_is_of_the_plan_and_not_of_the_models_own_checkpointing(switch
 
     model, batch = Blocks(), torch.randn(256, 64)
     unplanned = tightfit.simulate(tightfit.trace(model, batch, loss=loss)).peak_bytes
-    setattr(model, switch, True)
+    setattr(model, switch, on)
     with pytest.warns(UserWarning, match="own checkpointing is off while tightfit's plan is in force"):
         applied = tightfit.fit(model, batch, "90%", loss=loss)
     assert applied.plan.budget_bytes == int(unplanned * 0.9) and not getattr(model, switch)
@@ -92,7 +94,7 @@ def test_the_proof_is_of_the_plan_and_not_of_the_models_own_checkpointing(switch
     proof = tightfit.verify(model, batch, applied.plan, loss=loss)
     assert proof.passed, [(check.name, check.measured) for check in proof.checks if not check.passed]
     assert all(check.passed for check in peak_checks(model, batch, applied.plan, loss=loss))
-    assert getattr(model, switch) and tightfit.active(model).by == "torch"
+    assert getattr(model, switch) is on and tightfit.active(model).by == "torch"
 
 
 def budget_for_tiles(model: nn.Module, batch: Any) -> int:

@@ -264,7 +264,7 @@ def _owner_of_flags(model: nn.Module) -> Any:
 
 def _flagged(model: nn.Module) -> tuple[str, ...]:
     """Paths of the layers whose own checkpointing flag is on; of a model without layers of that kind, what has it."""
-    on = {id(module) for module, _ in own_checkpointing(model)}
+    on = {id(module) for module, *_ in own_checkpointing(model)}
     found = [path for path, module in model.named_modules() if id(module) in on]
     layers = tuple(path for path in found if not any(other.startswith(f"{path}.") for other in found if path != other))
     return tuple(path for path in layers if path) or layers

@@ -68,7 +68,7 @@ class Suspended:
     def __init__(self, trainer: Any, model: nn.Module) -> None:
         self._flags = own_checkpointing(model)
         self._hooks: list[tuple[dict[int, Callable[..., Any]], int, Callable[..., Any]]] = []
-        for module, name in self._flags:
+        for module, name, _ in self._flags:
             setattr(module, name, False)
         if self._flags:
             # they make a frozen prefix carry gradients, which only reentrant checkpointing needs
@@ -87,8 +87,8 @@ class Suspended:
 
     def restore(self) -> None:
         """Put back what was switched off. Twice is once."""
-        for module, name in self._flags:
-            setattr(module, name, True)
+        for module, name, value in self._flags:
+            setattr(module, name, value)
         for table, key, hook in self._hooks:
             table[key] = hook
         self._flags, self._hooks = [], []

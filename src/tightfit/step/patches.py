@@ -77,13 +77,14 @@ def refuse_compiled(what: str) -> None:
 refuse_compiled._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-def own_checkpointing(model: nn.Module) -> list[tuple[Any, str]]:
-    """The modules of `model` whose own checkpointing is switched on, each with the attribute that says so."""
+def own_checkpointing(model: nn.Module) -> list[tuple[Any, str, int]]:
+    """The modules of `model` whose own checkpointing is switched on, each with the attribute that says so and its
+    value. timm leaves a number there, if it was given one."""
     return [
-        (module, name)
+        (module, name, value)
         for module in model.modules()
         for name in CHECKPOINTING_SWITCHES
-        if getattr(module, name, False) is True
+        if isinstance(value := getattr(module, name, False), int) and value
     ]
 
 
@@ -91,13 +92,13 @@ def own_checkpointing(model: nn.Module) -> list[tuple[Any, str]]:
 def own_checkpointing_off(model: nn.Module) -> Iterator[None]:
     """The model's own checkpointing makes way inside, and is on again afterwards where it was."""
     switched = own_checkpointing(model)
-    for module, name in switched:
+    for module, name, _ in switched:
         setattr(module, name, False)
     try:
         yield
     finally:
-        for module, name in switched:
-            setattr(module, name, True)
+        for module, name, value in switched:
+            setattr(module, name, value)
 
 
 def hidden_from_compiler(function: _F) -> _F:
