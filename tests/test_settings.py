@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,17 @@ def test_what_is_no_repetition_is_read(tmp_path: Path) -> None:
     assert found["mid"] == {"x": 3, "y": 2} and found["top"]["y"] == 4 and found[1] == "one" and found["1"] == "text"
 
 
+@contextlib.contextmanager
+def usual_recursion_limit() -> Iterator[None]:
+    """Python's own, which libraries that other tests import may have raised."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -56,6 +70,6 @@ def test_what_is_no_settings_is_told_with_its_line(text: str, said: str, tmp_pat
     path = tmp_path / "run.yaml"
     path.write_bytes(text.encode("latin-1"))
     for read in (read_config, read_run):
-        with pytest.raises(InvalidInput) as error:
+        with pytest.raises(InvalidInput) as error, usual_recursion_limit():
             read(path)
         assert said in str(error.value) and repr(str(path)) in str(error.value) and "\n" not in str(error.value)
