@@ -267,7 +267,8 @@ def _backward_marked(result: torch.Tensor, recorder: Recorder) -> None:
     count = len(recorder.dispatched) - first
     nodes = [""] * first + run_by(profiler, count)
     add_in_place(recorder, nodes)
-    if recorder.fake is not None and not recorder.fake.cuda:
+    step = recorder.fake
+    if step is not None and not step.cuda:
         fill_evenly(recorder, nodes)
 
 
