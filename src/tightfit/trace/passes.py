@@ -51,7 +51,7 @@ from tightfit.trace.assembly import Assembly
 from tightfit.trace.fake import FakeStep
 from tightfit.trace.optimizer import OptimizerRecord, behind
 from tightfit.trace.profiler import Timer, risen_bytes, run_by
-from tightfit.trace.recorder import Recorder, add_in_place, fill_evenly
+from tightfit.trace.recorder import Recorder, as_without_mode
 from tightfit.trace.units import Census
 from tightfit.trace.weights import WeightsWatch, watches_weights
 
@@ -265,11 +265,9 @@ def _backward_marked(result: torch.Tensor, recorder: Recorder) -> None:
         result.backward()
     recorder.marks = False
     count = len(recorder.dispatched) - first
-    nodes = [""] * first + run_by(profiler, count)
-    add_in_place(recorder, nodes)
     step = recorder.fake
-    if step is not None and not step.cuda:
-        fill_evenly(recorder, nodes)
+    on_host = step is not None and not step.cuda
+    as_without_mode(recorder, [""] * first + run_by(profiler, count), on_host=on_host)
 
 
 def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: Recorder) -> None:
@@ -282,9 +280,7 @@ def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: Reco
     _same_ops("the measured pass", list(compress(timer.names, finished)), [c.name for c in calls])
     risen = timer.risen_bytes if timer.has_queue else compress(risen_bytes(profiler, len(finished)), finished)
     nodes = list(compress(run_by(profiler, len(finished)), finished))
-    add_in_place(full, nodes)
-    if not timer.has_queue:
-        fill_evenly(full, nodes)
+    as_without_mode(full, nodes, on_host=not timer.has_queue)
     for call, seconds, rise in zip(calls, timer.seconds, risen, strict=True):
         call.seconds.append(seconds)
         call.scratch_bytes = max(0, rise - call.out_bytes)

@@ -1,7 +1,7 @@
 """The dispatch mode that records a step: its ops, its storages and their lives, what autograd saves and reads.
 
 Invariant: one `Recorder` sees one pass. The mode changes nothing of what runs, with one exception: under a dispatch
-mode, a backward adds nothing in place. `add_in_place` corrects the record for that.
+mode, a backward adds nothing in place. `as_without_mode` corrects the record for that.
 """
 
 from __future__ import annotations
@@ -347,9 +347,7 @@ class Recorder(TorchDispatchMode):
         """Take two things from a profile of this pass: each op's scratch bytes, and what would be added in place."""
         calls = self.dispatched
         risen = risen_bytes(profiler, len(calls))
-        nodes = run_by(profiler, len(calls))
-        add_in_place(self, nodes)
-        fill_evenly(self, nodes)
+        as_without_mode(self, run_by(profiler, len(calls)), on_host=True)
         for call, rise in zip(calls, risen, strict=True):
             call.scratch_bytes = max(0, rise - call.out_bytes)
 
@@ -488,7 +486,17 @@ _TORCHS_NODE = re.compile(r"Backward\d+$")
 _EVENLY = re.compile(r"(Max|Min|Median|Nanmedian)Backward\d+$")
 
 
-def fill_evenly(full: Recorder, run_by: list[str]) -> None:
+def as_without_mode(full: Recorder, run_by: list[str], *, on_host: bool) -> None:
+    """Correct the record for what a backward does otherwise where no dispatch mode is on.
+
+    `run_by`: the node of autograd that ran each call.
+    """
+    _add_in_place(full, run_by)
+    if on_host:
+        _fill_evenly(full, run_by)
+
+
+def _fill_evenly(full: Recorder, run_by: list[str]) -> None:
     """Correct the record for the gradient of an extreme value of a whole tensor, on the host.
 
     There torch makes one mask of the places that share the value and the gradient's zeros, counts the places, and fills
@@ -524,9 +532,9 @@ def _is_in_place(full: Recorder, call: Call, node: str) -> bool:
     return made_by is not None and full.calls[made_by].name in _ZEROS
 
 
-def add_in_place(full: Recorder, run_by: list[str]) -> None:
+def _add_in_place(full: Recorder, run_by: list[str]) -> None:
     """Correct the record for what a backward adds in place, where nobody else holds the first addend: gradients that
-    the engine sums, and zeros into which the gradient of an indexed read is put. `run_by`: the node that ran each call.
+    the engine sums, and zeros into which the gradient of an indexed read is put.
 
     Under a dispatch mode neither is done in place (`isTensorSubclassLike` in torch/csrc/autograd/input_buffer.cpp and
     FunctionsManual.cpp). Where the first addend dies at the sum, its bytes become the sum's, so it is recorded as
