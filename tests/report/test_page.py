@@ -87,17 +87,9 @@ def evil_document() -> dict[str, Any]:
 
 
 @pytest.fixture
-def opened(chromium: Any, tmp_path: Path) -> Any:
+def opened(opened_html: Any) -> Any:
     """Open a document in a tab of its own."""
-
-    def open_it(made: dict[str, Any], **how: Any) -> Any:
-        file = tmp_path / "page.html"
-        file.write_text(page(made), encoding="utf-8")
-        tab = chromium.page()
-        tab.open(file, **how)
-        return tab
-
-    return open_it
+    return lambda made, **how: opened_html(page(made), **how)
 
 
 ACTIONS = "Array.from(document.querySelectorAll('#map button'), b => b.className.replace('input ', '')[0]).join('')"

@@ -6,7 +6,6 @@ The data is made up, without torch: two models, two methods, two lengths, four c
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,17 +74,9 @@ def document(model: str = "small-1b", card: str = "t4") -> dict[str, Any]:
 
 
 @pytest.fixture
-def opened(chromium: Any, tmp_path: Path) -> Any:
+def opened(opened_html: Any) -> Any:
     """Open a document in a tab of its own."""
-
-    def open_it(made: dict[str, Any], **how: Any) -> Any:
-        file = tmp_path / "index.html"
-        file.write_text(site_page(made), encoding="utf-8")
-        tab = chromium.page()
-        tab.open(file, **how)
-        return tab
-
-    return open_it
+    return lambda made, **how: opened_html(site_page(made), **how)
 
 
 def test_the_summary_counts() -> None:

@@ -171,12 +171,15 @@ def page(document: Mapping[str, Any]) -> str:
 
 
 def filled(template: str, document: Mapping[str, Any], pieces: Mapping[str, str]) -> str:
-    """The page `template` with HTML in its places, the pages' common style, and `document` as its data."""
+    """The page `template` with HTML in its places, what the pages' styles and scripts share, and `document` as its
+    data."""
     folder = resources.files("tightfit.report")
     data = json.dumps(document, separators=(",", ":"))
     # the only way out of a script element is a less-than sign
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    pieces = {**pieces, "STYLE": folder.joinpath("pages.css").read_text(encoding="utf-8"), "DATA": data}
+    shared = {"STYLE": "pages.css", "SCRIPT": "pages.js"}
+    texts = {piece: folder.joinpath(name).read_text(encoding="utf-8") for piece, name in shared.items()}
+    pieces = {**pieces, **texts, "DATA": data}
     parts = folder.joinpath(template).read_text(encoding="utf-8").split("@@")
     return "".join(pieces[part] if i % 2 else part for i, part in enumerate(parts))
 
