@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from tightfit.core import Trace
-from tightfit.cli.options import Calibration, GlobalBatch, Html, Json, Levers, batches_asked
+from tightfit.cli.options import MODEL_HELP, Calibration, GlobalBatch, Html, Json, Levers, batches_asked
 from tightfit.cli.output import EXIT_NO, can_write, console_on_stdout, emit, progress_shown, write_page
 from tightfit.cli.site import refuse_beside_site, write_site
 from tightfit.core import AUTO, HOST_KIND, InvalidInput, format_apart, parse_bytes, parse_levers
@@ -23,11 +23,7 @@ from tightfit.device.calibration import NO_FILE
 def check(
     model: Annotated[
         str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A name in the catalog, a folder with config.json, or a hub id owner/name.",
-            show_default="with --site, all of the catalog",
-        ),
+        typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default="with --site, all of the catalog"),
     ] = None,
     gpu: Annotated[
         str | None,

@@ -29,10 +29,10 @@ def batches_asked(batch: str, global_batch: int | None) -> tuple[int, int | None
     return 1, global_batch
 
 
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A name in the catalog, a folder with config.json, or a hub id owner/name."),
-]
+MODEL_HELP = "A name in the catalog, a folder with config.json, or a hub id owner/name."
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 
 
 Batch = Annotated[int, typer.Option(help="Sequences in a batch.")]
