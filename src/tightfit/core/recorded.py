@@ -265,7 +265,7 @@ class FrozenWeights:
     spans: tuple[tuple[int, int], ...]  # op ids, first and end: calls of the module, and backward nodes of its own
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, weakref_slot=True)
 class Trace:
     """One recorded step: what ran, what lived, what autograd held, in order."""
 

@@ -9,6 +9,7 @@ Source of the model: Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from tightfit.core import Device, Kind, Phase, Trace
@@ -107,11 +108,11 @@ def work_of(trace: Trace) -> list[Work | None]:
 
 def retimed(trace: Trace, device: Device) -> Trace:
     """`trace` with the seconds of every op that it has estimated for `device`."""
+    seconds = functools.cache(lambda work: 0.0 if work is None else work.seconds(device))  # blocks are alike
     return dataclasses.replace(
         trace,
         ops=tuple(
-            dataclasses.replace(op, seconds=0.0 if work is None else work.seconds(device))
-            for op, work in zip(trace.ops, work_of(trace), strict=True)
+            dataclasses.replace(op, seconds=seconds(work)) for op, work in zip(trace.ops, work_of(trace), strict=True)
         ),
         tiled=tuple(retimed(variant, device) for variant in trace.tiled),
     )

@@ -35,6 +35,7 @@ from tightfit.levers import allowed, every, granted, inexact
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.advice import advice_for
 from tightfit.plan.choose import Model
+from tightfit.plan.indexed import without_collecting
 from tightfit.plan.polish import polished
 from tightfit.plan.program import shared
 from tightfit.plan.simulate import simulate, simulate_choices
@@ -44,6 +45,7 @@ from tightfit.plan.ways import Refereed, Way, way_of
 _REFEREE_ROUNDS = 12
 
 
+@without_collecting()
 def plan(
     trace: Trace,
     budget: str | int,
@@ -278,6 +280,7 @@ def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Coll
     return list(itertools.islice(possible, _NESTINGS if frugal.effort.proves else 1))
 
 
+@without_collecting()
 def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever | str] | str | None = None) -> Plan:
     """The plan of the lowest peak that any of `levers` reaches (by default all but offload). Its budget is its own
     peak."""
@@ -304,6 +307,7 @@ def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Ref
     return best, best.leanest
 
 
+@without_collecting()
 def every_block(trace: Trace, *, effort: Effort = THOROUGH) -> Plan:
     """The book recipe as a plan: every unit keeps only its inputs. Its budget is its own peak."""
     unplanned = simulate_choices(trace, ())

@@ -23,16 +23,14 @@ from tightfit.core import (
     Choice,
     EventKind,
     InvalidInput,
-    Op,
-    Phase,
     Plan,
     PlanMismatch,
-    Program,
     Saved,
     Timeline,
     Trace,
 )
 from tightfit.levers import every, require_known
+from tightfit.plan.indexed import PLACE, indexed, without_collecting
 from tightfit.plan.program import (
     Recipe,
     demanded,
@@ -43,7 +41,6 @@ from tightfit.plan.program import (
     offloaded_values,
     reads_copy,
     recipe,
-    shared,
 )
 from tightfit.plan.shipping import Shipments
 
@@ -57,7 +54,6 @@ _STATIC = (
     Category.INPUTS,
     Category.COLLECTIVES,
 )
-_PLACE = {category: place for place, category in enumerate(Category)}
 
 
 def simulate(trace: Trace, plan: Plan | None = None) -> Timeline:
@@ -115,7 +111,8 @@ def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list
 
 def simulate_choices(trace: Trace, choices: tuple[Choice, ...], advances: tuple[Advance, ...] = ()) -> Timeline:
     """`simulate` for choices of which no `Plan` is made yet."""
-    return _Walk(trace, choices, advances).timeline()
+    with without_collecting():
+        return _Walk(trace, choices, advances).timeline()
 
 
 @dataclass
@@ -151,45 +148,23 @@ class _Walk:
     """
 
     def __init__(self, trace: Trace, choices: tuple[Choice, ...], advances: tuple[Advance, ...] = ()) -> None:
-        self.trace = trace
+        self.trace, self.index = trace, indexed(trace)
         self.stores = {(sweep.base, sweep.target): frozenset(sweep.stores) for sweep in advances}
-        self.ops_of: dict[int, list[Op]] = defaultdict(list)
-        for op in trace.ops:
-            if op.frame is not None and op.ordinal is not None:
-                self.ops_of[op.frame].append(op)
-        self.values_of: dict[int, dict[int, int]] = {frame.id: {} for frame in trace.frames}
-        for value in trace.values:
-            if value.producer is not None and value.ordinal is not None:
-                frame_id = trace.ops[value.producer].frame
-                assert frame_id is not None
-                self.values_of[frame_id][value.ordinal] = value.id
-        self.op_event = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.OP}
+        self.ops_of, self.values_of = self.index.ops_of, self.index.values_of
         self.replays = self._replays({choice.unit: choice for choice in choices})
-        self.categories: dict[int, Category] = {}
         self.blocks: list[tuple[Hashable, int]] = []  # what an allocator sees, in order
 
     # -- which frames replay, and when
 
     def _replays(self, choices: dict[str, Choice]) -> dict[int, _Replayed]:
         trace = self.trace
-        load_event: dict[int, int] = {}
-        for index, event in enumerate(trace.events):
-            if event.what is EventKind.LOAD:
-                load_event.setdefault(event.subject, index)
+        load_event, slots = self.index.first_load, self.index.slots_of
         found = {}
-        slots: dict[int, list[Saved]] = defaultdict(list)
-        for saved in trace.saved:
-            if saved.frame is not None:
-                slots[saved.frame].append(saved)
-        calls: dict[str, list[Program]] = defaultdict(list)
-        for frame in trace.frames:
-            calls[frame.unit].append(trace.programs[frame.id])
-        plans = {unit: shared(programs) for unit, programs in calls.items() if unit in choices}
         for frame in trace.frames:
             choice = choices.get(frame.unit)
             if choice is None or choice.keeps_all:
                 continue
-            program, planned = trace.programs[frame.id], plans[frame.unit]
+            program, planned = trace.programs[frame.id], self.index.program_of(frame.unit)
             if planned is None:
                 raise InvalidInput(f"the calls of {frame.unit!r} run different ops, so no plan can serve them all")
             if len(choice.actions) != planned.values:
@@ -232,22 +207,13 @@ class _Walk:
     # -- lives
 
     def _lives(self) -> dict[int, list[int]]:
-        """The values that are freed after each event. A value that stands at no event lives to the end of the step."""
-        trace = self.trace
-        freed = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.FREE}
-        released = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.RELEASE}
+        """The values that are freed after an event, for the events at which it is not as without a plan. A value that
+        stands at no event lives to the end of the step."""
+        trace, index = self.trace, self.index
+        released, exits, slots_of = index.released, index.exits, index.slots_of
         end_of_step = len(trace.events)
         self.packed_at: dict[int, int] = {}
-        kept_until: dict[int, int] = {}  # by the saved tensors that the plan still holds
-        dropped: set[int] = set()
-        slots_dropped = {frame: {saved.id for saved, _ in each.slots} for frame, each in self.replays.items()}
-        for saved in trace.saved:
-            replayed = self.replays.get(saved.frame) if saved.frame is not None else None
-            if replayed is not None and saved.id in slots_dropped[replayed.frame]:
-                dropped.add(saved.value)
-            else:
-                kept_until[saved.value] = max(kept_until.get(saved.value, -1), released.get(saved.id, end_of_step))
-        exits = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.EXIT}
+        dropped = {saved.id: saved.value for each in self.replays.values() for saved, _ in each.slots}
         self.shipments = Shipments(
             {each.frame: exits[each.frame] for each in self.replays.values() if each.parked},
             self._openings(), end_of_step, copies_beside=trace.copies_beside,
@@ -255,21 +221,17 @@ class _Walk:
         for replayed in self.replays.values():
             for value_id in replayed.parked:
                 self.packed_at[value_id] = max(self.packed_at.get(value_id, -1), self.shipments.landed[replayed.frame])
-        ends: dict[int, int] = {}
-        for value in trace.values:
-            end = freed.get(value.id, end_of_step)
-            if value.id in dropped:
-                natural = end if value.natural_end is None else value.natural_end
-                end = max(natural, kept_until.get(value.id, -1), self.packed_at.get(value.id, -1))
-            ends[value.id] = end
+        ends = index.ends.copy()
+        for value_id in set(dropped.values()):
+            natural = trace.values[value_id].natural_end
+            kept = [released.get(s.id, end_of_step) for s in index.saved_of[value_id] if s.id not in dropped]
+            ends[value_id] = max(
+                ends[value_id] if natural is None else natural, self.packed_at.get(value_id, -1), *kept, -1
+            )
         self.tape_readers: dict[int, set[int]] = defaultdict(set)  # value -> ops that will read it once more
         self.copies: dict[int, _Copy] = {}
         self.tapes_end: dict[int, int] = defaultdict(int)  # event -> generator states that go there
         self.brought: dict[tuple[int, int], _Copy] = {}  # by frame and value id, what is not held for the frame
-        slots_of: dict[int, list[Saved]] = defaultdict(list)
-        for saved in trace.saved:
-            if saved.frame is not None:
-                slots_of[saved.frame].append(saved)
         for replayed in self.replays.values():
             last_release = max((released.get(s.id, end_of_step) for s in slots_of[replayed.frame]), default=-1)
             if replayed.left_states:
@@ -287,17 +249,16 @@ class _Walk:
                         self.tape_readers[value_id].add(op.id)
                     else:  # nobody asks for it in this call; the tape goes with the graph
                         ends[value_id] = max(ends[value_id], last_release)
-            for value_id in made:
-                value = trace.values[value_id]
-                holders = [
+            held: dict[int, list[int]] = defaultdict(list)  # value -> releases of what holds it once it is there again
+            for saved, counted in replayed.slots:
+                if saved.read or counted:
                     # if nobody reads the saved tensor, the value stays on the tape, which is freed with the graph
-                    released.get(s.id, end_of_step) if s.read else last_release
-                    for s, counted in replayed.slots
-                    if s.value == value_id and (s.read or counted)
-                ]
+                    held[saved.value].append(released.get(saved.id, end_of_step) if saved.read else last_release)
+            for value_id in made:
                 self.copies[value_id] = _Copy(
-                    size_bytes=value.size_bytes, readers=set(), until=max(holders, default=None)
-                )
+                    size_bytes=trace.values[value_id].size_bytes, readers=set(),
+                    until=max(held.get(value_id, ()), default=None),
+                )  # fmt: skip
             for ordinal in running:
                 op = self.ops_of[replayed.frame][ordinal]
                 for value_id in op.inputs:
@@ -308,11 +269,7 @@ class _Walk:
                     ):
                         self.copies[value_id].readers.add(op.id)
             for value_id in replayed.fetched:
-                holders = [
-                    released.get(s.id, end_of_step) if s.read else last_release
-                    for s, counted in replayed.slots
-                    if s.value == value_id and (s.read or counted)
-                ]
+                holders = held.get(value_id, [])
                 ops = {self.ops_of[replayed.frame][ordinal] for ordinal in running}
                 readers = {op.id for op in ops if value_id in op.inputs}
                 if not readers and not holders and value_id in replayed.parked:
@@ -321,10 +278,15 @@ class _Walk:
                     size_bytes=trace.values[value_id].size_bytes, readers=readers, until=max(holders, default=None)
                 )
         self.ends = ends
-        after: dict[int, list[int]] = defaultdict(list)
-        for value_id, end in ends.items():
-            if trace.values[value_id].producer is not None:
+        after: dict[int, list[int]] = {}
+        for value_id, (end, before) in enumerate(zip(ends, index.ends, strict=True)):
+            if end != before and trace.values[value_id].producer is not None:
+                for event in (before, end):
+                    after.setdefault(event, [*index.gone.get(event, ())])
+                after[before].remove(value_id)
                 after[end].append(value_id)
+        for values in after.values():
+            values.sort()
         return after
 
     def _openings(self) -> Iterator[int]:
@@ -338,7 +300,7 @@ class _Walk:
     # -- the walk
 
     def timeline(self) -> Timeline:
-        trace = self.trace
+        trace, index = self.trace, self.index
         after = self._lives()
         by_event: dict[int, list[tuple[_Replayed, tuple[int, ...]]]] = defaultdict(list)
         for replayed in self.replays.values():
@@ -361,31 +323,32 @@ class _Walk:
         self.seconds = 0.0
         self.flops = self.fetched_bytes = 0
         state_bytes = trace.random_state_bytes
-        for index, event in enumerate(trace.events):
-            for frame, value_id in wanted.get(index, ()):
-                self._bring(frame, value_id)
-            for replayed, ops in by_event.get(index, ()):
-                self._run_again(replayed, ops, index)
-            if event.what is EventKind.ALLOC:
-                self._add(
-                    self._category(event.subject), trace.values[event.subject].size_bytes, ("value", event.subject)
-                )
-            elif event.what is EventKind.OP:
-                op = trace.ops[event.subject]
-                self._mark(self._label(op), op.scratch_bytes)
-            elif event.what is EventKind.ENTER and event.subject in self.replays:
+        for at, event in enumerate(trace.events):
+            if at in wanted:
+                for frame, value_id in wanted[at]:
+                    self._bring(frame, value_id)
+            if at in by_event:
+                for replayed, ops in by_event[at]:
+                    self._run_again(replayed, ops, at)
+            what = event.what
+            if what is EventKind.ALLOC:
+                self._add_value(event.subject, trace.values[event.subject].size_bytes)
+            elif what is EventKind.OP:
+                self._mark(index.labels[event.subject], trace.ops[event.subject].scratch_bytes)
+            elif what is EventKind.ENTER and event.subject in self.replays:
                 self._add(Category.SAVED, self.replays[event.subject].states_in_forward * state_bytes)
-            elif event.what is EventKind.EXIT and event.subject in self.replays:
+            elif what is EventKind.EXIT and event.subject in self.replays:
                 replayed = self.replays[event.subject]
                 states = len(replayed.recipe.states)
                 self._add(Category.SAVED, (states - replayed.states_in_forward) * state_bytes)
-            for value_id in after.get(index, ()):
+            for value_id in after[at] if at in after else index.gone.get(at, ()):
                 if not self.tape_readers.get(value_id):
-                    self._free(value_id)
-            for copy in letting_go.get(index, ()):
-                self._drop_copy(copy, index)
-            if index in self.tapes_end:
-                self._add(Category.SAVED, -self.tapes_end[index] * state_bytes)
+                    self._add_value(value_id, -trace.values[value_id].size_bytes)
+            if at in letting_go:
+                for copy in letting_go[at]:
+                    self._drop_copy(copy, at)
+            if at in self.tapes_end:
+                self._add(Category.SAVED, -self.tapes_end[at] * state_bytes)
         totals = self.totals
         columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(Category)
         peak = max(range(len(totals)), key=totals.__getitem__) if totals else 0
@@ -452,7 +415,7 @@ class _Walk:
                     readers = self.tape_readers[value_id]
                     readers.discard(op.id)
                     if not readers and self.ends[value_id] < index and trace.values[value_id].producer is not None:
-                        self._free(value_id)
+                        self._add_value(value_id, -trace.values[value_id].size_bytes)
             for copy in made:
                 self._drop_copy(copy, index - 1)
 
@@ -558,39 +521,22 @@ class _Walk:
 
     # -- rows
 
-    def _category(self, value_id: int) -> Category:
-        known = self.categories.get(value_id)
-        if known is None:
-            known = self.categories[value_id] = self._category_of(value_id)
-        return known
-
-    def _category_of(self, value_id: int) -> Category:
-        value = self.trace.values[value_id]
-        if value.category is not Category.TEMPORARIES:
-            return value.category
-        in_forward = value.producer is not None and self.trace.ops[value.producer].phase is Phase.FORWARD
-        return Category.SAVED if value.needed and in_forward else Category.TEMPORARIES
-
-    def _label(self, op: Op) -> str:
-        where = op.unit or ("outside the units" if op.phase is not Phase.OPTIMIZER else "the optimizer")
-        return (
-            f"{op.phase.value} of {where}: {op.name}"
-            if op.phase is not Phase.OPTIMIZER
-            else f"optimizer step: {op.name}"
-        )
-
-    def _free(self, value_id: int) -> None:
-        self._add(self._category(value_id), -self.trace.values[value_id].size_bytes, ("value", value_id))
+    def _add_value(self, value_id: int, size_bytes: int) -> None:
+        """The bytes of a recorded value come, or go."""
+        if size_bytes:
+            self.level[self.index.places[value_id]] += size_bytes
+            self.total += size_bytes
+            self.blocks.append((("value", value_id), size_bytes))
 
     def _add(self, category: Category, size_bytes: int, block: Hashable = None) -> None:
-        self.level[_PLACE[category]] += size_bytes
+        self.level[PLACE[category]] += size_bytes
         self.total += size_bytes
         if block is not None and size_bytes:
             self.blocks.append((block, size_bytes))
 
     def _mark(self, label: str, scratch_bytes: int) -> None:
         row = self.level.copy()
-        row[_PLACE[Category.TEMPORARIES]] += scratch_bytes
+        row[PLACE[Category.TEMPORARIES]] += scratch_bytes
         self.totals.append(self.total + scratch_bytes)
         if scratch_bytes:
             self.blocks += [(("scratch",), scratch_bytes), (("scratch",), -scratch_bytes)]

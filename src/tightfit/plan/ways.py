@@ -194,16 +194,21 @@ class Way:
         found, is_own_moment = self._of_frontiers
         if self.moves or not is_own_moment:
             return found
-        model = self._model(retimed(self.planned, NOMINAL_CPU), lean=True)
+        model = self._model(self._nominal, lean=True)
         solution = model.solve(None)
         assert solution is not None
         return min(found, self._lowest_by(model, solution), key=lambda each: each.line.peak_bytes)
 
     @functools.cached_property
+    def _nominal(self) -> Trace:
+        """What the model plans, with estimated seconds. The ways of other tiles have their own."""
+        return retimed(dataclasses.replace(self.planned, tiled=()), NOMINAL_CPU)
+
+    @functools.cached_property
     def _of_frontiers(self) -> tuple[Refereed, bool]:
         """The lowest peak by the points of the units' frontiers, and whether a unit's own backward is the fullest
         moment there."""
-        model = self._model(retimed(self.planned, NOMINAL_CPU))
+        model = self._model(self._nominal)
         solution = model.solve(None)
         assert solution is not None
         return self._lowest_by(model, solution), model.is_own_moment(solution.points)

@@ -1,0 +1,113 @@
+"""A recorded step, looked up once for every walk that the referee makes over it.
+
+Idea: a search asks the referee about the same trace hundreds of times. What does not depend on a plan is found the
+first time and kept as long as the trace.
+
+Invariant: nothing here depends on a plan, and nobody writes to it. Refused: nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+
+from tightfit.core import Category, EventKind, Op, Phase, Program, Saved, Trace, Value
+from tightfit.plan.program import shared
+
+__all__ = ["PLACE", "IndexedStep", "indexed", "without_collecting"]
+
+#: Where a category stands in a row of live bytes.
+PLACE = {category: place for place, category in enumerate(Category)}
+
+
+class IndexedStep:
+    """Of one trace."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.ops_of: dict[int, list[Op]] = defaultdict(list)  # by frame, in the order of their ordinals
+        for op in trace.ops:
+            if op.frame is not None and op.ordinal is not None:
+                self.ops_of[op.frame].append(op)
+        self.values_of: dict[int, dict[int, int]] = {frame.id: {} for frame in trace.frames}  # ids, by ordinal
+        for value in trace.values:
+            if value.producer is not None and value.ordinal is not None:
+                frame_id = trace.ops[value.producer].frame
+                assert frame_id is not None
+                self.values_of[frame_id][value.ordinal] = value.id
+        self.slots_of: dict[int, list[Saved]] = defaultdict(list)  # by frame
+        self.saved_of: dict[int, list[Saved]] = defaultdict(list)  # by value
+        for saved in trace.saved:
+            self.saved_of[saved.value].append(saved)
+            if saved.frame is not None:
+                self.slots_of[saved.frame].append(saved)
+        self.calls: dict[str, list[Program]] = defaultdict(list)  # by unit
+        for frame in trace.frames:
+            self.calls[frame.unit].append(trace.programs[frame.id])
+        self._shared: dict[str, Program | None] = {}
+        self._index_events(trace)
+        self.places = [PLACE[category_of(trace, value)] for value in trace.values]  # where a value's bytes are counted
+        self.labels = [_label(op) for op in trace.ops]
+
+    def _index_events(self, trace: Trace) -> None:
+        """The events by what happens at them; by subject."""
+        at: dict[EventKind, dict[int, int]] = {what: {} for what in EventKind}
+        self.first_load: dict[int, int] = {}
+        for index, event in enumerate(trace.events):
+            at[event.what][event.subject] = index
+            if event.what is EventKind.LOAD:
+                self.first_load.setdefault(event.subject, index)
+        self.freed, self.released = at[EventKind.FREE], at[EventKind.RELEASE]
+        self.exits = at[EventKind.EXIT]
+        end = len(trace.events)
+        self.ends = [self.freed.get(value.id, end) for value in trace.values]  # the event after which a value is gone
+        self.gone: dict[int, list[int]] = defaultdict(list)  # the values that go after an event
+        for value in trace.values:
+            if value.producer is not None:
+                self.gone[self.ends[value.id]].append(value.id)
+
+    def program_of(self, unit: str) -> Program | None:
+        """One program for all calls of a unit; none: the calls run different ops."""
+        if unit not in self._shared:
+            self._shared[unit] = shared(self.calls[unit])
+        return self._shared[unit]
+
+
+def category_of(trace: Trace, value: Value) -> Category:
+    """Under which category the bytes of a value are counted."""
+    if value.category is not Category.TEMPORARIES:
+        return value.category
+    in_forward = value.producer is not None and trace.ops[value.producer].phase is Phase.FORWARD
+    return Category.SAVED if value.needed and in_forward else Category.TEMPORARIES
+
+
+def _label(op: Op) -> str:
+    if op.phase is Phase.OPTIMIZER:
+        return f"optimizer step: {op.name}"
+    return f"{op.phase.value} of {op.unit or 'outside the units'}: {op.name}"
+
+
+_KNOWN: dict[int, tuple[weakref.ref[Trace], IndexedStep]] = {}  # by the trace's id, as long as it lives
+
+
+def indexed(trace: Trace) -> IndexedStep:
+    """The index of `trace`. Traces are compared by identity: to compare their parts would take longer than a walk."""
+    key = id(trace)
+    if key not in _KNOWN:
+        _KNOWN[key] = weakref.ref(trace, lambda _: _KNOWN.pop(key, None)), IndexedStep(trace)
+    return _KNOWN[key][1]
+
+
+@contextlib.contextmanager
+def without_collecting() -> Iterator[None]:
+    """Python looks for no garbage in cycles meanwhile. Planning makes none, but so many small objects that looking for
+    it took a fifth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
