@@ -1,22 +1,18 @@
-"""What one fitted step reaches: recompute for bytes kept, prediction against the allocator, gradients, planning time.
+"""What one fitted step reaches: recompute for bytes kept, prediction against the allocator, gradients.
 
-    python benchmarks/step.py          # about ten minutes on two cores; writes benchmarks/results/step.json
+    python benchmarks/step.py          # about ten minutes; writes benchmarks/results/step.json; bytes and counts alone
 
-- `frontier`: one block of a LoRA Llama (6 blocks, hidden 1024, batch 4 x 512, fp32, r=16 on all linear layers) and of
-  GPT-2 with dropout: seconds rerun, as a part of the block's forward, for the part of the needed bytes that is kept.
+- `frontier`: one block of a LoRA Llama (6 blocks, hidden 1024, fp32, r=16 on all linear layers) and of GPT-2 with
+  dropout: estimated seconds rerun, as a part of the block's forward, for the part of the needed bytes that is kept.
 - `prediction`: gpt2, and the LoRA Llama, at three budgets and with every block recomputed: predicted peak, the
   allocator's own count, budget, gradients; fp32, bf16 and CPU autocast, dropout on.
-- `planning`: gpt2-medium: seconds to plan, and what tracing costs in unplanned steps (median of three, same run).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,19 +28,18 @@ import transformers
 from torch import nn
 
 import tightfit
+from tightfit.device.cost import NOMINAL_CPU, retimed
 from tightfit.integrations.peft import add_lora
 from tightfit.integrations.transformers import load_model, random_batch
 from tightfit.plan import every_block
 from tightfit.plan.choose import Model
 from tightfit.step.environment import environment
-from tightfit.step.snapshot import undisturbed
-from tightfit.verify.peak import run_step, untrained
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
 Made = tuple[nn.Module, dict[str, torch.Tensor], torch.optim.Optimizer]
 
 
-def lora_llama(dtype: torch.dtype = torch.float32, batch: int = 4, seq: int = 512) -> Made:
+def lora_llama(dtype: torch.dtype = torch.float32, batch: int = 2, seq: int = 256) -> Made:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         num_hidden_layers=6, hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=16,
@@ -66,8 +61,8 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 def frontier() -> dict[str, Any]:
     """Share of the needed bytes kept -> least share of the block's forward seconds rerun."""
     found = {}
-    for name, (model, batch, _) in (("lora llama", lora_llama()), ("gpt2 with dropout", gpt2(batch=4, seq=512))):
-        trace = tightfit.trace(model, batch)
+    for name, (model, batch, _) in (("lora llama", lora_llama()), ("gpt2 with dropout", gpt2())):
+        trace = retimed(tightfit.trace(model, batch), NOMINAL_CPU)  # the same on every machine
         planner = Model(trace)
         unit = trace.units[len(trace.units) // 2]  # the first block of a LoRA model needs no input gradient
         frame = next(f.id for f in trace.frames if f.unit == unit.path)
@@ -92,12 +87,12 @@ def autocast_loss(model: nn.Module, batch: Any) -> torch.Tensor:
 
 def prediction() -> list[dict[str, Any]]:
     cases: list[tuple[str, Callable[[], Made], Any, tuple[str, ...]]] = [
-        ("gpt2, fp32", lambda: gpt2(batch=4, seq=512), None, ("90%", "75%", "60%", "every-block")),
+        ("gpt2, fp32", gpt2, None, ("90%", "75%", "60%", "every-block")),
         ("gpt2, bf16", lambda: gpt2(dtype=torch.bfloat16), None, ("90%", "every-block")),
         ("gpt2, autocast", gpt2, autocast_loss, ("90%", "every-block")),
         ("lora llama, fp32", lora_llama, None, ("80%", "65%", "50%", "every-block")),
-        ("lora llama, bf16", lambda: lora_llama(torch.bfloat16, 2, 256), None, ("80%", "every-block")),
-        ("lora llama, autocast", lambda: lora_llama(batch=2, seq=256), autocast_loss, ("80%", "every-block")),
+        ("lora llama, bf16", lambda: lora_llama(torch.bfloat16), None, ("80%", "every-block")),
+        ("lora llama, autocast", lora_llama, autocast_loss, ("80%", "every-block")),
     ]
     rows = []
     for name, make, loss, budgets in cases:
@@ -134,39 +129,10 @@ def prediction() -> list[dict[str, Any]]:
     return rows
 
 
-def planning() -> dict[str, Any]:
-    model, batch, optimizer = gpt2("gpt2-medium", batch=1, seq=256)
-    with undisturbed(model) as restart, untrained(optimizer):
-        run_step(model, batch, None, optimizer)
-        seconds = []
-        for _ in range(3):
-            restart()
-            started = time.perf_counter()
-            run_step(model, batch, None, optimizer)
-            seconds.append(time.perf_counter() - started)
-    started = time.perf_counter()
-    trace = tightfit.trace(model, batch, optimizer=optimizer)
-    trace_seconds = time.perf_counter() - started
-    plan_seconds = {}
-    floor = every_block(trace).peak_bytes
-    unplanned = tightfit.simulate(trace).peak_bytes
-    for share in (0.75, 0.5, 0.25):
-        fresh = tightfit.core.loads(tightfit.core.Trace, tightfit.core.dumps(trace))  # nothing remembered
-        started = time.perf_counter()
-        with contextlib.suppress(tightfit.BudgetInfeasible):
-            tightfit.plan(fresh, floor + int(share * (unplanned - floor)))
-        plan_seconds[f"{share:.0%} of the way from floor to unplanned"] = time.perf_counter() - started
-    return {
-        "model": "gpt2-medium, 1 x 256, adamw",
-        "plan_seconds": plan_seconds,
-        "trace_in_unplanned_steps": trace_seconds / statistics.median(seconds),
-    }
-
-
 def main() -> int:
     transformers.logging.set_verbosity_error()
     record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment()}
-    for part in (planning, frontier, prediction):
+    for part in (frontier, prediction):
         record[part.__name__] = part()
         print(json.dumps(record[part.__name__], indent=1))
     drawn.write(RESULTS, record)

@@ -450,8 +450,8 @@ def _reached(found: dict[str, Any]) -> str:
         f"The predicted peak was compared with the allocator's count in {len(rows)} cases (gpt2 and a LoRA Llama; "
         f"fp32, bf16, autocast; `benchmarks/step.py`). It is off by at most {worst:.4%} and over the budget by at most "
         f"{max(over, 0):.4%}. The gradients are identical in {sum(row['passed'] for row in rows)} cases. For each part "
-        "of what backward needs that is kept, these are the seconds that run again, as a part of a block's forward: "
-        f"{shares}.\n"
+        "of what backward needs that is kept, these are the estimated seconds that run again, as a part of a block's "
+        f"forward: {shares}.\n"
     )
 
 
