@@ -171,6 +171,25 @@ def test_an_interrupted_run_goes_on(
     assert surveyed == [("pythia-410m", "qlora", 128)]
 
 
+def test_runs_beside_each_other_lose_nothing(
+    tmp_path: Path, surveyed: list[tuple[str, str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run writes while this one is at work."""
+    out, asked = tmp_path / "site", ["--gpu", "t4", "--seq", "128", "--method", "lora"]
+    alone = sites.survey
+
+    def beside(setup: Setup, cards: list[Device], **said: Any) -> Survey:
+        monkeypatch.setattr(sites, "survey", alone)
+        assert main(["check", "gpt2", "--site", str(out), *asked]) == 0
+        return alone(setup, cards, **said)
+
+    monkeypatch.setattr(sites, "survey", beside)
+    assert main(["check", "gpt2-medium", "--site", str(out), *asked]) == 0
+    document = json.loads((out / "answers.json").read_text())
+    assert [cell["model"] for cell in document["cells"]] == ["gpt2", "gpt2-medium"]
+    assert "2, of which 2 fit" in (out / "index.html").read_text()
+
+
 def test_other_versions_are_answered_again(tmp_path: Path, surveyed: list[tuple[str, str, int]]) -> None:
     asked = ["check", "gpt2", "--site", str(tmp_path), "--gpu", "t4", "--seq", "128", "--method", "full"]
     assert main(asked) == 0

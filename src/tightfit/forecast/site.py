@@ -2,7 +2,7 @@
 
 Each cell (a model, a method, a length) is a survey of all cards. The file is written after every cell, so a run that is
 interrupted goes on where it stopped, and a page can be drawn from the file alone. A folder may be added to, model by
-model. Cells of other versions are answered again.
+model, by several runs at once. Cells of other versions are answered again.
 
 Invariant: all answers of a folder are to one question (batch, dtype, optimizer, trainer, cards); a reader of the file
 sees whole cells. Refused (`InvalidInput`): a folder of somebody else's, another question than the folder's. A step that
@@ -139,11 +139,7 @@ def gather(
     written: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Answer what is asked and not answered yet; the whole document. `written` is called with it after every model."""
-    document = folder_for(out, asked)
-    here = {name: version for name, version in environment().items() if name in _VERSIONS}
-    if here not in document["environments"]:
-        document["environments"].append(here)
-    now = document["environments"].index(here)
+    document, now = _as_it_stands(out, asked)
     try:
         out.mkdir(exist_ok=True)
     except OSError as error:
@@ -152,9 +148,12 @@ def gather(
     try:
         for count, setup in enumerate(steps, start=1):
             where = f"{setup.model}, {setup.method}, {setup.seq} tokens ({count} of {len(steps)})"
+            document, now = _as_it_stands(out, asked)
             if _is_new(document, setup, now):
                 progress(where)
-                _put(document, setup, _cell(setup, asked.cards, now, _within(progress, where)))
+                cell = _cell(setup, asked.cards, _within(progress, where))
+                document, now = _as_it_stands(out, asked)  # others may have added theirs meanwhile
+                _put(document, setup, {**cell, "environment": now})
                 write_text(out / ANSWERS, json.dumps(document, separators=(",", ":")) + "\n")
             if count == len(steps) or steps[count].model != setup.model:
                 written(document)
@@ -163,6 +162,15 @@ def gather(
             written(document)
         raise
     return document
+
+
+def _as_it_stands(out: Path, asked: Asked) -> tuple[dict[str, Any], int]:
+    """The document of the site as it is now, and where in it these versions stand."""
+    document = folder_for(out, asked)
+    here = {name: version for name, version in environment().items() if name in _VERSIONS}
+    if here not in document["environments"]:
+        document["environments"].append(here)
+    return document, document["environments"].index(here)
 
 
 def _within(progress: Progress, where: str) -> Progress:
@@ -209,7 +217,7 @@ def _lengths(model: str) -> Sequence[int]:
     return sorted({min(length, positions) for length in LENGTHS})
 
 
-def _cell(setup: Setup, cards: Sequence[Device], environment: int, progress: Progress) -> dict[str, Any]:
+def _cell(setup: Setup, cards: Sequence[Device], progress: Progress) -> dict[str, Any]:
     began = time.process_time()
     refused, found = "", Survey(ways=(), answers=(), notes=())
     try:
@@ -217,7 +225,7 @@ def _cell(setup: Setup, cards: Sequence[Device], environment: int, progress: Pro
     except (InvalidInput, Unsupported) as error:
         refused = str(error)
     return {
-        "model": setup.model, "method": setup.method, "seq": setup.seq, "environment": environment,
+        "model": setup.model, "method": setup.method, "seq": setup.seq,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu_seconds": round(time.process_time() - began, 1), "refused": refused,
         "notes": list(found.notes), "ways": to_json(found.ways),
