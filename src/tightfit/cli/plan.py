@@ -14,6 +14,7 @@ from tightfit.cli.options import (
     Calibration,
     Device,
     Dtype,
+    HostBudget,
     Html,
     Json,
     Levers,
@@ -28,6 +29,7 @@ from tightfit.cli.prepared import prepare
 from tightfit.core import (
     HOST_KIND,
     format_bytes,
+    parse_host_budget,
     parse_levers,
 )
 
@@ -42,6 +44,7 @@ def plan(
     optimizer: OptimizerName = "adamw",
     budget: Budget = "60%",
     levers: Levers = "",
+    host_budget: HostBudget = None,
     seed: Seed = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Show the plan unit by unit, and why.")] = False,
     out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
@@ -57,7 +60,7 @@ def plan(
 ) -> None:
     """Trace one step, plan it for --budget, write plan.json."""
     can_write({"--out": out, "--html": html, "--chrome": chrome, "--snapshot": snapshot})
-    allowed = parse_levers(levers)
+    allowed, limit = parse_levers(levers), parse_host_budget(host_budget)
     prepared = prepare(
         model,
         batch=batch,
@@ -78,7 +81,7 @@ def plan(
         say("tracing one step")
         recorded = trace(prepared.model, prepared.batch, optimizer=prepared.optimizer)
         say("planning")
-        made = make_plan(recorded, budget, levers=allowed)
+        made = make_plan(recorded, budget, levers=allowed, host_budget=limit)
         if html is not None:
             say("planning for other budgets too, for the page")
             write_page(html, plan_document(made, model, study(recorded, made)))

@@ -27,6 +27,7 @@ from tightfit.core import (
     Proof,
     from_json,
     parse_bytes,
+    parse_host_budget,
     require_part,
     to_json,
     write_text,
@@ -243,6 +244,7 @@ class RunRecord:
             "constraint": {
                 "budget": options.budget,
                 "budget_bytes": result.budget_bytes,
+                "host_budget_bytes": parse_host_budget(options.host_budget),
                 "batch": options.batch if options.global_batch is None else options.global_batch,
                 "seq": options.seq,
                 "depends_on": "peaks hold for batches of this size on this device with these versions; losses are "
