@@ -47,6 +47,12 @@ from tightfit.plan.ways import Refereed, Way, way_of
 
 _REFEREE_ROUNDS = 12
 
+#: How often the bytes are halved between a host budget that is too small and one that is known to be enough.
+_HALVINGS = 2
+
+#: For what is only said, and never put in force.
+_GLANCE = Effort(points=12, solver_seconds=0.3, proves=False)
+
 
 @without_collecting()
 def plan(
@@ -84,11 +90,16 @@ def plan(
         raise InvalidInput(f"exact=True forbids {forbidden[0].noun}, and levers names them: leave one of the two out")
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
-    every_way = way_of(trace, effort, host_budget_bytes).ways(levers)
+    every_way = way_of(trace, effort).ways(levers)
     kinds = (None,) if chosen else (True,) if exact else (True, False)
     made, least, least_way = _searched(trace, budget_bytes, every_way, kinds, unplanned, levers)
-    if made is not None:
-        return made
+    enough_bytes = None if made is None else sum(host_bytes(trace, made).values())
+    if host_budget_bytes is not None and (enough_bytes is None or enough_bytes > host_budget_bytes):
+        without = least
+        every_way = way_of(trace, effort, host_budget_bytes).ways(levers)
+        made, least, least_way = _searched(trace, budget_bytes, every_way, kinds, unplanned, levers)
+    if made is not None:  # a limit that is not reached changes nothing
+        return dataclasses.replace(made, host_budget_bytes=host_budget_bytes)
     advice = advice_for(trace, least, budget_bytes)
     if least_way is not None and not chosen:
         advice = (*_other_levers(every_way, least_way, budget_bytes, levers), *advice)
@@ -100,12 +111,20 @@ def plan(
             advice = (said, *advice)
     if host_budget_bytes is None:
         raise BudgetInfeasible(budget_bytes, least.peak_bytes, advice)
-    with_more, needed_bytes = _with_more_in_host(trace, budget_bytes, kinds, unplanned, levers, host_budget_bytes)
-    if needed_bytes is None and with_more.peak_bytes < least.peak_bytes:
-        limit, lower = format_bytes(host_budget_bytes), format_bytes(with_more.peak_bytes)
+    if enough_bytes is not None:
+        small_bytes = host_budget_bytes
+        for _ in range(_HALVINGS):
+            middle_bytes = (small_bytes + enough_bytes) // 2
+            ways = way_of(trace, _GLANCE, middle_bytes).ways(levers)
+            if _searched(trace, budget_bytes, ways, kinds, unplanned, levers)[0] is None:
+                small_bytes = middle_bytes
+            else:
+                enough_bytes = middle_bytes
+    elif without.peak_bytes < least.peak_bytes:
+        limit, lower = format_bytes(host_budget_bytes), format_bytes(without.peak_bytes)
         advice = (f"without the host budget of {limit} it would be {lower}, which is too much as well", *advice)
     raise BudgetInfeasible(
-        budget_bytes, least.peak_bytes, advice, host_budget_bytes=host_budget_bytes, host_bytes=needed_bytes
+        budget_bytes, least.peak_bytes, advice, host_budget_bytes=host_budget_bytes, host_bytes=enough_bytes
     )
 
 
@@ -149,41 +168,6 @@ def _in_host(trace: Trace, made: Plan) -> Plan | None:
     """`made`, if no more waits in host memory than may; None otherwise."""
     limit_bytes = made.host_budget_bytes
     return made if limit_bytes is None or sum(host_bytes(trace, made).values()) <= limit_bytes else None
-
-
-#: How often the bytes are halved between a host budget that is too small and one that is known to be enough.
-_HALVINGS = 2
-
-#: For what is only said, and never put in force.
-_GLANCE = Effort(points=12, solver_seconds=0.3, proves=False)
-
-
-def _with_more_in_host(
-    trace: Trace,
-    budget_bytes: int,
-    kinds: Collection[bool | None],
-    unplanned: Timeline,
-    levers: Collection[Lever] | None,
-    too_small_bytes: int,
-) -> tuple[Timeline, int | None]:
-    """What no limit of host memory would change: the lowest peak, and bytes in host memory with which the budget would
-    be held, near the fewest that are enough; None: no bytes are."""
-
-    def searched(limit_bytes: int | None) -> tuple[Plan | None, Timeline, Way | None]:
-        ways = way_of(trace, _GLANCE, limit_bytes).ways(levers)
-        return _searched(trace, budget_bytes, ways, kinds, unplanned, levers)
-
-    made, least, _ = searched(None)
-    if made is None:
-        return least, None
-    enough_bytes = sum(host_bytes(trace, made).values())
-    for _ in range(_HALVINGS):
-        other, *_ = searched((too_small_bytes + enough_bytes) // 2)
-        if other is None:
-            too_small_bytes = (too_small_bytes + enough_bytes) // 2
-        else:
-            enough_bytes = sum(host_bytes(trace, other).values())
-    return least, enough_bytes
 
 
 def _other_levers(
@@ -371,9 +355,15 @@ def lowest(
     if Grant.DROP not in granted(levers):
         needed = next(each for each in every() if Grant.DROP in each.grants)
         raise InvalidInput(f"the lowest peak is looked for by {needed.noun}: add {needed.lever.value} to the levers")
-    way, found = _lowest(way_of(trace, effort, parse_host_budget(host_budget)).ways(levers), levers)
+    limit_bytes = parse_host_budget(host_budget)
     unplanned = simulate_choices(trace, ())
-    return _plan(trace, way, found.line.peak_bytes, found.choices, found.line, unplanned, 0.0, found.how)
+
+    def found(within_bytes: int | None) -> Plan:
+        way, chosen = _lowest(way_of(trace, effort, within_bytes).ways(levers), levers)
+        return _plan(trace, way, chosen.line.peak_bytes, chosen.choices, chosen.line, unplanned, 0.0, chosen.how)
+
+    made = dataclasses.replace(found(None), host_budget_bytes=limit_bytes)
+    return made if _in_host(trace, made) is not None else found(limit_bytes)
 
 
 def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Refereed]:

@@ -252,16 +252,21 @@ class Way:
         return Refereed(choices=self.choices(best, model), line=found, how=solution.how)
 
 
-_latest: Way | None = None
+#: The latest ways, of one trace, by effort and host budget: a plan may be looked for with the limit and without.
+_latest: dict[tuple[Effort, int | None], Way] = {}
+
+_MOST_KEPT = 2
 
 
 def way_of(trace: Trace, effort: Effort = THOROUGH, host_budget_bytes: int | None = None) -> Way:
     """The way to plan `trace`. It is kept for the next budget of the same trace."""
-    global _latest  # noqa: PLW0603 - one entry of a cache
-    if (
-        _latest is None
-        or _latest.trace is not trace
-        or (_latest.effort, _latest.step.host_budget_bytes) != (effort, host_budget_bytes)
-    ):
-        _latest = Way(as_recorded(trace, host_budget_bytes), effort)
-    return _latest
+    key = effort, host_budget_bytes
+    found = _latest.pop(key, None)
+    if found is None or found.trace is not trace:
+        if any(way.trace is not trace for way in _latest.values()):
+            _latest.clear()
+        found = Way(as_recorded(trace, host_budget_bytes), effort)
+    _latest[key] = found  # the last is the latest
+    while len(_latest) > _MOST_KEPT:
+        del _latest[next(iter(_latest))]
+    return found
