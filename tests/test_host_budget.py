@@ -32,8 +32,9 @@ from tightfit.fitting import micro_batches
 from tightfit.forecast import search
 from tightfit.forecast.advice import more_in_host
 from tightfit.integrations.recovery import lower
+from tightfit.levers import as_recorded, defined
 from tightfit.levers.interface import Variant
-from tightfit.plan import Effort, simulate, solver, table
+from tightfit.plan import Effort, simulate, solver, table, ways
 from tightfit.plan.account import host_bytes
 from tightfit.plan.tighter import tighter
 from tightfit.report import study
@@ -127,6 +128,40 @@ def test_a_part_of_what_could_wait_is_used(lever: str) -> None:
     assert 0 < waiting(part) <= most and part.added_seconds < nothing.added_seconds
 
 
+@pytest.mark.parametrize("lever", [Lever.STREAM_WEIGHTS, Lever.STATE_IN_HOST])
+def test_levers_offer_what_just_fits(lever: Lever) -> None:
+    """Also where it is less than the first of the few divisions that they offer without a limit."""
+    sizes = (16, 48, 80, 112, 144, 176)  # no two layers have the same bytes
+    model = nn.Sequential(*(layer for wide in sizes for layer in (nn.Linear(8, wide), nn.Linear(wide, 8))))
+    if lever is Lever.STREAM_WEIGHTS:
+        model[1:].requires_grad_(False)
+    trace = tightfit.trace(model, torch.randn(4, 8).requires_grad_(), loss=loss, optimizer=adamw(model))
+
+    def offered(limit: int | None) -> list[int]:
+        return [step.host_bytes for step in defined(lever).variants(as_recorded(trace, limit))]
+
+    free = offered(None)
+    assert len(free) == 4
+    middle = (free[-2] + free[-1]) // 2 if lever is Lever.STATE_IN_HOST else free[0] - 1
+    assert max(offered(middle)) <= middle and not set(offered(middle)) <= set(free)
+    assert offered(free[-1]) == free
+
+
+def test_a_limit_that_is_not_reached_costs_no_second_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget_bytes, free_bytes = between("offload", 1.3)
+    asked: list[int | None] = []
+
+    def watched(trace: Trace, effort: Effort, limit: int | None = None) -> Any:
+        asked.append(limit)
+        return ways.way_of(trace, effort, limit)
+
+    monkeypatch.setattr("tightfit.plan.planning.way_of", watched)
+    plan(recorded(), budget_bytes, levers=levers("offload"), host_budget=free_bytes)
+    assert asked == [None]
+    plan(recorded(), budget_bytes, levers=levers("offload"), host_budget=free_bytes - 1)
+    assert asked == [None, None, free_bytes - 1]
+
+
 def test_all_levers_share_one_host_budget() -> None:
     together = ("offload", "state_in_host")
     trace, every = recorded(), levers(*together)
@@ -181,7 +216,7 @@ def test_the_limit_holds_without_a_solver(monkeypatch: pytest.MonkeyPatch) -> No
     table._found.cache_clear()
     trace = dataclasses.replace(recorded())
     made = plan(trace, budget_bytes, levers=levers("offload"), host_budget=free_bytes // 2)
-    assert waiting(made) <= free_bytes // 2 and made.peak_bytes <= budget_bytes
+    assert 0 < waiting(made) <= free_bytes // 2 and made.peak_bytes <= budget_bytes
     assert waiting(lowest(trace, levers=levers("offload"), host_budget=free_bytes // 2)) <= free_bytes // 2
     table._found.cache_clear()
 
