@@ -72,16 +72,21 @@ def plan(
         budget=budget,
         seed=seed,
     )
+    from tightfit.engine.limits import planned_here
     from tightfit.plan import plan as make_plan
     from tightfit.report import chrome_trace, memory_snapshot, plan_document, plan_report, study
     from tightfit.report import explain as explained
+    from tightfit.step.run import device_of
     from tightfit.trace.recording import trace
 
     with progress_shown() as say:
         say("tracing one step")
         recorded = trace(prepared.model, prepared.batch, optimizer=prepared.optimizer)
         say("planning")
-        made = make_plan(recorded, budget, levers=allowed, host_budget=limit)
+        made = planned_here(
+            recorded, budget, limit, device_of(prepared.model),
+            lambda budget, limit: make_plan(recorded, budget, levers=allowed, host_budget=limit),
+        )  # fmt: skip
         if html is not None:
             say("planning for other budgets too, for the page")
             write_page(html, plan_document(made, model, study(recorded, made)))

@@ -44,6 +44,7 @@ from tightfit.core import (
     parse_host_budget,
 )
 from tightfit.engine.compiled import doors
+from tightfit.engine.limits import planned_here
 from tightfit.fitting import micro_batches
 from tightfit.fitting.micro_batches import Fitted
 from tightfit.levers import every, inexact, used
@@ -246,14 +247,22 @@ def planned(
     if are_several(model):
         return _planned_together(record, budget, levers, exact, host_budget)
     recorded = record(levers is not None and bool(inexact(levers)))
-    asked: dict[str, Any] = {"exact": exact, "beside": beside or (), "host_budget": host_budget}
+
+    def made(recorded: Trace) -> Plan:
+        return planned_here(
+            recorded, budget, host_budget, device_of(model),
+            lambda budget, limit: make_plan(
+                recorded, budget, levers=levers, exact=exact, beside=beside or (), host_budget=limit
+            ),
+        )  # fmt: skip
+
     try:
-        return recorded, make_plan(recorded, budget, levers=levers, **asked)
+        return recorded, made(recorded)
     except BudgetInfeasible as error:
         if levers is not None or error.budget_bytes <= sum(recorded.static_bytes.values()):
             raise  # what is there before the step is too much already
         recorded = record(True)
-        return recorded, make_plan(recorded, budget, **asked)
+        return recorded, made(recorded)
 
 
 #: How often the rank that plans is asked for less, where its plan takes more on another rank.

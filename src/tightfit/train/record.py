@@ -133,7 +133,9 @@ class RunRecord:
         if not accelerator.is_card(self.device) or "%" not in budget:
             return budget
         require_part(budget, "the GPU's memory")
-        return parse_bytes(budget, whole_bytes=accelerator.memory_bytes(self.device))
+        asked_bytes = parse_bytes(budget, whole_bytes=accelerator.memory_bytes(self.device))
+        allowed_bytes = accelerator.limit_bytes(self.device)  # of the process, which may be less
+        return asked_bytes if allowed_bytes is None else min(asked_bytes, allowed_bytes)
 
     def open(self, args: Any) -> None:
         """Make the folder and say that the run has begun, or goes on."""

@@ -22,8 +22,19 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tightfit.core import Lever, Measurement, MicroBatches, Plan, Row, Trace, Unsupported, format_bytes
+from tightfit.core import (
+    Lever,
+    Measurement,
+    MicroBatches,
+    Plan,
+    Row,
+    Trace,
+    Unsupported,
+    format_bytes,
+    parse_host_budget,
+)
 from tightfit.engine import apply
+from tightfit.engine.limits import planned_here
 from tightfit.levers import changes_optimizer, of_units
 from tightfit.plan import every_block, simulate
 from tightfit.plan import plan as make_plan
@@ -99,7 +110,10 @@ def measure(
     progress("planning")
     if cut is None:
         beside = BESIDE if levers is None else ()
-        chosen = make_plan(recorded, budget, levers=levers, beside=beside, host_budget=host_budget)
+        chosen = planned_here(
+            recorded, budget, parse_host_budget(host_budget), device_of(model),
+            lambda budget, limit: make_plan(recorded, budget, levers=levers, beside=beside, host_budget=limit),
+        )  # fmt: skip
     else:
         chosen = cut.plan
     held = of_units(chosen)
