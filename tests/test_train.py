@@ -520,6 +520,7 @@ def test_a_plan_in_tiles_is_no_failure(
     assert not Plan.load(tmp_path / "run" / "plan.json").exact
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["options"]["levers"] == "recompute,tile" and record["observed"]["checks"]
+    assert record["constraint"]["host_budget_bytes"] is None and record["observed"]["host_bytes"] == {}
 
 
 def test_a_smaller_plan_is_as_exact_as_the_one_before() -> None:

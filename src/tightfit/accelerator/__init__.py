@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from tightfit.accelerator import control_groups
 from tightfit.core import HOST_KIND, InvalidInput, Unsupported
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "host_memory_bytes",
     "is_card",
     "is_host",
+    "limit_bytes",
     "memory_bytes",
     "model_of",
     "name_of",
@@ -213,6 +215,18 @@ def memory_bytes(device: torch.device) -> int | None:
     return None
 
 
+def limit_bytes(device: torch.device) -> int | None:
+    """What this process may take of its memory: all of it, unless a part was set (`set_per_process_memory_fraction`) or
+    the process is in a control group with a limit. A slice of a card (MIG) is a device of its own to torch, and has
+    the slice's memory. None: not told."""
+    whole_bytes = memory_bytes(device)
+    if is_card(device):
+        part = allocator_settings(device).get("per_process_memory_fraction")
+        return whole_bytes if part is None or whole_bytes is None else int(min(1.0, float(part)) * whole_bytes)
+    allowed_bytes = control_groups.least_limit_bytes()
+    return min((each for each in (whole_bytes, allowed_bytes) if each is not None), default=None)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """What no process has taken of a card, by its driver; of the host, what this process may still take. None: not
     told."""
@@ -227,11 +241,7 @@ def free_bytes(device: torch.device) -> int | None:
 def _host_free_bytes() -> int | None:
     """The memory of this machine, or of its control group where that has less, without what this process holds: the
     interpreter, torch and what they loaded."""
-    whole_bytes = host_memory_bytes()
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            allowed_bytes = int(Path(limit).read_text(encoding="ascii"))
-            whole_bytes = allowed_bytes if whole_bytes is None else min(whole_bytes, allowed_bytes)
+    whole_bytes = limit_bytes(HOST)
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         return None if whole_bytes is None else max(0, whole_bytes - pages * os.sysconf("SC_PAGE_SIZE"))

@@ -12,10 +12,10 @@ import typer
 
 if TYPE_CHECKING:
     from tightfit.core import Trace
-from tightfit.cli.options import MODEL_HELP, Calibration, GlobalBatch, Html, Json, Levers, batches_asked
+from tightfit.cli.options import MODEL_HELP, Calibration, GlobalBatch, HostBudget, Html, Json, Levers, batches_asked
 from tightfit.cli.output import EXIT_NO, can_write, console_on_stdout, emit, progress_shown, write_page
 from tightfit.cli.site import refuse_beside_site, write_site
-from tightfit.core import AUTO, HOST_KIND, InvalidInput, format_apart, parse_bytes, parse_levers
+from tightfit.core import AUTO, HOST_KIND, InvalidInput, format_apart, parse_bytes, parse_host_budget, parse_levers
 from tightfit.core.errors import unknown
 from tightfit.device.calibration import NO_FILE
 
@@ -73,6 +73,7 @@ def check(
         typer.Option(help="A size, or a percentage of the GPU's memory.", show_default="all that is usable"),
     ] = None,
     levers: Levers = "",
+    host_budget: HostBudget = None,
     most: Annotated[
         str | None,
         typer.Option("--max", help="A size: exit status 1 if the step takes more. A guard for CI."),
@@ -106,6 +107,7 @@ def check(
             "--html": html, "--max": most, "--lengths": lengths, "--levers": levers, "--budget": budget,
             "--calibrate": calibrate, "--global-batch": global_batch, "--world-size": world_size != 1,
             "--strategy": strategy != "one", "--batch auto": batch.strip().lower() == AUTO,
+            "--host-budget": host_budget,
         })  # fmt: skip
         write_site(
             site, as_json=as_json, model=model, method=method, seq=seq, gpu=gpu, batch=batch, dtype=dtype,
@@ -124,7 +126,7 @@ def check(
         write_text(calibrate, forecast.catalog_entry(forecast.calibrate(device_named(device)), forecast.HERE))
         emit(f"{calibrate}: use it with TIGHTFIT_CATALOG={calibrate} and --gpu here")
         return
-    allowed = parse_levers(levers)
+    allowed, most_waiting = parse_levers(levers), parse_host_budget(host_budget)
     size, several = batches_asked(batch, global_batch)
     told: tuple[str, ...] = ()
     if lengths is not None:
@@ -151,6 +153,8 @@ def check(
     if gpu.strip().lower() == "all":
         if allowed is not None:
             raise InvalidInput("--levers is about one device: give it with one --gpu")
+        if most_waiting is not None:
+            raise InvalidInput("--host-budget is about one device: give it with one --gpu")
         if several is not None:
             raise InvalidInput("--batch auto is about one device: give it with one --gpu")
         with progress_shown() as say:
@@ -170,6 +174,7 @@ def check(
     with progress_shown() as say:
         asked: dict[str, Any] = {
             "budget": budget, "search": search, "levers": allowed, "progress": say, "traced": traces.append,
+            "host_budget": most_waiting,
         }  # fmt: skip
         if several is None:
             answer = forecast.check(setup, target, **asked)

@@ -9,6 +9,7 @@ import typer
 
 from tightfit.core import (
     HOST_KIND,
+    parse_host_budget,
     parse_levers,
 )
 
@@ -21,6 +22,7 @@ from tightfit.cli.options import (
     Device,
     Dtype,
     GlobalBatch,
+    HostBudget,
     Html,
     Json,
     Levers,
@@ -56,6 +58,7 @@ def measure(
     optimizer: OptimizerName = "adamw",
     budget: Budget = "60%",
     levers: Levers = "",
+    host_budget: HostBudget = None,
     repeats: Annotated[int, typer.Option(help="Timed steps of each, interleaved.", min=1)] = 3,
     seed: Seed = 0,
     html: Html = None,
@@ -63,7 +66,7 @@ def measure(
 ) -> None:
     """Real steps side by side: no checkpointing, every block, tightfit at --budget."""
     can_write({"--html": html})
-    allowed = parse_levers(levers)
+    allowed, limit = parse_levers(levers), parse_host_budget(host_budget)
     size, several = batches_asked(batch, global_batch)
     rows = size if several is None else several
     prepared = prepare(
@@ -89,6 +92,7 @@ def measure(
             prepared.batch,
             budget=budget,
             levers=allowed,
+            host_budget=limit,
             optimizer=prepared.optimizer,
             repeats=repeats,
             progress=say,

@@ -71,6 +71,17 @@ Levers = Annotated[
 ]
 
 
+HostBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--host-budget",
+        metavar="<bytes>",
+        help="The most that the plan may have wait in host memory: a size (64GiB), or 0.",
+        show_default="no limit",
+    ),
+]
+
+
 Seed = Annotated[int, typer.Option(help="For weights, data and dropout.")]
 
 

@@ -14,6 +14,7 @@ from tightfit.cli.options import (
     Calibration,
     Device,
     Dtype,
+    HostBudget,
     Html,
     Json,
     Levers,
@@ -28,6 +29,7 @@ from tightfit.cli.prepared import prepare
 from tightfit.core import (
     HOST_KIND,
     format_bytes,
+    parse_host_budget,
     parse_levers,
 )
 
@@ -42,6 +44,7 @@ def plan(
     optimizer: OptimizerName = "adamw",
     budget: Budget = "60%",
     levers: Levers = "",
+    host_budget: HostBudget = None,
     seed: Seed = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Show the plan unit by unit, and why.")] = False,
     out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
@@ -57,7 +60,7 @@ def plan(
 ) -> None:
     """Trace one step, plan it for --budget, write plan.json."""
     can_write({"--out": out, "--html": html, "--chrome": chrome, "--snapshot": snapshot})
-    allowed = parse_levers(levers)
+    allowed, limit = parse_levers(levers), parse_host_budget(host_budget)
     prepared = prepare(
         model,
         batch=batch,
@@ -69,16 +72,21 @@ def plan(
         budget=budget,
         seed=seed,
     )
+    from tightfit.engine.limits import planned_here
     from tightfit.plan import plan as make_plan
     from tightfit.report import chrome_trace, memory_snapshot, plan_document, plan_report, study
     from tightfit.report import explain as explained
+    from tightfit.step.run import device_of
     from tightfit.trace.recording import trace
 
     with progress_shown() as say:
         say("tracing one step")
         recorded = trace(prepared.model, prepared.batch, optimizer=prepared.optimizer)
         say("planning")
-        made = make_plan(recorded, budget, levers=allowed)
+        made = planned_here(
+            recorded, budget, limit, device_of(prepared.model),
+            lambda budget, limit: make_plan(recorded, budget, levers=allowed, host_budget=limit),
+        )  # fmt: skip
         if html is not None:
             say("planning for other budgets too, for the page")
             write_page(html, plan_document(made, model, study(recorded, made)))

@@ -127,6 +127,9 @@ def _run(asked: list[str]) -> int:
             emit(json.dumps({
                 "fits": False, "budget_bytes": error.budget_bytes, "least_bytes": error.least_bytes,
                 "advice": list(error.advice),
+                **({} if error.host_budget_bytes is None else {
+                    "host_budget_bytes": error.host_budget_bytes, "host_bytes": error.host_bytes,
+                }),
             }))  # fmt: skip
         return exit_code(error)
     except (KeyboardInterrupt, typer.Abort):

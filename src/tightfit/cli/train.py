@@ -95,6 +95,15 @@ def train(
             help="What the plan may use, as for plan.", show_default="what gives the same bits; tiles if nothing fits"
         ),
     ] = None,
+    host_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--host-budget",
+            metavar="<bytes>",
+            help="The most that plans may have wait in host memory: a size (64GiB), or 0.",
+            show_default="no limit, or the config's",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune with TRL inside --budget and leave the evidence in a run folder. Takes TRL's SFT options too."""
@@ -121,6 +130,7 @@ def train(
         resume=resume,
         oom_retries=oom_retries,
         levers=levers,
+        host_budget=host_budget,
         arguments=tuple(context.args),
     )
     result = training.train(options, console_on_stderr())

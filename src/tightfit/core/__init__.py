@@ -47,7 +47,7 @@ from tightfit.core.recorded import (
     Value,
 )
 from tightfit.core.results import AUTO, Check, Forecast, Measurement, MicroBatch, MicroBatches, Mode, Proof, Row
-from tightfit.core.sizes import parse_batch, parse_bytes, percentage, require_part
+from tightfit.core.sizes import parse_batch, parse_bytes, parse_host_budget, percentage, require_part
 from tightfit.core.verbs import make_verb
 
 __all__ = [
@@ -107,6 +107,7 @@ __all__ = [
     "output_file",
     "parse_batch",
     "parse_bytes",
+    "parse_host_budget",
     "parse_levers",
     "percentage",
     "reason_of",

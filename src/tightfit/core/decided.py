@@ -87,6 +87,7 @@ class Plan:
     offloaded_bytes: int = 0  # that wait off the device
     offload_seconds: float = 0.0  # that the step waits for copies, estimated
     solved_by: tuple[str, ...] = ()  # the solver and the ways that found the points and chose among them
+    host_budget_bytes: int | None = None  # the most that was to wait in host memory; none: no limit was set
 
     @property
     def added_seconds(self) -> float:

@@ -37,15 +37,34 @@ class BudgetInfeasible(TightfitError):
     """No plan fits the budget.
 
     Attributes: `budget_bytes` asked, `least_bytes` the smallest peak of any plan found, `advice` what
-    would help, one sentence each with its number.
+    would help, one sentence each with its number. `host_budget_bytes`: the most that was to wait in host memory, where
+    that was limited. `host_bytes`: where it is this limit that binds, the bytes in host memory with which
+    `budget_bytes` would be enough.
     """
 
-    def __init__(self, budget_bytes: int, least_bytes: int, advice: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        least_bytes: int,
+        advice: tuple[str, ...] = (),
+        *,
+        host_budget_bytes: int | None = None,
+        host_bytes: int | None = None,
+    ) -> None:
         self.budget_bytes = budget_bytes
         self.least_bytes = least_bytes
         self.advice = advice
+        self.host_budget_bytes = host_budget_bytes
+        self.host_bytes = host_bytes
         budget, least = format_apart(budget_bytes, least_bytes)
         message = f"a budget of {budget} cannot hold this step: the least that is feasible is {least}"
+        if host_budget_bytes is not None and host_bytes is not None:
+            limit, needed = format_apart(host_budget_bytes, host_bytes)
+            message = (
+                f"a budget of {budget} cannot hold this step with a host budget of {limit}: the host budget is what "
+                f"binds; with it the least that is feasible is {least}, and {budget} would do with {needed} in host "
+                "memory; raise the host budget, or the budget"
+            )
         super().__init__("; ".join((message, *advice)))
 
 

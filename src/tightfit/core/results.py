@@ -158,3 +158,4 @@ class Forecast:
     streamed_bytes: int = 0  # of frozen weights that wait in host memory, by the plan
     host_bytes: Mapping[str, int] = field(default_factory=dict)  # all that waits there, by lever
     micro_batches: MicroBatches | None = None  # of a global batch; none: the batch was not to be cut, or nothing fits
+    host_budget_bytes: int | None = None  # the most that was to wait in host memory; none: no limit was set

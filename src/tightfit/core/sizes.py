@@ -32,25 +32,45 @@ def parse_bytes(text: str | int, whole_bytes: int | None = None) -> int:
     Raises `InvalidInput` for anything else, for zero and negative sizes, and for a percentage when there
     is no whole to take it of.
     """
-    asked = f"a size such as 22GiB, 800MB or 60%, not {text!r}"
-    if isinstance(text, bool) or not isinstance(text, (str, int)):
-        raise InvalidInput(f"expected {asked}")
-    if isinstance(text, int):
-        size_bytes = text
-    elif (percent := percentage(text)) is not None:
+    if isinstance(text, str) and (percent := percentage(text)) is not None:
         if whole_bytes is None:
             raise InvalidInput(f"{text!r} is a percentage, but there is nothing known to take it of; give bytes")
         size_bytes = math.floor(percent / 100 * whole_bytes)
-    elif size := _SIZE.fullmatch(text.strip()):
-        unit = size[2].upper()
-        if unit not in _UNITS:
-            raise InvalidInput(f"unknown unit {size[2]!r} in {text!r}: use B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
-        size_bytes = math.floor(Fraction(Decimal(size[1])) * _UNITS[unit])
     else:
-        raise InvalidInput(f"expected {asked}")
+        size_bytes = _size_bytes(text, "a size such as 22GiB, 800MB or 60%")
     if size_bytes <= 0:
         raise InvalidInput(f"expected more than zero bytes, not {text!r}")
     return size_bytes
+
+
+def parse_host_budget(asked: str | int | None) -> int | None:
+    """The most bytes that may wait in host memory: a size, or 0 for none. `None` stays: there is no limit.
+
+    Raises `InvalidInput` for anything else. A percentage is none: a plan is made for one step and may run on any
+    machine, so there is no one whole to take it of.
+    """
+    if asked is None:
+        return None
+    if percentage(asked) is not None:
+        raise InvalidInput(f"a host budget is a size such as 64GiB, or 0 for none, and no percentage such as {asked!r}")
+    size_bytes = _size_bytes(asked, "a host budget as a size such as 64GiB, or 0 for none")
+    if size_bytes < 0:
+        raise InvalidInput(f"expected a host budget of at least 0 bytes, not {asked!r}")
+    return size_bytes
+
+
+def _size_bytes(text: object, expected: str) -> int:
+    if isinstance(text, bool) or not isinstance(text, (str, int)):
+        raise InvalidInput(f"expected {expected}, not {text!r}")
+    if isinstance(text, int):
+        return text
+    size = _SIZE.fullmatch(text.strip())
+    if size is None:
+        raise InvalidInput(f"expected {expected}, not {text!r}")
+    unit = size[2].upper()
+    if unit not in _UNITS:
+        raise InvalidInput(f"unknown unit {size[2]!r} in {text!r}: use B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+    return math.floor(Fraction(Decimal(size[1])) * _UNITS[unit])
 
 
 def percentage(text: str | int) -> Fraction | None:

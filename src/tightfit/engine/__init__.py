@@ -206,7 +206,7 @@ class Applied:
         said.append(("levers", ", ".join(names) or "none: the step fits as it is"))
         if self.trace is not None:
             said.append(("the peak is at", simulate(self.trace, plan).peak_owner))
-            elsewhere = host_said(host_bytes(self.trace, plan))
+            elsewhere = host_said(host_bytes(self.trace, plan), plan.host_budget_bytes)
             said += [("in host memory", elsewhere)] if elsewhere else []
             if self._tighter is None or self._tighter[0] is not plan:
                 self._tighter = plan, tighter(self.trace, plan)

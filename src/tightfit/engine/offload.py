@@ -44,11 +44,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tightfit import accelerator
 from tightfit.core import InvalidInput, TightfitError, format_bytes
 
-__all__ = ["Offloaded", "Parcel", "Pool", "Shipment"]
+__all__ = ["Offloaded", "Parcel", "Pool", "Shipment", "held_bytes"]
 
 _GRANULE_BYTES = mmap.PAGESIZE
 _ARENA_BYTES = 64 * 2**20  # the least that is pinned at once, where there is room
 _ARENA_MOST_BYTES = 2**30  # unless one buffer needs more
+
+
+#: Those that there are.
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def held_bytes() -> int:
+    """Bytes that all pools have from the system, in use or not."""
+    return sum(pool.taken_bytes for pool in _pools)
 
 
 class Pool:
@@ -67,6 +76,7 @@ class Pool:
         self._free: dict[tuple[torch.device, int], list[tuple[torch.Tensor, Any]]] = defaultdict(list)
         self._pinned = _Arenas()
         self._rooms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        _pools.add(self)
         self._shipments: list[weakref.ref[Shipment]] = []
 
     def store(self, tensor: torch.Tensor) -> Parcel | None:

@@ -41,8 +41,10 @@ from tightfit.core import (
     levers_named,
     loads,
     parse_bytes,
+    parse_host_budget,
 )
 from tightfit.engine.compiled import doors
+from tightfit.engine.limits import planned_here
 from tightfit.fitting import micro_batches
 from tightfit.fitting.micro_batches import Fitted
 from tightfit.levers import every, inexact, used
@@ -97,6 +99,7 @@ def fit(
     exact: bool = False,
     beside: Collection[Lever | str] | str = (),
     micro_batch: str | int | None = None,
+    host_budget: str | int | None = None,
 ) -> Fitted:
     """Trace one step, plan it for `budget` bytes, apply the plan. `applied.remove()` undoes it.
 
@@ -130,6 +133,8 @@ def fit(
     A number instead of `"auto"` is the most rows of a micro-batch. A percentage of a budget is of the whole batch's
     peak. `applied.micro_batches` says what was chosen and why.
 
+    `host_budget`: the most bytes that plans may have wait in host memory, as in `plan`, whenever one is made.
+
     Raises what `trace`, `plan` and `apply` do, `InvalidInput` for another `longer`, and `Unsupported` for a batch that
     cannot be cut: its loss is not a sum or a mean over its rows or labels, which a few rows, cut and uncut, show.
     """
@@ -137,7 +142,8 @@ def fit(
         policy = Longer(longer)
     except ValueError:
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
-    guard = _Guard(model, batch, policy, loss, optimizer, units, levers_named(levers), exact, levers_named(beside))
+    allowed = levers_named(levers), exact, levers_named(beside), parse_host_budget(host_budget)
+    guard = _Guard(model, batch, policy, loss, optimizer, units, *allowed)
     if own_checkpointing(model):
         warnings.warn(
             "the model's own checkpointing is off while tightfit's plan is in force; remove() switches it on again",
@@ -185,12 +191,14 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
                 recorded = _record(
                     model, part, loss, guard.optimizer, guard.units, tiles=micro_batches.needs_tiles(levers)
                 )
-                found = micro_batches.exactly(recorded, budget, *allowed)
+                found = micro_batches.exactly(recorded, budget, *allowed, guard.host_budget)
         extents[size] = guard.extent
         return found
 
     launch_seconds = micro_batches.launch_seconds(device_of(model))
-    found = micro_batches.solve(rows, budget, plan_for, levers, beside, asked, launch_seconds)
+    found = micro_batches.solve(
+        rows, budget, plan_for, levers, beside, asked, launch_seconds, host_budget=guard.host_budget
+    )
     chosen = found.chosen
     cut = micro_batches.Cut(model, loss, chosen.size)
     if chosen.accumulation > 1:
@@ -229,6 +237,7 @@ def planned(
     model: nn.Module,
     exact: bool = False,
     beside: Collection[Lever] | None = None,
+    host_budget: int | None = None,
 ) -> tuple[Trace, Plan]:
     """The step of `model` and its plan; in tiles, which take longer to record, only where nothing exact fits.
 
@@ -236,28 +245,40 @@ def planned(
     step, the one with the highest peak makes the plan, and all have looked at what it means for theirs.
     """
     if are_several(model):
-        return _planned_together(record, budget, levers, exact)
+        return _planned_together(record, budget, levers, exact, host_budget)
     recorded = record(levers is not None and bool(inexact(levers)))
+
+    def made(recorded: Trace) -> Plan:
+        return planned_here(
+            recorded, budget, host_budget, device_of(model),
+            lambda budget, limit: make_plan(
+                recorded, budget, levers=levers, exact=exact, beside=beside or (), host_budget=limit
+            ),
+        )  # fmt: skip
+
     try:
-        return recorded, make_plan(recorded, budget, levers=levers, exact=exact, beside=beside or ())
+        return recorded, made(recorded)
     except BudgetInfeasible as error:
         if levers is not None or error.budget_bytes <= sum(recorded.static_bytes.values()):
             raise  # what is there before the step is too much already
         recorded = record(True)
-        return recorded, make_plan(recorded, budget, exact=exact, beside=beside or ())
+        return recorded, made(recorded)
 
 
 #: How often the rank that plans is asked for less, where its plan takes more on another rank.
 _ROUNDS = 6
 
 
-def _planned_text(recorded: Trace, budget: int, levers: Collection[Lever] | None, exact: bool) -> str:
-    return dumps(make_plan(recorded, budget, levers=levers, exact=exact))
-
-
 def _planned_together(
-    record: Callable[[bool], Trace], budget: str | int, levers: Collection[Lever] | None, exact: bool
+    record: Callable[[bool], Trace],
+    budget: str | int,
+    levers: Collection[Lever] | None,
+    exact: bool,
+    host_budget: int | None,
 ) -> tuple[Trace, Plan]:
+    def planned_text(asked: int) -> str:
+        return dumps(make_plan(recorded, asked, levers=levers, exact=exact, host_budget=host_budget))
+
     meeting = Meeting("fit")
     try:
         recorded = record(False)
@@ -287,7 +308,7 @@ def _planned_together(
     target = budget_bytes
     for turn in range(_ROUNDS):
         asked = target
-        text = meeting.published(leader, lambda: _planned_text(recorded, asked, levers, exact))  # noqa: B023  # at once
+        text = meeting.published(leader, lambda: planned_text(asked))  # noqa: B023  # at once
         theirs = loads(Plan, text, f"the plan of rank {leader}")
         mine = dataclasses.replace(theirs, trace_digest=recorded.digest, budget_bytes=budget_bytes)
         try:
@@ -324,6 +345,7 @@ def _planned_compiled(
     budget: str | int,
     levers: Collection[Lever] | None,
     applied: Fitted | None,
+    host_budget: int | None,
 ) -> tuple[Trace, Plan, Fitted]:
     """The step and its plan, the plan's peak measured in compiled steps; `applied`, or a handle, to put it in force."""
     if levers is None:
@@ -336,12 +358,12 @@ def _planned_compiled(
     asked_bytes: int = budget_bytes
     for _ in range(_PROBES):
         try:
-            made = make_plan(recorded, asked_bytes, levers=levers)
+            made = make_plan(recorded, asked_bytes, levers=levers, host_budget=host_budget)
         except BudgetInfeasible as error:
             if error.least_bytes in measured:
                 break
             asked_bytes = error.least_bytes
-            made = make_plan(recorded, asked_bytes, levers=levers)
+            made = make_plan(recorded, asked_bytes, levers=levers, host_budget=host_budget)
         if applied is None:
             applied = Fitted(model, made, recorded, optimizer=optimizer)
             applied.suspend()
@@ -398,8 +420,9 @@ class _Guard:
         levers: Collection[Lever] | None,
         exact: bool,
         beside: Collection[Lever] | None,
+        host_budget: int | None,
     ) -> None:
-        self.levers, self.exact, self.beside = levers, exact, beside
+        self.levers, self.exact, self.beside, self.host_budget = levers, exact, beside, host_budget
         self.told = levers is not None and bool(inexact(levers))  # that the plan is not exact
         self.model, self.policy, self.loss, self.optimizer, self.units = model, policy, loss, optimizer, units
         self.applied: Fitted | None = None
@@ -426,8 +449,10 @@ class _Guard:
         if compiled_entries(model):
             if are_several(model):
                 raise Unsupported("a compiled model on several ranks is not planned: leave out torch.compile")
-            return _planned_compiled(model, batch, loss, optimizer, record, budget, self.levers, applied)
-        recorded, made = planned(record, budget, self.levers, model, self.exact, self.beside)
+            return _planned_compiled(
+                model, batch, loss, optimizer, record, budget, self.levers, applied, self.host_budget
+            )
+        recorded, made = planned(record, budget, self.levers, model, self.exact, self.beside, self.host_budget)
         if not made.exact and not self.told:
             self.told = True
             caveats = " and ".join(each.caveat for each in used(made) if each.caveat)

@@ -36,6 +36,7 @@ def measure_micro_batches(
     progress: Callable[[str], None] = lambda _: None,
     described: dict[str, Any] | None = None,
     traced: Callable[[Trace], None] = lambda _: None,
+    host_budget: str | int | None = None,
 ) -> Measurement:
     """`measure` of `batch`, a global batch, where tightfit's row runs the fastest micro-batches within `budget`.
 
@@ -44,7 +45,10 @@ def measure_micro_batches(
     """
     progress("choosing micro-batches")
     beside = BESIDE if levers is None else ()
-    applied = fit(model, batch, budget, loss=loss, optimizer=optimizer, levers=levers, beside=beside, micro_batch=AUTO)
+    applied = fit(
+        model, batch, budget, loss=loss, optimizer=optimizer, levers=levers, beside=beside, micro_batch=AUTO,
+        host_budget=host_budget,
+    )  # fmt: skip
     applied.remove()
     chosen = applied.micro_batches
     assert chosen is not None and applied.trace is not None

@@ -310,23 +310,28 @@ def solve(
     asked: str | int = AUTO,
     launch_seconds: float = 0.0,
     progress: Callable[[str], None] = lambda _: None,
+    host_budget: int | None = None,
 ) -> Found:
     """The micro-batches of `global_batch` rows by which a step takes the fewest seconds within `budget`.
 
     `plan_for`: records and plans micro-batches of so many rows, for a budget, by what gives the same bits (True) or by
-    whatever fits (raises `BudgetInfeasible` if nothing does). A percentage is of the uncut step.
+    whatever fits (raises `BudgetInfeasible` if nothing does), within `host_budget` too. A percentage is of the uncut
+    step.
 
     Raises `BudgetInfeasible` where not even single rows fit.
     """
     found: dict[int, tuple[Trace, Plan]] = {}
     tried: dict[int, MicroBatch] = {}
 
+    def tried_with(size: int, recorded: Trace, made: Plan | None) -> MicroBatch:
+        return attempted(size, global_batch, recorded, made, levers, launch_seconds, host_budget)
+
     def attempt(size: int, budget: str | int) -> tuple[MicroBatch, int]:
         progress(f"micro-batches of {size}")
         recorded, made, budget_bytes = plan_for(size, budget, True)
         if made is not None:
             found[size] = recorded, made
-        return attempted(size, global_batch, recorded, made, levers, launch_seconds), budget_bytes
+        return tried_with(size, recorded, made), budget_bytes
 
     if "%" in str(budget):
         tried[global_batch], sized = attempt(global_batch, budget)
@@ -343,21 +348,30 @@ def solve(
     if chosen is None:  # nothing exact fits, so the smallest pieces by whatever fits, or what that says
         recorded, made, _ = plan_for(last, sized, False)
         assert made is not None
-        chosen = as_asked(global_batch, attempted(last, global_batch, recorded, made, levers, launch_seconds), sized)
+        chosen = as_asked(global_batch, tried_with(last, recorded, made), sized)
         return Found(chosen=chosen, trace=recorded, plan=made)
     recorded, made = found[chosen.size]
     levers, beside = cut_levers(levers, beside, chosen.accumulation > 1)
     return Found(chosen=chosen, trace=recorded, plan=_best(recorded, made, levers, beside))
 
 
-def exactly(recorded: Trace, budget: str | int, levers: frozenset[Lever] | None, beside: frozenset[Lever]) -> Planned:
+def exactly(
+    recorded: Trace,
+    budget: str | int,
+    levers: frozenset[Lever] | None,
+    beside: frozenset[Lever],
+    host_budget: int | None = None,
+) -> Planned:
     """The plan of `recorded` by what gives the same bits, or by the levers that are named, if one fits.
 
     It is made quickly, since many are made, and thoroughly where it nearly fits.
     """
     for effort in (QUICK, THOROUGH):
         try:
-            made = make_plan(recorded, budget, effort=effort, levers=levers, exact=levers is None, beside=beside)
+            made = make_plan(
+                recorded, budget, effort=effort, levers=levers, exact=levers is None, beside=beside,
+                host_budget=host_budget,
+            )  # fmt: skip
         except BudgetInfeasible as error:
             budget_bytes = error.budget_bytes
             if error.least_bytes > budget_bytes * _NEARLY:
@@ -377,7 +391,10 @@ def _best(recorded: Trace, quick: Plan, levers: frozenset[Lever] | None, beside:
     if not quick.added_seconds or not quick.exact:
         return quick
     with contextlib.suppress(BudgetInfeasible):
-        made = make_plan(recorded, quick.budget_bytes, levers=levers, exact=levers is None, beside=beside)
+        made = make_plan(
+            recorded, quick.budget_bytes, levers=levers, exact=levers is None, beside=beside,
+            host_budget=quick.host_budget_bytes,
+        )  # fmt: skip
         return min(made, quick, key=lambda plan: plan.added_seconds)
     return quick
 

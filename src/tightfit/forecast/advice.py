@@ -30,10 +30,11 @@ from tightfit.forecast.recording import (
     trace_setup,
 )
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, usable_bytes
-from tightfit.forecast.search import QUICK, bytes_reserved, can_hold_floor, least, least_peak_bytes
+from tightfit.forecast.search import QUICK, bytes_reserved, can_hold_floor, fitted, least, least_peak_bytes
 from tightfit.forecast.setup import Progress, Setup, build_model
 from tightfit.levers import used
 from tightfit.plan import lowest
+from tightfit.plan.account import host_bytes
 from tightfit.report.text import how_it_fits
 from tightfit.step.parallel import Strategy
 from tightfit.step.run import static_bytes_by_category
@@ -62,6 +63,7 @@ def advice_for(
     longest: int | None,
     levers: frozenset[Lever] | None,
     progress: Progress,
+    host_budget: int | None = None,
 ) -> Iterable[str]:
     """What would make it fit, cheapest first, each with its number."""
     static = recorded.static_bytes
@@ -80,9 +82,9 @@ def advice_for(
             other = trace_setup(dataclasses.replace(setup, **changed), device)
         except (InvalidInput, Unsupported):
             return
-        runs, _ = least(other, room, levers)
+        runs, _ = least(other, room, levers, host_budget)
         if runs:
-            yield f"{said} fits: from {format_bytes(least_peak_bytes(other, levers))} on"
+            yield f"{said} fits: from {format_bytes(least_peak_bytes(other, levers, host_budget))} on"
 
     if setup.optimizer == "adamw":
         yield from tell("the fused optimizer (--optimizer adamw-fused)", optimizer="adamw-fused")
@@ -97,7 +99,7 @@ def advice_for(
         yield from tell("LoRA (--method lora)", method="lora")
     if setup.method != "qlora":
         yield from tell("QLoRA in 4 bits (--method qlora)", method="qlora")
-    low = lowest(recorded, effort=QUICK, levers=levers)
+    low = lowest(recorded, effort=QUICK, levers=levers, host_budget=host_budget)
     cards = sorted((g for g in map(gpu, gpu_names()) if g.kind == device.kind), key=lambda g: g.memory_bytes)
     first = bisect.bisect_left(cards, True, key=lambda g: bytes_reserved(recorded, low, usable_bytes(g)) is not None)
     larger = cards[first:]
@@ -105,6 +107,19 @@ def advice_for(
         yield (
             f"a card with {format_bytes(larger[0].memory_bytes)} is the smallest in the catalog that holds it "
             f"({', '.join(g.name for g in larger if g.memory_bytes == larger[0].memory_bytes)})"
+        )
+
+
+def more_in_host(recorded: Trace, room: int, levers: frozenset[Lever] | None, host_budget: int | None) -> Iterator[str]:
+    """That the host budget is what binds, where it is."""
+    if host_budget is None:
+        return
+    made = fitted(recorded, room, QUICK, levers)
+    if made is not None:
+        needed_bytes = sum(host_bytes(recorded, made).values())
+        yield (
+            f"the host budget of {format_bytes(host_budget)} is what binds: with {format_bytes(needed_bytes)} in host "
+            "memory it fits"
         )
 
 

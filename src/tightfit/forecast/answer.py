@@ -14,10 +14,20 @@ from tightfit.core import (
     Plan,
     Timeline,
     Trace,
+    parse_host_budget,
     require_part,
 )
 from tightfit.device.cost import retimed
-from tightfit.forecast.advice import advice_for, error_bar, essence, floor, kept_whole, notes, spread_notes
+from tightfit.forecast.advice import (
+    advice_for,
+    error_bar,
+    essence,
+    floor,
+    kept_whole,
+    more_in_host,
+    notes,
+    spread_notes,
+)
 from tightfit.forecast.recording import reached, trace_for, trace_setup
 from tightfit.forecast.room import card_named, leave_room, room_bytes
 from tightfit.forecast.search import QUICK, SHOWN, bytes_reserved, can_hold_floor, fitted, largest_fitting, least
@@ -39,15 +49,18 @@ def check(
     levers: frozenset[Lever] | None = None,
     progress: Progress = lambda _: None,
     traced: Callable[[Trace], None] = lambda _: None,
+    host_budget: str | int | None = None,
 ) -> Forecast:
     """Whether the step of `setup` runs on `device`, and how.
 
     `budget`: what the allocator may take of the device, bytes or a percentage of its memory; all that is usable by
     default. `search` also looks for the largest batch and the longest sequence. `levers`: what the plan may use; by
-    default what gives the same bits, and tiles where nothing else fits. `traced` is given the trace that the
-    plan is of, for a report. Raises as `trace_setup` does, and `InvalidInput` for a budget that is no size.
+    default what gives the same bits, and tiles where nothing else fits. `host_budget`: the most bytes that it may have
+    wait in host memory. `traced` is given the trace that the plan is of, for a report. Raises as `trace_setup` does,
+    and `InvalidInput` for a budget that is no size.
     """
     setup.checked()
+    limit = parse_host_budget(host_budget)
     room = room_bytes(device, budget)
     leave_room(device, room)
     progress("tracing the step on fake tensors")
@@ -60,13 +73,16 @@ def check(
     # near the limit the layout decides, and a coarser search may find what a finer one does not
     # what does not depend on the batch is too much already
     hopeless = not can_hold_floor(levers) and floor(setup, device) > room
-    made = None if hopeless else fitted(recorded, room, SHOWN, levers) or fitted(recorded, room, QUICK, levers)
+    made = None
+    if not hopeless:
+        efforts = (SHOWN, QUICK)
+        made = next((found for each in efforts if (found := fitted(recorded, room, each, levers, limit))), None)
     if made is None and not hopeless and levers is None:
         progress("nothing exact fits: tracing the step in tiles")
         recorded = trace_for(setup, device, tiles=True)
-        made = fitted(recorded, room, QUICK) if recorded.tiled else None
+        made = fitted(recorded, room, QUICK, None, limit) if recorded.tiled else None
     traced(recorded)
-    shown = made or lowest(recorded, effort=QUICK, levers=levers)
+    shown = made or lowest(recorded, effort=QUICK, levers=levers, host_budget=limit)
     modes.append(_mode("tightfit", recorded, simulate(recorded, shown), shown, room))
     base_seconds = modes[0].step_seconds
     modes = [dataclasses.replace(mode, slowdown=mode.step_seconds / base_seconds) for mode in modes]
@@ -76,13 +92,14 @@ def check(
         largest = longest = 0
     elif search:
         may_use = _levers_of(made) if levers is None else levers
-        here = (fits, least(recorded, room, may_use)[1])
-        largest = largest_fitting(setup, device, room, progress, "batch", here, may_use)
-        longest = largest_fitting(setup, device, room, progress, "seq", here, may_use)
+        here = (fits, least(recorded, room, may_use, limit)[1])
+        largest = largest_fitting(setup, device, room, progress, "batch", here, may_use, limit)
+        longest = largest_fitting(setup, device, room, progress, "seq", here, may_use, limit)
     waiting = {} if made is None else host_bytes(recorded, made)
     advice: tuple[str, ...] = ()
     if not fits:
-        advice = tuple(advice_for(setup, device, room, recorded, largest, longest, levers, progress))
+        said = advice_for(setup, device, room, recorded, largest, longest, levers, progress, limit)
+        advice = tuple(said) if hopeless else (*more_in_host(recorded, room, levers, limit), *said)
     return Forecast(
         model=setup.model,
         method=setup.method,
@@ -106,6 +123,7 @@ def check(
         calibration=device.calibration,
         streamed_bytes=waiting.get(Lever.STREAM_WEIGHTS.value, 0),
         host_bytes=waiting,
+        host_budget_bytes=limit,
     )
 
 

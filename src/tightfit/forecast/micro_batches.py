@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from tightfit.core import Device, Forecast, InvalidInput, Lever, MicroBatch, MicroBatches, Trace
+from tightfit.core import Device, Forecast, InvalidInput, Lever, MicroBatch, MicroBatches, Trace, parse_host_budget
 from tightfit.forecast.advice import floor
 from tightfit.forecast.answer import check
 from tightfit.forecast.recording import trace_for
@@ -39,6 +39,7 @@ def check_micro_batches(
     levers: frozenset[Lever] | None = None,
     progress: Progress = lambda _: None,
     traced: Callable[[Trace], None] = lambda _: None,
+    host_budget: str | int | None = None,
 ) -> Forecast:
     """`check` of the micro-batches by which `global_batch` sequences take the fewest seconds on `device`.
 
@@ -47,7 +48,7 @@ def check_micro_batches(
     """
     _require_meant(setup, global_batch)
     one = dataclasses.replace(setup, batch=1).checked()
-    room = room_bytes(device, budget)
+    room, limit = room_bytes(device, budget), parse_host_budget(host_budget)
     leave_room(device, room)
 
     def cut(size: int) -> Setup:
@@ -63,12 +64,13 @@ def check_micro_batches(
                 least_peak_bytes=least_bytes,
             )  # fmt: skip
         recorded = trace_for(asked, device)
-        return attempted(size, global_batch, recorded, fitted(recorded, room, QUICK, levers), levers)
+        made = fitted(recorded, room, QUICK, levers, limit)
+        return attempted(size, global_batch, recorded, made, levers, host_budget=limit)
 
     chosen = solved(global_batch, attempt, room)
     answer = check(
         cut(1 if chosen is None else chosen.size), device, budget=budget, search=search, levers=levers,
-        progress=progress, traced=traced,
+        progress=progress, traced=traced, host_budget=limit,
     )  # fmt: skip
     if chosen is None and answer.plan is not None and answer.fits:  # by tiles, which are only tried where nothing fits
         chosen = _by_whatever_fits(global_batch, answer)

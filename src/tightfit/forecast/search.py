@@ -6,6 +6,7 @@ Invariant: what is said to fit has been planned and laid out by the caching allo
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from tightfit.core import (
     BudgetInfeasible,
@@ -47,12 +48,19 @@ def bytes_reserved(recorded: Trace, made: Plan | None, room: int | None = None) 
         return None
 
 
-def fitted(recorded: Trace, room: int, effort: Effort, levers: frozenset[Lever] | None = None) -> Plan | None:
+def fitted(
+    recorded: Trace,
+    room: int,
+    effort: Effort,
+    levers: frozenset[Lever] | None = None,
+    host_budget: int | None = None,
+) -> Plan | None:
     """The plan of least recompute with which the allocator stays within `room`; `None` when there is none."""
+    asked: dict[str, Any] = {"effort": effort, "levers": levers, "host_budget": host_budget}
     budget = room
     for _ in range(4 if effort.points > QUICK.points else 3):
         try:
-            made = plan(recorded, budget, effort=effort, levers=levers)
+            made = plan(recorded, budget, **asked)
         except BudgetInfeasible:
             break
         if bytes_reserved(recorded, made, room) is not None:
@@ -60,19 +68,21 @@ def fitted(recorded: Trace, room: int, effort: Effort, levers: frozenset[Lever] 
         reserved = bytes_reserved(recorded, made) or room
         # fragmentation: leave the allocator as much more as it took beyond what was live
         budget = int(min(budget * 0.97, room * made.peak_bytes / max(reserved, made.peak_bytes)))
-    made = lowest(recorded, effort=effort, levers=levers)
+    made = lowest(recorded, **asked)
     for part in (0.75, 0.5, 0.25) if effort is SHOWN and 0 < made.peak_bytes < budget else ():
         target = made.peak_bytes + int(part * (budget - made.peak_bytes))
-        between = plan(recorded, target, effort=effort, levers=levers)
+        between = plan(recorded, target, **asked)
         if bytes_reserved(recorded, between, room) is not None:
             return between
     fits = made.peak_bytes <= room and bytes_reserved(recorded, made, room) is not None
     return dataclasses.replace(made, budget_bytes=room) if fits else None
 
 
-def least(recorded: Trace, room: int, levers: frozenset[Lever] | None = None) -> tuple[bool, int]:
+def least(
+    recorded: Trace, room: int, levers: frozenset[Lever] | None = None, host_budget: int | None = None
+) -> tuple[bool, int]:
     """Whether some plan runs within `room`, and what the one of the lowest peak makes the allocator reserve."""
-    made = lowest(recorded, effort=QUICK, levers=levers)
+    made = lowest(recorded, effort=QUICK, levers=levers, host_budget=host_budget)
     reserved = bytes_reserved(recorded, made)
     assert reserved is not None
     if reserved <= room:
@@ -80,13 +90,13 @@ def least(recorded: Trace, room: int, levers: frozenset[Lever] | None = None) ->
     if made.peak_bytes > room:
         return False, reserved
     # within the allocator's slack the lowest peak need not be the plan that is laid out best
-    runs = bytes_reserved(recorded, made, room) is not None or fitted(recorded, room, QUICK, levers) is not None
-    return runs, reserved
+    runs = bytes_reserved(recorded, made, room) is not None
+    return runs or fitted(recorded, room, QUICK, levers, host_budget) is not None, reserved
 
 
-def least_peak_bytes(recorded: Trace, levers: frozenset[Lever] | None = None) -> int:
+def least_peak_bytes(recorded: Trace, levers: frozenset[Lever] | None = None, host_budget: int | None = None) -> int:
     """The lowest peak of any plan, in allocated bytes."""
-    return lowest(recorded, effort=QUICK, levers=levers).peak_bytes
+    return lowest(recorded, effort=QUICK, levers=levers, host_budget=host_budget).peak_bytes
 
 
 def largest_fitting(
@@ -97,6 +107,7 @@ def largest_fitting(
     what: str,
     here: tuple[bool, int],
     levers: frozenset[Lever] | None,
+    host_budget: int | None = None,
 ) -> int:
     """The largest batch, or the longest sequence in steps of 64 tokens, whose step some plan fits into `room`.
 
@@ -118,10 +129,10 @@ def largest_fitting(
             amount = guess * step
             progress(f"looking for the {'largest batch' if what == 'batch' else 'longest sequence'}: {amount}")
             recorded = trace_for(_resized(setup, what, amount), device)
-            tried[guess] = least(recorded, room, levers)
+            tried[guess] = least(recorded, room, levers, host_budget)
             if levers is None and not tried[guess][0] and tried[guess][1] <= _TILES_CAN * room:
                 recorded = trace_for(_resized(setup, what, amount), device, tiles=True)
-                tried[guess] = least(recorded, room) if recorded.tiled else tried[guess]
+                tried[guess] = least(recorded, room, None, host_budget) if recorded.tiled else tried[guess]
         low, high = (guess, high) if tried[guess][0] else (low, guess)
         guess = _guess({count: reserved for count, (_, reserved) in tried.items()}, room, low, high)
     return max(low * step, asked if here[0] else 0)

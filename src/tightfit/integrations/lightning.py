@@ -39,6 +39,7 @@ from tightfit.core import (
     Unsupported,
     format_bytes,
     levers_named,
+    parse_host_budget,
 )
 from tightfit.fitting.fit import Fitted, fit
 from tightfit.fitting.micro_batches import gradients_in_place
@@ -88,7 +89,8 @@ class TightfitCallback(_Callback):
     planned for in place of the first one: give the longest. `verify=True` measures the planned peak, and compares the
     gradients of the first batch with and without the plan. `levers`: what the plan may use, as in `tightfit.plan`; by
     default what gives the same bits, and tiles, whose gradients are proven against float64, only where nothing else
-    fits; `exact=True` forbids those. `beside`: levers with the default ones.
+    fits; `exact=True` forbids those. `beside`: levers with the default ones. `host_budget`: the most bytes that plans
+    may have wait in host memory, a size or 0.
 
     Attributes, readable after training too: `trace`, `plan`, `proof` (none before the first step, none without
     `verify`), `peaks` (bytes per batch), `plans` (how many were made), `said` (its lines).
@@ -108,9 +110,11 @@ class TightfitCallback(_Callback):
         levers: Collection[Lever | str] | str | None = None,
         exact: bool = False,
         beside: Collection[Lever | str] | str = (),
+        host_budget: str | int | None = None,
     ) -> None:
         super().__init__()
         self.budget, self.verify, self.batch = budget, verify, batch
+        self.host_budget = parse_host_budget(host_budget)
         self.levers, self.exact, self.beside = levers_named(levers), exact, levers_named(beside) or frozenset()
         self.proof: Proof | None = None
         self.plans = 0
@@ -223,7 +227,9 @@ class TightfitCallback(_Callback):
     def _fit_here(self, trainer: Any, given: dict[str, Any], budget: str | int) -> None:
         step, optimizer = self._step, bare(trainer.optimizers[0])
         assert step is not None
-        options: dict[str, Any] = {"optimizer": optimizer, "levers": self.levers, "beside": self.beside}
+        options: dict[str, Any] = {
+            "optimizer": optimizer, "levers": self.levers, "beside": self.beside, "host_budget": self.host_budget,
+        }  # fmt: skip
         with warnings.catch_warnings(record=True) as caught, gradients_in_place(step, True):
             warnings.simplefilter("always")
             if self.exact or (self.levers is not None and inexact(self.levers)):

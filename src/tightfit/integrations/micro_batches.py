@@ -128,13 +128,17 @@ class InParts:
                 return callback.trace, callback.plan, callback.plan.budget_bytes
             levers, beside = callback.allowed()
             return micro_batches.exactly(
-                callback.record(batch, optimizer, tiles=micro_batches.needs_tiles(levers)), budget, levers, beside
-            )
+                callback.record(batch, optimizer, tiles=micro_batches.needs_tiles(levers)), budget, levers, beside,
+                callback.host_budget,
+            )  # fmt: skip
 
         launch_seconds = micro_batches.launch_seconds(device_of(model))
         self.cuts = False
         levers, beside = callback.allowed()
-        found = micro_batches.solve(whole, callback.budget, plan_for, levers, beside, self.asked, launch_seconds)
+        found = micro_batches.solve(
+            whole, callback.budget, plan_for, levers, beside, self.asked, launch_seconds,
+            host_budget=callback.host_budget,
+        )  # fmt: skip
         size = found.chosen.size
         self.cuts = size < whole
         self.chosen = found.chosen

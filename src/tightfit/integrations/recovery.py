@@ -92,13 +92,13 @@ def lower(trace: Trace, old: Plan, levers: Collection[Lever] | None = None) -> P
     if old.exact:
         levers = exact_only(levers) | {lever.lever for lever in used(old)}
     try:
-        return plan(trace, int(old.peak_bytes * SHRINK), levers=levers)
+        return plan(trace, int(old.peak_bytes * SHRINK), levers=levers, host_budget=old.host_budget_bytes)
     except BudgetInfeasible as error:
         least_bytes = error.least_bytes
     if least_bytes >= old.peak_bytes:
         return old
     try:
-        return plan(trace, least_bytes, levers=levers)
+        return plan(trace, least_bytes, levers=levers, host_budget=old.host_budget_bytes)
     except BudgetInfeasible:
         return old
 

@@ -38,6 +38,7 @@ from tightfit.core import (
     Unsupported,
     format_bytes,
     levers_named,
+    parse_host_budget,
 )
 from tightfit.engine import Applied
 from tightfit.fitting.fit import planned
@@ -186,7 +187,7 @@ class TightfitCallback(PeakCallback):
     `tightfit.plan`; by default what gives the same bits, and tiles, whose gradients are proven against float64, only
     where nothing else fits; `exact=True` forbids those. `beside`: levers with the default ones. The optimizer steps in
     backward by default where the Trainer neither clips (`max_grad_norm=0`), nor accumulates, nor scales gradients, and
-    no callback looks at them.
+    no callback looks at them. `host_budget`: the most bytes that plans may have wait in host memory, a size or 0.
 
     `batch="auto"` (or `micro_batch="auto"`; a number is the most examples of a micro-batch): each batch of the Trainer
     runs in micro-batches. Their size and the plan are solved together for the fewest seconds of a batch. Given to the
@@ -217,9 +218,10 @@ class TightfitCallback(PeakCallback):
         exact: bool = False,
         beside: Collection[Lever | str] | str = (),
         micro_batch: str | int | None = None,
+        host_budget: str | int | None = None,
     ) -> None:
         super().__init__()
-        self.budget = budget
+        self.budget, self.host_budget = budget, parse_host_budget(host_budget)
         if isinstance(batch, str):  # as on the command line
             batch, micro_batch = None, batch
         self.in_parts = None if micro_batch is None else InParts(micro_batch, exact, batch is not None)
@@ -342,13 +344,13 @@ class TightfitCallback(PeakCallback):
             levers, beside = exact_only(levers) | beside, frozenset()
         try:
             budget = budget or (self.budget if self.plan is None else self.plan.budget_bytes)
-            _, chosen = planned(record, budget, levers, model, self.exact, beside)
+            _, chosen = planned(record, budget, levers, model, self.exact, beside, self.host_budget)
         except BudgetInfeasible as error:
             if self.plan is None or recorded is None:
                 raise
             # in the middle of a training: the leanest plan there is, and a word about it, rather than an end
             seen: Trace = recorded
-            _, chosen = planned(lambda _: seen, error.least_bytes, levers, model, self.exact, beside)
+            _, chosen = planned(lambda _: seen, error.least_bytes, levers, model, self.exact, beside, self.host_budget)
             self._warn(f"{error}; this batch runs under the leanest plan")
         self.trace, self.plan = recorded, chosen
         self.plans += 1

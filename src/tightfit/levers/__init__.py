@@ -60,13 +60,15 @@ def of_units(plan: Plan) -> Plan:
     return dataclasses.replace(plan, settings={k: v for k, v in plan.settings.items() if k not in gone})
 
 
-def as_recorded(trace: Trace) -> Variant:
-    """`trace` before any lever is chosen."""
+def as_recorded(trace: Trace, host_budget_bytes: int | None = None) -> Variant:
+    """`trace` before any lever is chosen. `host_budget_bytes`: the most that may wait in host memory; None: no
+    limit."""
     begun = {each: each.begun(trace) for each in every()}
     return Variant(
         trace=trace,
         levers=frozenset(each.lever for each, fields in begun.items() if fields),
         decided={name: value for fields in begun.values() for name, value in fields.items()},
+        host_budget_bytes=host_budget_bytes,
     )
 
 

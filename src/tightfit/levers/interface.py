@@ -34,22 +34,36 @@ class Variant:
     seconds: float = 0.0  # beyond those of the recorded step
     eases_seconds: float = 0.0  # so many of them at most are saved where a plan has room left (`eased`)
     decided: Mapping[str, Any] = field(default_factory=dict)  # fields of the `Plan` that has it carried out
+    host_bytes: int = 0  # that those levers have wait in host memory
+    host_budget_bytes: int | None = None  # the most that may wait there; None: no limit
 
-    def by(self, lever: LeverDefinition, trace: Trace, *, seconds: float = 0.0, **decided: Any) -> Variant:
-        """The step as `lever` would have it, at `seconds` more. `decided`: fields of the plan that say so."""
+    @property
+    def host_room_bytes(self) -> int | None:
+        """What may wait in host memory beside what does already; below zero: too much does. None: no limit."""
+        return None if self.host_budget_bytes is None else self.host_budget_bytes - self.host_bytes
+
+    def by(
+        self, lever: LeverDefinition, trace: Trace, *, seconds: float = 0.0, host_bytes: int = 0, **decided: Any
+    ) -> Variant:
+        """The step as `lever` would have it, at `seconds` more and with `host_bytes` more in host memory. `decided`:
+        fields of the plan that say so."""
         return Variant(
             trace=trace,
             levers=self.levers | {lever.lever},
             seconds=self.seconds + seconds,
             eases_seconds=self.eases_seconds,
             decided={**self.decided, **decided},
+            host_bytes=self.host_bytes + host_bytes,
+            host_budget_bytes=self.host_budget_bytes,
         )
 
-    def with_setting(self, lever: LeverDefinition, trace: Trace, setting: str, *, seconds: float = 0.0) -> Variant:
+    def with_setting(
+        self, lever: LeverDefinition, trace: Trace, setting: str, *, seconds: float = 0.0, host_bytes: int = 0
+    ) -> Variant:
         """The same for a lever without fields of its own in `Plan`: its decision is the text `setting`."""
         settings = {**self.decided.get("settings", {}), lever.lever.value: setting}
         others = self.decided.get("other_seconds", 0.0) + seconds
-        return self.by(lever, trace, seconds=seconds, settings=settings, other_seconds=others)
+        return self.by(lever, trace, seconds=seconds, host_bytes=host_bytes, settings=settings, other_seconds=others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +152,8 @@ class LeverDefinition:
     # -------------------------------------------------------------------- planner and referee
 
     def variants(self, step: Variant) -> Iterable[Variant]:
-        """Other tellings of `step` for the planner to choose from."""
+        """Other tellings of `step` for the planner to choose from. Those with more in host memory than
+        `Variant.host_room_bytes` are not looked at."""
         return ()
 
     def eased(self, trace: Trace, plan: Plan, peak_bytes: Callable[[Plan], int]) -> Plan:

@@ -25,8 +25,9 @@ def host_bytes(trace: Trace, plan: Plan) -> dict[str, int]:
     return {name: size_bytes for name, size_bytes in found.items() if size_bytes}
 
 
-def host_said(sizes_bytes: Mapping[str, int]) -> str:
-    """`host_bytes` as a line; empty where nothing waits there."""
+def host_said(sizes_bytes: Mapping[str, int], limit_bytes: int | None = None) -> str:
+    """`host_bytes` as a line, with the most that was to wait there; empty where nothing does."""
     nouns = {lever.lever.value: lever.waits for lever in every()}
     parts = ", ".join(f"{nouns[name]} {format_bytes(size_bytes)}" for name, size_bytes in sizes_bytes.items())
-    return f"{format_bytes(sum(sizes_bytes.values()))}: {parts}" if sizes_bytes else ""
+    of = "" if limit_bytes is None else f" of at most {format_bytes(limit_bytes)}"
+    return f"{format_bytes(sum(sizes_bytes.values()))}{of}: {parts}" if sizes_bytes else ""

@@ -211,6 +211,7 @@ class Model(Table):
         usage = np.array([table[path][i] for path, i in columns]).T if columns else np.zeros((len(self.base_top), 0))
         away = np.array([self.away_bytes[path][i] for path, i in columns], dtype=np.float64)
         lanes = copy_lanes(self.trace) if away.any() else ()
+        host_room = np.inf if self.host_room_bytes is None else float(self.host_room_bytes)
         rows = list(range(len(self.base_top)))
         room = np.full(len(rows), np.inf)
         if budget_bytes is not None:
@@ -236,6 +237,7 @@ class Model(Table):
             """The program with these of the rows alone."""
             program = self._program(budget_bytes, usage[active], top[active], costs, groups)
             program = _with_lanes(program, away, waits, 1.0 if budget_bytes is not None else _TIE)
+            program = _within_host(program, away, host_room)
             return solver.solve(
                 program.plus(own) if own else program,
                 seconds=self.effort.solver_seconds,
@@ -251,7 +253,8 @@ class Model(Table):
         if answer.verdict is not Verdict.OPTIMAL and (chosen is None or known - bound > _BOUND_GAP * step_seconds):
             # the seconds as if no copy ran beside the compute
             priced = unit_seconds + sum((away / lane.bytes_per_second for lane in lanes), np.zeros(len(columns)))
-            ours, proven = _by_prices(priced, usage, top, groups, answer.verdict, lowest=budget_bytes is None)
+            rows_too, tops_too = _host_row(usage, top, away, host_room, lowest=budget_bytes is None)
+            ours, proven = _by_prices(priced, rows_too, tops_too, groups, answer.verdict, lowest=budget_bytes is None)
             bound = bound if lanes else max(bound, proven)
 
             def cost(columns: list[int]) -> float:
@@ -404,6 +407,27 @@ def _with_lanes(program: MixedProgram, away: Floats, lanes: Sequence[tuple[float
             ([*moving, len(program.costs)], [*(away[i] / per_unit for i in moving), -1.0]), high=beside, cost=cost
         )
     return program
+
+
+def _within_host(program: MixedProgram, away: Floats, room: float) -> MixedProgram:
+    """`program` with one more row: what the options move has `room` together."""
+    if float(away.sum()) <= room:
+        return program
+    scale = solver.scale_of(float(away.max()))
+    moving = [int(column) for column in np.nonzero(away)[0]]
+    # the column that comes with the row is in no row, and costs nothing
+    return program.extended((moving, [float(away[i]) / scale for i in moving]), high=room / scale, cost=0.0)
+
+
+def _host_row(usage: Floats, top: Floats, away: Floats, room: float, *, lowest: bool) -> tuple[Floats, Floats]:
+    """The rows with one for host memory among them. Where the lowest peak is looked for there is no budget to hold the
+    row against, so it makes any move too dear."""
+    if float(away.sum()) <= room:
+        return usage, top
+    if not lowest:
+        return np.vstack([usage, away]), np.append(top, -room)
+    dear = float(np.abs(top).max(initial=1.0)) + float(np.abs(usage).sum())
+    return np.vstack([usage, np.where(away > 0, dear, 0.0)]), np.append(top, 0.0)
 
 
 def _undominated(usage: Floats, room: Floats, rows: Sequence[int]) -> list[int]:

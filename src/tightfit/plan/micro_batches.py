@@ -60,6 +60,7 @@ def attempted(
     plan: Plan | None,
     levers: frozenset[Lever] | None,
     launch_seconds: float = 0.0,
+    host_budget: int | None = None,
 ) -> MicroBatch:
     """What is known of micro-batches of `size` from the step of one, recorded, and its plan (none: nothing fits).
 
@@ -67,7 +68,7 @@ def attempted(
     """
     accumulation = len(shares(global_batch, size))
     unplanned = simulate(trace).peak_bytes
-    least = min(unplanned, lowest(trace, effort=QUICK, levers=levers).peak_bytes)
+    least = min(unplanned, lowest(trace, effort=QUICK, levers=levers, host_budget=host_budget).peak_bytes)
     if plan is None:
         return MicroBatch(
             size=size, accumulation=accumulation, fits=False, unplanned_peak_bytes=unplanned, least_peak_bytes=least

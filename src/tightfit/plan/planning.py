@@ -3,7 +3,8 @@
 `plan.ways` lists the ways to plan a trace. In each way `plan.frontier` solves every unit exactly, `plan.choose` chooses
 one point for each unit, and `plan.simulate` referees. The best plan of all ways is returned.
 
-Invariant: a plan is returned only after the referee has found it under the budget.
+Invariant: a plan is returned only after the referee has found it under the budget, and its levers no more in host
+memory than may wait there.
 Refused: a budget below the least feasible peak (`BudgetInfeasible`, which says that peak and what would lower it).
 No torch here: a trace that was read from JSON is enough.
 """
@@ -29,10 +30,12 @@ from tightfit.core import (
     format_bytes,
     levers_named,
     parse_bytes,
+    parse_host_budget,
 )
 from tightfit.device.cost import copy_lanes
 from tightfit.levers import allowed, every, granted, inexact
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
+from tightfit.plan.account import host_bytes
 from tightfit.plan.advice import advice_for
 from tightfit.plan.choose import Model
 from tightfit.plan.indexed import without_collecting
@@ -44,6 +47,12 @@ from tightfit.plan.ways import Refereed, Way, way_of
 
 _REFEREE_ROUNDS = 12
 
+#: How often the bytes are halved between a host budget that is too small and one that is known to be enough.
+_HALVINGS = 2
+
+#: For what is only said, and never put in force.
+_GLANCE = Effort(points=12, solver_seconds=0.3, proves=False)
+
 
 @without_collecting()
 def plan(
@@ -54,6 +63,7 @@ def plan(
     levers: Collection[Lever | str] | str | None = None,
     exact: bool = False,
     beside: Collection[Lever | str] | str = (),
+    host_budget: str | int | None = None,
 ) -> Plan:
     """The plan of least recompute whose simulated peak is within `budget`.
 
@@ -64,8 +74,12 @@ def plan(
     only where nothing exact fits, because tiles do not give the same bits (`Plan.exact` says so). If `levers` names
     `Lever.TILE`, tiles compete with the other levers on seconds. `exact=True` forbids them.
 
+    `host_budget`: the most bytes that the plan may have wait in host memory, by all its levers together: a size, or 0.
+    Without it there is no limit. Which levers may move anything there is for `levers` and `beside` to say.
+
     Raises `InvalidInput` for a budget that is no size, `BudgetInfeasible` when nothing fits.
     """
+    host_budget_bytes = parse_host_budget(host_budget)
     levers, others = levers_named(levers), levers_named(beside) or frozenset()
     if levers is not None and others:
         raise InvalidInput("levers names all that a plan may use, and beside some more: give one of the two")
@@ -77,8 +91,55 @@ def plan(
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
     every_way = way_of(trace, effort).ways(levers)
+    kinds = (None,) if chosen else (True,) if exact else (True, False)
+    made, least, least_way = _searched(trace, budget_bytes, every_way, kinds, unplanned, levers)
+    enough_bytes = None if made is None else sum(host_bytes(trace, made).values())
+    if host_budget_bytes is not None and (enough_bytes is None or enough_bytes > host_budget_bytes):
+        without = least
+        every_way = way_of(trace, effort, host_budget_bytes).ways(levers)
+        made, least, least_way = _searched(trace, budget_bytes, every_way, kinds, unplanned, levers)
+    if made is not None:  # a limit that is not reached changes nothing
+        return dataclasses.replace(made, host_budget_bytes=host_budget_bytes)
+    advice = advice_for(trace, least, budget_bytes)
+    if least_way is not None and not chosen:
+        advice = (*_other_levers(every_way, least_way, budget_bytes, levers), *advice)
+    if exact and (inexact_ways := [way for way in every_way if not way.is_exact]):
+        peak_bytes = _lowest(inexact_ways, None)[1].line.peak_bytes
+        if peak_bytes <= budget_bytes:
+            nouns = " and ".join(each.noun for each in inexact(None))
+            said = f"without exact=True {nouns} would take {format_bytes(peak_bytes)}, to rounding but not bit for bit"
+            advice = (said, *advice)
+    if host_budget_bytes is None:
+        raise BudgetInfeasible(budget_bytes, least.peak_bytes, advice)
+    if enough_bytes is not None:
+        small_bytes = host_budget_bytes
+        for _ in range(_HALVINGS):
+            middle_bytes = (small_bytes + enough_bytes) // 2
+            ways = way_of(trace, _GLANCE, middle_bytes).ways(levers)
+            if _searched(trace, budget_bytes, ways, kinds, unplanned, levers)[0] is None:
+                small_bytes = middle_bytes
+            else:
+                enough_bytes = middle_bytes
+    elif without.peak_bytes < least.peak_bytes:
+        limit, lower = format_bytes(host_budget_bytes), format_bytes(without.peak_bytes)
+        advice = (f"without the host budget of {limit} it would be {lower}, which is too much as well", *advice)
+    raise BudgetInfeasible(
+        budget_bytes, least.peak_bytes, advice, host_budget_bytes=host_budget_bytes, host_bytes=enough_bytes
+    )
+
+
+def _searched(
+    trace: Trace,
+    budget_bytes: int,
+    every_way: Collection[Way],
+    kinds: Collection[bool | None],
+    unplanned: Timeline,
+    levers: Collection[Lever] | None,
+) -> tuple[Plan | None, Timeline, Way | None]:
+    """The best plan of the first of `kinds` that has one (exact, inexact, None: both), the lowest peak otherwise, and
+    the way that leads there."""
     least, least_way = unplanned, None
-    for bits in (None,) if chosen else (True,) if exact else (True, False):
+    for bits in kinds:
         ways = [way for way in every_way if bits in (None, way.is_exact)]
         if not ways:
             continue
@@ -89,26 +150,24 @@ def plan(
         for way in _nested(ways, best, budget_bytes, levers):
             best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
         if best is not None:
-            return best
+            return best, least, least_way
         lowest_way, found = _lowest(ways, levers)
         line = found.line
-        if line.peak_bytes <= budget_bytes:
+        if lowest_way.holds(line, budget_bytes):
             found = _polished(lowest_way, found, budget_bytes, 0.0)
             bound = lowest_way.bound_seconds(budget_bytes)
             made = _plan(trace, lowest_way, budget_bytes, found.choices, found.line, unplanned, bound, found.how)
-            return _eased(trace, made)
-        if line.peak_bytes < least.peak_bytes:
+            if (kept := _in_host(trace, _eased(trace, made))) is not None:
+                return kept, least, least_way
+        elif line.peak_bytes < least.peak_bytes and lowest_way.is_in_host(line):
             least, least_way = line, lowest_way
-    advice = advice_for(trace, least, budget_bytes)
-    if least_way is not None and not chosen:
-        advice = (*_other_levers(every_way, least_way, budget_bytes, levers), *advice)
-    if exact and (inexact_ways := [way for way in every_way if not way.is_exact]):
-        peak_bytes = _lowest(inexact_ways, None)[1].line.peak_bytes
-        if peak_bytes <= budget_bytes:
-            nouns = " and ".join(each.noun for each in inexact(None))
-            said = f"without exact=True {nouns} would take {format_bytes(peak_bytes)}, to rounding but not bit for bit"
-            advice = (said, *advice)
-    raise BudgetInfeasible(budget_bytes, least.peak_bytes, advice)
+    return None, least, least_way
+
+
+def _in_host(trace: Trace, made: Plan) -> Plan | None:
+    """`made`, if no more waits in host memory than may; None otherwise."""
+    limit_bytes = made.host_budget_bytes
+    return made if limit_bytes is None or sum(host_bytes(trace, made).values()) <= limit_bytes else None
 
 
 def _other_levers(
@@ -127,7 +186,8 @@ def _other_levers(
     tried: list[tuple[tuple[LeverDefinition, ...], Variant]] = [((), plain)]
     for lever in others:
         for used, step in list(tried):
-            tried += [((*used, lever), variant) for variant in lever.variants(step)]
+            variants = (v for v in lever.variants(step) if v.host_room_bytes is None or v.host_room_bytes >= 0)
+            tried += [((*used, lever), variant) for variant in variants]
     best: dict[tuple[LeverDefinition, ...], int] = {}
     for used, step in tried:
         peak_bytes = simulate_choices(step.trace, way.lowest.choices, way.advances).peak_bytes
@@ -170,7 +230,8 @@ def _best(
         line = simulate_choices(way.trace, ())
         if line.peak_bytes <= budget_bytes:
             nothing = way.choices(dict.fromkeys(model.options, 0))
-            return _eased(trace, _plan(trace, way, budget_bytes, nothing, line, unplanned, 0.0))
+            made = _plan(trace, way, budget_bytes, nothing, line, unplanned, 0.0)
+            return _in_host(trace, _eased(trace, made))
     if Grant.DROP not in granted(levers):
         return None
     if way.proves and model.is_ruled_out(budget_bytes):
@@ -182,12 +243,12 @@ def _best(
         both = (found, _fitting(way, way.lean_model, budget_bytes))
         found = min((each for each in both if each), key=lambda each: each.line.recompute_seconds, default=None)
     if found is None:
-        if way.lowest.line.peak_bytes > budget_bytes:
+        if not way.holds(way.lowest.line, budget_bytes):
             return None
         found = _unhurried(way, model, budget_bytes, budget_bytes, way.lowest)
     found = _polished(way, found, budget_bytes, bound + near)
     made = _plan(trace, way, budget_bytes, found.choices, found.line, unplanned, bound, found.how)
-    return _eased(trace, made)
+    return _in_host(trace, _eased(trace, made))
 
 
 def _polished(way: Way, found: Refereed, budget_bytes: int, near_seconds: float) -> Refereed:
@@ -205,14 +266,14 @@ def _fitting(way: Way, model: Model, budget_bytes: int) -> Refereed | None:
         if solution is None:
             break
         choices, line = way.refereed(solution.points, model)
-        if line.peak_bytes <= budget_bytes:
+        if way.holds(line, budget_bytes):
             return _unhurried(way, model, budget_bytes, target, Refereed(choices, line, solution.how))
         # the model's peak was too low by this many bytes: ask it for as many bytes less
         target -= max(1, line.peak_bytes - budget_bytes)
     solution = model.solve(None)
     assert solution is not None
     choices, line = way.refereed(solution.points, model)
-    if line.peak_bytes > budget_bytes:
+    if not way.holds(line, budget_bytes):
         return None
     found = Refereed(choices, line, solution.how)
     return _unhurried(way, model, budget_bytes, model.peak_bytes(solution.points), found)
@@ -235,7 +296,7 @@ def _unhurried(way: Way, model: Model, budget_bytes: int, target_bytes: int, fou
         if solution is None:
             break
         choices, line = way.refereed(solution.points, model)
-        if line.peak_bytes > budget_bytes:
+        if not way.holds(line, budget_bytes):
             too_high = raised
             continue
         target_bytes = raised
@@ -281,16 +342,28 @@ def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Coll
 
 
 @without_collecting()
-def lowest(trace: Trace, *, effort: Effort = THOROUGH, levers: Collection[Lever | str] | str | None = None) -> Plan:
-    """The plan of the lowest peak that any of `levers` reaches (by default all but offload). Its budget is its own
-    peak."""
+def lowest(
+    trace: Trace,
+    *,
+    effort: Effort = THOROUGH,
+    levers: Collection[Lever | str] | str | None = None,
+    host_budget: str | int | None = None,
+) -> Plan:
+    """The plan of the lowest peak that any of `levers` reaches (by default all but offload) with at most `host_budget`
+    in host memory. Its budget is its own peak."""
     levers = levers_named(levers)
     if Grant.DROP not in granted(levers):
         needed = next(each for each in every() if Grant.DROP in each.grants)
         raise InvalidInput(f"the lowest peak is looked for by {needed.noun}: add {needed.lever.value} to the levers")
-    way, found = _lowest(way_of(trace, effort).ways(levers), levers)
+    limit_bytes = parse_host_budget(host_budget)
     unplanned = simulate_choices(trace, ())
-    return _plan(trace, way, found.line.peak_bytes, found.choices, found.line, unplanned, 0.0, found.how)
+
+    def found(within_bytes: int | None) -> Plan:
+        way, chosen = _lowest(way_of(trace, effort, within_bytes).ways(levers), levers)
+        return _plan(trace, way, chosen.line.peak_bytes, chosen.choices, chosen.line, unplanned, 0.0, chosen.how)
+
+    made = dataclasses.replace(found(None), host_budget_bytes=limit_bytes)
+    return made if _in_host(trace, made) is not None else found(limit_bytes)
 
 
 def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Refereed]:
@@ -366,6 +439,7 @@ def _plan(
         offload_seconds=offload_seconds,
         solved_by=tuple(sorted(how)),
         inexact=tuple(each.lever.value for each in inexact(way.step.levers)),
+        host_budget_bytes=way.step.host_budget_bytes,
         **way.step.decided,
     )
 

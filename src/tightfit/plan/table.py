@@ -60,8 +60,10 @@ class Table:
         *,
         offload: bool = False,
         lean: bool = False,
+        host_room_bytes: int | None = None,
     ) -> None:
         self.trace, self.effort, self.offload = trace, effort, offload
+        self.host_room_bytes = host_room_bytes  # what all units together may move; None: no limit
         self.nesting = nesting or Nesting(links=(), advances=(), passes={})
         self._index()
         self.base = self._base()

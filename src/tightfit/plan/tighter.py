@@ -28,7 +28,7 @@ def tighter(trace: Trace, made: Plan) -> str:
     if made.exact:
         levers &= exact_only(levers)
     try:
-        found = plan(trace, budget_bytes, effort=_EFFORT, levers=levers)
+        found = plan(trace, budget_bytes, effort=_EFFORT, levers=levers, host_budget=made.host_budget_bytes)
     except BudgetInfeasible:
         # where `made` is exact, tiles were left out, which may hold it
         kind = "exact plan" if made.exact else "plan"

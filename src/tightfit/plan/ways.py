@@ -4,7 +4,8 @@ A way says which step is planned (the recorded one, or what levers of the step m
 off the device, whether long units are cut into segments, and whether the units are nested. It is kept, so that the next
 budget for the same trace costs less.
 
-Invariant: what a way says of a set of choices is what the referee says (`plan.simulate`).
+Invariant: what a way says of a set of choices is what the referee says (`plan.simulate`). Refused: choices with more in
+host memory than may wait there.
 """
 
 from __future__ import annotations
@@ -84,13 +85,30 @@ class Way:
         found = [self]
         for lever in allowed(levers):
             found += [varied for way in found for varied in way._by(lever)]
-        moving = [way.moving for way in found] if Grant.MOVE in granted(levers) else []
+        moving = [way.moving for way in found if way.has_host_room] if Grant.MOVE in granted(levers) else []
         return [each for way in found for each in way.in_segments or (way,)] + moving
 
     def _by(self, lever: LeverDefinition) -> list[Way]:
         if lever.lever not in self._varied:
-            self._varied[lever.lever] = [Way(step, self.effort) for step in lever.variants(self.step)]
+            variants = lever.variants(self.step)
+            # levers look at the limit themselves, so that they offer what is within it; nobody has to trust them
+            found = [step for step in variants if step.host_room_bytes is None or step.host_room_bytes >= 0]
+            self._varied[lever.lever] = [Way(step, self.effort) for step in found]
         return self._varied[lever.lever]
+
+    @property
+    def has_host_room(self) -> bool:
+        """May more wait in host memory than what the step's levers have there?"""
+        return self.step.host_room_bytes is None or self.step.host_room_bytes > 0
+
+    def is_in_host(self, line: Timeline) -> bool:
+        """Is there room in host memory for what waits there in `line`?"""
+        room_bytes = self.step.host_room_bytes
+        return room_bytes is None or line.offloaded_bytes <= room_bytes
+
+    def holds(self, line: Timeline, budget_bytes: int) -> bool:
+        """Is `line`, the referee's word on choices of this way, within the budget and within that of host memory?"""
+        return line.peak_bytes <= budget_bytes and self.is_in_host(line)
 
     @functools.cached_property
     def moving(self) -> Way:
@@ -128,7 +146,8 @@ class Way:
                 points=min(_SEGMENT_POINTS, effort.points),
                 solver_seconds=min(_SEGMENTS_SECONDS, effort.solver_seconds),
             )
-        return Model(trace, effort, self.nesting, offload=self.moves, lean=lean)
+        room_bytes = self.step.host_room_bytes if self.moves else None
+        return Model(trace, effort, self.nesting, offload=self.moves, lean=lean, host_room_bytes=room_bytes)
 
     def choices(self, points: Mapping[str, int], model: Model | None = None) -> tuple[Choice, ...]:
         """`points` of the model's units as choices for the units of the trace."""
@@ -228,16 +247,26 @@ class Way:
         tried = [dict(solution.points), fewest]
         if self.effort.proves:
             tried += model.near(solution.points, _NEAR_TRIES)
-        best, found = min(((points, line(points)) for points in tried), key=lambda each: each[1].peak_bytes)
+        lines = [(points, line(points)) for points in tried]  # the least of everything has nothing in host memory
+        best, found = min(lines, key=lambda each: (not self.is_in_host(each[1]), each[1].peak_bytes))
         return Refereed(choices=self.choices(best, model), line=found, how=solution.how)
 
 
-_latest: Way | None = None
+#: The latest ways, of one trace, by effort and host budget: a plan may be looked for with the limit and without.
+_latest: dict[tuple[Effort, int | None], Way] = {}
+
+_MOST_KEPT = 2
 
 
-def way_of(trace: Trace, effort: Effort = THOROUGH) -> Way:
+def way_of(trace: Trace, effort: Effort = THOROUGH, host_budget_bytes: int | None = None) -> Way:
     """The way to plan `trace`. It is kept for the next budget of the same trace."""
-    global _latest  # noqa: PLW0603 - one entry of a cache
-    if _latest is None or _latest.trace is not trace or _latest.effort != effort:
-        _latest = Way(as_recorded(trace), effort)
-    return _latest
+    key = effort, host_budget_bytes
+    found = _latest.pop(key, None)
+    if found is None or found.trace is not trace:
+        if any(way.trace is not trace for way in _latest.values()):
+            _latest.clear()
+        found = Way(as_recorded(trace, host_budget_bytes), effort)
+    _latest[key] = found  # the last is the latest
+    while len(_latest) > _MOST_KEPT:
+        del _latest[next(iter(_latest))]
+    return found

@@ -126,7 +126,7 @@ def forecast_document(forecast: Forecast, study: Study | None = None) -> dict[st
     if forecast.micro_batches is not None:
         facts["global batch"] = forecast.micro_batches.said
     if forecast.host_bytes:
-        facts["in host memory"] = host_said(forecast.host_bytes)
+        facts["in host memory"] = host_said(forecast.host_bytes, forecast.host_budget_bytes)
     facts["largest batch"], facts["longest sequence"] = forecast.largest_batch, forecast.longest_seq
     record = to_json(forecast)
     if record["plan"]:

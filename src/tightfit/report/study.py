@@ -122,13 +122,14 @@ def study(trace: Trace, chosen: Plan | None = None, points: int = POINTS, effort
         )
 
     unplanned = simulate(trace)
-    least = lowest(trace, effort=effort)
+    limit = None if chosen is None else chosen.host_budget_bytes
+    least = lowest(trace, effort=effort, host_budget=limit)
     found = [point("none", None), point("every-block", every_block(trace, effort=effort)), point("lowest", least)]
     low, high = least.peak_bytes, unplanned.peak_bytes
     for i in range(1, points - 1):
         budget = high - (high - low) * i // (points - 1)
         try:
-            found.append(point(f"{budget / high:.0%}", plan(trace, budget, effort=effort)))
+            found.append(point(f"{budget / high:.0%}", plan(trace, budget, effort=effort, host_budget=limit)))
         except BudgetInfeasible:
             continue
     if chosen is not None:

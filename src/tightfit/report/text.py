@@ -237,7 +237,7 @@ def forecast_table(forecast: Forecast) -> RenderableType:
     ]
     lines += [f"plan: {said}" for said in forecast.essence]
     if forecast.host_bytes:
-        lines.append(f"in host memory: {host_said(forecast.host_bytes)}")
+        lines.append(f"in host memory: {host_said(forecast.host_bytes, forecast.host_budget_bytes)}")
     if forecast.micro_batches is not None:
         lines.append(f"global batch: {forecast.micro_batches.said}")
     if forecast.largest_batch is not None:
@@ -545,7 +545,7 @@ def _why(trace: Trace, plan: Plan) -> list[str]:
         "live there: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in at_peak.items() if size),
     ]
     lines += levers_said(plan)
-    elsewhere = host_said(host_bytes(trace, plan))
+    elsewhere = host_said(host_bytes(trace, plan), plan.host_budget_bytes)
     lines += [f"in host memory: {elsewhere}"] if elsewhere else []
     lines.append(_reason(trace, plan, line.peak_owner))
     lines.append(

@@ -150,11 +150,17 @@ class Meeting:
 
 def _described(error: BaseException) -> dict[str, Any]:
     if isinstance(error, BudgetInfeasible):
-        return {"budget_bytes": error.budget_bytes, "least_bytes": error.least_bytes, "advice": error.advice}
+        return {
+            "budget_bytes": error.budget_bytes, "least_bytes": error.least_bytes, "advice": error.advice,
+            "host_budget_bytes": error.host_budget_bytes, "host_bytes": error.host_bytes,
+        }  # fmt: skip
     return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _error_of(said: dict[str, Any], leader: int) -> TightfitError:
     if "budget_bytes" in said:
-        return BudgetInfeasible(said["budget_bytes"], said["least_bytes"], said["advice"])
+        return BudgetInfeasible(
+            said["budget_bytes"], said["least_bytes"], said["advice"],
+            host_budget_bytes=said["host_budget_bytes"], host_bytes=said["host_bytes"],
+        )  # fmt: skip
     return TightfitError(f"rank {leader} could not go on: {said['error']}")

@@ -20,6 +20,7 @@ from tightfit.core import (
     InvalidInput,
     parse_batch,
     parse_bytes,
+    parse_host_budget,
     parse_levers,
 )
 from tightfit.integrations.transformers import (
@@ -63,6 +64,7 @@ class Asked:
             ("compare_steps", options.compare_steps),
             ("oom_retries", options.oom_retries),
             ("levers", options.levers),
+            ("host_budget", options.host_budget),
         ]
         if options.device is not None:
             pairs.append(("use_cpu", is_host(device_named(options.device))))
@@ -112,6 +114,7 @@ class Asked:
             compare_steps=recipe.fit.compare_steps,
             oom_retries=recipe.fit.oom_retries,
             levers=recipe.fit.levers,
+            host_budget=recipe.fit.host_budget,
         )
 
 
@@ -146,6 +149,7 @@ def as_asked(options: TrainOptions) -> tuple[Asked, Path, dict[str, Any] | None]
     budget, base = recipe.fit.budget, recipe.fit.base_config
     parse_bytes(budget, whole_bytes=2**40)
     parse_levers(recipe.fit.levers)
+    parse_host_budget(recipe.fit.host_budget)
     if base is not None and recipe.model.model_name_or_path is not None:
         raise InvalidInput("give base_config, which makes the model, or model_name_or_path, not both")
     if base is None and recipe.model.model_name_or_path is None:
@@ -219,7 +223,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 #: A run may go on with others of these; nothing that it computes depends on them.
-_FREE = ("budget", "out", "json", "resume", "oom_retries", "config", "arguments")
+_FREE = ("budget", "host_budget", "out", "json", "resume", "oom_retries", "config", "arguments")
 
 
 def _same(asked: Asked, record: Mapping[str, Any], folder: Path) -> Asked:
@@ -258,6 +262,8 @@ def _same(asked: Asked, record: Mapping[str, Any], folder: Path) -> Asked:
     )
     if asked.options.budget is not None:
         options = dataclasses.replace(options, budget=asked.options.budget)
+    if asked.options.host_budget is not None:
+        options = dataclasses.replace(options, host_budget=asked.options.host_budget)
     if asked.options.oom_retries is not None:
         options = dataclasses.replace(options, oom_retries=asked.options.oom_retries)
     return Asked(options=options, config=given["config"])

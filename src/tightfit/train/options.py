@@ -19,6 +19,7 @@ from tightfit.core import (
     Plan,
     Proof,
     parse_bytes,
+    parse_host_budget,
     parse_levers,
 )
 from tightfit.core.errors import unknown
@@ -90,6 +91,7 @@ class TrainOptions:
     resume: bool = False
     oom_retries: int | None = None
     levers: str | None = None  # what the plan may use, as `tightfit.core.parse_levers` reads it
+    host_budget: str | None = None  # the most that plans may have wait in host memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,5 +175,6 @@ def check_options(options: TrainOptions) -> None:
         device_named(options.device)
     if options.budget is not None:
         parse_bytes(options.budget, whole_bytes=2**40)  # what it is a percentage of is known later, its form is not
+    parse_host_budget(options.host_budget)
     if options.levers is not None:
         parse_levers(options.levers)

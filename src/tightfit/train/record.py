@@ -27,6 +27,7 @@ from tightfit.core import (
     Proof,
     from_json,
     parse_bytes,
+    parse_host_budget,
     require_part,
     to_json,
     write_text,
@@ -36,6 +37,7 @@ from tightfit.integrations.trainer import running_trainer
 from tightfit.integrations.transformers import (
     TightfitCallback,
 )
+from tightfit.plan.account import host_bytes
 from tightfit.report import study
 from tightfit.step.environment import environment
 from tightfit.train.asked import Asked
@@ -70,6 +72,7 @@ class RunRecord:
         self.budget: str | int = self._budget()
         self.budget_bytes: int | None = None
         self.micro_batches: MicroBatches | None = None
+        self.host_bytes: dict[str, int] = {}  # that the plan has wait in host memory, by lever
         self.retries: list[Retry] = []
         self.retries_before = 0  # of a process that this one goes on for: not counted against what is allowed
         self.resumed_at: list[int] = []
@@ -101,6 +104,7 @@ class RunRecord:
         self.retries_before = len(self.retries)
         self.resumed_at = list(observed.get("resumed_at", ()))
         self.notes = list(observed.get("notes", ()))
+        self.host_bytes = dict(observed.get("host_bytes", {}))
         if observed.get("micro_batches") is not None:
             self.micro_batches = from_json(MicroBatches, observed["micro_batches"], "the run's record")
         if observed["checks"]:
@@ -132,7 +136,9 @@ class RunRecord:
         if not accelerator.is_card(self.device) or "%" not in budget:
             return budget
         require_part(budget, "the GPU's memory")
-        return parse_bytes(budget, whole_bytes=accelerator.memory_bytes(self.device))
+        asked_bytes = parse_bytes(budget, whole_bytes=accelerator.memory_bytes(self.device))
+        allowed_bytes = accelerator.limit_bytes(self.device)  # of the process, which may be less
+        return asked_bytes if allowed_bytes is None else min(asked_bytes, allowed_bytes)
 
     def open(self, args: Any) -> None:
         """Make the folder and say that the run has begun, or goes on."""
@@ -150,6 +156,8 @@ class RunRecord:
         if self.callback.plan is not None and self.callback.plan is not self.plan:
             self.plan = self.callback.plan
             self.plan.save(self.folder / "plan.json")
+            assert self.callback.trace is not None
+            self.host_bytes = host_bytes(self.callback.trace, self.plan)
             if self.budget_bytes is None:
                 self.budget_bytes = self.plan.budget_bytes
         self.micro_batches = self.micro_batches or self.callback.micro_batches
@@ -243,6 +251,7 @@ class RunRecord:
             "constraint": {
                 "budget": options.budget,
                 "budget_bytes": result.budget_bytes,
+                "host_budget_bytes": parse_host_budget(options.host_budget),
                 "batch": options.batch if options.global_batch is None else options.global_batch,
                 "seq": options.seq,
                 "depends_on": "peaks hold for batches of this size on this device with these versions; losses are "
@@ -257,6 +266,7 @@ class RunRecord:
                 "loss_end_steps": min(END_STEPS, len(self.steps)),
                 "peak_bytes": result.peak_bytes,
                 "predicted_peak_bytes": plan.peak_bytes if plan else None,
+                "host_bytes": self.host_bytes,
                 "unplanned_peak_bytes": result.unplanned_peak_bytes,
                 "predicted_unplanned_peak_bytes": plan.unplanned_peak_bytes if plan else None,
                 "recompute_flops": plan.recompute_flops if plan else None,

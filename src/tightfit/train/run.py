@@ -310,6 +310,7 @@ class Run(RunRecord):
         self.callback = TightfitCallback(
             self.budget,
             levers=parse_levers(recipe.fit.levers),
+            host_budget=recipe.fit.host_budget,
             micro_batch=(cut or AUTO) if self.options.batch == AUTO else None,
         )
         recovery = Recovery(self.callback, retries - len(self.retries) + self.retries_before, self.tell)

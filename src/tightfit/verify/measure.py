@@ -22,8 +22,19 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tightfit.core import Lever, Measurement, MicroBatches, Plan, Row, Trace, Unsupported, format_bytes
+from tightfit.core import (
+    Lever,
+    Measurement,
+    MicroBatches,
+    Plan,
+    Row,
+    Trace,
+    Unsupported,
+    format_bytes,
+    parse_host_budget,
+)
 from tightfit.engine import apply
+from tightfit.engine.limits import planned_here
 from tightfit.levers import changes_optimizer, of_units
 from tightfit.plan import every_block, simulate
 from tightfit.plan import plan as make_plan
@@ -76,6 +87,7 @@ def measure(
     described: dict[str, Any] | None = None,
     traced: Callable[[Trace], None] = lambda _: None,
     cut: CutStep | None = None,
+    host_budget: str | int | None = None,
 ) -> Measurement:
     """Rows for no checkpointing, every block, and the plan by `levers` for `budget` (a percentage is of the unplanned
     peak). By default the plan may use what `plan` uses, the optimizer's step in backward, and its state in
@@ -85,7 +97,7 @@ def measure(
 
     `repeats`: interleaved timed steps per row; the row has their median. `described` fills the fields that say
     what was measured (`model`, `method`, `batch`, `seq`, `dtype`). `traced` is given the trace, for a report.
-    `cut`: what runs in place of a plan of the whole batch.
+    `cut`: what runs in place of a plan of the whole batch. `host_budget`: as in `plan`.
     """
     if compiled_entries(model):
         raise Unsupported(
@@ -97,7 +109,11 @@ def measure(
     traced(recorded if cut is None else cut.trace)
     progress("planning")
     if cut is None:
-        chosen = make_plan(recorded, budget, levers=levers, beside=BESIDE if levers is None else ())
+        beside = BESIDE if levers is None else ()
+        chosen = planned_here(
+            recorded, budget, parse_host_budget(host_budget), device_of(model),
+            lambda budget, limit: make_plan(recorded, budget, levers=levers, beside=beside, host_budget=limit),
+        )  # fmt: skip
     else:
         chosen = cut.plan
     held = of_units(chosen)

@@ -39,11 +39,13 @@ class StateInHost(LeverDefinition):
         if at is None or not at.in_chunks:
             return
         sizes = sorted({p.size_bytes for part in at.in_chunks for p in part.parameters if p.state_bytes}, reverse=True)
+        # the least that tells these from smaller ones, whatever the device rounds sizes to; the last are all
+        divisions = [smaller + 1 for smaller in sizes[1:]] + [1] * bool(sizes)
+        room_bytes = step.host_room_bytes
+        if room_bytes is not None:
+            divisions = [least for least in divisions if waiting_bytes(at, least) <= room_bytes]
         told = set()
-        for index in range(min(_DIVISIONS, len(sizes))):
-            # the least that tells these from smaller ones, whatever the device rounds sizes to; the last are all
-            last = index == _DIVISIONS - 1 or index == len(sizes) - 1
-            least_bytes = 1 if last else sizes[index + 1] + 1
+        for least_bytes in [*divisions[:-1][: _DIVISIONS - 1], *divisions[-1:]]:
             bytes_moved = waiting_bytes(at, least_bytes)
             if bytes_moved in told:
                 continue
@@ -52,7 +54,8 @@ class StateInHost(LeverDefinition):
             rates = (trace.out_bytes_per_second, trace.back_bytes_per_second)
             seconds = sum(bytes_moved / rate for rate in rates if rate)
             setting = f"{least_bytes} {cut_text(at)}"
-            yield step.with_setting(self, state_in_host(trace, least_bytes), setting, seconds=seconds)
+            told_trace = state_in_host(trace, least_bytes)
+            yield step.with_setting(self, told_trace, setting, seconds=seconds, host_bytes=bytes_moved)
 
     def under(self, trace: Trace, plan: Plan) -> Trace:
         if not self.is_used(plan):

@@ -54,7 +54,7 @@ class StreamWeights(LeverDefinition):
     lowers_floor = True
 
     def variants(self, step: Variant) -> Iterator[Variant]:
-        order = _in_order(step.trace)
+        order = _within(step.trace, _in_order(step.trace), step.host_room_bytes)
         whole_bytes = sum(_bytes(step.trace, each) for each in order)
         before, count = 0.0, 0
         for division in range(1, _DIVISIONS + 1):
@@ -71,7 +71,10 @@ class StreamWeights(LeverDefinition):
             trace = streaming(step.trace, streamed)
             # what replays copy is in the ops' seconds, which count once in the step's own
             in_ops = sum(op.seconds for op in trace.ops) - sum(op.seconds for op in step.trace.ops)
-            made = step.with_setting(self, trace, _text(step.trace, streamed), seconds=seconds)
+            made = step.with_setting(
+                self, trace, _text(step.trace, streamed), seconds=seconds,
+                host_bytes=sum(_bytes(step.trace, each) for each in streamed),
+            )  # fmt: skip
             yield dataclasses.replace(made, seconds=made.seconds - in_ops, eases_seconds=seconds - in_ops - before)
             before = seconds
 
@@ -206,6 +209,16 @@ def _in_order(trace: Trace) -> list[FrozenWeights]:
         return len(weights.spans) + saved_bytes / max(1, _bytes(trace, weights))
 
     return sorted(trace.frozen, key=lambda each: (round(copies(each), 3), each.spans[0][0], each.module))
+
+
+def _within(trace: Trace, order: Sequence[FrozenWeights], room_bytes: int | None) -> list[FrozenWeights]:
+    """Those of `order`, the first first, that find room in `room_bytes` of host memory together."""
+    found, taken_bytes = [], 0
+    for each in order:
+        if room_bytes is None or taken_bytes + _bytes(trace, each) <= room_bytes:
+            found.append(each)
+            taken_bytes += _bytes(trace, each)
+    return found
 
 
 def copy_seconds(trace: Trace, streamed: Sequence[FrozenWeights]) -> float:

@@ -1,0 +1,94 @@
+"""What limits that are set outside of tightfit leave a plan here.
+
+Idea: a budget says what a step may take, and the process may be given less: a share of the card
+(`set_per_process_memory_fraction`), a control group's limit of host memory, or simply a machine that has no more. What
+a plan has wait in host memory must find room in this machine.
+
+Invariant: a budget is only ever lowered, and a line says so. A host budget that the user gave is the user's own word: a
+plan that asks for more than the machine leaves is made, and a line says so. Refused: a plan that nobody limited and
+that the machine has no host memory for, if no other is found (`BudgetInfeasible`, which says whose limit it was).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from tightfit import accelerator
+from tightfit.core import BudgetInfeasible, Category, Plan, Trace, format_bytes, parse_bytes
+from tightfit.engine.offload import held_bytes
+from tightfit.plan import simulate
+from tightfit.plan.account import host_bytes
+
+__all__ = ["planned_here", "room_in_host"]
+
+#: What lies on the device before a step, in the process already.
+_THERE = (Category.PARAMETERS, Category.QUANTISED, Category.BUFFERS)
+
+
+def room_in_host() -> int | None:
+    """Bytes that this process may still take of this machine's memory, for what is to wait there. None: the system does
+    not say. What pools hold counts as free: a plan that is made anew takes the place of the one that filled them."""
+    free_bytes = accelerator.free_bytes(accelerator.HOST)
+    return None if free_bytes is None else free_bytes + held_bytes()
+
+
+def planned_here(
+    trace: Trace,
+    budget: str | int,
+    host_budget: int | None,
+    device: torch.device,
+    make: Callable[[str | int, int | None], Plan],
+) -> Plan:
+    """The plan of `trace` that `make(budget, host_budget)` gives, within the limits that are set here. Raises what
+    `make` does."""
+    made = make(_within_device(trace, budget, device), host_budget)
+    waiting = sum(host_bytes(trace, made).values())
+    left = _beside_step(trace, made.budget_bytes, device) if waiting else None
+    if left is None or waiting <= left:
+        return made
+    if host_budget is not None:
+        warnings.warn(
+            f"the plan has {format_bytes(waiting)} wait in host memory, as its host budget allows, and this machine "
+            f"leaves {format_bytes(left)}: lower the host budget",
+            stacklevel=4,
+        )
+        return made
+    try:
+        return make(made.budget_bytes, left)
+    except BudgetInfeasible as error:
+        why = (
+            f"no host budget was given: {format_bytes(left)} is what this machine, or the limit of its control group, "
+            "leaves"
+        )
+        raise BudgetInfeasible(
+            error.budget_bytes, error.least_bytes, (why, *error.advice),
+            host_budget_bytes=error.host_budget_bytes, host_bytes=error.host_bytes,
+        ) from None  # fmt: skip
+
+
+def _within_device(trace: Trace, budget: str | int, device: torch.device) -> str | int:
+    """`budget`, or what this process may take of the card where that is less."""
+    limit_bytes = accelerator.limit_bytes(device) if accelerator.is_card(device) else None
+    if limit_bytes is None:
+        return budget
+    asked_bytes = parse_bytes(budget, whole_bytes=simulate(trace).peak_bytes)
+    if asked_bytes <= limit_bytes:
+        return budget
+    warnings.warn(
+        f"a budget of {format_bytes(asked_bytes)} was asked for, and this process may take {format_bytes(limit_bytes)} "
+        f"of {accelerator.name_of(device)}: planned for that",
+        stacklevel=5,
+    )
+    return limit_bytes
+
+
+def _beside_step(trace: Trace, budget_bytes: int, device: torch.device) -> int | None:
+    """What is left of host memory beside the step itself, which runs there too where the host is the device."""
+    room_bytes = room_in_host()
+    if room_bytes is None or accelerator.is_card(device):
+        return room_bytes
+    there = sum(trace.static_bytes.get(category.value, 0) for category in _THERE)
+    return max(0, room_bytes - max(0, budget_bytes - there))

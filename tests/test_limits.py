@@ -1,0 +1,177 @@
+"""Limits that are set outside of tightfit: a share of a card, a slice of one, control groups, the machine's memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tightfit
+from tightfit import accelerator
+from tightfit.accelerator import control_groups
+from tightfit.core import BudgetInfeasible, parse_levers
+from tightfit.engine import apply, limits
+from tightfit.engine.offload import held_bytes
+from tightfit.plan import lowest
+from tightfit.plan.account import host_bytes
+from tightfit.train.record import RunRecord
+
+GIB, MIB = 2**30, 2**20
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Write files of a system that is not there; unset what they are not told of."""
+    monkeypatch.setattr(control_groups, "ROOT", tmp_path)
+
+    def write(groups: str, **files: str) -> None:
+        (tmp_path / "proc/self").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proc/self/cgroup").write_text(groups)
+        for name, text in files.items():
+            path = tmp_path / "sys/fs/cgroup" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    return write
+
+
+UNLIMITED = "9223372036854771712\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        ("0::/\n", {"memory.max": "max\n"}, None),
+        ("0::/\n", {"memory.max": "1000\n"}, 1000),
+        ("0::/a/b\n", {"a/memory.max": "500\n", "a/b/memory.max": "max\n", "memory.max": "max\n"}, 500),
+        ("0::/a/b\n", {"a/memory.max": "500\n", "a/b/memory.max": "400\n"}, 400),
+        ("0::/docker/x\n", {"memory.max": "700\n"}, 700),  # a path of the host's, which is not there
+        ("0::/\n4:memory:/job\n", {"memory/job/memory.limit_in_bytes": "300\n"}, 300),
+        ("3:cpu,memory:/job\n", {"memory/job/memory.limit_in_bytes": "300\n", "job/memory.max": "1"}, 300),
+        ("4:memory:/docker/x\n", {"memory/memory.limit_in_bytes": "200\n"}, 200),
+        ("2:cpu:/a\n0::/b\n", {"unified/b/memory.max": "100\n", "cpu/a/memory.limit_in_bytes": "1"}, 100),
+        ("no lines of that kind", {"memory.max": "90"}, 90),
+        ("", {}, None),
+    ],
+)
+def test_the_least_limit_of_the_control_groups(
+    groups: str, files: dict[str, str], limit: int | None, system: Any
+) -> None:
+    system(groups, **files)
+    assert control_groups.least_limit_bytes() == limit
+
+
+def test_what_this_process_may_take_of_host_memory(system: Any) -> None:
+    whole_bytes = accelerator.host_memory_bytes()
+    assert whole_bytes is not None
+    system("4:memory:/job\n", **{"memory/job/memory.limit_in_bytes": UNLIMITED})
+    assert accelerator.limit_bytes(accelerator.HOST) == whole_bytes
+    before = accelerator.free_bytes(accelerator.HOST)
+    assert before is not None and 0 < before < whole_bytes
+    system("0::/a\n", **{"a/memory.max": str(whole_bytes - 100 * MIB)})
+    assert accelerator.limit_bytes(accelerator.HOST) == whole_bytes - 100 * MIB
+    after = accelerator.free_bytes(accelerator.HOST)
+    assert after is not None and abs(before - after - 100 * MIB) < 50 * MIB
+
+
+class Card:
+    """What torch tells of a card: of a MIG slice it tells the slice's memory, and the share that was set."""
+
+    def __init__(self, memory_bytes: int, share: float | None) -> None:
+        self.get_device_properties = lambda _: SimpleNamespace(total_memory=memory_bytes, name="Slice 1g.10gb")
+        self.get_device_name = lambda _: "Slice 1g.10gb"
+        if share is not None:
+            self.get_per_process_memory_fraction = lambda _: share
+
+
+@pytest.mark.parametrize(
+    ("share", "limit"), [(None, 8 * GIB), (1.0, 8 * GIB), (0.5, 4 * GIB)], ids=["not told", "all", "half"]
+)
+def test_a_share_of_a_card_is_a_limit(share: float | None, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(8 * GIB, share)
+    monkeypatch.setattr(accelerator, "_module", lambda _: card)
+    here = torch.device("cuda", 0)
+    assert accelerator.memory_bytes(here) == 8 * GIB and accelerator.limit_bytes(here) == limit
+    # a percentage of train's is of the card, as ever, and never more than the share
+    for budget, found in (("25%", 2 * GIB), ("80%", min(limit, 8 * GIB * 4 // 5))):
+        record = SimpleNamespace(options=SimpleNamespace(budget=budget), device=here)
+        assert RunRecord._budget(record) == found  # type: ignore[arg-type]
+
+
+def stack() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(4)))
+
+
+def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = model(batch).square().mean()
+    return out
+
+
+def test_a_budget_beyond_the_share_of_a_card_is_lowered_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = tightfit.trace(stack(), torch.randn(512, 64), loss=loss)
+    peak_bytes = tightfit.simulate(trace).peak_bytes
+    card = Card(2 * peak_bytes, 0.4)
+    monkeypatch.setattr(accelerator, "_module", lambda _: card)
+    limit = int(0.4 * 2 * peak_bytes)
+
+    def make(budget: str | int, host_budget: int | None) -> tightfit.Plan:
+        return tightfit.plan(trace, budget, host_budget=host_budget)
+
+    with pytest.warns(UserWarning, match=r"this process may take .* of Slice 1g.10gb: planned for that"):
+        made = limits.planned_here(trace, "100%", None, torch.device("cuda", 0), make)
+    assert made.budget_bytes == limit >= made.peak_bytes
+    assert limits.planned_here(trace, "75%", None, torch.device("cuda", 0), make).budget_bytes == int(0.75 * peak_bytes)
+
+
+def fitted(part: float, **more: Any) -> tuple[tightfit.Plan, int]:
+    """The plan that `fit` makes by offload, and its bytes in host memory."""
+    model, rows = stack(), torch.randn(512, 64)
+    with tightfit.fit(model, rows, f"{part:.0%}", loss, levers="recompute,offload", **more) as applied:
+        assert applied.trace is not None
+        return applied.plan, sum(host_bytes(applied.trace, applied.plan).values())
+
+
+def test_a_plan_beyond_what_the_machine_leaves_is_another_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, wanted_bytes = fitted(0.6)
+    assert wanted_bytes > 0 and free.host_budget_bytes is None
+    monkeypatch.setattr(limits, "_beside_step", lambda *_: wanted_bytes)
+    assert fitted(0.6)[0].host_budget_bytes is None  # there is room
+    monkeypatch.setattr(limits, "_beside_step", lambda *_: wanted_bytes // 2)
+    made, waiting_bytes = fitted(0.6)
+    assert waiting_bytes <= wanted_bytes // 2 == made.host_budget_bytes
+    with pytest.warns(UserWarning, match="and this machine leaves"):
+        assert fitted(0.6, host_budget="1GiB")[1] == wanted_bytes  # the user's own word
+    trace = tightfit.trace(stack(), torch.randn(512, 64), loss=loss)
+    floors = [lowest(trace, levers=parse_levers(n)).peak_bytes for n in ("recompute,offload", "recompute")]
+    monkeypatch.setattr(limits, "_beside_step", lambda *_: 4096)
+    with pytest.raises(BudgetInfeasible, match=r"no host budget was given: 4.00 KiB is what this machine"):
+        fitted(sum(floors) / 2 / tightfit.simulate(trace).peak_bytes)
+
+
+def test_what_is_left_counts_the_step_where_the_host_is_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = tightfit.trace(stack(), torch.randn(512, 64), loss=loss)
+    weights = sum(p.numel() * 4 for p in stack().parameters())
+    monkeypatch.setattr(accelerator, "free_bytes", lambda _: 100 * MIB)
+    held = 7 * MIB  # by pools, which counts as free
+    monkeypatch.setattr(limits, "held_bytes", lambda: held)
+    left = limits._beside_step(trace, 40 * MIB, torch.device("cpu"))
+    assert left == 100 * MIB + held - (40 * MIB - weights)
+    assert limits._beside_step(trace, 40 * MIB, torch.device("cuda", 0)) == 100 * MIB + held
+    assert limits._beside_step(trace, 900 * MIB, torch.device("cpu")) == 0
+    monkeypatch.setattr(accelerator, "free_bytes", lambda _: None)
+    assert limits._beside_step(trace, 40 * MIB, torch.device("cpu")) is None
+
+
+def test_what_pools_hold_is_no_reason_against_the_next_plan() -> None:
+    model, rows = stack(), torch.randn(512, 64)
+    before = held_bytes()
+    trace = tightfit.trace(model, rows, loss=loss)
+    plan = tightfit.plan(trace, "60%", levers="recompute,offload")
+    with apply(model, plan) as applied:
+        loss(model, rows).backward()
+        assert held_bytes() - before == applied.pool.taken_bytes > 0
