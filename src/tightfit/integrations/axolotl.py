@@ -51,7 +51,7 @@ class TightfitSettings(BaseModel):
     verify: bool = True
     levers: str | list[str] | None = None
     exact: bool = False
-    beside: str | list[str] = ()  # type: ignore[assignment]
+    beside: str | list[str] = []
     micro_batch: str | int | None = None
 
     @field_validator("budget")
@@ -80,7 +80,7 @@ class TightfitArgs(BaseModel):
     tightfit: TightfitSettings | None = None
 
 
-class TightfitPlugin(BasePlugin):  # type: ignore[misc, unused-ignore]
+class TightfitPlugin(BasePlugin):  # type: ignore[misc]
     """Gives Axolotl's trainer a `TightfitCallback`, which is `callback` afterwards."""
 
     def __init__(self) -> None:
@@ -105,7 +105,9 @@ class TightfitPlugin(BasePlugin):  # type: ignore[misc, unused-ignore]
         if cfg.get("adapter") and all(cfg.get(key) is None for key in _LORA_KERNELS):
             for key in _LORA_KERNELS:
                 cfg[key] = False
-            print("tightfit: Axolotl's LoRA kernels, which are on by default, are off: no op shows them", file=sys.stderr)
+            print(
+                "tightfit: Axolotl's LoRA kernels, which are on by default, are off: no op shows them", file=sys.stderr
+            )
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TightfitCallback]:
         if _NAME not in (cfg.plugins or ()):

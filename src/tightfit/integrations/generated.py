@@ -46,8 +46,8 @@ def refuse(trainer: Any, in_parts: bool) -> None:
     if not generates(trainer):
         if in_parts and type(trainer)._prepare_inputs is not transformers.Trainer._prepare_inputs:
             raise Unsupported(
-                f"{type(trainer).__name__} adds to each batch (_prepare_inputs), which micro-batches are not tried with: "
-                "leave micro_batch out, or the callback"
+                f"{type(trainer).__name__} adds to each batch (_prepare_inputs), and micro-batches are not tried with "
+                "that: leave micro_batch out, or the callback"
             )
         return
     asked = "micro_batch" if in_parts else f"{trainer.args.world_size} processes" if trainer.args.world_size > 1 else ""
