@@ -16,7 +16,8 @@ YAML is read; a plug-in without its key; kernels that the YAML asks for.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -26,6 +27,7 @@ from tightfit.integrations.transformers import TightfitCallback
 
 __all__ = ["TightfitArgs", "TightfitPlugin", "TightfitSettings"]
 
+_T = TypeVar("_T")
 _NAME = f"{__name__}.TightfitPlugin"
 
 #: Axolotl's keys for kernels whose memory no op shows. The first four it switches on by itself.
@@ -65,7 +67,7 @@ class TightfitSettings(BaseModel):
         return _checked(value, lambda: levers_named(value))
 
 
-def _checked(value: Any, parse: Any) -> Any:
+def _checked(value: _T, parse: Callable[[], object]) -> _T:
     """`value`, if it can be parsed; pydantic tells of a `ValueError` in the name of the key."""
     try:
         parse()
