@@ -1430,6 +1430,7 @@ PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("", "tightfit.integrations.recovery", ("Recovery", "Retry", "OutOfMemory", "TornStep")),
     ("", "tightfit.integrations.transformers", ("load_model", "random_batch")),
     ("", "tightfit.integrations.lightning", ("TightfitCallback",)),
+    ("", "tightfit.integrations.axolotl", ("TightfitPlugin", "TightfitSettings")),
     ("", "tightfit.integrations.peft", ("add_lora",)),
     ("", "tightfit.integrations.accelerate", ("fit",)),
     ("Doctor", "tightfit.doctor", ("examine",)),

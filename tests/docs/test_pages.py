@@ -13,7 +13,8 @@ Comments right before a block steer it:
     <!-- test: slow -->         only with -m slow, which runs the whole page
     <!-- test: skip REASON -->  not run; the reason is shown
     <!-- test: exit 1 -->       the last command's exit status is 1 ("the answer is no")
-    <!-- test: needs PACKAGE -->  a program of its own, run with -m slow where that package can be imported
+    <!-- test: needs PACKAGE -->  a program of its own (or commands) beside the page's files, run with -m slow where
+                                  that package can be imported
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def _block(info: str, line: int, source: str, directives: list[tuple[int, str, s
             skip = rest
         elif verb == "exit" and rest.isdigit():
             exit_status = int(rest)
-        elif verb == "needs" and rest.isidentifier() and language in PYTHON:
+        elif verb == "needs" and rest.isidentifier() and language in PYTHON | SHELL:
             needs = rest
         else:
             raise ValueError(
@@ -145,7 +146,7 @@ def treatment(command: str) -> str:
     while words and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=\S*", words[0]):  # VARIABLE=value before the command
         words.pop(0)
     name = words[0].removeprefix(".venv/bin/") if words else ""
-    if name in {"tightfit", "python", "python3"}:
+    if name in {"tightfit", "python", "python3", "axolotl", "swift"}:
         # `python -m venv .venv` and `python -m pip install` are set-up, whoever calls them.
         return "leave" if words[1:2] == ["-m"] and words[2:3] in (["venv"], ["pip"]) else "run"
     if name == "make":
@@ -271,7 +272,8 @@ def of_packages() -> Iterator[object]:
 def test_block_that_needs_a_package(page: str, block: Block, tmp_path: Path) -> None:
     if importlib.util.find_spec(str(block.needs)) is None:
         pytest.skip(f"{page} line {block.line} needs {block.needs}, which is not installed here")
-    tell(page, [block], tmp_path)
+    files = [each for each in blocks_of(page) if each.title and each.needs is None]
+    tell(page, [*files, block], tmp_path)
 
 
 def test_a_block_that_needs_a_package_is_found_and_can_fail(tmp_path: Path) -> None:

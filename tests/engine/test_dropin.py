@@ -670,8 +670,8 @@ def test_compiled_functions_inside_a_region(
     backend: str, whole: bool, checkpoint: Checkpoint, layer: nn.Linear
 ) -> None:
     """They run compiled there, and the compiler leaves the engine alone."""
-    if backend == "inductor" and checkpoint.func is torchs.checkpoint and torch.__version__ < "2.12":  # type: ignore[attr-defined]
-        pytest.skip("torch 2.11 aborts the process now and then, in its own checkpoint around inductor's code")
+    if backend == "inductor" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 aborts the process now and then where inductor's code runs in a checkpoint, its own too")
     torch._dynamo.reset()
     compiled = torch.compile((lambda y: layer(y).sin().exp()) if whole else (lambda y: y.sin().exp()), backend=backend)
 

@@ -20,20 +20,36 @@ import transformers
 from torch.nn import functional as F
 
 from tightfit.core import Unsupported
-from tightfit.integrations.longest import Extent
+from tightfit.integrations.longest import Extent, plain
 
-__all__ = ["extent_of", "generates", "longest_completions", "refuse", "waiting_batches", "with_batches"]
+__all__ = ["extent_of", "generates", "longest_completions", "prepared", "refuse", "waiting_batches", "with_batches"]
 
 _COMPLETIONS = "completion_ids"
 
 
 def generates(trainer: Any) -> bool:
-    """Does this trainer make its batches itself, while it trains?"""
-    return type(trainer)._prepare_inputs is not transformers.Trainer._prepare_inputs
+    """Does this trainer make its batches itself, while it trains? ms-swift's only add to those of the data loader."""
+    kind = type(trainer)
+    if kind._prepare_inputs is transformers.Trainer._prepare_inputs:
+        return False
+    return hasattr(trainer.args, "max_completion_length") or any(name.startswith("_generate") for name in dir(kind))
+
+
+def prepared(trainer: Any, batch: Any) -> Any:
+    """A batch of the data loader as the trainer's loss takes it: on its device, with what the trainer adds."""
+    prepare = transformers.Trainer._prepare_inputs if generates(trainer) else type(trainer)._prepare_inputs
+    return prepare(trainer, plain(batch))
 
 
 def refuse(trainer: Any, in_parts: bool) -> None:
     """Raise `Unsupported` for what was not tried with generated batches. `in_parts`: they are to be cut."""
+    if not generates(trainer):
+        if in_parts and type(trainer)._prepare_inputs is not transformers.Trainer._prepare_inputs:
+            raise Unsupported(
+                f"{type(trainer).__name__} adds to each batch (_prepare_inputs), and micro-batches are not tried with "
+                "that: leave micro_batch out, or the callback"
+            )
+        return
     asked = "micro_batch" if in_parts else f"{trainer.args.world_size} processes" if trainer.args.world_size > 1 else ""
     if asked:
         raise Unsupported(

@@ -44,24 +44,29 @@ def trainer_loss(trainer: Any) -> Callable[[nn.Module, Any], torch.Tensor]:
     return loss
 
 
-#: What TRL's losses add to that is no plain value.
-_STATISTICS = ("_metrics", "_logs", "_entropy_window_stats")
+#: What losses add to that is no plain value: TRL's (`_metrics`, older releases' `_stored_metrics`), ms-swift's
+#: (`custom_metrics`), and Axolotl's, which counts tokens in the Trainer's state.
+_STATISTICS = ("_metrics", "_logs", "_entropy_window_stats", "_stored_metrics", "custom_metrics", "tokens")
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 @contextmanager
 def statistics_kept(trainer: Any) -> Iterator[None]:
-    """Undo what `compute_loss` adds to statistics of its own (TRL's do) in steps that train nothing."""
-    held = vars(trainer)
+    """Undo what `compute_loss` adds to statistics of its own in steps that train nothing."""
+    held, state = vars(trainer), vars(getattr(trainer, "state", None) or trainer)
     plain = {name: value for name, value in held.items() if isinstance(value, _PLAIN)}
-    kept = {name: copy.deepcopy(held[name]) for name in _STATISTICS if name in held}
+    kept = [(of, {name: copy.deepcopy(of[name]) for name in _STATISTICS if name in of}) for of in (held, state)]
     if "current_gradient_accumulation_steps" not in held:  # the Trainer sets it at its first step
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     try:
         yield
     finally:
         held.update(plain)
-        held.update(kept)
+        for of, statistics in kept:
+            for name in _STATISTICS:
+                if name not in statistics:  # it came with the first loss
+                    of.pop(name, None)
+            of.update(statistics)
 
 
 def recorded(

@@ -266,8 +266,8 @@ class TightfitCallback(PeakCallback):
             self._suspended = conflicts.Suspended(trainer, model)
             self._say(state, self._suspended.said)
             unseen = ""
+            generated.refuse(trainer, self.in_parts is not None)
             if generated.generates(trainer):
-                generated.refuse(trainer, self.in_parts is not None)
                 watch = generated.with_batches(self._at_rest, self._generated, trainer)
                 self._patches.enter_context(replaced(trainer, "_prepare_inputs", watch))
                 if not self._given:  # planned when the first batch is there
@@ -279,7 +279,7 @@ class TightfitCallback(PeakCallback):
             elif not self._given:
                 size = getattr(trainer, "_train_batch_size", args.train_batch_size)
                 self.batch, unseen = longest_batch(kwargs["train_dataloader"], size)
-                self.batch = transformers.Trainer._prepare_inputs(trainer, plain(self.batch))
+                self.batch = generated.prepared(trainer, self.batch)
             if unseen:
                 self._say(
                     state, f"planned for the longest of {unseen}; a longer batch will be planned for when it comes"
@@ -472,7 +472,7 @@ class TightfitCallback(PeakCallback):
         model, before = self._trainer.model_wrapped, (self.plan, self.trace)
         if self.applied is not None:
             self.applied.suspend()
-        prepared = transformers.Trainer._prepare_inputs(self._trainer, batch)
+        prepared = generated.prepared(self._trainer, batch)
         with self._in_training(model):
             new = self._plan_for(prepared, model, kwargs["optimizer"])
         old = before[0]
@@ -499,7 +499,7 @@ class TightfitCallback(PeakCallback):
         if not self.verify:
             return
         if batch is None and self._upcoming and not generated.generates(self._trainer):
-            batch = transformers.Trainer._prepare_inputs(self._trainer, parts_of(self._upcoming[0])[0])
+            batch = generated.prepared(self._trainer, parts_of(self._upcoming[0])[0])
         batch = self.batch if batch is None else batch
         assert self.plan is not None
         with self._in_training(model):
