@@ -671,7 +671,7 @@ def test_compiled_functions_inside_a_region(
 ) -> None:
     """They run compiled there, and the compiler leaves the engine alone."""
     if backend == "inductor" and torch.__version__ < "2.12":
-        pytest.skip("torch 2.11 aborts the process now and then where inductor's code runs in a checkpoint, its own too")
+        pytest.skip("torch 2.11 aborts the process now and then where inductor's code runs in a checkpoint")
     torch._dynamo.reset()
     compiled = torch.compile((lambda y: layer(y).sin().exp()) if whole else (lambda y: y.sin().exp()), backend=backend)
 
