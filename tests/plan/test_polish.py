@@ -30,10 +30,10 @@ def test_options_of_a_lower_moment_lower_the_peak(llama: Trace, monkeypatch: pyt
     """The fullest moment is in a block's own backward, which the frontier does not see."""
     with_them = lowest(llama, levers=("recompute",))
     quick = lowest(llama, levers=("recompute",), effort=Effort(points=40, solver_seconds=0.3, proves=False))
-    monkeypatch.setattr(ways, "_latest", None)
+    monkeypatch.setattr(ways, "_latest", {})
     monkeypatch.setattr(table, "leaner", lambda *_, **__: [])
     without = lowest(llama, levers=("recompute",))
-    monkeypatch.setattr(ways, "_latest", None)
+    monkeypatch.setattr(ways, "_latest", {})
     assert with_them.peak_bytes < 0.98 * without.peak_bytes
     assert quick.peak_bytes < 0.99 * without.peak_bytes  # forecasts are made in quick searches
     assert tightfit.simulate(llama, with_them).peak_bytes == with_them.peak_bytes
