@@ -91,7 +91,10 @@ def test_every_command_is_in_the_extra_all() -> None:
 
 def test_every_import_of_what_a_base_install_lacks_names_its_extra() -> None:
     imported: set[str] = set()
+    plug_ins = {"axolotl.py"}  # imported by the tool that they are for, which brings what they need
     for path in (ROOT / "src").rglob("*.py"):
+        if path.name in plug_ins:
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported.update(alias.name.partition(".")[0] for alias in node.names)

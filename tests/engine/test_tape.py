@@ -265,9 +265,9 @@ def keeping(plan: Plan, name: str) -> Plan:
 def test_a_forward_without_a_backward_leaves_nothing() -> None:
     model, batch = Net(Branch(), Branch(), Branch()), torch.randn(8, WIDTH)
     plan = keeping(every_block(tightfit.trace(model, batch)), "aten.addmm.default")
-    seen: list[weakref.ref[torch.Tensor]] = []
+    seen: list[weakref.ref[torch.UntypedStorage]] = []
     for block in model.blocks:
-        block.first.register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out)))  # type: ignore[union-attr,operator]
+        block.first.register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out.untyped_storage())))  # type: ignore[union-attr,operator]
     gc.collect()
     gc.disable()
     try:

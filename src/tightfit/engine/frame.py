@@ -57,6 +57,7 @@ from tightfit.step.checksum import checksum, differs
 from tightfit.step.ops import BATCH_NORMS, is_random, is_uncounted, op_name
 from tightfit.step.patches import hidden_from_compiler
 from tightfit.step.run import tensors_in
+from tightfit.step.saved import without_history
 
 _CAST = torch.ops.aten._to_copy.default
 
@@ -70,13 +71,16 @@ class _Differs(Exception):
 
 
 class _Held:
-    """A saved tensor that the plan keeps, with the version that it had when it was saved."""
+    """A saved tensor that the plan keeps, with the version that it had when it was saved.
+
+    It is held without its history, so that it goes with the graph where no backward comes.
+    """
 
     __slots__ = ("tensor", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        self.version = _version(tensor)
+        self.tensor = without_history(tensor)
+        self.version = _version(self.tensor)
 
     def get(self) -> torch.Tensor:
         if _version(self.tensor) != self.version:

@@ -34,6 +34,7 @@ from tightfit.step.parallel import (
 from tightfit.step.run import (
     tensors_in,
 )
+from tightfit.step.saved import without_history
 from tightfit.step.snapshot import Snapshot
 from tightfit.trace.fake import FakeStep
 from tightfit.trace.profiler import ENGINE, MARK, risen_bytes, run_by
@@ -387,7 +388,8 @@ class Recorder(TorchDispatchMode):
     # -- saved tensors
 
     def pack(self, tensor: torch.Tensor) -> _Holder:
-        return _Holder(None if self.dry else tensor, self.note_saved(tensor), self)
+        saved = self.note_saved(tensor)
+        return _Holder(None if self.dry else without_history(tensor), saved, self)
 
     def note_saved(self, tensor: torch.Tensor) -> int:
         value, _ = self.value_of(tensor)

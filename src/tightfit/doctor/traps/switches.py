@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from tightfit.core import format_bytes
 from tightfit.doctor.run import Run, is_true
 from tightfit.doctor.traps.trap import Seen, Trap, bites, not_here, switched_on, tiny_batch, tiny_model
+from tightfit.step.saved import without_history
 
 
 def _probe_trl() -> Seen:
@@ -81,7 +82,7 @@ def _saved_bytes(model: nn.Module) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return without_history(tensor)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = model(**tiny_batch(), use_cache=False)

@@ -37,6 +37,7 @@ from tightfit.step.geometry import Geometry
 from tightfit.step.parallel import Strategy, strategy_of
 from tightfit.step.patches import ForwardPatch
 from tightfit.step.run import is_elsewhere, stays_elsewhere
+from tightfit.step.saved import without_history
 from tightfit.step.weights import FrozenModule, Lender, frozen_modules, lend, lender_of, nodes_of_its_own
 
 __all__ = ["Streamed", "streaming"]
@@ -188,7 +189,7 @@ class _Passed:
 def _pack(outer: Any, tensor: torch.Tensor) -> Any:
     lender = lender_of(tensor)
     # whoever else listens counts what is saved, whether or not it holds it
-    packed: Any = tensor if outer is None else _Passed(outer[0](tensor), outer[1])
+    packed: Any = without_history(tensor) if outer is None else _Passed(outer[0](tensor), outer[1])
     return packed if lender is None else _Away(lender, Geometry.of(tensor), lender.version)
 
 
