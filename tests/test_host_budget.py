@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.plan.stacks import half_frozen
+from tests.plan.stacks import mean_square as loss
 from torch import nn
 
 import tightfit
@@ -49,17 +51,7 @@ MOVING = ("offload", "stream_weights", "state_in_host")
 
 def stack() -> nn.Sequential:
     """Blocks of two widths, every second one frozen, so that each lever has large and small things to move."""
-    torch.manual_seed(0)
-    inner = (4 * WIDTH, 2 * WIDTH, 2 * WIDTH, 4 * WIDTH)
-    blocks = [nn.Sequential(nn.Linear(WIDTH, wide), nn.GELU(), nn.Linear(wide, WIDTH)) for wide in inner]
-    for block in blocks[::2]:
-        block.requires_grad_(False)
-    return nn.Sequential(*blocks)
-
-
-def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = model(batch).square().mean()
-    return out
+    return half_frozen(WIDTH, (4 * WIDTH, 2 * WIDTH, 2 * WIDTH, 4 * WIDTH))
 
 
 def batch(rows: int = ROWS) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.plan.stacks import mean_square as loss_of
 from torch import nn
 
 import tightfit
@@ -48,11 +49,6 @@ class Block(nn.Module):
         self.seen.append(weakref.ref(made.untyped_storage()))
         out: torch.Tensor = x + self.down(hidden)
         return out + made.sum() if self.used else out
-
-
-def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    loss: torch.Tensor = model(batch).square().mean()
-    return loss
 
 
 class Stack(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -46,6 +47,20 @@ class Stack(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x).exp().mean()
+
+
+def half_frozen(width: int, inner: Sequence[int]) -> nn.Sequential:
+    """A block for each width in `inner`, every second one frozen."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, width)) for wide in inner]
+    for block in blocks[::2]:
+        block.requires_grad_(False)
+    return nn.Sequential(*blocks)
+
+
+def mean_square(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = model(batch).square().mean()
+    return loss
 
 
 @functools.cache

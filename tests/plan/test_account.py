@@ -7,6 +7,8 @@ import io
 import pytest
 import torch
 from rich.console import Console
+from tests.plan.stacks import half_frozen
+from tests.plan.stacks import mean_square as loss
 from torch import nn
 
 import tightfit
@@ -20,16 +22,7 @@ WIDTH, ROWS = 256, 2048
 
 
 def stack() -> nn.Sequential:
-    torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)) for _ in range(4)]
-    for block in blocks[::2]:
-        block.requires_grad_(False)
-    return nn.Sequential(*blocks)
-
-
-def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = model(batch).square().mean()
-    return out
+    return half_frozen(WIDTH, [4 * WIDTH] * 4)
 
 
 @pytest.mark.parametrize(

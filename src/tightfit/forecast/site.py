@@ -139,7 +139,8 @@ def gather(
     written: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Answer what is asked and not answered yet; the whole document. `written` is called with it after every model."""
-    document, now = _as_it_stands(out, asked)
+    here = {name: version for name, version in environment().items() if name in _VERSIONS}
+    document, now = _as_it_stands(out, asked, here)
     try:
         out.mkdir(exist_ok=True)
     except OSError as error:
@@ -148,11 +149,11 @@ def gather(
     try:
         for count, setup in enumerate(steps, start=1):
             where = f"{setup.model}, {setup.method}, {setup.seq} tokens ({count} of {len(steps)})"
-            document, now = _as_it_stands(out, asked)
+            document, now = _as_it_stands(out, asked, here)
             if _is_new(document, setup, now):
                 progress(where)
                 cell = _cell(setup, asked.cards, _within(progress, where))
-                document, now = _as_it_stands(out, asked)  # others may have added theirs meanwhile
+                document, now = _as_it_stands(out, asked, here)  # others may have added theirs meanwhile
                 _put(document, setup, {**cell, "environment": now})
                 write_text(out / ANSWERS, json.dumps(document, separators=(",", ":")) + "\n")
             if count == len(steps) or steps[count].model != setup.model:
@@ -164,10 +165,9 @@ def gather(
     return document
 
 
-def _as_it_stands(out: Path, asked: Asked) -> tuple[dict[str, Any], int]:
-    """The document of the site as it is now, and where in it these versions stand."""
+def _as_it_stands(out: Path, asked: Asked, here: dict[str, str]) -> tuple[dict[str, Any], int]:
+    """The document of the site as it is now, and where in it the versions `here` stand."""
     document = folder_for(out, asked)
-    here = {name: version for name, version in environment().items() if name in _VERSIONS}
     if here not in document["environments"]:
         document["environments"].append(here)
     return document, document["environments"].index(here)

@@ -59,10 +59,9 @@ class IndexedStep:
             at[event.what][event.subject] = index
             if event.what is EventKind.LOAD:
                 self.first_load.setdefault(event.subject, index)
-        self.freed, self.released = at[EventKind.FREE], at[EventKind.RELEASE]
-        self.exits = at[EventKind.EXIT]
-        end = len(trace.events)
-        self.ends = [self.freed.get(value.id, end) for value in trace.values]  # the event after which a value is gone
+        self.released, self.exits = at[EventKind.RELEASE], at[EventKind.EXIT]
+        freed, end = at[EventKind.FREE], len(trace.events)
+        self.ends = [freed.get(value.id, end) for value in trace.values]  # the event after which a value is gone
         self.gone: dict[int, list[int]] = defaultdict(list)  # the values that go after an event
         for value in trace.values:
             if value.producer is not None:
