@@ -376,6 +376,69 @@ def test_a_run_from_a_file_is_cut_and_goes_on(place: Path, tmp_path: Path, monke
         train(TrainOptions(out=str(tmp_path / "run"), resume=True, batch="auto", global_batch=4))
 
 
+# ------------------------------------------------------------------------------------------ a plan that is given
+
+
+def test_a_plan_of_another_run_trains_and_goes_on_without_its_file(
+    place: Path, whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.Run.trainer
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        trainer = real(self, *args)
+        trainer.add_callback(InterruptBefore(6))
+        return trainer
+
+    file, out = tmp_path / "plan.json", tmp_path / "run"
+    file.write_text((whole.folder / "plan.json").read_text())
+    monkeypatch.setattr(training.Run, "trainer", interrupted)
+    cut = train(options(place, out, budget=None, plan=str(file)))
+    assert cut.status == "interrupted" and whole.plan is not None
+    monkeypatch.undo()
+    file.unlink()
+    run = train(TrainOptions(out=str(out), resume=True))
+    assert is_the_same_run(run, whole) and run.plan is not None and run.plan.decisions == whole.plan.decisions
+    assert run.budget_bytes == whole.budget_bytes and run.plan.bound_seconds == 0  # taken, not searched
+    record = json.loads((out / "record.json").read_text())
+    assert record["constraint"]["plan"] == str(file) and record["constraint"]["budget"] is None
+    assert record["constraint"]["budget_bytes"] == whole.plan.budget_bytes and record["options"]["plan"] == str(file)
+
+
+def test_a_file_names_a_plan_and_a_budget_beside_it(place: Path, whole: RunResult, tmp_path: Path) -> None:
+    plan = str(whole.folder / "plan.json")
+    keys = {
+        "model_name_or_path": place / "tiny",
+        "data": place / "text.txt",
+        "plan": plan,
+        "output_dir": tmp_path / "x",
+    }
+    (tmp_path / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    config = str(tmp_path / "run.yaml")
+    found = as_asked(TrainOptions(config=config))[0].resolved()
+    assert (found.plan, found.budget) == (plan, None)
+    found = as_asked(TrainOptions(config=config, budget="1GiB"))[0].resolved()
+    assert (found.plan, found.budget) == (plan, "1GiB")
+    assert as_asked(options(place, tmp_path / "y", budget=None))[0].resolved().budget == "60%"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"plan": "nowhere.json", "budget": None}, "cannot read the plan 'nowhere.json'"),
+        ({"batch": "auto", "global_batch": 8}, "--plan is for one size of batch"),
+        ({"budget": "60%"}, "a budget beside a plan takes the place of its bytes, so it is a size, not '60%'"),
+        ({"seq": 128, "budget": None}, "the plan that was given takes"),
+        ({"method": "lora", "budget": None}, "differs: planned for"),
+    ],
+)
+def test_a_plan_that_cannot_be_taken(
+    changes: dict[str, Any], said: str, place: Path, whole: RunResult, tmp_path: Path
+) -> None:
+    with pytest.raises(TightfitError) as caught:
+        train(options(place, tmp_path / "run", **{"plan": str(whole.folder / "plan.json"), **changes}))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
 # ------------------------------------------------------------------------------------------ out of memory
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
@@ -740,13 +803,13 @@ def test_a_file_that_is_no_json_is_told_once(tmp_path: Path, capfd: pytest.Captu
     assert "Failed" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["model", "data", "out"])
+@pytest.mark.parametrize("name", ["model", "data", "out", "plan"])
 def test_an_empty_name_is_not_left_out(name: str, place: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=f"--{name}.* is given, but empty"):
         as_asked(dataclasses.replace(options(place, tmp_path / "run"), **{name: ""}))
 
 
-@pytest.mark.parametrize("key", ["model_name_or_path", "data", "dataset_name", "base_config", "output_dir"])
+@pytest.mark.parametrize("key", ["model_name_or_path", "data", "dataset_name", "base_config", "output_dir", "plan"])
 def test_an_empty_name_in_a_file_is_not_left_out(key: str, place: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=f"{key} is given, but empty"):
         as_asked(TrainOptions(config=yaml(place, tmp_path, **{key: ""})))

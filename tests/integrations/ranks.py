@@ -246,6 +246,23 @@ def another_plan(_: str) -> dict[str, Any]:
     return {**found, "untouched": all(not hasattr(m.forward, "__tightfit__") for m in model.modules())}
 
 
+def given_plan(_: str) -> dict[str, Any]:
+    """A file that one process made alone is the plan of all; where it is none for one rank, all are told."""
+    file = Path(sys.argv[1]) / "plan.json"
+    if dist.get_rank() == 0:
+        tightfit.plan(tightfit.trace(llama("lora"), batch(0)), "70%").save(file)
+    dist.barrier()
+    alone = tightfit.Plan.load(file)
+    reference = trained(spread("ddp-lora"), accumulates=False, steps=2)
+    model = spread("ddp-lora")
+    applied = tightfit.fit(model, batch(0), "64MiB", plan=file)
+    mine = trained(model, accumulates=False, steps=2)
+    found = {"same": same(reference, mine), "replays": applied.stats().replays, "planned": alone.replays}
+    applied.remove()
+    long = batch(0, 2 * TOKENS) if dist.get_rank() == 1 else batch(0)
+    return {**found, **refused(lambda: tightfit.fit(model, long, applied.plan.peak_bytes, plan=alone))}
+
+
 def too_little(_: str) -> dict[str, Any]:
     model = spread("fsdp")
     return refused(lambda: tightfit.fit(model, batch(0), 1000))
@@ -346,7 +363,7 @@ def killed(case: str) -> dict[str, Any]:
 CASES: dict[str, Callable[[str], dict[str, Any]]] = {
     "proven": proven, "longer": longer, "another": another_plan, "toolittle": too_little, "late": late,
     "waiting": waiting, "trainer": trainer, "inside": sharded_inside, "killed": killed, "budgets": other_budgets,
-    "uneven": uneven, "fails": fails,
+    "uneven": uneven, "fails": fails, "given": given_plan,
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def launched(
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    return launched(tmp_path_factory.mktemp("two"), 2, (*TWENTY_STEPS, *(OTHERS if FSDP2 else ())))
+    return launched(tmp_path_factory.mktemp("two"), 2, (*TWENTY_STEPS, "given", *(OTHERS if FSDP2 else ())))
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,14 @@ def stops_all(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["error"] == "PlanMismatch" and "rank 1 is about to run another plan" in rank["says"]
         assert rank["untouched"]
+
+
+def test_a_plan_that_is_given_is_that_of_all_ranks_or_of_none(two: dict[str, Any]) -> None:
+    for rank, found in enumerate(two["given"]):
+        assert found["same"] and found["replays"] == 2 * found["planned"] > 0
+        assert found["error"] == "PlanMismatch"
+        who = "the plan that was given takes" if rank == 1 else "the plan that was given is none for rank 1"
+        assert found["says"].startswith(who) and "and may take" in found["says"], found["says"]
 
 
 @needs_fsdp2

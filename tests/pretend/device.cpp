@@ -234,7 +234,8 @@ struct Memory final : c10::DeviceAllocator {
             OutOfMemoryError, wanted <= limit_bytes, "pretend:", static_cast<int>(device), " is out of memory: ", size,
             " bytes more than ", reserved[device].current, " of ", limit_bytes);
       }
-      address = std::malloc(size);
+      // a card's blocks begin at multiples of their unit, and kernels of the host add up in an order that depends on it
+      TORCH_CHECK(posix_memalign(&address, block_bytes, size) == 0);
       reserved[device].add(static_cast<int64_t>(size));
     }
     allocated[device].add(static_cast<int64_t>(size));

@@ -60,6 +60,10 @@ def train(
             show_default="60%, or the config's",
         ),
     ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option("--plan", metavar="<path>", help="A plan of this step; its budget holds.", show_default="none"),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="For weights, data and dropout.", show_default="0, or the config's")
     ] = None,
@@ -120,6 +124,7 @@ def train(
         steps=steps,
         lr=lr,
         budget=budget,
+        plan=plan,
         seed=seed,
         device=device,
         dtype=dtype,
@@ -134,7 +139,8 @@ def train(
         arguments=tuple(context.args),
     )
     result = training.train(options, console_on_stderr())
-    say_if_above_all(str(result.options.budget))
+    if result.options.budget is not None:
+        say_if_above_all(result.options.budget)
     if as_json:
         emit(json.dumps(training.to_report(result)))
     else:

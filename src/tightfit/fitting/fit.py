@@ -21,6 +21,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,33 +34,29 @@ from tightfit.core import (
     InvalidInput,
     Lever,
     Plan,
-    PlanMismatch,
-    TightfitError,
     Trace,
     Unsupported,
-    dumps,
     levers_named,
-    loads,
     parse_bytes,
     parse_host_budget,
 )
 from tightfit.engine.compiled import doors
-from tightfit.engine.limits import planned_here
 from tightfit.fitting import micro_batches
 from tightfit.fitting.micro_batches import Fitted
-from tightfit.levers import every, inexact, used
+from tightfit.fitting.planning import caveats_of, planned, what_is_given
+from tightfit.levers import every, inexact
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
 from tightfit.step.modules import UnitsAsked
 from tightfit.step.parallel import Strategy, gradients_wait, steps_together, strategy_of
 from tightfit.step.patches import compiled_entries, own_checkpointing
-from tightfit.step.ranks import Meeting, anywhere, are_several, highest
+from tightfit.step.ranks import anywhere, are_several, highest
 from tightfit.step.rows import row_count, rows_taken
 from tightfit.step.run import LossFunction, device_of, tensors_in
 from tightfit.trace.recording import trace
 from tightfit.verify.peak import measured_peak_bytes
 
-__all__ = ["Fitted", "Longer", "fit", "planned"]
+__all__ = ["Fitted", "Longer", "fit"]
 
 
 class Longer(enum.Enum):
@@ -90,7 +87,7 @@ class _Extent(NamedTuple):
 def fit(
     model: nn.Module,
     batch: Any,
-    budget: str | int,
+    budget: str | int | None = None,
     loss: LossFunction | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     units: UnitsAsked = None,
@@ -100,11 +97,17 @@ def fit(
     beside: Collection[Lever | str] | str = (),
     micro_batch: str | int | None = None,
     host_budget: str | int | None = None,
+    plan: Plan | str | Path | None = None,
 ) -> Fitted:
     """Trace one step, plan it for `budget` bytes, apply the plan. `applied.remove()` undoes it.
 
     `budget` is the peak of the whole step: bytes, a size (`"22GiB"`), or a percentage of the unplanned step's
     peak. Pass the `optimizer` so that its state and its step count too.
+
+    `plan`, in place of a budget: a plan, or its file, that was made of this step, in whatever framework. The step is
+    traced, and the plan is taken if its units are those of this model and its peak here is within its budget; nothing
+    is searched. A size as `budget` beside it takes the place of the plan's own. What is planned later (longer batches)
+    is planned for that budget.
 
     Give the longest batch there will be: shorter ones run under the same plan and stay under the budget. `longer`
     says what happens to a longer one: `"replan"` (traced and planned anew for the same bytes, before it runs),
@@ -138,6 +141,7 @@ def fit(
     Raises what `trace`, `plan` and `apply` do, `InvalidInput` for another `longer`, and `Unsupported` for a batch that
     cannot be cut: its loss is not a sum or a mean over its rows or labels, which a few rows, cut and uncut, show.
     """
+    asked = what_is_given(budget, plan, micro_batch)
     try:
         policy = Longer(longer)
     except ValueError:
@@ -151,9 +155,10 @@ def fit(
         )
     try:
         if micro_batch is not None:
-            applied = _fitted_in_parts(guard, batch, budget, micro_batch)
+            assert not isinstance(asked, Plan)
+            applied = _fitted_in_parts(guard, batch, asked, micro_batch)
         else:
-            recorded, made, handle = guard.planned(batch, budget)
+            recorded, made, handle = guard.planned(batch, asked)
             if handle is None:
                 applied = Fitted(model, made, trace=recorded, optimizer=optimizer)
             else:
@@ -230,106 +235,6 @@ def _record(
     return trace(model, batch, loss=loss, optimizer=optimizer, units=units, tiles=tiles)
 
 
-def planned(
-    record: Callable[[bool], Trace],
-    budget: str | int,
-    levers: Collection[Lever] | None,
-    model: nn.Module,
-    exact: bool = False,
-    beside: Collection[Lever] | None = None,
-    host_budget: int | None = None,
-) -> tuple[Trace, Plan]:
-    """The step of `model` and its plan; in tiles, which take longer to record, only where nothing exact fits.
-
-    `record`: traces the step, with tiles or without. Where several processes train the model, each records its own
-    step, the one with the highest peak makes the plan, and all have looked at what it means for theirs.
-    """
-    if are_several(model):
-        return _planned_together(record, budget, levers, exact, host_budget)
-    recorded = record(levers is not None and bool(inexact(levers)))
-
-    def made(recorded: Trace) -> Plan:
-        return planned_here(
-            recorded, budget, host_budget, device_of(model),
-            lambda budget, limit: make_plan(
-                recorded, budget, levers=levers, exact=exact, beside=beside or (), host_budget=limit
-            ),
-        )  # fmt: skip
-
-    try:
-        return recorded, made(recorded)
-    except BudgetInfeasible as error:
-        if levers is not None or error.budget_bytes <= sum(recorded.static_bytes.values()):
-            raise  # what is there before the step is too much already
-        recorded = record(True)
-        return recorded, made(recorded)
-
-
-#: How often the rank that plans is asked for less, where its plan takes more on another rank.
-_ROUNDS = 6
-
-
-def _planned_together(
-    record: Callable[[bool], Trace],
-    budget: str | int,
-    levers: Collection[Lever] | None,
-    exact: bool,
-    host_budget: int | None,
-) -> tuple[Trace, Plan]:
-    def planned_text(asked: int) -> str:
-        return dumps(make_plan(recorded, asked, levers=levers, exact=exact, host_budget=host_budget))
-
-    meeting = Meeting("fit")
-    try:
-        recorded = record(False)
-    except Exception as error:
-        meeting.left({"error": f"{type(error).__name__}: {error}"})
-        raise
-    own_peak = simulate(recorded).peak_bytes
-    all_said = meeting.gathered(
-        {"peak": own_peak, "budget": str(budget), "units": [unit.path for unit in recorded.units]}
-    )
-    for rank, other in enumerate(all_said):
-        if other is None or "error" in other:
-            raise Unsupported(
-                f"rank {rank} cannot record its step: {(other or {}).get('error', 'another rank failed')}"
-            )
-        if other["units"] != all_said[0]["units"]:
-            raise PlanMismatch(f"rank {rank} has other units than rank 0: all must build the same model")
-    budgets = [other["budget"] for other in all_said]
-    peaks = [other["peak"] for other in all_said]
-    leader = peaks.index(max(peaks))
-    if len(set(budgets)) == 1:
-        budget_bytes = parse_bytes(budget, whole_bytes=peaks[leader])
-    elif any("%" in each for each in budgets):
-        raise InvalidInput(f"the ranks ask for different budgets ({', '.join(budgets)}): give all the same, or bytes")
-    else:  # one plan for all has to hold the least of them
-        budget_bytes = min(map(parse_bytes, budgets))
-    target = budget_bytes
-    for turn in range(_ROUNDS):
-        asked = target
-        text = meeting.published(leader, lambda: planned_text(asked))  # noqa: B023  # at once
-        theirs = loads(Plan, text, f"the plan of rank {leader}")
-        mine = dataclasses.replace(theirs, trace_digest=recorded.digest, budget_bytes=budget_bytes)
-        try:
-            line = simulate(recorded, mine)
-            said: dict[str, Any] = {"peak": line.peak_bytes}
-        except TightfitError as error:
-            said = {"error": str(error)}
-        reached = meeting.gathered(said)
-        for rank, other in enumerate(reached):
-            if "error" in other:
-                raise PlanMismatch(f"the plan of rank {leader} is none for the step of rank {rank}: {other['error']}")
-        most = max(other["peak"] for other in reached)
-        if most <= budget_bytes:
-            return recorded, dataclasses.replace(mine, peak_bytes=line.peak_bytes, unplanned_peak_bytes=own_peak)
-        target -= (most - budget_bytes) << turn  # steps that differ a little (routing), or shards of another size
-    rank = next(r for r, other in enumerate(reached) if other["peak"] == most)
-    raise BudgetInfeasible(
-        budget_bytes, most, (f"that is what rank {rank} takes under the plan of rank {leader}, whose step differs",)
-    )
-
-
 #: Plans of a compiled step that are compiled and measured.
 _PROBES = 4
 #: A measured peak this near the budget is near enough.
@@ -342,12 +247,17 @@ def _planned_compiled(
     loss: LossFunction | None,
     optimizer: torch.optim.Optimizer | None,
     record: Callable[[bool], Trace],
-    budget: str | int,
+    budget: str | int | Plan,
     levers: Collection[Lever] | None,
     applied: Fitted | None,
     host_budget: int | None,
 ) -> tuple[Trace, Plan, Fitted]:
     """The step and its plan, the plan's peak measured in compiled steps; `applied`, or a handle, to put it in force."""
+    if isinstance(budget, Plan):
+        raise Unsupported(
+            "plan= was given for a compiled model, whose plans are made by measuring compiled steps: give the budget, "
+            f"{budget.budget_bytes} bytes, in its place"
+        )
     if levers is None:
         whole = "" in compiled_entries(model)
         levers = {each.lever for each in every() if each.is_compiled or (each.is_compiled_around and not whole)}
@@ -442,7 +352,7 @@ class _Guard:
         self.switches.enter_context(doors(model, before=self))
 
     def planned(
-        self, batch: Any, budget: str | int, applied: Fitted | None = None
+        self, batch: Any, budget: str | int | Plan, applied: Fitted | None = None
     ) -> tuple[Trace, Plan, Fitted | None]:
         model, loss, optimizer = self.model, self.loss, self.optimizer
         record = functools.partial(_record, model, batch, loss, optimizer, self.units)
@@ -455,8 +365,10 @@ class _Guard:
         recorded, made = planned(record, budget, self.levers, model, self.exact, self.beside, self.host_budget)
         if not made.exact and not self.told:
             self.told = True
-            caveats = " and ".join(each.caveat for each in used(made) if each.caveat)
-            warnings.warn(f"nothing exact fits this budget, so the plan {caveats}; exact=True forbids it", stacklevel=4)
+            who = (
+                "the plan that was given" if isinstance(budget, Plan) else "nothing exact fits this budget, so the plan"
+            )
+            warnings.warn(f"{who} {caveats_of(made)}; exact=True forbids it", stacklevel=4)
         return recorded, made, applied
 
     def in_force(self, applied: Fitted, recorded: Trace) -> None:

@@ -20,9 +20,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from tightfit.core import InvalidInput, TightfitError, Unsupported, levers_named, parse_bytes
+from tightfit.core import InvalidInput, TightfitError, Unsupported, levers_named, parse_bytes, parse_host_budget
+from tightfit.fitting.planning import what_is_given
 from tightfit.integrations.transformers import TightfitCallback
 
 __all__ = ["TightfitArgs", "TightfitPlugin", "TightfitSettings"]
@@ -49,22 +50,33 @@ class TightfitSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    budget: str | int
+    budget: str | int | None = None
+    plan: str | None = None  # the file of a plan of this step, with a budget of its own
     verify: bool = True
     levers: str | list[str] | None = None
     exact: bool = False
     beside: str | list[str] = []
     micro_batch: str | int | None = None
+    host_budget: str | int | None = None
 
     @field_validator("budget")
     @classmethod
-    def _is_a_size(cls, value: str | int) -> str | int:
-        return _checked(value, lambda: parse_bytes(value, whole_bytes=1 << 40))
+    def _is_a_size(cls, value: str | int | None) -> str | int | None:
+        return _checked(value, lambda: None if value is None else parse_bytes(value, whole_bytes=1 << 40))
+
+    @field_validator("host_budget")
+    @classmethod
+    def _is_a_host_budget(cls, value: str | int | None) -> str | int | None:
+        return _checked(value, lambda: parse_host_budget(value))
 
     @field_validator("levers", "beside")
     @classmethod
     def _are_levers(cls, value: Any) -> Any:
         return _checked(value, lambda: levers_named(value))
+
+    @model_validator(mode="after")
+    def _has_a_budget_or_a_plan(self) -> TightfitSettings:
+        return _checked(self, lambda: what_is_given(self.budget, self.plan, self.micro_batch))
 
 
 def _checked(value: _T, parse: Callable[[], object]) -> _T:
@@ -97,7 +109,9 @@ class TightfitPlugin(BasePlugin):  # type: ignore[misc]
         if _NAME not in (cfg.get("plugins") or ()):  # Axolotl keeps the plug-ins of earlier configurations
             return
         if not cfg.get("tightfit"):
-            raise InvalidInput(f"{_NAME} is among the plugins, but the YAML has no key tightfit: give tightfit.budget")
+            raise InvalidInput(
+                f"{_NAME} is among the plugins, but the YAML has no key tightfit: give tightfit.budget or tightfit.plan"
+            )
         asked = next((key for key in _KERNELS if cfg.get(key)), None)
         if asked is not None:
             raise Unsupported(

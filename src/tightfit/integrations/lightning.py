@@ -22,6 +22,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ from tightfit.core import (
 )
 from tightfit.fitting.fit import Fitted, fit
 from tightfit.fitting.micro_batches import gradients_in_place
+from tightfit.fitting.planning import what_is_given
 from tightfit.integrations.python_state import python_state_kept
 from tightfit.integrations.tracking import figures
 from tightfit.levers import inexact
@@ -90,7 +92,8 @@ class TightfitCallback(_Callback):
     gradients of the first batch with and without the plan. `levers`: what the plan may use, as in `tightfit.plan`; by
     default what gives the same bits, and tiles, whose gradients are proven against float64, only where nothing else
     fits; `exact=True` forbids those. `beside`: levers with the default ones. `host_budget`: the most bytes that plans
-    may have wait in host memory, a size or 0.
+    may have wait in host memory, a size or 0. `plan`: a plan of this step or its file, taken as it is. Its
+    budget holds, unless another is given beside it.
 
     Attributes, readable after training too: `trace`, `plan`, `proof` (none before the first step, none without
     `verify`), `peaks` (bytes per batch), `plans` (how many were made), `said` (its lines).
@@ -103,7 +106,7 @@ class TightfitCallback(_Callback):
 
     def __init__(
         self,
-        budget: str | int,
+        budget: str | int | None = None,
         *,
         verify: bool = True,
         batch: Any = None,
@@ -111,9 +114,10 @@ class TightfitCallback(_Callback):
         exact: bool = False,
         beside: Collection[Lever | str] | str = (),
         host_budget: str | int | None = None,
+        plan: Plan | str | Path | None = None,
     ) -> None:
         super().__init__()
-        self.budget, self.verify, self.batch = budget, verify, batch
+        self.budget, self.verify, self.batch = what_is_given(budget, plan), verify, batch
         self.host_budget = parse_host_budget(host_budget)
         self.levers, self.exact, self.beside = levers_named(levers), exact, levers_named(beside) or frozenset()
         self.proof: Proof | None = None
@@ -198,7 +202,7 @@ class TightfitCallback(_Callback):
     def _fit(self, trainer: Any, module: Any, given: dict[str, Any], batch_idx: int) -> None:
         """Plan the step for the first time, or again because other parameters are trained: then for the same bytes."""
         first = self.plan is None
-        budget: str | int = self.budget if self.plan is None else self.plan.budget_bytes
+        budget = self.budget if self.plan is None else self.plan.budget_bytes
         self.close(keep_cache=True)
         if first and self.batch is not None:
             moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(self.batch))
@@ -215,7 +219,7 @@ class TightfitCallback(_Callback):
             self._prove(trainer, given, longest)
         self._patches.enter_context(_rerouted(trainer.strategy, self._step))
 
-    def _fit_step(self, trainer: Any, given: dict[str, Any], budget: str | int) -> None:
+    def _fit_step(self, trainer: Any, given: dict[str, Any], budget: str | int | Plan) -> None:
         try:
             self._fit_here(trainer, given, budget)
         except torch.OutOfMemoryError as error:
@@ -224,7 +228,7 @@ class TightfitCallback(_Callback):
                 "it: begin with a smaller batch or shorter sequences, or fit the network itself with tightfit.fit"
             ) from error
 
-    def _fit_here(self, trainer: Any, given: dict[str, Any], budget: str | int) -> None:
+    def _fit_here(self, trainer: Any, given: dict[str, Any], budget: str | int | Plan) -> None:
         step, optimizer = self._step, bare(trainer.optimizers[0])
         assert step is not None
         options: dict[str, Any] = {
@@ -232,7 +236,9 @@ class TightfitCallback(_Callback):
         }  # fmt: skip
         with warnings.catch_warnings(record=True) as caught, gradients_in_place(step, True):
             warnings.simplefilter("always")
-            if self.exact or (self.levers is not None and inexact(self.levers)):
+            if isinstance(budget, Plan):
+                self._fitted = fit(step, given, plan=budget, exact=self.exact, **options)
+            elif self.exact or (self.levers is not None and inexact(self.levers)):
                 self._fitted = fit(step, given, budget, exact=self.exact, **options)
             else:
                 try:  # what is planned later is not proven anew, so only what gives the same bits by design
@@ -242,11 +248,13 @@ class TightfitCallback(_Callback):
         for each in caught:
             if str(each.message).startswith("the model's own checkpointing"):
                 self._say(trainer, "the module's own checkpointing is off while the plan is in force")
-            elif not str(each.message).startswith("nothing exact fits"):  # which a line of its own says
+            elif not str(each.message).startswith(
+                ("nothing exact fits", "the plan that was given")
+            ):  # which a line of its own says
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
         self.plans += 1
 
-    def _refit(self, trainer: Any, given: dict[str, Any], budget: str | int) -> None:
+    def _refit(self, trainer: Any, given: dict[str, Any], budget: str | int | Plan) -> None:
         """In the middle of a training: the leanest plan there is, and a word about it, rather than an end."""
         try:
             self._fit_step(trainer, given, budget)

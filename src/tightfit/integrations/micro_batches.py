@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from tightfit.core import InvalidInput, MicroBatches, Unsupported
+from tightfit.core import InvalidInput, MicroBatches, Plan, Unsupported
 from tightfit.fitting import micro_batches
 from tightfit.integrations.longest import longest_batch, plain, telling_examples
 from tightfit.plan.micro_batches import shares, slices
@@ -135,6 +135,7 @@ class InParts:
         launch_seconds = micro_batches.launch_seconds(device_of(model))
         self.cuts = False
         levers, beside = callback.allowed()
+        assert not isinstance(callback.budget, Plan)  # a plan is not given together with micro-batches
         found = micro_batches.solve(
             whole, callback.budget, plan_for, levers, beside, self.asked, launch_seconds,
             host_budget=callback.host_budget,

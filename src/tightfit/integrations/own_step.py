@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from transformers import TrainerCallback
 
 from tightfit import accelerator
 from tightfit.core import InvalidInput, Trace, Unsupported
@@ -22,7 +25,9 @@ from tightfit.step.snapshot import random_states, restore_random_states
 from tightfit.trace.fake import logging_step
 from tightfit.trace.recording import trace
 
-__all__ = ["recorded", "replaced", "statistics_kept", "trainer_loss", "weights_beside"]
+__all__ = [
+    "recorded", "replaced", "report_first", "running_trainer", "statistics_kept", "trainer_loss", "weights_beside",
+]  # fmt: skip
 
 
 def trainer_loss(trainer: Any) -> Callable[[nn.Module, Any], torch.Tensor]:
@@ -113,3 +118,26 @@ def weights_beside(trainer: Any, model: nn.Module) -> list[torch.Tensor]:
     others = [m for m in vars(trainer).values() if isinstance(m, nn.Module)]
     found = [t for m in others for p in m.parameters() if id(p) not in own for t in parameter_tensors(p)]
     return [t for t in found if t.device.type == kind]
+
+
+def running_trainer() -> transformers.Trainer:
+    """The Trainer that is calling this callback.
+
+    It hands its callbacks everything but itself, and only it knows how its loss is computed (a subclass, a
+    `compute_loss_func`, label smoothing, the division by the tokens of all accumulated batches), so it is read from
+    the call stack.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, transformers.Trainer):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    raise Unsupported("this callback plans the step of a transformers.Trainer, but no Trainer is running it")
+
+
+def report_first(callback: TrainerCallback, trainer: transformers.Trainer) -> None:
+    """Move `callback` before the reporters, which read the logs in the order of the callbacks."""
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.remove(callback)
+    callbacks.insert(0, callback)

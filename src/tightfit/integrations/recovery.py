@@ -27,7 +27,8 @@ from transformers.utils import logging
 
 from tightfit import accelerator
 from tightfit.core import BudgetInfeasible, Lever, Plan, TightfitError, Trace, format_bytes
-from tightfit.integrations.trainer import TightfitCallback, running_trainer
+from tightfit.integrations.own_step import running_trainer
+from tightfit.integrations.trainer import TightfitCallback
 from tightfit.levers import exact_only, used
 from tightfit.levers.step_in_backward.hooks import is_half_taken
 from tightfit.plan import plan

@@ -17,10 +17,10 @@ import dataclasses
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -41,15 +41,22 @@ from tightfit.core import (
     parse_host_budget,
 )
 from tightfit.engine import Applied
-from tightfit.fitting.fit import planned
 from tightfit.fitting.micro_batches import cut_levers, gradients_in_place
+from tightfit.fitting.planning import planned, what_is_given
 from tightfit.integrations import conflicts, generated
 from tightfit.integrations.longest import Extent, longest_batch, plain
 from tightfit.integrations.micro_batches import InParts, parts_of
 from tightfit.integrations.own_step import recorded as record_step
-from tightfit.integrations.own_step import replaced, statistics_kept, trainer_loss, weights_beside
+from tightfit.integrations.own_step import (
+    replaced,
+    report_first,
+    running_trainer,
+    statistics_kept,
+    trainer_loss,
+    weights_beside,
+)
 from tightfit.integrations.tracking import figures
-from tightfit.levers import exact_only
+from tightfit.levers import exact_only, used
 from tightfit.levers.step_in_backward.hooks import gradient_norms_kept
 from tightfit.step.environment import environment
 from tightfit.step.optimizers import bare
@@ -88,7 +95,7 @@ class PeakCallback(TrainerCallback):
         self.close()
         require_counted(args.device)
         trainer = running_trainer()
-        _report_first(self, trainer)
+        report_first(self, trainer)
         self.peaks, self._logged, self._upcoming, self._states = [], 0, [], -1
         self._wrapped = trainer.model_wrapped
         self._beside = weights_beside(trainer, kwargs["model"])
@@ -188,6 +195,7 @@ class TightfitCallback(PeakCallback):
     where nothing else fits; `exact=True` forbids those. `beside`: levers with the default ones. The optimizer steps in
     backward by default where the Trainer neither clips (`max_grad_norm=0`), nor accumulates, nor scales gradients, and
     no callback looks at them. `host_budget`: the most bytes that plans may have wait in host memory, a size or 0.
+    `plan`: a plan of this step or its file, taken as it is. Its budget holds, unless another is given beside it.
 
     `batch="auto"` (or `micro_batch="auto"`; a number is the most examples of a micro-batch): each batch of the Trainer
     runs in micro-batches. Their size and the plan are solved together for the fewest seconds of a batch. Given to the
@@ -210,7 +218,7 @@ class TightfitCallback(PeakCallback):
 
     def __init__(
         self,
-        budget: str | int,
+        budget: str | int | None = None,
         *,
         verify: bool = True,
         batch: Any = None,
@@ -219,11 +227,12 @@ class TightfitCallback(PeakCallback):
         beside: Collection[Lever | str] | str = (),
         micro_batch: str | int | None = None,
         host_budget: str | int | None = None,
+        plan: Plan | str | Path | None = None,
     ) -> None:
         super().__init__()
-        self.budget, self.host_budget = budget, parse_host_budget(host_budget)
         if isinstance(batch, str):  # as on the command line
             batch, micro_batch = None, batch
+        self.budget, self.host_budget = what_is_given(budget, plan, micro_batch), parse_host_budget(host_budget)
         self.in_parts = None if micro_batch is None else InParts(micro_batch, exact, batch is not None)
         self.beside = levers_named(beside) or frozenset()
         self.levers, self.exact = levers_named(levers), exact
@@ -321,15 +330,16 @@ class TightfitCallback(PeakCallback):
         """The levers that the plan may use, and those beside the default ones."""
         cuts = self.in_parts is not None and self.in_parts.cuts
         levers, others = cut_levers(self.levers, self.beside, cuts)
+        given = {each.lever for each in used(self.budget)} if isinstance(self.budget, Plan) else set()
         reads = self._reads_gradients()
-        if reads and Lever.STEP_IN_BACKWARD in (others | (levers or frozenset())):
+        if reads and Lever.STEP_IN_BACKWARD in (others | (levers or frozenset()) | given):
             raise Unsupported(
                 f"step_in_backward was asked for, but {reads} needs the gradients after backward: leave one of the two "
                 "out"
             )
         return levers, others | ({Lever.STEP_IN_BACKWARD} if levers is None and not reads else set())
 
-    def _plan_for(self, batch: Batch, model: nn.Module, optimizer: Any, budget: str | int | None = None) -> Plan:
+    def _plan_for(self, batch: Batch, model: nn.Module, optimizer: Any, budget: Any = None) -> Plan:
         """Trace the step on `batch` and plan it: for `budget` at first, for the same bytes later."""
         recorded: Trace | None = None
 
@@ -571,29 +581,3 @@ class TightfitCallback(PeakCallback):
             self._suspended.restore()
             self._suspended = None
         self._trainer = None
-
-
-# ------------------------------------------------------------------------------------------- the Trainer
-
-
-def running_trainer() -> transformers.Trainer:
-    """The Trainer that is calling this callback.
-
-    It hands its callbacks everything but itself, and only it knows how its loss is computed (a subclass, a
-    `compute_loss_func`, label smoothing, the division by the tokens of all accumulated batches), so it is read from
-    the call stack.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, transformers.Trainer):
-            return owner
-        frame = frame.f_back  # type: ignore[assignment]
-    raise Unsupported("this callback plans the step of a transformers.Trainer, but no Trainer is running it")
-
-
-def _report_first(callback: TrainerCallback, trainer: transformers.Trainer) -> None:
-    """Move `callback` before the reporters, which read the logs in the order of the callbacks."""
-    callbacks = trainer.callback_handler.callbacks
-    callbacks.remove(callback)
-    callbacks.insert(0, callback)

@@ -169,6 +169,11 @@ class LeverDefinition:
         was recorded anew. Raises `PlanMismatch` where the trace does not know of it."""
         return trace
 
+    def moved(self, plan: Plan, path: Callable[[str], str]) -> Plan:
+        """`plan`, which uses it, with the modules that it names as `path` has them: in a model that is wrapped in
+        another way."""
+        return plan
+
     # ---------------------------------------------------------------------------------- engine
 
     def is_used(self, plan: Plan) -> bool:

@@ -16,6 +16,7 @@
 | `account` | what a plan has wait in host memory |
 | `advice` | what would make a step fit, where no plan does |
 | `tighter` | what a tenth less would cost, where a plan does |
+| `rebase` | a plan that was made of another recording, as a plan of this one |
 
 Invariant: a plan is returned only after the referee has found it under the budget. No module here imports torch: a
 trace that was read from JSON is enough. Refused: a budget below the least feasible peak (`BudgetInfeasible`, which says

@@ -23,10 +23,11 @@ from tightfit.core import (
     parse_host_budget,
     parse_levers,
 )
+from tightfit.fitting.planning import what_is_given
 from tightfit.integrations.transformers import (
     dtype_named,
 )
-from tightfit.train.options import DEFAULTS, DEMO_MODEL, METHODS, OPTIMIZERS, TrainOptions
+from tightfit.train.options import BUDGET, DEFAULTS, DEMO_MODEL, METHODS, OPTIMIZERS, TrainOptions
 from tightfit.train.recipe import Recipe, read_config, resolve
 
 
@@ -60,6 +61,7 @@ class Asked:
             ("max_steps", options.steps),
             ("learning_rate", options.lr),
             ("budget", options.budget),
+            ("plan", options.plan),
             ("seed", options.seed),
             ("compare_steps", options.compare_steps),
             ("oom_retries", options.oom_retries),
@@ -106,7 +108,8 @@ class Asked:
             seq=args.max_length,
             steps=args.max_steps if args.max_steps > 0 else None,
             lr=args.learning_rate,
-            budget=recipe.fit.budget,
+            budget=recipe.fit.budget or (BUDGET if recipe.fit.plan is None else None),
+            plan=recipe.fit.plan,
             seed=args.seed,
             device=args.device.type,
             dtype=precision + ("-mixed" if (args.bf16 or args.fp16) and precision == "fp32" else ""),
@@ -147,9 +150,12 @@ def as_asked(options: TrainOptions) -> tuple[Asked, Path, dict[str, Any] | None]
     recipe = asked.recipe()
     _require_names(options, recipe)
     budget, base = recipe.fit.budget, recipe.fit.base_config
-    parse_bytes(budget, whole_bytes=2**40)
+    if budget is not None:
+        parse_bytes(budget, whole_bytes=2**40)
     parse_levers(recipe.fit.levers)
     parse_host_budget(recipe.fit.host_budget)
+    if recipe.fit.plan is not None and recipe.fit.batch == AUTO:
+        raise InvalidInput("a plan is for one size of batch, and batch: auto looks for another: leave one of them out")
     if base is not None and recipe.model.model_name_or_path is not None:
         raise InvalidInput("give base_config, which makes the model, or model_name_or_path, not both")
     if base is None and recipe.model.model_name_or_path is None:
@@ -163,6 +169,8 @@ def as_asked(options: TrainOptions) -> tuple[Asked, Path, dict[str, Any] | None]
     if options.resume and (folder / "record.json").is_file():
         record = _read_record(folder)
         return _same(asked, record, folder), folder, record
+    if recipe.fit.plan is not None:
+        what_is_given(budget, recipe.fit.plan)  # a file that is none is told before anything is made
     _require_new(folder, resumes=options.resume)
     if options.resume and not _says_what(options):
         raise InvalidInput(
@@ -178,6 +186,7 @@ def _require_names(options: TrainOptions, recipe: Recipe) -> None:
         ("--data or data", recipe.fit.data),
         ("dataset_name", recipe.script.dataset_name),
         ("base_config", recipe.fit.base_config),
+        ("--plan or plan", recipe.fit.plan),
         ("--out", options.out),
         ("output_dir", recipe.args.output_dir),
     )

@@ -31,6 +31,7 @@ from tightfit.integrations.transformers import (
 DEMO_MODEL = "tightfit-demo"
 
 
+BUDGET = "60%"  # where nothing else is asked
 OVER = 1.005  # a measured peak may exceed the budget by this much
 
 
@@ -79,6 +80,7 @@ class TrainOptions:
     steps: int | None = None
     lr: float | None = None  # None, without a config: 3e-3 for the demo model, 2e-4 with adapters, 2e-5 otherwise
     budget: str | None = None  # of the GPU's memory; on the CPU, of the unplanned step's peak
+    plan: str | None = None  # the file of a plan of this step, which has a budget of its own
     seed: int | None = None
     device: str | None = None
     dtype: str | None = None
@@ -173,6 +175,8 @@ def check_options(options: TrainOptions) -> None:
         dtype_named(options.dtype)
     if options.device is not None:
         device_named(options.device)
+    if options.plan is not None and options.batch == AUTO:
+        raise InvalidInput("--plan is for one size of batch, and --batch auto looks for another: leave one of them out")
     if options.budget is not None:
         parse_bytes(options.budget, whole_bytes=2**40)  # what it is a percentage of is known later, its form is not
     parse_host_budget(options.host_budget)

@@ -25,7 +25,7 @@ from tightfit.core import (
     InvalidInput,
     format_bytes,
 )
-from tightfit.integrations.trainer import running_trainer
+from tightfit.integrations.own_step import running_trainer
 
 
 class PlainLoss(SFTTrainer):  # type: ignore[misc]  # TRL is untyped

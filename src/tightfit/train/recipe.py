@@ -54,7 +54,8 @@ _COLUMNS = ("messages", "conversations", "prompt", "input_ids")
 class FitArguments:
     """What `tightfit train` adds to TRL's keys."""
 
-    budget: str = field(default="60%", metadata={"help": "Peak of the whole step: a size, or a percentage."})
+    budget: str | None = field(default=None, metadata={"help": "Peak of the whole step: a size, or a percentage."})
+    plan: str | None = field(default=None, metadata={"help": "The file of a plan of this step, which has a budget."})
     data: str | None = field(default=None, metadata={"help": "A local file or folder, or one of the embedded texts."})
     compare_steps: int = field(default=0, metadata={"help": "Steps also run without a budget, to compare losses."})
     oom_retries: int = field(default=3, metadata={"help": "Times that running out of memory is survived."})

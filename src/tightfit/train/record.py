@@ -32,8 +32,9 @@ from tightfit.core import (
     to_json,
     write_text,
 )
+from tightfit.fitting.planning import what_is_given
+from tightfit.integrations.own_step import running_trainer
 from tightfit.integrations.recovery import Recovery, Retry
-from tightfit.integrations.trainer import running_trainer
 from tightfit.integrations.transformers import (
     TightfitCallback,
 )
@@ -69,7 +70,7 @@ class RunRecord:
         self.steps: list[dict[str, Any]] = []  # the lines of losses.jsonl
         self.compared: list[float] | None = None  # None: not yet
         self.unplanned_peak_bytes: int | None = None
-        self.budget: str | int = self._budget()
+        self.budget: str | int | Plan = self._budget()
         self.budget_bytes: int | None = None
         self.micro_batches: MicroBatches | None = None
         self.host_bytes: dict[str, int] = {}  # that the plan has wait in host memory, by lever
@@ -113,7 +114,7 @@ class RunRecord:
         if planned:
             self.plan = Plan.load(self.folder / "plan.json")
             if self.asked.options.budget == record["given"]["options"].get("budget"):
-                self.budget = self.plan.budget_bytes
+                self.budget = self.plan.budget_bytes if self.options.plan is None else self.plan
                 self.budget_bytes = record["constraint"]["budget_bytes"]
         self.steps = read_lines(self.folder / "losses.jsonl")
         self.opened = True
@@ -130,8 +131,12 @@ class RunRecord:
             self.notes.append(line)
             self.tell(line)
 
-    def _budget(self) -> str | int:
-        """A percentage is of the GPU's memory where there is one, else of the unplanned step's peak."""
+    def _budget(self) -> str | int | Plan:
+        """A percentage is of the GPU's memory where there is one, else of the unplanned step's peak. Or the plan that
+        was given; a run that goes on has it in its folder."""
+        if self.options.plan is not None:
+            own = self.folder / "plan.json"
+            return what_is_given(self.options.budget, own if own.is_file() else self.options.plan)
         budget = str(self.options.budget)
         if not accelerator.is_card(self.device) or "%" not in budget:
             return budget
@@ -250,6 +255,7 @@ class RunRecord:
             "environment": environment(),
             "constraint": {
                 "budget": options.budget,
+                "plan": options.plan,
                 "budget_bytes": result.budget_bytes,
                 "host_budget_bytes": parse_host_budget(options.host_budget),
                 "batch": options.batch if options.global_batch is None else options.global_batch,

@@ -39,6 +39,7 @@ from tightfit.accelerator import has_streams
 from tightfit.core import (
     AUTO,
     InvalidInput,
+    Plan,
     TightfitError,
     Unsupported,
     parse_levers,
@@ -307,8 +308,10 @@ class Run(RunRecord):
             self._rewind(found)
         # once chosen, the size stays: it depends on measured seconds, and a resumed run adds up as before
         cut = self.micro_batches.size if self.micro_batches is not None else None
+        given = self.budget
         self.callback = TightfitCallback(
-            self.budget,
+            None if isinstance(given, Plan) else given,
+            plan=given if isinstance(given, Plan) else None,
             levers=parse_levers(recipe.fit.levers),
             host_budget=recipe.fit.host_budget,
             micro_batch=(cut or AUTO) if self.options.batch == AUTO else None,

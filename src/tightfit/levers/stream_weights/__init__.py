@@ -126,6 +126,11 @@ class StreamWeights(LeverDefinition):
             )
         return streaming(trace, [known[path] for path in paths])
 
+    def moved(self, plan: Plan, path: Callable[[str], str]) -> Plan:
+        sizes = plan.settings[self.lever.value].split()[:2]
+        text = " ".join([*sizes, *(path(each) or _ROOT for each in self._paths(plan))])
+        return dataclasses.replace(plan, settings={**plan.settings, self.lever.value: text})
+
     def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:
         from tightfit.levers.stream_weights.host import streaming as streamed_from_host
 

@@ -61,6 +61,12 @@ class Tile(LeverDefinition):
             raise PlanMismatch("the plan computes the step in tiles that this trace does not know; make the plan anew")
         return variant
 
+    def moved(self, plan: Plan, path: Callable[[str], str]) -> Plan:
+        tiling = plan.tiling
+        if tiling is None or tiling.head is None:
+            return plan
+        return dataclasses.replace(plan, tiling=dataclasses.replace(tiling, head=path(tiling.head)))
+
     def is_used(self, plan: Plan) -> bool:
         return plan.tiling is not None
 

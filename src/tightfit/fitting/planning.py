@@ -1,0 +1,217 @@
+"""The plan that a step is fitted with: made here, made together with other ranks, or given.
+
+Invariant: all ranks of one model have the same plan, and each has looked at what it means for its own step. Refused: a
+plan that was given, and is not one of this step or takes more than its budget (`PlanMismatch`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tightfit.core import (
+    BudgetInfeasible,
+    InvalidInput,
+    Lever,
+    Plan,
+    PlanMismatch,
+    TightfitError,
+    Trace,
+    Unsupported,
+    dumps,
+    format_apart,
+    loads,
+    parse_bytes,
+    percentage,
+)
+from tightfit.engine.limits import planned_here
+from tightfit.levers import inexact, used
+from tightfit.plan import plan as make_plan
+from tightfit.plan import simulate
+from tightfit.plan.account import host_bytes
+from tightfit.plan.rebase import rebased
+from tightfit.step.ranks import Meeting, are_several
+from tightfit.step.run import device_of
+
+__all__ = ["caveats_of", "planned", "what_is_given"]
+
+
+def what_is_given(
+    budget: str | int | None, plan: Plan | str | Path | None, micro_batch: str | int | None = None
+) -> str | int | Plan:
+    """What a step is to be fitted to: a budget, or a plan that is there already. A budget beside a plan takes the place
+    of the plan's own. Raises `InvalidInput` for neither, and for a file that is no plan."""
+    if plan is None:
+        if budget is None:
+            raise InvalidInput("neither a budget nor a plan was given: give budget='22GiB', say, or plan='plan.json'")
+        return budget
+    if micro_batch is not None:
+        raise InvalidInput("a plan is for one size of batch, and micro-batches look for another: leave one of them out")
+    if not isinstance(plan, (str, Path, Plan)):
+        raise InvalidInput(f"expected plan= to be a Plan or the path of its file, found {type(plan).__name__}")
+    found = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if budget is None:
+        return found
+    if percentage(budget) is not None:
+        raise InvalidInput(f"a budget beside a plan takes the place of its bytes, so it is a size, not {budget!r}")
+    return dataclasses.replace(found, budget_bytes=parse_bytes(budget))
+
+
+def caveats_of(plan: Plan) -> str:
+    """What an inexact plan means for the bits, as the rest of "the plan ..."."""
+    return " and ".join(each.caveat for each in used(plan) if each.caveat)
+
+
+def planned(
+    record: Callable[[bool], Trace],
+    budget: str | int | Plan,
+    levers: Collection[Lever] | None,
+    model: nn.Module,
+    exact: bool = False,
+    beside: Collection[Lever] | None = None,
+    host_budget: int | None = None,
+) -> tuple[Trace, Plan]:
+    """The step of `model` and its plan; in tiles, which take longer to record, only where nothing exact fits.
+
+    `record`: traces the step, with tiles or without. Where several processes train the model, each records its own
+    step, the one with the highest peak makes the plan, and all have looked at what it means for theirs. A plan in
+    place of a budget is taken as it is, if it is one of this step.
+    """
+    if isinstance(budget, Plan):
+        if exact and not budget.exact:
+            raise InvalidInput(
+                f"exact=True was asked for, and the plan that was given {caveats_of(budget)}: leave one of them out"
+            )
+        return _given_together(record, budget, model, host_budget)
+    if are_several(model):
+        return _planned_together(record, budget, levers, exact, host_budget)
+    recorded = record(levers is not None and bool(inexact(levers)))
+
+    def made(recorded: Trace) -> Plan:
+        return planned_here(
+            recorded, budget, host_budget, device_of(model),
+            lambda budget, limit: make_plan(
+                recorded, budget, levers=levers, exact=exact, beside=beside or (), host_budget=limit
+            ),
+        )  # fmt: skip
+
+    try:
+        return recorded, made(recorded)
+    except BudgetInfeasible as error:
+        if levers is not None or error.budget_bytes <= sum(recorded.static_bytes.values()):
+            raise  # what is there before the step is too much already
+        recorded = record(True)
+        return recorded, made(recorded)
+
+
+def _given_together(
+    record: Callable[[bool], Trace], plan: Plan, model: nn.Module, host_budget: int | None
+) -> tuple[Trace, Plan]:
+    """`planned` with a plan that is there already: every process looks at what it means for its own step."""
+    if not are_several(model):
+        return _given(record, plan, model, host_budget)
+    meeting = Meeting("fit")
+    try:
+        recorded, made = _given(record, plan, model, host_budget)
+    except Exception as error:
+        meeting.left({"error": str(error) if isinstance(error, TightfitError) else f"{type(error).__name__}: {error}"})
+        raise
+    for rank, other in enumerate(meeting.gathered({"peak": made.peak_bytes})):
+        if other is None or "error" in other:
+            raise PlanMismatch(
+                f"the plan that was given is none for rank {rank}: {(other or {}).get('error', 'another rank failed')}"
+            )
+    return recorded, made
+
+
+def _given(
+    record: Callable[[bool], Trace], plan: Plan, model: nn.Module, host_budget: int | None
+) -> tuple[Trace, Plan]:
+    recorded = record(bool(plan.inexact) or plan.tiling is not None)
+    moved = rebased(plan, recorded)
+
+    def taken(budget: str | int, limit: int | None) -> Plan:
+        budget_bytes = parse_bytes(budget)
+        sizes = [("of this step", moved.peak_bytes, budget_bytes)]
+        if limit is not None:
+            sizes.append(("in host memory", sum(host_bytes(recorded, moved).values()), limit))
+        for where, taken_bytes, most_bytes in sizes:
+            if taken_bytes > most_bytes:
+                takes, most = format_apart(taken_bytes, most_bytes)
+                raise PlanMismatch(
+                    f"the plan that was given takes {takes} {where}, and may take {most}: the batch, the optimizer or "
+                    "what else lives in the step is larger than that which it was made for; make the plan anew, of "
+                    "this step, or raise its budget"
+                )
+        return dataclasses.replace(moved, budget_bytes=budget_bytes, host_budget_bytes=limit)
+
+    return recorded, planned_here(recorded, moved.budget_bytes, host_budget, device_of(model), taken)
+
+
+#: How often the rank that plans is asked for less, where its plan takes more on another rank.
+_ROUNDS = 6
+
+
+def _planned_together(
+    record: Callable[[bool], Trace],
+    budget: str | int,
+    levers: Collection[Lever] | None,
+    exact: bool,
+    host_budget: int | None,
+) -> tuple[Trace, Plan]:
+    def planned_text(asked: int) -> str:
+        return dumps(make_plan(recorded, asked, levers=levers, exact=exact, host_budget=host_budget))
+
+    meeting = Meeting("fit")
+    try:
+        recorded = record(False)
+    except Exception as error:
+        meeting.left({"error": f"{type(error).__name__}: {error}"})
+        raise
+    own_peak = simulate(recorded).peak_bytes
+    all_said = meeting.gathered(
+        {"peak": own_peak, "budget": str(budget), "units": [unit.path for unit in recorded.units]}
+    )
+    for rank, other in enumerate(all_said):
+        if other is None or "error" in other:
+            raise Unsupported(
+                f"rank {rank} cannot record its step: {(other or {}).get('error', 'another rank failed')}"
+            )
+        if other["units"] != all_said[0]["units"]:
+            raise PlanMismatch(f"rank {rank} has other units than rank 0: all must build the same model")
+    budgets = [other["budget"] for other in all_said]
+    peaks = [other["peak"] for other in all_said]
+    leader = peaks.index(max(peaks))
+    if len(set(budgets)) == 1:
+        budget_bytes = parse_bytes(budget, whole_bytes=peaks[leader])
+    elif any("%" in each for each in budgets):
+        raise InvalidInput(f"the ranks ask for different budgets ({', '.join(budgets)}): give all the same, or bytes")
+    else:  # one plan for all has to hold the least of them
+        budget_bytes = min(map(parse_bytes, budgets))
+    target = budget_bytes
+    for turn in range(_ROUNDS):
+        asked = target
+        text = meeting.published(leader, lambda: planned_text(asked))  # noqa: B023  # at once
+        theirs = loads(Plan, text, f"the plan of rank {leader}")
+        mine = dataclasses.replace(theirs, trace_digest=recorded.digest, budget_bytes=budget_bytes)
+        try:
+            line = simulate(recorded, mine)
+            said: dict[str, Any] = {"peak": line.peak_bytes}
+        except TightfitError as error:
+            said = {"error": str(error)}
+        reached = meeting.gathered(said)
+        for rank, other in enumerate(reached):
+            if "error" in other:
+                raise PlanMismatch(f"the plan of rank {leader} is none for the step of rank {rank}: {other['error']}")
+        most = max(other["peak"] for other in reached)
+        if most <= budget_bytes:
+            return recorded, dataclasses.replace(mine, peak_bytes=line.peak_bytes, unplanned_peak_bytes=own_peak)
+        target -= (most - budget_bytes) << turn  # steps that differ a little (routing), or shards of another size
+    rank = next(r for r, other in enumerate(reached) if other["peak"] == most)
+    raise BudgetInfeasible(
+        budget_bytes, most, (f"that is what rank {rank} takes under the plan of rank {leader}, whose step differs",)
+    )
