@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -224,3 +225,83 @@ def test_accumulated_gradients_when_the_loss_functions_batch_is_gone() -> None:
         logits_loss(model, tokens(2, 64)).backward()
         with pytest.warns(UserWarning, match="fit the model while it has gradients"):
             logits_loss(model, tokens(2, 64)).backward()
+
+
+# ------------------------------------------------------------------------------------- what is trained changes
+
+
+def adapted() -> Any:
+    """With two adapters of PEFT's, whose ops differ: one has dropout, the other one more module."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=512, use_cache=False, **shape)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora, adapter_name="a")
+    model.add_adapter("b", peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"]))
+    return model.train()
+
+
+def test_each_adapter_has_a_plan_of_its_own(traces: list[int]) -> None:
+    model, batch = adapted(), tokens(4, 64)
+    plain = {}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        plain[name] = outcome(model, batch)
+    model.zero_grad()
+    model.set_adapter("a")
+    plans = {}
+    with tightfit.fit(model, batch, "70%") as applied:
+        budget_bytes = applied.plan.budget_bytes
+        for turn, name in enumerate("abab"):
+            model.set_adapter(name)
+            assert not differences(plain[name], outcome(model, batch))
+            assert plans.setdefault(name, applied.plan) is applied.plan  # the one that it had before
+            assert applied.stats().fallbacks == 0 and applied.stats().replays == 3 * (turn + 1)
+            if turn > 1:
+                assert peak_bytes(model, batch) <= budget_bytes * 1.005
+                applied._stats.replays -= 3
+        assert plans["a"] is not plans["b"] and plans["b"].budget_bytes == budget_bytes
+    assert len(traces) == 2
+
+
+def test_layers_that_are_frozen_and_freed_have_plans_of_their_own(traces: list[int]) -> None:
+    model, batch = gpt2(), tokens(4, 64)
+    with tightfit.fit(model, batch, "80%", loss=logits_loss) as applied:
+        first = applied.plan
+        for trained in (False, True, False):
+            model.zero_grad()
+            for parameter in (*model.transformer.wte.parameters(), *model.transformer.h[:2].parameters()):
+                parameter.requires_grad_(trained)
+            model.transformer.wpe.requires_grad_(trained)
+            logits_loss(model, batch).backward()
+            assert (applied.plan is first) == trained
+        assert applied.stats().fallbacks == 0 and len(traces) == 2
+
+
+def test_another_adapter_refused_and_allowed(traces: list[int]) -> None:
+    model, batch = adapted(), tokens(2, 64)
+    with tightfit.fit(model, batch, "80%", longer="refuse"):
+        model.set_adapter("b")
+        with pytest.raises(InvalidInput, match="a step that trains other parameters"):
+            model(**batch)
+    model.set_adapter("a")
+    with tightfit.fit(model, batch, "80%", longer="allow"):
+        model.set_adapter("b")
+        with pytest.warns(UserWarning, match="the budget is not promised; fit the model anew"):
+            found = outcome(model, batch)
+    assert not differences(outcome(model, batch), found)
+    assert len(traces) == 2
+
+
+def test_an_adapter_that_no_plan_fits_is_told_before_it_runs() -> None:
+    model, batch = adapted(), tokens(4, 64)
+    model.add_adapter("large", peft.LoraConfig(r=512, target_modules=["up_proj", "down_proj"]))
+    model.set_adapter("a")
+    with tightfit.fit(model, batch, "70%") as applied:
+        before = applied.plan
+        model.set_adapter("large")
+        with pytest.raises(BudgetInfeasible):
+            model(**batch)
+        model.set_adapter("a")
+        outcome(model, batch)
+        assert applied.plan is before and applied.stats().fallbacks == 0

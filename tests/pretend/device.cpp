@@ -485,6 +485,20 @@ void scatter(char* to, const char* from, const std::vector<int64_t>& sizes, cons
   }
 }
 
+// Queued if the host's side of it is pinned.
+bool queue_copy(c10::DeviceIndex device, const at::Tensor& to, const at::Tensor& from, c10::Storage host) {
+  char* target = static_cast<char*>(to.data_ptr());
+  const char* source = static_cast<const char*>(from.data_ptr());
+  size_t bytes = from.nbytes();
+  const void* pinned_side = host.data();
+  Entered entered;
+  if (!is_pinned(pinned_side)) return false;
+  give(current_queue(device), {[=] { std::memcpy(target, source, bytes); }, {}, std::move(host)});
+  return true;
+}
+
+// What holds a tensor or a storage is copied outside the lock, for the same reason as it is dropped there: a count of
+// references may be Python's.
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   report_error();
   if (to.numel() == 0) return to;
@@ -492,31 +506,14 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
               from.is_conj() == to.is_conj() && from.is_neg() == to.is_neg();
   if (!to.is_privateuseone()) {
     auto device = from.device().index();
-    if (non_blocking && same) {
-      Entered entered;
-      if (is_pinned(to.data_ptr())) {
-        char* target = static_cast<char*>(to.data_ptr());
-        const char* source = static_cast<const char*>(from.data_ptr());
-        size_t bytes = from.nbytes();
-        give(current_queue(device), {[=] { std::memcpy(target, source, bytes); }, {}, to.storage()});
-        return to;
-      }
-    }
+    if (non_blocking && same && queue_copy(device, to, from, to.storage())) return to;
     wait_for_this_stream(device);
     to.copy_(seen(from));
     return to;
   }
   auto device = to.device().index();
   char* target = static_cast<char*>(to.data_ptr());
-  if (!from.is_privateuseone() && non_blocking && same) {
-    Entered entered;
-    if (is_pinned(from.data_ptr())) {
-      const char* source = static_cast<const char*>(from.data_ptr());
-      size_t bytes = from.nbytes();
-      give(current_queue(device), {[=] { std::memcpy(target, source, bytes); }, {}, from.storage()});
-      return to;
-    }
-  }
+  if (!from.is_privateuseone() && non_blocking && same && queue_copy(device, to, from, from.storage())) return to;
   at::Tensor now = from;
   if (from.is_privateuseone()) {
     wait_for_this_stream(from.device().index());
@@ -527,8 +524,11 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
   const char* source = static_cast<const char*>(content.data_ptr());
   std::vector<int64_t> sizes(to.sizes().vec()), strides(to.strides().vec());
   size_t item = to.element_size();
-  Entered entered;
-  give(current_queue(device), {[=] { scatter(target, source, sizes, strides, item); }, {}, content.storage()});
+  c10::Storage host = content.storage();
+  {
+    Entered entered;
+    give(current_queue(device), {[=] { scatter(target, source, sizes, strides, item); }, {}, std::move(host)});
+  }
   return to;
 }
 

@@ -93,14 +93,15 @@ class Applied:
     def resume(self, plan: Plan, trace: Trace | None = None, *, agreed: bool = False) -> None:
         """Put `plan` in force. A suspended handle goes on counting.
 
-        Several ranks compare their plans first, unless they have `agreed` on this one before.
+        Several ranks compare their plans first, unless they have `agreed` on this one before. One that was in force
+        before is not held against what is trained now: where that differs, whole units are replayed.
         """
         self.plan, self.trace = plan, trace
         require_known(plan)
         self._decisions.clear()
         if are_several(self.model) and not agreed:
             _agree(plan)
-        matched = _matched(inside(self.model), plan)
+        matched = _matched(inside(self.model), plan, known=agreed)
         stores = {(sweep.base, sweep.target): frozenset(sweep.stores) for sweep in plan.advances}
         self._chain = Chain(stores, self._stats)
         _check_compiled(self.model, plan)
@@ -290,7 +291,7 @@ def _frame_plan(plan: Plan, choice: Choice) -> FramePlan | None:
     return FramePlan.of(program, chosen, choice.inputs, choice.lends, offload) if chosen.replays or moves else None
 
 
-def _matched(model: nn.Module, plan: Plan) -> list[tuple[Choice, nn.Module]]:
+def _matched(model: nn.Module, plan: Plan, known: bool) -> list[tuple[Choice, nn.Module]]:
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"expected a torch.nn.Module, found {type(model).__name__}")
     modules = modules_of(model)
@@ -303,7 +304,7 @@ def _matched(model: nn.Module, plan: Plan) -> list[tuple[Choice, nn.Module]]:
                 "the plan was made for another model; make it anew"
             )
         signature = signature_of(module)
-        if signature != choice.signature:
+        if signature != choice.signature and not known:
             raise PlanMismatch(
                 f"the unit {choice.unit!r} differs: planned for {choice.signature}, found {signature}; "
                 "the plan was made for another model, dtype or set of trainable parameters; make it anew"

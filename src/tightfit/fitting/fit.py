@@ -122,9 +122,9 @@ def fit(
     The model's own checkpointing (`gradient_checkpointing_enable`) makes way while the plan is in force, which a
     warning says, and is on again after `remove()`.
 
-    Accumulated gradients take their bytes through the whole step. A model that is fitted without them and comes with
-    some is treated as `longer` says, too: planned anew once, and from then on each kind of step has its own plan;
-    refused; or run with a warning.
+    Accumulated gradients take their bytes through the whole step, and a step that trains other parameters (another
+    adapter of PEFT's, layers that are freed one by one) saves other tensors. Such a step is treated as `longer` says,
+    too: planned anew once, and from then on each kind of step has its own plan; refused; or run with a warning.
 
     A model that is compiled, or whose units are (`torch.compile`, `module.compile()`), is planned as it runs uncompiled
     and measured compiled: up to four plans are compiled and run, and `applied.plan.peak_bytes` is what was measured.
@@ -307,6 +307,13 @@ def _in_force(applied: Fitted, plan: Plan, recorded: Trace) -> Iterator[None]:
         applied.suspend()
 
 
+class _Kind(NamedTuple):
+    """What a step's plan depends on beside its batch."""
+
+    accumulates: bool  # are there gradients beyond those that were there when the model was fitted?
+    trained: frozenset[str]  # the parameters that get gradients: adapters are switched, layers are freed one by one
+
+
 class _InForce(NamedTuple):
     """A plan, and what it was made for."""
 
@@ -336,10 +343,11 @@ class _Guard:
         self.told = levers is not None and bool(inexact(levers))  # that the plan is not exact
         self.model, self.policy, self.loss, self.optimizer, self.units = model, policy, loss, optimizer, units
         self.applied: Fitted | None = None
+        self.first = _Kind(False, frozenset())  # of the step that was planned first
         self.extent: _Extent | None = None  # of the planned batch
         self.started = {id(p) for p in model.parameters() if p.grad is not None}  # gradients that are planned for
         self.accumulates = bool(self.started)  # steps may find gradients, whether or not one does that is planned anew
-        self.plans: dict[bool, _InForce] = {}  # by: are there gradients beyond `started`?
+        self.plans: dict[_Kind, _InForce] = {}
         # the model is not shown the whole of a loss function's batch; it is planned anew while the user has it still
         leaves, self.structure = pytree.tree_flatten(batch)
         self.leaves = [weakref.ref(x) if isinstance(x, torch.Tensor) else functools.partial(_same, x) for x in leaves]
@@ -374,8 +382,18 @@ class _Guard:
     def in_force(self, applied: Fitted, recorded: Trace) -> None:
         """The first plan is made."""
         if self.extent is not None:
-            self.plans[False] = _InForce(applied.plan, recorded, _Extent(*highest(self.model, *self.extent)))
+            self.first = self._kind()._replace(accumulates=False)
+            self.plans[self.first] = _InForce(applied.plan, recorded, _Extent(*highest(self.model, *self.extent)))
         self.applied = applied
+
+    def _kind(self) -> _Kind:
+        """Of the step that is about to run."""
+        accumulates, trained = False, set()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                trained.add(name)
+            accumulates = accumulates or (parameter.grad is not None and id(parameter) not in self.started)
+        return _Kind(accumulates, frozenset(trained))
 
     def remove(self) -> None:
         self.handle.remove()
@@ -395,10 +413,10 @@ class _Guard:
         if not self.plans or not (torch.is_grad_enabled() and module.training):
             return
         extent = _Extent.of((args, kwargs))
-        accumulating = any(p.grad is not None and id(p) not in self.started for p in module.parameters())
+        kind = self._kind()
         waiting = gradients_wait(module)
-        known = self.plans.get(accumulating)
-        planned = known or self.plans[False]
+        known = self.plans.get(kind)
+        planned = known or self.plans.get(kind._replace(accumulates=False)) or self.plans[self.first]
         together = steps_together(module)
         if self.policy is not Longer.ALLOW and together:  # what one rank plans anew, all have to
             extent = _Extent(*highest(module, *extent))
@@ -424,8 +442,12 @@ class _Guard:
             advice = "fit the model with the longest batch"
             batch = None if self.loss is not None else _seen(args, kwargs)
         elif lacks:
-            said = "the parameters have gradients already, but the plan in force is for a step that starts without"
-            advice = "fit the model while it has gradients, as the second micro-batch finds it"
+            if kind.trained != self.first.trained:
+                said = "the plan in force is for a step that trains other parameters (another adapter, say)"
+                advice = "fit the model anew when what it trains has changed"
+            else:
+                said = "the parameters have gradients already, but the plan in force is for a step that starts without"
+                advice = "fit the model while it has gradients, as the second micro-batch finds it"
             batch = _seen(args, kwargs) if self.loss is None else self._planned_batch()
             extent = planned.extent if self.loss is not None else extent
         else:
@@ -441,7 +463,7 @@ class _Guard:
         if batch is None or self.policy is Longer.ALLOW:
             self._warn_once(said, advice)
             return
-        self._replan(batch, extent, accumulating)
+        self._replan(batch, extent, kind)
 
     def _warn_once(self, said: str, advice: str) -> None:
         if advice not in self.warned:
@@ -453,7 +475,7 @@ class _Guard:
         gone = any(x is None and isinstance(leaf, weakref.ref) for x, leaf in zip(leaves, self.leaves, strict=True))
         return None if gone else pytree.tree_unflatten(leaves, self.structure)
 
-    def _replan(self, batch: Any, extent: _Extent, accumulating: bool) -> None:
+    def _replan(self, batch: Any, extent: _Extent, kind: _Kind) -> None:
         applied = self.applied
         assert applied is not None
         budget_bytes = applied.plan.budget_bytes
@@ -461,10 +483,10 @@ class _Guard:
         applied.suspend()
         # for the most gradients that there can be: routing gives other ones in each micro-batch
         try:
-            with micro_batches.gradients_in_place(self.model, accumulating or self.accumulates):
+            with micro_batches.gradients_in_place(self.model, kind.accumulates or self.accumulates):
                 recorded, made, _ = self.planned(batch, budget_bytes, applied)
             applied.resume(made, recorded, agreed=True)
-            self.plans[accumulating] = _InForce(applied.plan, recorded, extent)
+            self.plans[kind] = _InForce(applied.plan, recorded, extent)
         except BaseException:
             applied.resume(applied.plan, applied.trace, agreed=True)
             raise
