@@ -31,6 +31,7 @@ from tightfit.train import RunResult, TrainOptions, byte_tokenizer, last_checkpo
 from tightfit.train import run as training
 from tightfit.train.asked import as_asked
 from tightfit.train.options import check_options
+from tightfit.train.record import RunRecord
 
 TINY = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
@@ -136,6 +137,7 @@ import transformers
 from tightfit.train import run as training
 from tightfit.train.asked import as_asked
 from tightfit.train.options import check_options
+from tightfit.train.record import RunRecord
 from tightfit.cli import main
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -561,11 +563,19 @@ def test_the_record_has_the_account_of_the_process(
 
     monkeypatch.setattr(training.Run, "trainer", interrupted)
     assert train(options(place, tmp_path / "cut", **changes)).status == "interrupted"
+    before = json.loads((tmp_path / "cut" / "record.json").read_text())["observed"]
     monkeypatch.setattr(training.Run, "trainer", real)
-    assert train(TrainOptions(out=str(tmp_path / "cut"), resume=True)).status == "completed"
+    written: list[Account | None] = []  # whenever the record is, as a kill would leave it
+    write = RunRecord._write_record
+    monkeypatch.setattr(RunRecord, "_write_record", lambda self: written.append(self.account) or write(self))
+    resumed = train(TrainOptions(out=str(tmp_path / "cut"), resume=True))
+    assert resumed.status == "completed" and resumed.plan is not None
+    assert to_json(written[0]) == before["account"]
     observed = json.loads((tmp_path / "cut" / "record.json").read_text())["observed"]
     assert observed["reserved_bytes"] == 40
-    assert observed["account"] == to_json(told) and observed["host_taken_bytes"]["pageable"] >= told.pageable_bytes
+    assert observed["account"]["allocated_bytes"] == resumed.plan.peak_bytes  # of the plan of this process
+    assert observed["account"]["waiting"]["pageable"] == observed["host_bytes"]
+    assert observed["host_taken_bytes"]["pageable"] >= before["host_taken_bytes"]["pageable"] > 0
     assert run_document(tmp_path / "cut")["facts"]["reserved, measured"] == "40 B"
 
     # a record of before says less, and is read all the same

@@ -164,7 +164,7 @@ def test_an_account_survives_json(moved: tuple[Trace, Plan]) -> None:
 # ------------------------------------------------------------------------------------------ who shows it
 
 
-def test_check_says_the_account_of_its_plan() -> None:
+def test_check_says_the_account_of_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = forecast.Setup(model="tightfit-demo", method="full", batch=1, seq=64, dtype="bf16", optimizer="adamw")
     allowed, device = parse_levers("recompute,state_in_host,optimizer_chunks"), forecast.device_asked("24GiB")
     trace = forecast.trace_setup(setup, device)
@@ -183,6 +183,11 @@ def test_check_says_the_account_of_its_plan() -> None:
     facts = forecast_document(answer)["facts"]
     assert f"{format_bytes(told.pinned_bytes)} in pinned host memory" in facts["the process"]
     assert facts["in host memory"].startswith(format_bytes(told.pinned_bytes))
+    # near the limit a card reserves less than one with enough room, and the account says what its own mode says
+    monkeypatch.setattr("tightfit.forecast.answer.bytes_reserved", lambda *_: told.reserved_bytes - 512)
+    answer = forecast.check(setup, device, budget=room, search=False, levers=allowed)
+    assert answer.account is not None
+    assert answer.account.reserved_bytes == answer.modes[-1].reserved_bytes == told.reserved_bytes - 512
     hopeless = forecast.check(setup, device, budget=2**20, search=False, levers=parse_levers("recompute"))
     assert hopeless.account is None and "the process" not in forecast_document(hopeless)["facts"]
 
