@@ -25,13 +25,12 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import tightfit
-from tightfit.core import Account, InvalidInput, Plan, TightfitError, format_bytes, from_json, to_json
+from tightfit.core import Account, InvalidInput, Plan, TightfitError, format_bytes, from_json
 from tightfit.integrations.recovery import OutOfMemory, Recovery, lower
 from tightfit.train import RunResult, TrainOptions, byte_tokenizer, last_checkpoint, progress, recipe, train
 from tightfit.train import run as training
 from tightfit.train.asked import as_asked
 from tightfit.train.options import check_options
-from tightfit.train.record import RunRecord
 
 TINY = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
@@ -137,7 +136,6 @@ import transformers
 from tightfit.train import run as training
 from tightfit.train.asked import as_asked
 from tightfit.train.options import check_options
-from tightfit.train.record import RunRecord
 from tightfit.cli import main
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -564,13 +562,18 @@ def test_the_record_has_the_account_of_the_process(
     monkeypatch.setattr(training.Run, "trainer", interrupted)
     assert train(options(place, tmp_path / "cut", **changes)).status == "interrupted"
     before = json.loads((tmp_path / "cut" / "record.json").read_text())["observed"]
+
+    def broken(self: Any, *args: Any) -> Any:
+        raise RuntimeError("no trainer")
+
+    monkeypatch.setattr(training.Run, "trainer", broken)
+    with pytest.raises(RuntimeError, match="no trainer"):  # before there is a plan again
+        train(TrainOptions(out=str(tmp_path / "cut"), resume=True))
+    kept = json.loads((tmp_path / "cut" / "record.json").read_text())
+    assert kept["status"] == "failed" and kept["observed"]["account"] == before["account"]
     monkeypatch.setattr(training.Run, "trainer", real)
-    written: list[Account | None] = []  # whenever the record is, as a kill would leave it
-    write = RunRecord._write_record
-    monkeypatch.setattr(RunRecord, "_write_record", lambda self: written.append(self.account) or write(self))
     resumed = train(TrainOptions(out=str(tmp_path / "cut"), resume=True))
     assert resumed.status == "completed" and resumed.plan is not None
-    assert to_json(written[0]) == before["account"]
     observed = json.loads((tmp_path / "cut" / "record.json").read_text())["observed"]
     assert observed["reserved_bytes"] == 40
     assert observed["account"]["allocated_bytes"] == resumed.plan.peak_bytes  # of the plan of this process
