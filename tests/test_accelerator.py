@@ -16,7 +16,7 @@ from tightfit import accelerator
 from tightfit.core import InvalidInput, Unsupported
 from tightfit.verify.peak import PeakMeter
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 class Card:
@@ -51,6 +51,12 @@ class Card:
 
     def max_memory_allocated(self, device: Any) -> int:
         return self.most_bytes
+
+    def memory_reserved(self, device: Any) -> int:
+        return 2 * MIB
+
+    def max_memory_reserved(self, device: Any) -> int:
+        return 22 * MIB
 
     def take(self, size_bytes: int) -> None:
         self.most_bytes = max(self.most_bytes, self.live_bytes + size_bytes)
@@ -170,6 +176,18 @@ def test_reading_a_count_keeps_the_peak(here: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(card, "memory_allocated", lambda _: next(answers))
     assert accelerator.allocated_bytes(device) == 0
     assert "reset" not in card.asked
+
+
+def test_reserved_memory_and_the_most_of_it(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here("xpu", Card())
+    device = torch.device("xpu", 0)
+    assert accelerator.reserved_bytes(device) == 2 * MIB
+    assert accelerator.reserved_peak_bytes(device) == 22 * MIB
+    assert accelerator.reserved_peak_bytes(torch.device("cpu")) is None
+    metal = Metal()
+    here("mps", metal)
+    monkeypatch.setattr(torch.mps, "synchronize", metal.synchronize)
+    assert accelerator.reserved_peak_bytes(torch.device("mps")) is None
 
 
 def test_a_disturbed_trial_is_not_remembered(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:

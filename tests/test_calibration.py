@@ -26,6 +26,7 @@ from tightfit.device.cost import LAUNCH_SECONDS, NOMINAL_CPU, op_seconds
 from tightfit.forecast import Effort, Setup, calibrating
 from tightfit.forecast.calibrating import fitted_line
 from tightfit.forecast.room import MARGIN, card_named
+from tightfit.plan import account
 
 QUICK = Effort(batches=3, batch_seconds=0.0005, longest_seconds=0.002, sizes=3, largest_bytes=2**18, whole_seconds=5.0)
 CONFIG = {
@@ -200,13 +201,11 @@ def test_a_measured_launch_is_what_an_op_costs_at_least() -> None:
 
 def test_expandable_segments_are_laid_out_as_such(devices: Path, tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    real = forecast.search.reserved_peak_bytes
-    monkeypatch.setattr(
-        forecast.search, "reserved_peak_bytes", lambda *a, **k: asked.append(k["expandable"]) or real(*a, **k)
-    )
+    real = account.reserved_peak_bytes
+    monkeypatch.setattr(account, "reserved_peak_bytes", lambda *a, **k: asked.append(k["expandable"]) or real(*a, **k))
     measured("NVIDIA H200", gpu("h200"), expandable_segments=True).save(path_of("NVIDIA H200"))
     for device in (gpu("h200"), forecast.device_asked("h200")):
-        forecast.search.bytes_reserved(forecast.trace_for(tiny, device), None)
+        account.bytes_reserved(forecast.trace_for(tiny, device), None)
     assert asked == [False, True]
 
 

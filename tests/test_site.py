@@ -18,7 +18,7 @@ from tightfit.device.cost import retimed
 from tightfit.forecast import Setup
 from tightfit.forecast import site as sites
 from tightfit.forecast.recording import reached
-from tightfit.forecast.search import QUICK, bytes_reserved
+from tightfit.forecast.search import QUICK
 from tightfit.forecast.survey import (
     CardAnswer,
     How,
@@ -31,6 +31,7 @@ from tightfit.forecast.survey import (
     with_workspace,
 )
 from tightfit.plan import lowest, simulate
+from tightfit.plan.account import bytes_reserved
 from tightfit.trace.fake import FakeStep
 
 TINY = Setup(model="tightfit-demo", method="full", batch=1, seq=64)

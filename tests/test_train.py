@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import tightfit
-from tightfit.core import InvalidInput, Plan, TightfitError
+from tightfit.core import Account, InvalidInput, Plan, TightfitError, format_bytes, from_json
 from tightfit.integrations.recovery import OutOfMemory, Recovery, lower
 from tightfit.train import RunResult, TrainOptions, byte_tokenizer, last_checkpoint, progress, recipe, train
 from tightfit.train import run as training
@@ -584,6 +584,73 @@ def test_a_plan_in_tiles_is_no_failure(
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["options"]["levers"] == "recompute,tile" and record["observed"]["checks"]
     assert record["constraint"]["host_budget_bytes"] is None and record["observed"]["host_bytes"] == {}
+    assert record["observed"]["host_taken_bytes"] == {"pinned": 0, "pageable": 0, "file": 0}
+
+
+def test_the_record_has_the_account_of_the_process(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the plan says, beside what the allocator and the pool had; a run that goes on does not forget it."""
+    from tightfit.cli.program import main
+    from tightfit.report import run_document
+
+    folder = tmp_path / "run"
+    changes = {"levers": "recompute,state_in_host", "budget": "70%", "steps": 5}
+    run = train(options(place, folder, **changes))
+    assert run.status == "completed" and run.plan is not None
+    record = json.loads((folder / "record.json").read_text())
+    observed = record["observed"]
+    told = from_json(Account, observed["account"], "the record")
+    assert told.allocated_bytes == told.reserved_bytes == observed["predicted_peak_bytes"] == run.plan.peak_bytes
+    assert told.waiting["pageable"] == observed["host_bytes"] and told.pinned_bytes == told.file_bytes == 0
+    taken = observed["host_taken_bytes"]
+    pages = 2 * 30 * 4096  # each of AdamW's two tensors is rounded up to one, for each of 30 parameters
+    assert 0 < told.pageable_bytes <= taken["pageable"] <= told.pageable_bytes + pages
+    assert taken["pinned"] == taken["file"] == 0
+    assert observed["reserved_bytes"] is None  # the CPU has no caching allocator, and nothing is guessed
+    facts = run_document(folder)["facts"]
+    assert f"{format_bytes(told.pageable_bytes)} in pageable host memory" in facts["the process, predicted"]
+    assert facts["host memory, measured"] == f"{format_bytes(taken['pageable'])} pageable"
+    assert "reserved, measured" not in facts
+
+    reserved = iter([30, 20, 40, *[10] * 100])
+    monkeypatch.setattr(tightfit.accelerator, "reserved_peak_bytes", lambda device: next(reserved))
+    real = training.Run.trainer
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        trainer = real(self, *args)
+        trainer.add_callback(Interrupt(4))
+        return trainer
+
+    monkeypatch.setattr(training.Run, "trainer", interrupted)
+    assert train(options(place, tmp_path / "cut", **changes)).status == "interrupted"
+    before = json.loads((tmp_path / "cut" / "record.json").read_text())["observed"]
+
+    def broken(self: Any, *args: Any) -> Any:
+        raise RuntimeError("no trainer")
+
+    monkeypatch.setattr(training.Run, "trainer", broken)
+    with pytest.raises(RuntimeError, match="no trainer"):  # before there is a plan again
+        train(TrainOptions(out=str(tmp_path / "cut"), resume=True))
+    kept = json.loads((tmp_path / "cut" / "record.json").read_text())
+    assert kept["status"] == "failed" and kept["observed"]["account"] == before["account"]
+    monkeypatch.setattr(training.Run, "trainer", real)
+    resumed = train(TrainOptions(out=str(tmp_path / "cut"), resume=True))
+    assert resumed.status == "completed" and resumed.plan is not None
+    observed = json.loads((tmp_path / "cut" / "record.json").read_text())["observed"]
+    assert observed["reserved_bytes"] == 40
+    assert observed["account"]["allocated_bytes"] == resumed.plan.peak_bytes  # of the plan of this process
+    assert observed["account"]["waiting"]["pageable"] == observed["host_bytes"]
+    assert observed["host_taken_bytes"]["pageable"] >= before["host_taken_bytes"]["pageable"] > 0
+    assert run_document(tmp_path / "cut")["facts"]["reserved, measured"] == "40 B"
+
+    # a record of before says less, and is read all the same
+    for key in ("account", "reserved_bytes", "host_taken_bytes"):
+        del record["observed"][key]
+    (folder / "record.json").write_text(json.dumps(record))
+    assert "the process, predicted" not in run_document(folder)["facts"]
+    assert main(["report", str(folder)]) == 0 and main(["train", "--out", str(folder), "--resume"]) == 0
+    capsys.readouterr()
 
 
 def test_a_smaller_plan_is_as_exact_as_the_one_before() -> None:

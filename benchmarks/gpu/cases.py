@@ -34,6 +34,7 @@ from tightfit.forecast import Adapters, Setup
 from tightfit.forecast.setup import DTYPES, with_adapters
 from tightfit.levers import exact_only
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
+from tightfit.plan.account import has_caching_allocator
 from tightfit.plan.simulate import allocations
 
 GB, GIB = 10**9, 2**30
@@ -333,7 +334,7 @@ def forecast_of(trace: Trace, made: Plan | None, room_bytes: int | None = None) 
     it meets that, it gives free segments back first."""
     line = simulate(trace, made)
     found: dict[str, Any] = {"peak_bytes": line.peak_bytes, "owner": line.peak_owner}
-    if not trace.random_state_bytes:  # the CPU has no caching allocator
+    if has_caching_allocator(trace):
         found["allocated_bytes"], found["reserved_bytes"] = peaks(
             *allocations(trace, made), limit_bytes=room_bytes, expandable=trace.expandable_segments
         )

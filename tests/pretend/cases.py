@@ -26,12 +26,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import tightfit
 from tightfit import accelerator
-from tightfit.core import Action, Lever, Plan, Trace
+from tightfit.core import Action, Backing, Lever, Plan, Trace
 from tightfit.device.allocator import peaks
 from tightfit.engine import Applied, offload
 from tightfit.engine.frame import Frame
 from tightfit.engine.offload import Pool
 from tightfit.plan import every_block, simulate
+from tightfit.plan.account import account
 from tightfit.plan.simulate import allocations
 
 CASES: dict[str, Callable[[], None]] = {}
@@ -399,6 +400,33 @@ def what_the_pool_takes_is_what_is_pinned() -> None:
         assert 0 < applied.pool.taken_bytes <= 100 * 2**10
         assert control().counts()[2] - before == applied.pool.taken_bytes
         assert applied.stats().held > 0
+
+
+@case
+def the_account_is_what_the_card_says() -> None:
+    """What waits is pinned, or in the file that was asked for; and a step takes of the card what the account says."""
+    model, batch = llama(), tokens()
+    trace = tightfit.trace(model, batch)
+    plan = tightfit.plan(trace, "90%", levers=[Lever.OFFLOAD, Lever.RECOMPUTE])
+    told = account(trace, plan)
+    assert told.pageable_bytes == told.file_bytes == 0 < told.pinned_bytes == plan.offloaded_bytes
+    # two segments of CUDA's at least, one of small blocks and one of larger ones; the pretend card has no segments
+    assert told.reserved_bytes % (2 * 2**20) == 0 and told.reserved_bytes > told.allocated_bytes
+    before = control().counts()[2]
+    with tightfit.apply(model, plan) as applied:
+        gradients(model, batch)
+        taken = applied.pool.taken
+        assert taken[Backing.PINNED] == control().counts()[2] - before >= told.pinned_bytes
+        assert taken[Backing.PAGEABLE] == taken[Backing.FILE] == 0
+    here = torch.device("pretend:0")
+    reserved = accelerator.reserved_peak_bytes(here)
+    assert reserved is not None and reserved >= (accelerator.allocated_bytes(here) or 0) > 0
+    told = account(trace, plan, spilled=True)
+    assert told.pinned_bytes == told.pageable_bytes == 0 < told.file_bytes == plan.offloaded_bytes
+    with tempfile.TemporaryDirectory() as folder, tightfit.apply(model, plan, spill=folder) as applied:
+        gradients(model, batch)
+        taken = applied.pool.taken
+        assert taken[Backing.FILE] >= told.file_bytes and taken[Backing.PINNED] == taken[Backing.PAGEABLE] == 0
 
 
 @case

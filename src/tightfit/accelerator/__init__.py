@@ -64,6 +64,7 @@ __all__ = [
     "pinned_if_possible",
     "put_back_states",
     "reserved_bytes",
+    "reserved_peak_bytes",
     "running_stream",
     "runtime",
     "saved_state_bytes",
@@ -409,6 +410,11 @@ def allocated_bytes(device: torch.device) -> int | None:
 def reserved_bytes(device: torch.device) -> int | None:
     """Bytes that its allocator has from the driver. None: there is none that counts."""
     return _counted(device, "memory_reserved")
+
+
+def reserved_peak_bytes(device: torch.device) -> int | None:
+    """The most of them since `peak_begun`. None: there is none that counts."""
+    return _counted(device, "max_memory_reserved")
 
 
 def _counted(device: torch.device, name: str) -> int | None:

@@ -31,6 +31,7 @@ from tightfit.core import (
     format_bytes,
     parse_host_budget,
     parse_levers,
+    to_json,
 )
 
 
@@ -74,6 +75,7 @@ def plan(
     )
     from tightfit.engine.limits import planned_here
     from tightfit.plan import plan as make_plan
+    from tightfit.plan.account import account
     from tightfit.report import chrome_trace, memory_snapshot, plan_document, plan_report, study
     from tightfit.report import explain as explained
     from tightfit.step.run import device_of
@@ -89,7 +91,7 @@ def plan(
         )  # fmt: skip
         if html is not None:
             say("planning for other budgets too, for the page")
-            write_page(html, plan_document(made, model, study(recorded, made)))
+            write_page(html, plan_document(made, model, study(recorded, made), account(recorded, made)))
     if chrome is not None:
         from tightfit.core import write_text
         from tightfit.plan import simulate
@@ -102,7 +104,8 @@ def plan(
     made.save(out)
     say_if_above_all(budget)
     if as_json:
-        emit(json.dumps({"path": str(out), **plan_report(made), "calibration": recorded.calibration}))
+        more = {"calibration": recorded.calibration, "account": to_json(account(recorded, made))}
+        emit(json.dumps({"path": str(out), **plan_report(made), **more}))
         return
     if explain:
         console_on_stdout().print(explained(recorded, made))

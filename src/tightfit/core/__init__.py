@@ -46,7 +46,19 @@ from tightfit.core.recorded import (
     Unit,
     Value,
 )
-from tightfit.core.results import AUTO, Check, Forecast, Measurement, MicroBatch, MicroBatches, Mode, Proof, Row
+from tightfit.core.results import (
+    AUTO,
+    Account,
+    Backing,
+    Check,
+    Forecast,
+    Measurement,
+    MicroBatch,
+    MicroBatches,
+    Mode,
+    Proof,
+    Row,
+)
 from tightfit.core.sizes import parse_batch, parse_bytes, parse_host_budget, percentage, require_part
 from tightfit.core.verbs import make_verb
 
@@ -54,8 +66,10 @@ __all__ = [
     "AUTO",
     "HOST_KIND",
     "SCHEMA_VERSION",
+    "Account",
     "Action",
     "Advance",
+    "Backing",
     "BudgetInfeasible",
     "Category",
     "Check",

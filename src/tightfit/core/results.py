@@ -5,6 +5,7 @@ Invariant: the field names are the keys of the JSON documents.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -114,6 +115,26 @@ class Measurement:
     micro_batches: MicroBatches | None = None  # of tightfit's row; none: the batch was not to be cut
 
 
+class Backing(enum.Enum):
+    """What lies behind the bytes that wait off the device."""
+
+    PINNED = "pinned"  # host memory that the system may not move, which a card copies from and to by itself
+    PAGEABLE = "pageable"  # other host memory
+    FILE = "file"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """What a step takes of a machine at most, by one plan (forecast)."""
+
+    allocated_bytes: int  # of the device, by what lives at the peak
+    reserved_bytes: int  # of the device, by its caching allocator; as allocated where it has none (the CPU)
+    pinned_bytes: int
+    pageable_bytes: int
+    file_bytes: int
+    waiting: Mapping[str, Mapping[str, int]]  # what the last three are: by backing, then by lever
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mode:
     """One way to run a step on a device that is not there. Bytes are forecast, seconds estimated."""
@@ -159,3 +180,4 @@ class Forecast:
     host_bytes: Mapping[str, int] = field(default_factory=dict)  # all that waits there, by lever
     micro_batches: MicroBatches | None = None  # of a global batch; none: the batch was not to be cut, or nothing fits
     host_budget_bytes: int | None = None  # the most that was to wait in host memory; none: no limit was set
+    account: Account | None = None  # of the plan; none: nothing fits

@@ -41,7 +41,7 @@ from tightfit.engine.region import checkpoint
 from tightfit.levers import every, require_known, used
 from tightfit.levers.interface import Given
 from tightfit.plan import simulate
-from tightfit.plan.account import host_bytes, host_said
+from tightfit.plan.account import account, account_rows, host_bytes
 from tightfit.plan.program import kept_values, offloaded_values, recipe
 from tightfit.plan.tighter import tighter
 from tightfit.step.modules import modules_of
@@ -207,8 +207,9 @@ class Applied:
         said.append(("levers", ", ".join(names) or "none: the step fits as it is"))
         if self.trace is not None:
             said.append(("the peak is at", simulate(self.trace, plan).peak_owner))
-            elsewhere = host_said(host_bytes(self.trace, plan), plan.host_budget_bytes)
-            said += [("in host memory", elsewhere)] if elsewhere else []
+            if host_bytes(self.trace, plan):
+                found = account(self.trace, plan, spilled=self.pool.spill is not None)
+                said += account_rows(found, plan.host_budget_bytes).items()
             if self._tighter is None or self._tighter[0] is not plan:
                 self._tighter = plan, tighter(self.trace, plan)
             said.append(("a tenth less", self._tighter[1]))

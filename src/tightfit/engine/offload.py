@@ -42,7 +42,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tightfit import accelerator
-from tightfit.core import InvalidInput, TightfitError, format_bytes
+from tightfit.core import Backing, InvalidInput, TightfitError, format_bytes
 
 __all__ = ["Offloaded", "Parcel", "Pool", "Shipment", "held_bytes"]
 
@@ -166,6 +166,14 @@ class Pool:
     def taken_bytes(self) -> int:
         """By all buffers, in use or not."""
         return self._mapped_bytes + self._pinned.taken_bytes
+
+    @property
+    def taken(self) -> dict[Backing, int]:
+        """The same by what lies behind it."""
+        found = dict.fromkeys(Backing, 0)
+        found[Backing.PINNED] = self._pinned.taken_bytes
+        found[Backing.PAGEABLE if self.spill is None else Backing.FILE] = self._mapped_bytes
+        return found
 
     def _buffer(self, size_bytes: int, device: torch.device) -> torch.Tensor | None:
         room_bytes = sys.maxsize if self.capacity_bytes is None else self.capacity_bytes - self.taken_bytes

@@ -30,11 +30,11 @@ from tightfit.forecast.recording import (
     trace_setup,
 )
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, usable_bytes
-from tightfit.forecast.search import QUICK, bytes_reserved, can_hold_floor, fitted, least, least_peak_bytes
+from tightfit.forecast.search import QUICK, can_hold_floor, fitted, least, least_peak_bytes
 from tightfit.forecast.setup import Progress, Setup, build_model
 from tightfit.levers import used
 from tightfit.plan import lowest
-from tightfit.plan.account import host_bytes
+from tightfit.plan.account import bytes_reserved, host_bytes
 from tightfit.report.text import how_it_fits
 from tightfit.step.parallel import Strategy
 from tightfit.step.run import static_bytes_by_category

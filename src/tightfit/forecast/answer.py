@@ -30,11 +30,11 @@ from tightfit.forecast.advice import (
 )
 from tightfit.forecast.recording import reached, trace_for, trace_setup
 from tightfit.forecast.room import card_named, leave_room, room_bytes
-from tightfit.forecast.search import QUICK, SHOWN, bytes_reserved, can_hold_floor, fitted, largest_fitting, least
+from tightfit.forecast.search import QUICK, SHOWN, can_hold_floor, fitted, largest_fitting, least
 from tightfit.forecast.setup import Progress, Setup, build_model
 from tightfit.levers import exact_only, inexact
 from tightfit.plan import every_block, lowest, plan, simulate
-from tightfit.plan.account import host_bytes
+from tightfit.plan.account import account, bytes_reserved, host_bytes
 from tightfit.step.environment import environment
 from tightfit.trace.fake import FakeStep
 from tightfit.verify.measure import every_block_checkpointed
@@ -124,6 +124,7 @@ def check(
         streamed_bytes=waiting.get(Lever.STREAM_WEIGHTS.value, 0),
         host_bytes=waiting,
         host_budget_bytes=limit,
+        account=None if made is None else account(recorded, made, reserved_bytes=modes[-1].reserved_bytes),
     )
 
 
@@ -212,6 +213,7 @@ def which_gpus(setup: Setup, *, budget: str | int | None = None, progress: Progr
                 fits=made is not None, modes=tuple(modes), plan=made, essence=(), largest_batch=None, longest_seq=None,
                 advice=(), error_bar=error_bar(device), notes=(*kept_whole(recorded), *notes(setup, device)),
                 environment=environment(), calibration=device.calibration,
+                account=None if made is None else account(recorded, made, reserved_bytes=modes[-1].reserved_bytes),
             )
         )  # fmt: skip
     return sorted(found, key=lambda f: (not f.fits, f.modes[-1].step_seconds if f.fits else f.gpu_bytes))

@@ -15,12 +15,11 @@ from tightfit.core import (
     Plan,
     Trace,
 )
-from tightfit.device.allocator import OutOfMemory, reserved_peak_bytes
 from tightfit.forecast.recording import trace_for
 from tightfit.forecast.setup import MOST_TOKENS, Progress, Setup, build_model, positions_in
 from tightfit.levers import allowed
-from tightfit.plan import Effort, lowest, plan, simulate
-from tightfit.plan.simulate import allocations
+from tightfit.plan import Effort, lowest, plan
+from tightfit.plan.account import bytes_reserved
 
 SEQ_STEP = 64
 
@@ -35,17 +34,6 @@ QUICK = Effort(points=12, solver_seconds=0.3, proves=False)
 def can_hold_floor(levers: frozenset[Lever] | None) -> bool:
     """May `levers` run a step for which the device is smaller than what does not depend on the batch?"""
     return any(each.lowers_floor for each in allowed(levers))
-
-
-def bytes_reserved(recorded: Trace, made: Plan | None, room: int | None = None) -> int | None:
-    """Most bytes reserved in a step, `None` when that fails; under `room` free segments are given back first."""
-    static, step = allocations(recorded, made)
-    if recorded.random_state_bytes:  # the CPU has no caching allocator
-        return simulate(recorded, made).peak_bytes
-    try:
-        return reserved_peak_bytes(static, step, limit_bytes=room, expandable=recorded.expandable_segments)
-    except OutOfMemory:
-        return None
 
 
 def fitted(

@@ -23,7 +23,6 @@ import numpy
 
 from tightfit.core import Category, Device, Lever, Phase, Plan, Timeline, Trace
 from tightfit.core.recorded import Kind
-from tightfit.device.allocator import OutOfMemory, reserved_peak_bytes
 from tightfit.device.cost import Work, retimed, work_of
 from tightfit.forecast.advice import essence, floor, kept_whole, notes
 from tightfit.forecast.recording import reached, trace_setup
@@ -33,6 +32,7 @@ from tightfit.forecast.setup import Progress, Setup
 from tightfit.levers import exact_only, used
 from tightfit.levers.tile import tile_seconds
 from tightfit.plan import lowest, simulate
+from tightfit.plan.account import has_caching_allocator, laid_out
 from tightfit.plan.simulate import allocations
 from tightfit.trace.fake import FakeStep
 
@@ -181,17 +181,13 @@ class _Run:
         return allocations(with_workspace(self.trace, 0), self.made)
 
     def _reserved(self, workspace_bytes: int, room: int | None) -> int | None:
-        if self.trace.random_state_bytes:  # the CPU has no caching allocator
+        if not has_caching_allocator(self.trace):
             return self.peak(workspace_bytes)
         if (workspace_bytes, room) not in self.laid_out:
             static, step = self._blocks
             half = workspace_bytes // 2  # as `allocations` has them
             static = [*static, *(size for size in (workspace_bytes - half, half) if size)]
-            try:
-                found = reserved_peak_bytes(static, step, limit_bytes=room, expandable=self.trace.expandable_segments)
-            except OutOfMemory:
-                found = None
-            self.laid_out[workspace_bytes, room] = found
+            self.laid_out[workspace_bytes, room] = laid_out(self.trace, static, step, room)
         return self.laid_out[workspace_bytes, room]
 
 

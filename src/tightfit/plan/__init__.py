@@ -13,7 +13,7 @@
 | `program` | what a choice makes a unit's program do |
 | `simulate` | the referee: live bytes through the step under a plan |
 | `shares` | which lever of a plan buys which bytes |
-| `account` | what a plan has wait in host memory |
+| `account` | what a plan takes of a machine: device, host memory, file |
 | `advice` | what would make a step fit, where no plan does |
 | `tighter` | what a tenth less would cost, where a plan does |
 | `rebase` | a plan that was made of another recording, as a plan of this one |

@@ -17,9 +17,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tightfit.core import Forecast, InvalidInput, Measurement, Plan, Row, format_bytes, to_json
+from tightfit.core import Account, Forecast, InvalidInput, Measurement, Plan, Row, format_bytes, from_json, to_json
 from tightfit.levers import every
-from tightfit.plan.account import host_said
+from tightfit.plan.account import account_rows
 from tightfit.report.study import Study
 
 __all__ = ["forecast_document", "measurement_document", "page", "plan_document", "run_document"]
@@ -45,6 +45,9 @@ def run_document(folder: str | Path) -> dict[str, Any]:
         "budget": _bytes(budget),
         "peak, measured": _bytes(peak),
         "peak, predicted": _bytes(predicted),
+        **_predicted(observed.get("account"), constraint.get("host_budget_bytes")),
+        "reserved, measured": _bytes(observed.get("reserved_bytes")),
+        "host memory, measured": _taken(observed.get("host_taken_bytes", {})),
         "without a budget, measured": _bytes(observed.get("unplanned_peak_bytes")),
         "gradients": "not compared" if gradients is None else _held(gradients),
         "loss": f"{observed['loss_start']:.3f} to {observed['loss_end']:.3f}" if observed.get("loss_end") else None,
@@ -72,6 +75,19 @@ def run_document(folder: str | Path) -> dict[str, Any]:
         "steps": steps, "study": _read(study_file, "") if study_file.is_file() else None,
         "environment": record.get("environment", {}), "record": record,
     }  # fmt: skip
+
+
+def _predicted(account: Mapping[str, Any] | None, limit_bytes: int | None) -> dict[str, str]:
+    """The account of a run's record in words; records of before have none."""
+    if account is None:
+        return {}
+    rows = account_rows(from_json(Account, account, "the run's record"), limit_bytes)
+    return {f"{name}, predicted": said for name, said in rows.items()}
+
+
+def _taken(sizes_bytes: Mapping[str, int]) -> str | None:
+    """What the pool had from the system, by what lay behind it."""
+    return ", ".join(f"{format_bytes(size)} {name}" for name, size in sizes_bytes.items() if size) or None
 
 
 def measurement_document(measured: Measurement, study: Study | None = None) -> dict[str, Any]:
@@ -125,8 +141,8 @@ def forecast_document(forecast: Forecast, study: Study | None = None) -> dict[st
         facts[f"{mode.mode}: step (estimated)"] = f"{mode.step_seconds:.3f} s"
     if forecast.micro_batches is not None:
         facts["global batch"] = forecast.micro_batches.said
-    if forecast.host_bytes:
-        facts["in host memory"] = host_said(forecast.host_bytes, forecast.host_budget_bytes)
+    if forecast.account is not None:
+        facts |= account_rows(forecast.account, forecast.host_budget_bytes)
     facts["largest batch"], facts["longest sequence"] = forecast.largest_batch, forecast.longest_seq
     record = to_json(forecast)
     if record["plan"]:
@@ -145,7 +161,7 @@ def _held(gradients: Mapping[str, Any]) -> str:
     return "within tolerance" if "float64" in gradients["expected"] else "identical"
 
 
-def plan_document(plan: Plan, model: str, study: Study) -> dict[str, Any]:
+def plan_document(plan: Plan, model: str, study: Study, account: Account | None = None) -> dict[str, Any]:
     """The page's data of `tightfit plan`."""
     answer = (
         f"{model} fits into {format_bytes(plan.budget_bytes)}: peak {format_bytes(plan.peak_bytes)} instead of "
@@ -155,9 +171,11 @@ def plan_document(plan: Plan, model: str, study: Study) -> dict[str, Any]:
         "status": plan.status.value, "replays": plan.replays,
         "recompute": _share(plan.recompute_flops, plan.forward_flops) or "0%",
         **dict(fact for lever in every() if (fact := lever.fact(plan)) is not None),
+        **({} if account is None else account_rows(account, plan.host_budget_bytes)),
     }  # fmt: skip
     record = to_json(plan)
     record.pop("programs", None)
+    record["account"] = to_json(account)
     return {
         "kind": "plan", "good": True, "answer": answer, "facts": _said(facts), "checks": [], "measured": [],
         "steps": [], "study": to_json(study), "environment": dict(plan.versions), "record": record,

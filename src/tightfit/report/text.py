@@ -32,7 +32,7 @@ from tightfit.core import (
 )
 from tightfit.device.calibration import Calibration
 from tightfit.levers import used
-from tightfit.plan.account import host_bytes, host_said
+from tightfit.plan.account import account, account_lines
 from tightfit.plan.program import kept_values, recipe, shared
 from tightfit.plan.shares import Share, shares
 from tightfit.plan.simulate import simulate, under
@@ -236,8 +236,8 @@ def forecast_table(forecast: Forecast) -> RenderableType:
         f"{MODES.get(m.mode, m.mode)}: the peak is in the {m.peak_phase}, at: {m.peak_owner}" for m in forecast.modes
     ]
     lines += [f"plan: {said}" for said in forecast.essence]
-    if forecast.host_bytes:
-        lines.append(f"in host memory: {host_said(forecast.host_bytes, forecast.host_budget_bytes)}")
+    if forecast.account is not None:
+        lines += account_lines(forecast.account, forecast.host_budget_bytes)
     if forecast.micro_batches is not None:
         lines.append(f"global batch: {forecast.micro_batches.said}")
     if forecast.largest_batch is not None:
@@ -545,8 +545,7 @@ def _why(trace: Trace, plan: Plan) -> list[str]:
         "live there: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in at_peak.items() if size),
     ]
     lines += levers_said(plan)
-    elsewhere = host_said(host_bytes(trace, plan), plan.host_budget_bytes)
-    lines += [f"in host memory: {elsewhere}"] if elsewhere else []
+    lines += account_lines(account(trace, plan), plan.host_budget_bytes)
     lines.append(_reason(trace, plan, line.peak_owner))
     lines.append(
         f"recompute: {_recompute(plan.recompute_flops, plan.forward_flops)}, {plan.recompute_seconds:.4f} s of a step "

@@ -20,6 +20,8 @@ from rich.progress import Progress, TaskID
 
 from tightfit import accelerator
 from tightfit.core import (
+    Account,
+    Backing,
     Check,
     InvalidInput,
     MicroBatches,
@@ -38,7 +40,7 @@ from tightfit.integrations.recovery import Recovery, Retry
 from tightfit.integrations.transformers import (
     TightfitCallback,
 )
-from tightfit.plan.account import host_bytes
+from tightfit.plan.account import account, host_bytes
 from tightfit.report import study
 from tightfit.step.environment import environment
 from tightfit.train.asked import Asked
@@ -74,6 +76,9 @@ class RunRecord:
         self.budget_bytes: int | None = None
         self.micro_batches: MicroBatches | None = None
         self.host_bytes: dict[str, int] = {}  # that the plan has wait in host memory, by lever
+        self.account: Account | None = None  # of the plan
+        self.reserved_bytes: int | None = None  # by the caching allocator, at most; None: the device has none
+        self.taken = {backing.value: 0 for backing in Backing}  # by what waits off the device, at most
         self.retries: list[Retry] = []
         self.retries_before = 0  # of a process that this one goes on for: not counted against what is allowed
         self.resumed_at: list[int] = []
@@ -106,6 +111,10 @@ class RunRecord:
         self.resumed_at = list(observed.get("resumed_at", ()))
         self.notes = list(observed.get("notes", ()))
         self.host_bytes = dict(observed.get("host_bytes", {}))
+        if observed.get("account") is not None:
+            self.account = from_json(Account, observed["account"], "the run's record")
+        self.reserved_bytes = observed.get("reserved_bytes")
+        self.taken |= observed.get("host_taken_bytes", {})
         if observed.get("micro_batches") is not None:
             self.micro_batches = from_json(MicroBatches, observed["micro_batches"], "the run's record")
         if observed["checks"]:
@@ -163,6 +172,7 @@ class RunRecord:
             self.plan.save(self.folder / "plan.json")
             assert self.callback.trace is not None
             self.host_bytes = host_bytes(self.callback.trace, self.plan)
+            self.account = account(self.callback.trace, self.plan)
             if self.budget_bytes is None:
                 self.budget_bytes = self.plan.budget_bytes
         self.micro_batches = self.micro_batches or self.callback.micro_batches
@@ -170,6 +180,16 @@ class RunRecord:
         for line in self.callback.said:
             self.note(line)
         self._write_record()
+
+    def measure(self) -> None:
+        """A step is over: what the allocator and the pool have from the system now."""
+        reserved_bytes = accelerator.reserved_peak_bytes(self.device)
+        if reserved_bytes is not None:
+            self.reserved_bytes = max(self.reserved_bytes or 0, reserved_bytes)
+        assert self.callback is not None
+        if self.callback.applied is not None:
+            for backing, size_bytes in self.callback.applied.pool.taken.items():
+                self.taken[backing.value] = max(self.taken[backing.value], size_bytes)
 
     def finish(self, status: str) -> None:
         self.status = status
@@ -273,6 +293,9 @@ class RunRecord:
                 "peak_bytes": result.peak_bytes,
                 "predicted_peak_bytes": plan.peak_bytes if plan else None,
                 "host_bytes": self.host_bytes,
+                "account": to_json(self.account),
+                "reserved_bytes": self.reserved_bytes,
+                "host_taken_bytes": self.taken,
                 "unplanned_peak_bytes": result.unplanned_peak_bytes,
                 "predicted_unplanned_peak_bytes": plan.unplanned_peak_bytes if plan else None,
                 "recompute_flops": plan.recompute_flops if plan else None,
@@ -334,6 +357,7 @@ class Watch(Losses):
         assert self.file is not None and callback is not None and callback.plan is not None
         row = {**self.rows[-1], "peak_bytes": callback.peaks[-1]}
         run.steps.append(row)
+        run.measure()
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if len(run.retries) < len(self.before) + len(self.recovery.survived):
