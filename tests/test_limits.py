@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from tightfit.accelerator import control_groups
 from tightfit.core import BudgetInfeasible, parse_levers
 from tightfit.engine import apply, limits
 from tightfit.engine.offload import held_bytes
+from tightfit.fitting import fit as fitting
 from tightfit.plan import lowest
 from tightfit.plan.account import host_bytes
 from tightfit.train.record import RunRecord
@@ -98,7 +100,7 @@ def test_a_share_of_a_card_is_a_limit(share: float | None, limit: int, monkeypat
     assert accelerator.memory_bytes(here) == 8 * GIB and accelerator.limit_bytes(here) == limit
     # a percentage of train's is of the card, as ever, and never more than the share
     for budget, found in (("25%", 2 * GIB), ("80%", min(limit, 8 * GIB * 4 // 5))):
-        record = SimpleNamespace(options=SimpleNamespace(budget=budget), device=here)
+        record = SimpleNamespace(options=SimpleNamespace(budget=budget, plan=None), device=here)
         assert RunRecord._budget(record) == found  # type: ignore[arg-type]
 
 
@@ -137,6 +139,8 @@ def fitted(part: float, **more: Any) -> tuple[tightfit.Plan, int]:
 
 
 def test_a_plan_beyond_what_the_machine_leaves_is_another_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = functools.cache(lambda: tightfit.trace(stack(), torch.randn(512, 64), loss=loss))
+    monkeypatch.setattr(fitting, "trace", lambda *_, **__: once())  # seconds that are measured anew give other plans
     free, wanted_bytes = fitted(0.6)
     assert wanted_bytes > 0 and free.host_budget_bytes is None
     monkeypatch.setattr(limits, "_beside_step", lambda *_: wanted_bytes)
