@@ -92,9 +92,39 @@ def test_sweeps_tiles_and_streamed_weights_are_renamed() -> None:
     assert made.settings["stream_weights"] != found.settings["stream_weights"]
 
 
+def test_sweeps_go_to_the_units_of_the_wrapped_model() -> None:
+    def blocks() -> nn.Module:
+        torch.manual_seed(0)
+        parts = (nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh()) for _ in range(8))
+        return nn.Sequential(*parts)
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = blocks()
+
+        def forward(self, rows: torch.Tensor) -> Any:
+            return self.inner(rows)
+
+    def loss(subject: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = subject(rows).square().mean()
+        return found
+
+    rows, subject = torch.randn(256, 32), Around()
+    made = tightfit.plan.lowest(tightfit.trace(blocks(), rows, loss=loss))
+    assert made.advances and not any(each.base.startswith("inner.") for each in made.advances)
+    applied = tightfit.fit(subject, rows, loss=loss, plan=made)
+    assert {path.partition(".")[0] for each in applied.plan.advances for path in (each.base, each.target)} == {"inner"}
+    assert applied.plan.peak_bytes == made.peak_bytes and applied.plan.replays == made.replays
+    applied.remove()
+    proof = tightfit.verify(subject, rows, applied.plan, loss=loss)
+    assert proof.passed, proof.checks
+
+
 def test_a_smaller_batch_is_within_and_a_larger_one_is_told(plan: Plan) -> None:
     applied = tightfit.fit(model().train(), batch(2), plan=plan)
     assert applied.plan.peak_bytes < plan.peak_bytes and applied.plan.budget_bytes == plan.budget_bytes
+    assert applied.plan.unplanned_peak_bytes == tightfit.simulate(applied.trace).peak_bytes < plan.unplanned_peak_bytes
     applied.remove()
     subject = model().train()
     with pytest.raises(PlanMismatch, match=r"takes .* MiB of this step, and may take .* MiB: the batch"):
