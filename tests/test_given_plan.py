@@ -124,6 +124,7 @@ def test_sweeps_go_to_the_units_of_the_wrapped_model() -> None:
 def test_a_smaller_batch_is_within_and_a_larger_one_is_told(plan: Plan) -> None:
     applied = tightfit.fit(model().train(), batch(2), plan=plan)
     assert applied.plan.peak_bytes < plan.peak_bytes and applied.plan.budget_bytes == plan.budget_bytes
+    assert applied.plan.recompute_flops * 2 == plan.recompute_flops  # of half the rows
     assert applied.plan.unplanned_peak_bytes == tightfit.simulate(applied.trace).peak_bytes < plan.unplanned_peak_bytes
     applied.remove()
     subject = model().train()
