@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import prepare_model_for_kbit_training
+from peft import LoraConfig, prepare_model_for_kbit_training
 from tests.integrations.runs import Generates, model, tokens, told, trainer
 from tests.names import NEW, PREFIX, is_on, switch_on
 from torch import nn
@@ -99,6 +99,54 @@ def test_arguments_that_people_use(name: str, tmp_path: Path) -> None:
     assert told(ours) == told(plain)
     assert callback.plan is not None and callback.plan.replays > 0
     assert max(callback.peaks) <= callback.plan.budget_bytes * 1.005
+
+
+class Switches(TrainerCallback):
+    """Trains one of two adapters at a time, each for two steps."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].set_adapter(("default", "other")[state.global_step // 2 % 2])
+
+
+class Freezes(TrainerCallback):
+    """Trains the last layer alone, every third and fourth step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, parameter in kwargs["model"].named_parameters():
+            parameter.requires_grad_(state.global_step // 2 % 2 == 0 or ".layers.2." in name)
+
+
+def with_another_adapter() -> Any:
+    subject = model("lora")
+    subject.add_adapter("other", LoraConfig(r=16, target_modules=["q_proj", "o_proj", "down_proj"]))
+    subject.base_model.set_adapter(["default", "other"])  # so the optimizer has both
+    return subject
+
+
+@pytest.mark.parametrize(
+    ("make", "other", "budget"), [(with_another_adapter, Switches, "72%"), (model, Freezes, "80%")]
+)
+def test_each_set_of_trained_parameters_has_its_plan(make: Any, other: Any, budget: str, tmp_path: Path) -> None:
+    plain = trainer("trainer", tmp_path, [other()], subject=make(), max_steps=8)
+    plain.train()
+    callback = TightfitCallback(budget)
+    ours = trainer("trainer", tmp_path, [other(), callback], subject=make(), max_steps=8)
+    replayed: list[tuple[int, int]] = []
+
+    class Counts(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert callback.applied is not None
+            found = callback.applied.stats()
+            replayed.append((found.replays, found.fallbacks))
+
+    ours.add_callback(Counts())
+    ours.train()
+    assert told(ours) == told(plain) and untouched(ours)
+    assert all(map(torch.equal, ours.model.parameters(), plain.model.parameters()))
+    anew = [line for line in callback.said if "trains other parameters" in line]
+    assert callback.plans == 1 + len(anew) == (3 if other is Switches else 2)  # the first is for both adapters
+    assert replayed[-1][0] > 0 and not any(fallbacks for _, fallbacks in replayed)
+    assert callback.plan is not None and max(callback.peaks) <= callback.plan.budget_bytes * 1.005
 
 
 def summed(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -52,7 +52,7 @@ from tightfit.step.parallel import Strategy, gradients_wait, steps_together, str
 from tightfit.step.patches import compiled_entries, own_checkpointing
 from tightfit.step.ranks import anywhere, are_several, highest
 from tightfit.step.rows import row_count, rows_taken
-from tightfit.step.run import LossFunction, device_of, tensors_in
+from tightfit.step.run import LossFunction, device_of, tensors_in, trained_names
 from tightfit.trace.recording import trace
 from tightfit.verify.peak import measured_peak_bytes
 
@@ -388,12 +388,8 @@ class _Guard:
 
     def _kind(self) -> _Kind:
         """Of the step that is about to run."""
-        accumulates, trained = False, set()
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                trained.add(name)
-            accumulates = accumulates or (parameter.grad is not None and id(parameter) not in self.started)
-        return _Kind(accumulates, frozenset(trained))
+        accumulates = any(p.grad is not None and id(p) not in self.started for p in self.model.parameters())
+        return _Kind(accumulates, trained_names(self.model))
 
     def remove(self) -> None:
         self.handle.remove()

@@ -1,4 +1,4 @@
-"""`Trainer` callbacks: one that counts each step's peak, and one that fits the step into a byte budget.
+"""A `Trainer` callback that fits the step into a byte budget.
 
 `TightfitCallback` traces the step that the Trainer is about to run, plans it for the budget, measures the planned peak,
 proves the gradients on the first real batch and keeps the plan in force until the training ends. It serves TRL's
@@ -49,12 +49,11 @@ from tightfit.integrations.micro_batches import InParts, parts_of
 from tightfit.integrations.own_step import recorded as record_step
 from tightfit.integrations.own_step import (
     replaced,
-    report_first,
     running_trainer,
     statistics_kept,
     trainer_loss,
-    weights_beside,
 )
+from tightfit.integrations.peaks import PeakCallback
 from tightfit.integrations.tracking import figures
 from tightfit.levers import exact_only, used
 from tightfit.levers.step_in_backward.hooks import gradient_norms_kept
@@ -62,123 +61,14 @@ from tightfit.step.environment import environment
 from tightfit.step.optimizers import bare
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.ranks import anywhere
-from tightfit.step.run import leading_sizes, tensors_in, unique_bytes
+from tightfit.step.run import leading_sizes, tensors_in, trained_names
 from tightfit.verify.measure import every_block_checkpointed
-from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, peak_checks, require_counted, static_bytes
+from tightfit.verify.peak import PEAK_TOLERANCE, peak_checks
 from tightfit.verify.proving import gradient_checks
 
-__all__ = ["PeakCallback", "TightfitCallback"]
+__all__ = ["TightfitCallback"]
 
 Batch = dict[str, Any]
-
-
-class PeakCallback(TrainerCallback):
-    """Counts the peak of every optimizer step with the allocator's own count, and logs `tightfit/peak_bytes`.
-
-    Attributes: `peaks`, one number of bytes per step: everything live at the step's start that belongs to it
-    (parameters, a reference model's too, optimizer state, batches) plus what the step added at its highest. What is
-    logged is the highest since the last log.
-    """
-
-    def __init__(self) -> None:
-        self.peaks: list[int] = []
-        self._logged = 0  # of `peaks`
-        self._upcoming: list[Any] = []  # the batches of the optimizer step that is about to run
-        self._beside: list[torch.Tensor] = []  # weights of other models that the step holds
-        self._wrapped: Any = None  # the model as the Trainer calls it
-        self._meter: PeakMeter | None = None
-        self._highest_bytes = 0  # of the parts of the running step that were counted before
-        self._states, self._static_bytes, self._base_bytes = -1, 0, 0
-        self._patches = ExitStack()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-        require_counted(args.device)
-        trainer = running_trainer()
-        report_first(self, trainer)
-        self.peaks, self._logged, self._upcoming, self._states = [], 0, [], -1
-        self._wrapped = trainer.model_wrapped
-        self._beside = weights_beside(trainer, kwargs["model"])
-        self._patches.enter_context(replaced(trainer, "get_batch_samples", self._noting))
-        # the Trainer calls no callback when a training fails
-        self._patches.enter_context(replaced(trainer, "_run_epoch", self._closing))
-
-    def _noting(self, fetch: Callable[..., Any]) -> Callable[..., Any]:
-        def get_batch_samples(*args: Any, **kwargs: Any) -> Any:
-            fetched = fetch(*args, **kwargs)
-            self._upcoming = [plain(batch) for batch in fetched[0]]
-            return fetched
-
-        return get_batch_samples
-
-    def _closing(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        def run_epoch(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return run(*args, **kwargs)
-            except BaseException:
-                self.close()
-                raise
-
-        return run_epoch
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer = bare(kwargs["optimizer"])
-        if len(optimizer.state) != self._states:  # it makes its state in its first step; nothing else changes
-            self._states = len(optimizer.state)
-            self._static_bytes = static_bytes(self._wrapped, optimizer, self._beside)
-        self._base_bytes = self._static_bytes + unique_bytes(tensors_in(self._upcoming))
-        self._highest_bytes = 0
-        self._meter = PeakMeter(args.device)
-        self._meter.__enter__()
-
-    def count_again(self) -> None:
-        """The running step is done again: its peak is to be that of the attempt that succeeds."""
-        if self._meter is not None:
-            self._meter.__exit__(None, None, None)
-            self._meter = PeakMeter(self._meter.device).__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # the optimizer has stepped and the gradients are gone: the whole step lies behind
-        self._upcoming = []
-        if self._meter is not None:
-            self._paused()
-            self.peaks.append(self._highest_bytes)
-            self._highest_bytes = 0
-
-    def _paused(self) -> None:
-        """What follows does not count, until `_counting`."""
-        if self._meter is not None:
-            meter, self._meter = self._meter, None
-            meter.__exit__(None, None, None)
-            self._highest_bytes = max(self._highest_bytes, self._base_bytes + meter.rise_bytes)
-
-    def _counting(self, args: Any, optimizer: Any, batches: Any) -> None:
-        """Count on, in the middle of a step: with the gradients and the batches that there are now."""
-        self._base_bytes = static_bytes(self._wrapped, optimizer, self._beside) + unique_bytes(tensors_in(batches))
-        self._meter = PeakMeter(args.device)
-        self._meter.__enter__()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is not None and "loss" in logs:
-            told = self._figures()
-            self._logged = len(self.peaks)
-            logs.update(told)
-            if state.log_history:  # the Trainer appended a copy of `logs` just before
-                state.log_history[-1].update(told)
-
-    def _figures(self) -> dict[str, float]:
-        return figures(None, None, self.peaks[self._logged :])
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leave the Trainer as it was, ending a count that an exception left open. Twice is once."""
-        if self._meter is not None:
-            meter, self._meter = self._meter, None
-            meter.__exit__(None, None, None)
-        self._patches.close()
-        self._upcoming, self._beside = [], []
 
 
 class TightfitCallback(PeakCallback):
@@ -190,11 +80,13 @@ class TightfitCallback(PeakCallback):
     for anew, for the same bytes, before it runs. Of a trainer that generates its batches (TRL's GRPO) it plans for the
     first one, with the longest completions that the settings allow. `verify=True` measures the planned peak, and
     compares the gradients of the first real batch with and without the plan. `batch` overrides the batch that is
-    planned for; give it when the data cannot be looked at before training. `levers`: what the plan may use, as in
-    `tightfit.plan`; by default what gives the same bits, and tiles, whose gradients are proven against float64, only
-    where nothing else fits; `exact=True` forbids those. `beside`: levers with the default ones. The optimizer steps in
-    backward by default where the Trainer neither clips (`max_grad_norm=0`), nor accumulates, nor scales gradients, and
-    no callback looks at them. `host_budget`: the most bytes that plans may have wait in host memory, a size or 0.
+    planned for; give it when the data cannot be looked at before training. A step that trains other parameters than the
+    one before (adapters that are switched, layers that are freed) is planned anew once, for the same bytes. `levers`:
+    what the plan may use, as in `tightfit.plan`; by default what gives the same bits, and tiles, whose gradients are
+    proven against float64, only where nothing else fits; `exact=True` forbids those. `beside`: levers with the default
+    ones. The optimizer steps in backward by default where the Trainer neither clips (`max_grad_norm=0`), nor
+    accumulates, nor scales gradients, and no callback looks at them. `host_budget`: the most bytes that plans may have
+    wait in host memory, a size or 0.
     `plan`: a plan of this step or its file, taken as it is. Its budget holds, unless another is given beside it.
 
     `batch="auto"` (or `micro_batch="auto"`; a number is the most examples of a micro-batch): each batch of the Trainer
@@ -247,6 +139,8 @@ class TightfitCallback(PeakCallback):
         self.said: list[str] = []
         self._trainer: Any = None
         self._extent = Extent()
+        self._trained: frozenset[str] = frozenset()  # what the plan in force is for
+        self._others: dict[frozenset[str], tuple[Plan, Trace | None]] = {}  # for the same batch, by what was trained
         self._peak_checks: tuple[Check, ...] = ()
         self._suspended: conflicts.Suspended | None = None
         self._cache, self._norms = ExitStack(), ExitStack()
@@ -307,6 +201,7 @@ class TightfitCallback(PeakCallback):
             raise
 
     def _planned_first(self, model: nn.Module, optimizer: Any) -> None:
+        self._trained, self._others = trained_names(model), {}
         with self._in_training(model):
             chosen = self.plan or self._plan_for(self.batch, model, optimizer)
             if self.verify:
@@ -439,7 +334,7 @@ class TightfitCallback(PeakCallback):
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
-        """No plan is in force and nothing is counted: batches are being generated."""
+        """No plan is in force and nothing is counted: batches are being generated, or another plan is made."""
         trainer, within = self._trainer, self._meter is not None
         self._paused()
         self._cache.close()
@@ -450,10 +345,11 @@ class TightfitCallback(PeakCallback):
         finally:
             if self.applied is not None and self.plan is not None:
                 self.applied.suspend(keep_optimizer=True)  # where a longer batch was planned for meanwhile
-                self.applied.resume(self.plan, self.trace)
+                self.applied.resume(self.plan, self.trace, agreed=True)
         if within:
             self._cache.enter_context(no_key_value_cache(trainer.model_wrapped))
-            self._counting(trainer.args, bare(trainer.optimizer), getattr(trainer, "_buffered_inputs", None))
+            batches = getattr(trainer, "_buffered_inputs", None) if generated.generates(trainer) else self._upcoming
+            self._counting(trainer.args, bare(trainer.optimizer), batches)
 
     def _generated(self, inputs: Batch) -> None:
         """A batch to train on has been generated: it is planned for, if it is the first or longer than any before."""
@@ -490,7 +386,7 @@ class TightfitCallback(PeakCallback):
         if not anywhere(model, new.unplanned_peak_bytes > old.unplanned_peak_bytes)[0]:
             self.plan, self.trace = before  # longer in one way and shorter in another: the old plan is the safer one
         else:
-            self.batch = prepared
+            self.batch, self._others = prepared, {}
             self._say(
                 state,
                 f"step {state.global_step + 1} brings a longer batch than any before; planned anew for "
@@ -500,9 +396,34 @@ class TightfitCallback(PeakCallback):
             assert self.plan is not None
             self.applied.resume(self.plan, self.trace)
 
+    def _before_forward(self, model: nn.Module, *_: Any) -> None:
+        """Other parameters may be trained than before (adapters, layers that are freed), so other tensors are saved:
+        each set has its plan. Callbacks change that when a step begins, after this one was told of it."""
+        if not (model.training and torch.is_grad_enabled()) or self.plan is None:
+            return
+        trained = trained_names(model)
+        if trained == self._trained:
+            return
+        self._others[self._trained] = self.plan, self.trace
+        self._trained = trained  # from here on the steps that are run to plan are none to plan for
+        if trained in self._others:
+            self.plan, self.trace = self._others[trained]
+            assert self.applied is not None
+            self.applied.exchange(self.plan, self.trace)
+            return
+        state = self._trainer.state
+        with self._at_rest(), self._in_training(model):
+            new = self._plan_for(self.batch, model, self._trainer.optimizer)
+        self._say(
+            state,
+            f"step {state.global_step + 1} trains other parameters than before; planned anew for "
+            f"{format_bytes(new.budget_bytes)}: predicted peak {format_bytes(new.peak_bytes)}",
+        )
+
     def _in_force(self, model: nn.Module, optimizer: Any) -> None:
         assert self.plan is not None
         self._norms.enter_context(gradient_norms_kept())  # which the Trainer logs
+        self._norms.callback(model.register_forward_pre_hook(self._before_forward).remove)
         self.applied = Applied(model, self.plan, self.trace, optimizer=bare(optimizer))
 
     def _prove(self, state: Any, model: nn.Module, batch: Any = None) -> None:

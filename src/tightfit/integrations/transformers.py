@@ -25,7 +25,8 @@ from tightfit.core import InvalidInput, format_bytes, reason_of, refused_bytes
 from tightfit.core.errors import unknown
 
 if TYPE_CHECKING:
-    from tightfit.integrations.trainer import PeakCallback, TightfitCallback
+    from tightfit.integrations.peaks import PeakCallback
+    from tightfit.integrations.trainer import TightfitCallback
 
 __all__ = [
     "PeakCallback",
@@ -54,9 +55,9 @@ def __getattr__(name: str) -> Any:
     takes longer than a small plan."""
     if name not in ("PeakCallback", "TightfitCallback"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from tightfit.integrations import trainer
+    from tightfit.integrations import peaks, trainer
 
-    return getattr(trainer, name)
+    return getattr(peaks if name == "PeakCallback" else trainer, name)
 
 
 # ------------------------------------------------------------------------------------------------ models

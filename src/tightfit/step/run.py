@@ -195,6 +195,11 @@ def _of_buckets(model: nn.Module) -> dict[str, int]:
     return {Category.COLLECTIVES.value: size_bytes} if size_bytes else {}
 
 
+def trained_names(model: nn.Module) -> frozenset[str]:
+    """The parameters that get gradients. A plan is for one set of them: a frozen layer saves other tensors."""
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
 def parameter_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
     """The parameter and what belongs to it: a 4-bit weight carries its scales in `quant_state`."""
     if isinstance(parameter, nn.parameter.UninitializedParameter):
