@@ -293,6 +293,29 @@ def test_another_adapter_refused_and_allowed(traces: list[int]) -> None:
     assert len(traces) == 2
 
 
+@pytest.mark.parametrize("longer", ["replan", "refuse"])
+def test_a_forward_that_trains_nothing_is_let_through(traces: list[int], longer: str) -> None:
+    model, batch = adapted(), tokens(2, 64)
+    with model.disable_adapter():
+        plain = model(**batch).loss.item()
+    with tightfit.fit(model, batch, "80%", longer=longer) as applied:
+        before = applied.plan
+        with model.disable_adapter():
+            assert model(**batch).loss.item() == plain
+        assert applied.plan is before and len(traces) == 1
+
+
+def test_an_optimizer_of_other_parameters_is_told() -> None:
+    model, batch = adapted(), tokens(2, 64)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    with tightfit.fit(model, batch, "80%", optimizer=optimizer):
+        model.set_adapter("b")
+        with pytest.raises(
+            InvalidInput, match=r"holds none of the parameters that are trained now.*fit the model anew"
+        ):
+            model(**batch)
+
+
 def test_an_adapter_that_no_plan_fits_is_told_before_it_runs() -> None:
     model, batch = adapted(), tokens(4, 64)
     model.add_adapter("large", peft.LoraConfig(r=512, target_modules=["up_proj", "down_proj"]))

@@ -11,11 +11,13 @@ import torch
 from tests.integrations.runs import model, told, trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tightfit
 from tightfit.core import Action, InvalidInput, Plan, PlanMismatch, Status, Unsupported
 from tightfit.fitting.planning import what_is_given
 from tightfit.integrations.longest import longest_batch
+from tightfit.integrations.peft import add_lora
 from tightfit.integrations.transformers import TightfitCallback
 from tightfit.plan.rebase import rebased
 
@@ -228,10 +230,38 @@ def test_what_cannot_be_meant_is_told_in_one_line(given: dict[str, Any], says: s
     assert what_is_given("75%", None) == "75%" and what_is_given(0, None) == 0
 
 
+def test_a_deeper_model_is_in_tiles_all_through() -> None:
+    """Its other units are no choice of the plan's, and are tiled like those that are."""
+    step = batch(4, 64)
+    made = tightfit.plan(tightfit.trace(layers(3), step, tiles=True), "45%", levers="recompute,tile")
+    assert made.tiling is not None and made.tiling.modules
+    deeper = layers(5)
+    with pytest.warns(UserWarning, match="the plan that was given"):
+        applied = tightfit.fit(deeper, step, "1GiB", plan=made)
+    assert len(applied.plan.choices) == 5
+    applied.remove()
+    tight = dataclasses.replace(applied.plan, budget_bytes=applied.plan.peak_bytes)
+    proof = tightfit.verify(deeper, step, tight)
+    assert proof["prediction"].passed and proof["peak"].passed, proof.checks
+
+
+def layers(count: int) -> Any:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 260}
+    config = LlamaConfig(num_hidden_layers=count, use_cache=False, **shape)
+    return add_lora(LlamaForCausalLM(config), rank=8).train()
+
+
+def test_levers_beside_a_plan_are_those_that_it_may_use(plan: Plan) -> None:
+    with pytest.raises(InvalidInput, match="uses recompute, which the levers that were asked for leave out"):
+        tightfit.fit(model().train(), batch(), plan=plan, levers="offload")
+    tightfit.fit(model().train(), batch(), plan=plan, levers="recompute,offload").remove()
+
+
 def test_the_host_budget_holds_for_a_given_plan_too() -> None:
     subject = model("lora").train()
     made = tightfit.plan.lowest(tightfit.trace(subject, batch()), levers="recompute,stream_weights")
-    with pytest.raises(PlanMismatch, match=r"takes .* in host memory, and may take 0 B"):
+    with pytest.raises(PlanMismatch, match=r"takes .* in host memory, and may take 0 B.*raise the host budget"):
         tightfit.fit(model("lora").train(), batch(), plan=made, host_budget=0)
     applied = tightfit.fit(model("lora").train(), batch(), plan=made, host_budget="1GiB")
     assert applied.plan.host_budget_bytes == 1 << 30

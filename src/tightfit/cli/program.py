@@ -48,6 +48,8 @@ EXTRAS = {
 # The profiler, which counts bytes on the CPU, otherwise prints USDT lines on stderr (5 is not enough). It is read when
 # torch is loaded.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+# The allocator warns that the profiler will not see the end of blocks from before it, which the counts allow for.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 # Advice that these log on import and load is not about what was asked here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -48,6 +48,7 @@ from tightfit.levers import every, inexact
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
 from tightfit.step.modules import UnitsAsked
+from tightfit.step.optimizers import bare
 from tightfit.step.parallel import Strategy, gradients_wait, steps_together, strategy_of
 from tightfit.step.patches import compiled_entries, own_checkpointing
 from tightfit.step.ranks import anywhere, are_several, highest
@@ -410,6 +411,8 @@ class _Guard:
             return
         extent = _Extent.of((args, kwargs))
         kind = self._kind()
+        if not kind.trained:  # adapters are off, say: nothing is saved
+            return
         waiting = gradients_wait(module)
         known = self.plans.get(kind)
         planned = known or self.plans.get(kind._replace(accumulates=False)) or self.plans[self.first]
@@ -454,12 +457,25 @@ class _Guard:
         if are_several(module) and not together:
             self._warn_once(f"{said}; under no_sync or join the ranks cannot plan anew together", advice)
             return
+        if kind.trained != self.first.trained:
+            self._require_optimizer()
         if self.policy is Longer.REFUSE:
             raise InvalidInput(f"{said}: {advice}, or with longer='replan'")
         if batch is None or self.policy is Longer.ALLOW:
             self._warn_once(said, advice)
             return
         self._replan(batch, extent, kind)
+
+    def _require_optimizer(self) -> None:
+        """Its state belongs to the planned step, so it has to be the one of what is trained now."""
+        if self.optimizer is None:
+            return
+        held = {id(p) for group in bare(self.optimizer).param_groups for p in group["params"]}
+        if not any(p.requires_grad and id(p) in held for p in self.model.parameters()):
+            raise InvalidInput(
+                "the optimizer that the model was fitted with holds none of the parameters that are trained now: "
+                "remove the plan, and fit the model anew with their optimizer"
+            )
 
     def _warn_once(self, said: str, advice: str) -> None:
         if advice not in self.warned:

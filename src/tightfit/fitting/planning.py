@@ -86,6 +86,12 @@ def planned(
             raise InvalidInput(
                 f"exact=True was asked for, and the plan that was given {caveats_of(budget)}: leave one of them out"
             )
+        left_out = [each.lever.value for each in used(budget) if levers is not None and each.lever not in levers]
+        if left_out:
+            raise InvalidInput(
+                f"the plan that was given uses {', '.join(left_out)}, which the levers that were asked for leave out: "
+                "add it, or leave the levers to the plan"
+            )
         return _given_together(record, budget, model, host_budget)
     if are_several(model):
         return _planned_together(record, budget, levers, exact, host_budget)
@@ -136,16 +142,16 @@ def _given(
 
     def taken(budget: str | int, limit: int | None) -> Plan:
         budget_bytes = parse_bytes(budget)
-        sizes = [("of this step", moved.peak_bytes, budget_bytes)]
+        sizes = [("of this step", moved.peak_bytes, budget_bytes, "budget")]
         if limit is not None:
-            sizes.append(("in host memory", sum(host_bytes(recorded, moved).values()), limit))
-        for where, taken_bytes, most_bytes in sizes:
+            sizes.append(("in host memory", sum(host_bytes(recorded, moved).values()), limit, "host budget"))
+        for where, taken_bytes, most_bytes, what in sizes:
             if taken_bytes > most_bytes:
                 takes, most = format_apart(taken_bytes, most_bytes)
                 raise PlanMismatch(
                     f"the plan that was given takes {takes} {where}, and may take {most}: the batch, the optimizer or "
                     "what else lives in the step is larger than that which it was made for; make the plan anew, of "
-                    "this step, or raise its budget"
+                    f"this step, or raise the {what}"
                 )
         return dataclasses.replace(moved, budget_bytes=budget_bytes, host_budget_bytes=limit)
 

@@ -402,7 +402,7 @@ class TightfitCallback(PeakCallback):
         if not (model.training and torch.is_grad_enabled()) or self.plan is None:
             return
         trained = trained_names(model)
-        if trained == self._trained:
+        if trained == self._trained or not trained:
             return
         self._others[self._trained] = self.plan, self.trace
         self._trained = trained  # from here on the steps that are run to plan are none to plan for

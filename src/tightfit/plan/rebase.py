@@ -109,12 +109,15 @@ def _some(paths: list[str]) -> str:
 def _for_units_of(step: Trace, plan: Plan) -> Plan:
     """`plan` with the programs of the units of `step`, each of which is that which was planned."""
     units = {unit.path: unit for unit in step.units}
+    named = {choice.unit for choice in plan.choices}
+    # a deeper model has more units: they keep everything, and what a lever does in every unit it does in them too
+    unnamed = (Choice(unit=unit.path, actions=()) for unit in step.units if unit.path not in named)
     calls: dict[str, list[Program]] = defaultdict(list)
     for frame in step.frames:
         calls[frame.unit].append(step.programs[frame.id])
     programs: dict[str, Program] = {}
     choices = []
-    for choice in plan.choices:
+    for choice in (*plan.choices, *unnamed):
         unit = units.get(choice.unit)
         if unit is None or not calls[unit.path]:
             assert choice.keeps_all, choice.unit  # `_paths` found the others

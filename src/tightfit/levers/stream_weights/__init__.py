@@ -122,7 +122,7 @@ class StreamWeights(LeverDefinition):
         if lacking is not None:
             raise PlanMismatch(
                 f"the plan streams the frozen weights of {lacking!r}, and this trace does not know when they are read: "
-                "make the trace anew"
+                "make the plan anew, of this step"
             )
         return streaming(trace, [known[path] for path in paths])
 
