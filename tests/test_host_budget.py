@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.plan.stacks import half_frozen
+from tests.plan.stacks import TINY, half_frozen
 from tests.plan.stacks import mean_square as loss
 from torch import nn
 
@@ -345,13 +345,6 @@ def test_a_forecast_says_that_the_host_budget_binds(monkeypatch: pytest.MonkeyPa
     assert [answer.fits for answer in answers] == [True, False]
     assert sum(answers[0].host_bytes.values()) > 1000 and answers[1].host_budget_bytes == 1000
     assert answers[1].advice[0].startswith("the host budget of 1000 B is what binds: with ")
-
-
-TINY = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
-    "max_position_embeddings": 128,
-}  # fmt: skip
 
 
 def test_the_command_line_obeys(

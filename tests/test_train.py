@@ -246,20 +246,25 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def interrupt(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    """Give the trainer of each run `callback`, until the patch is undone."""
+    real = training.Run.trainer
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        trainer = real(self, *args)
+        trainer.add_callback(callback)
+        return trainer
+
+    monkeypatch.setattr(training.Run, "trainer", interrupted)
+
+
 @pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "qlora"])
 def test_adapters_resume_bit_for_bit(method: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"method": method, "steps": 6, "budget": "85%"}
     reference = train(options(place, tmp_path / "whole", **changes, compare_steps=3))
     assert reference.passed and reference.losses_identical
     assert reference.plan is not None and reference.plan.replays
-    real = training.Run.trainer
-
-    def interrupted(self: Any, *args: Any) -> Any:
-        trainer = real(self, *args)
-        trainer.add_callback(Interrupt(4))
-        return trainer
-
-    monkeypatch.setattr(training.Run, "trainer", interrupted)
+    interrupt(monkeypatch, Interrupt(4))
     cut = train(options(place, tmp_path / "run", **changes))
     assert cut.status == "interrupted" and len(cut.losses) == 4
     monkeypatch.undo()
@@ -283,14 +288,7 @@ class InterruptBefore(TrainerCallback):
 def test_micro_batches_go_on_in_the_size_that_was_chosen(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = training.Run.trainer
-
-    def interrupted(self: Any, *args: Any) -> Any:
-        trainer = real(self, *args)
-        trainer.add_callback(InterruptBefore(4))
-        return trainer
-
-    monkeypatch.setattr(training.Run, "trainer", interrupted)
+    interrupt(monkeypatch, InterruptBefore(4))
     asked = {"batch": "auto", "global_batch": 8, "steps": 6, "budget": "35%", "arguments": ("--save_steps", "3")}
     cut = train(options(place, tmp_path / "run", **asked))
     assert cut.status == "interrupted" and len(cut.losses) == 4
@@ -349,13 +347,6 @@ def test_a_file_that_names_half_of_it_is_refused(config: dict[str, Any], said: s
 
 @pytest.mark.slow
 def test_a_run_from_a_file_is_cut_and_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = training.Run.trainer
-
-    def interrupted(self: Any, *args: Any) -> Any:
-        trainer = real(self, *args)
-        trainer.add_callback(InterruptBefore(2))
-        return trainer
-
     file = tmp_path / "run.yaml"
     keys = {
         "model_name_or_path": place / "tiny", "data": place / "text.txt", "batch": "auto", "global_batch": 8,
@@ -363,7 +354,7 @@ def test_a_run_from_a_file_is_cut_and_goes_on(place: Path, tmp_path: Path, monke
         "bf16": False, "report_to": "none", "learning_rate": 0.001,
     }  # fmt: skip
     file.write_text("".join(f"{key}: {value}\n".replace("True", "true") for key, value in keys.items()))
-    monkeypatch.setattr(training.Run, "trainer", interrupted)
+    interrupt(monkeypatch, InterruptBefore(2))
     cut = train(TrainOptions(config=str(file), out=str(tmp_path / "run")))
     assert cut.status == "interrupted" and cut.micro_batches is not None and cut.micro_batches.accumulation > 1
     monkeypatch.undo()
@@ -382,16 +373,9 @@ def test_a_run_from_a_file_is_cut_and_goes_on(place: Path, tmp_path: Path, monke
 def test_a_plan_of_another_run_trains_and_goes_on_without_its_file(
     place: Path, whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = training.Run.trainer
-
-    def interrupted(self: Any, *args: Any) -> Any:
-        trainer = real(self, *args)
-        trainer.add_callback(InterruptBefore(6))
-        return trainer
-
     file, out = tmp_path / "plan.json", tmp_path / "run"
     file.write_text((whole.folder / "plan.json").read_text())
-    monkeypatch.setattr(training.Run, "trainer", interrupted)
+    interrupt(monkeypatch, InterruptBefore(6))
     cut = train(options(place, out, budget=None, plan=str(file)))
     assert cut.status == "interrupted" and whole.plan is not None
     monkeypatch.undo()
@@ -616,13 +600,7 @@ def test_the_record_has_the_account_of_the_process(
     reserved = iter([30, 20, 40, *[10] * 100])
     monkeypatch.setattr(tightfit.accelerator, "reserved_peak_bytes", lambda device: next(reserved))
     real = training.Run.trainer
-
-    def interrupted(self: Any, *args: Any) -> Any:
-        trainer = real(self, *args)
-        trainer.add_callback(Interrupt(4))
-        return trainer
-
-    monkeypatch.setattr(training.Run, "trainer", interrupted)
+    interrupt(monkeypatch, Interrupt(4))
     assert train(options(place, tmp_path / "cut", **changes)).status == "interrupted"
     before = json.loads((tmp_path / "cut" / "record.json").read_text())["observed"]
 

@@ -106,3 +106,11 @@ def brute_force(
         line = simulate_choices(trace, choices)
         found.append((line.peak_bytes, line.recompute_seconds))
     return tuple(found)
+
+
+#: What a folder's config.json says of a model that the command line plans in a moment.
+TINY = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+    "max_position_embeddings": 128,
+}  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tests.plan.stacks import half_frozen
+from tests.plan.stacks import TINY, half_frozen
 from tests.plan.stacks import mean_square as loss
 from torch import nn
 
@@ -190,13 +190,6 @@ def test_check_says_the_account_of_its_plan(monkeypatch: pytest.MonkeyPatch) -> 
     assert answer.account.reserved_bytes == answer.modes[-1].reserved_bytes == told.reserved_bytes - 512
     hopeless = forecast.check(setup, device, budget=2**20, search=False, levers=parse_levers("recompute"))
     assert hopeless.account is None and "the process" not in forecast_document(hopeless)["facts"]
-
-
-TINY = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
-    "max_position_embeddings": 128,
-}  # fmt: skip
 
 
 def test_plan_says_the_account_in_json_in_words_and_on_its_page(

@@ -234,7 +234,7 @@ class TightfitCallback(PeakCallback):
             )
         return levers, others | ({Lever.STEP_IN_BACKWARD} if levers is None and not reads else set())
 
-    def _plan_for(self, batch: Batch, model: nn.Module, optimizer: Any, budget: Any = None) -> Plan:
+    def _plan_for(self, batch: Batch, model: nn.Module, optimizer: Any, budget: str | int | None = None) -> Plan:
         """Trace the step on `batch` and plan it: for `budget` at first, for the same bytes later."""
         recorded: Trace | None = None
 
@@ -248,8 +248,8 @@ class TightfitCallback(PeakCallback):
             # in the middle of a training nothing is proven anew, so only what gives the same bits by design
             levers, beside = exact_only(levers) | beside, frozenset()
         try:
-            budget = budget or (self.budget if self.plan is None else self.plan.budget_bytes)
-            _, chosen = planned(record, budget, levers, model, self.exact, beside, self.host_budget)
+            asked = budget or (self.budget if self.plan is None else self.plan.budget_bytes)
+            _, chosen = planned(record, asked, levers, model, self.exact, beside, self.host_budget)
         except BudgetInfeasible as error:
             if self.plan is None or recorded is None:
                 raise
