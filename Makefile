@@ -30,7 +30,7 @@ help:
 	@echo "make docs    write the generated pages of docs/ from the program and benchmarks/results"
 	@echo "make site    build the documentation into site/ (open site/index.html)"
 	@echo "make bench   run every script in benchmarks/"
-	@echo "make versions  the integrations' tests under other releases of transformers and torch (slow)"
+	@echo "make versions  the whole test suite on the least, the pinned and the newest releases (hours)"
 	@echo "make clean   remove .venv, caches and build output (runs/ stays)"
 
 # The stamp is touched last, so an install that was interrupted is taken up again.

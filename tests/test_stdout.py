@@ -162,6 +162,17 @@ def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == "tightfit: cannot write the result: No space left on device\n"
 
 
+@pytest.mark.parametrize("lost", ["2> /dev/full", "2> >(true)", "2>&-"])
+def test_what_cannot_be_said_takes_no_result_with_it(lost: str, tiny: Path, tmp_path: Path) -> None:
+    if "full" in lost and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    environment = {**os.environ, "PYTHONPATH": str(Path(stdout.__file__).parents[2])}
+    for budget, code, key in (("95%", 0, "choices"), ("1KiB", 1, "least_bytes")):
+        done = shell(f"tightfit plan {tiny} --batch 2 --seq 16 --budget {budget} --json {lost}", environment, tmp_path)
+        assert done.returncode == code
+        assert key in json.loads(done.stdout)
+
+
 def test_help_and_version_are_results(noisy: dict[str, str], tmp_path: Path) -> None:
     for line, word in (("--version", "tightfit "), ("--help", "Usage"), ("plan --help", "--explain")):
         done = shell(f"tightfit {line}", noisy, tmp_path)

@@ -909,6 +909,15 @@ def test_local_files_train(place: Path, tmp_path: Path) -> None:
     assert len(record["data"]["sha256"]) == 64 and record["data"]["windows"] == 16
 
 
+@pytest.mark.parametrize("setting", [("--learning_rate", "nan"), ("--adam_beta1", "2")])
+def test_what_the_optimizer_refuses_is_said_before_anything_is_written(
+    setting: tuple[str, str], place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidInput, match=r"TRL refuses .*: Invalid"):
+        train(options(place, tmp_path / "run", steps=1, arguments=setting))
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------ wrong resuming
 
 

@@ -701,3 +701,16 @@ def test_keep_takes_ops_and_says_what_is_none(layer: nn.Linear) -> None:
     for context_fn in (3, lambda: 3, lambda: (3, 4), lambda: (contextlib.nullcontext(),)):
         with pytest.raises(InvalidInput, match="expected of context_fn"):
             tightfit.checkpoint(layer, x(), context_fn=context_fn)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "transform", [lambda f, a: torch.func.jvp(f, (a,), (a * 2,))[1], lambda f, a: torch.func.jacfwd(f)(a)]
+)
+def test_forward_mode(checkpoint: Checkpoint, layer: nn.Linear, transform: Callable[..., torch.Tensor]) -> None:
+    given = x(requires_grad=False)
+    assert torch.equal(transform(lambda a: checkpoint(layer, a), given), transform(layer, given))
+
+
+def test_rows_apart(layer: nn.Linear) -> None:  # torch's own refuses this
+    given = x(requires_grad=False)
+    assert torch.equal(torch.vmap(lambda a: tightfit.checkpoint(layer, a))(given), torch.vmap(layer)(given))

@@ -19,8 +19,10 @@ import tightfit
 from tightfit.core import Action, BudgetInfeasible, Choice, InvalidInput, PlanMismatch, Status, Trace
 from tightfit.plan import choose, every_block, solver
 from tightfit.plan.choose import Model
+from tightfit.plan.planning import feasible
 from tightfit.plan.program import kept_values, recipe
 from tightfit.plan.simulate import simulate_choices
+from tightfit.plan.table import THOROUGH
 
 SHAPES = [(2, 16, 4, 64), (2, 8, 64, 64), (3, 8, 8, 32), (3, 16, 4, 64, Lean), (2, 16, 64, 64, Lean)]
 
@@ -76,6 +78,18 @@ def test_infeasible_says_the_least_and_it_is_feasible() -> None:
     least = min(peak for peak, _ in brute_force(*SHAPES[2]))
     assert least <= caught.value.least_bytes <= least * 1.02
     assert tightfit.plan(trace, caught.value.least_bytes).peak_bytes <= caught.value.least_bytes
+
+
+def test_feasible_is_the_plan_or_nothing() -> None:
+    trace = traced(*SHAPES[2])
+    whole_bytes = tightfit.plan(trace, "100%").unplanned_peak_bytes
+    with pytest.raises(BudgetInfeasible) as caught:
+        tightfit.plan(trace, 1000)
+    least_bytes = caught.value.least_bytes
+    for budget_bytes in (least_bytes, (least_bytes + whole_bytes) // 2, whole_bytes):
+        assert feasible(trace, budget_bytes, effort=THOROUGH) == tightfit.plan(trace, budget_bytes)
+    assert feasible(trace, least_bytes - 1, effort=THOROUGH) is None
+    assert feasible(trace, least_bytes, effort=THOROUGH, kinds=(False,)) is None  # a trace without tiles
 
 
 @pytest.mark.parametrize("budget", ["x", "-1GiB", "0", 0, -5, "12QB", "", "nan%", True])

@@ -32,6 +32,8 @@ def broken(what: str) -> Engine:
     def answer(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> Claim:
         if what == "raises":
             raise RuntimeError("the solver is gone")
+        if what == "exits":
+            raise SystemExit(3)
         if what == "is missing":
             raise ModuleNotFoundError("No module named 'highspy'")
         if what in ("error", "time", "infeasible", "unbounded"):
@@ -73,8 +75,8 @@ def broken(what: str) -> Engine:
 RECOMPUTE = (Lever.RECOMPUTE,)
 
 FAULTS = (
-    "raises", "is missing", "error", "time", "infeasible", "unbounded", "all zeros", "all ones", "flipped", "halves",
-    "not numbers", "too short", "bound above", "no bound", "feasible only",
+    "raises", "exits", "is missing", "error", "time", "infeasible", "unbounded", "all zeros", "all ones", "flipped",
+    "halves", "not numbers", "too short", "bound above", "no bound", "feasible only",
     "no claim", "a list", "words", "complex", "a bound of nothing",
 )  # fmt: skip
 

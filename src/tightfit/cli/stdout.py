@@ -40,9 +40,10 @@ def own() -> Iterator[None]:
     """Descriptor 1 is standard error within; `sys.stdout`, where it wrote there, writes to what descriptor 1 was.
 
     Within and on leaving, writing a result raises `BrokenPipeError` when its reader has gone, `NotWritten` when it
-    cannot be written for another reason (a disk that is full).
+    cannot be written for another reason (a disk that is full). A message that cannot be written to standard error is
+    lost, and nothing else is: nobody reads it, and the result is still wanted.
     """
-    with _open_streams():
+    with _open_streams(), _messages():
         kept = os.dup(1)  # not inherited by children
         bound = _writes_to(sys.stdout, 1)
         before = sys.stdout
@@ -96,6 +97,38 @@ def _open_streams() -> Iterator[None]:
             sys.stdout, sys.stderr = streams
             for number in lent:
                 os.close(number)
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[None]:
+    """`sys.stderr` never fails within."""
+    before = sys.stderr
+    if not _writes_to(before, 2):
+        yield
+        return
+    before.flush()
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(_Messages(2, "w", closefd=False)), encoding=before.encoding, errors=before.errors,
+        line_buffering=True,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        sys.stderr.close()  # without the descriptor
+        sys.stderr = before
+
+
+class _Messages(io.FileIO):
+    """Standard error. Once it cannot be written, it is the null device."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+            return len(data)
 
 
 class _Descriptor(io.FileIO):

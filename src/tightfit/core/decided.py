@@ -25,6 +25,8 @@ class Action(enum.Enum):
     RECOMPUTE = "recompute"
     OFFLOAD = "offload"
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and planning looks members up by the million
+
 
 class Status(enum.Enum):
     OPTIMAL = "optimal"  # proven: no plan of the stated model takes fewer seconds

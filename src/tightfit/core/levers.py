@@ -24,6 +24,8 @@ class Lever(enum.Enum):
     STEP_IN_BACKWARD = "step_in_backward"  # each parameter is stepped when its gradient is there, which goes at once
     STREAM_WEIGHTS = "stream_weights"  # frozen weights wait in host memory, and are on the device while they are read
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and planning looks members up by the million
+
 
 def levers_named(asked: Collection[Lever | str] | str | None) -> frozenset[Lever] | None:
     """Levers and names of levers as levers; text as `parse_levers` reads it; `None`, the default, stays.

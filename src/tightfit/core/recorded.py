@@ -23,11 +23,15 @@ class Kind(enum.Enum):
     RANDOM = "random"  # draws from a torch generator
     OPAQUE = "opaque"  # anything else: must not be run twice
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and planning looks members up by the million
+
 
 class Phase(enum.Enum):
     FORWARD = "forward"
     BACKWARD = "backward"
     OPTIMIZER = "optimizer"
+
+    __hash__ = object.__hash__  # Enum's own is written in Python, and planning looks members up by the million
 
 
 class EventKind(enum.Enum):
@@ -41,6 +45,8 @@ class EventKind(enum.Enum):
     ENTER = "enter"  # frame `subject` began its forward
     EXIT = "exit"  # frame `subject` ended its forward
     READY = "ready"  # value `subject` is a parameter's whole gradient
+
+    __hash__ = object.__hash__  # Enum's own is written in Python, and planning looks members up by the million
 
 
 class Category(enum.Enum):
@@ -57,6 +63,8 @@ class Category(enum.Enum):
     SAVED = "saved"
     LOSS = "loss"  # made between the last unit's forward and its backward: logits, loss, their gradients
     TEMPORARIES = "temporaries"
+
+    __hash__ = object.__hash__  # Enum's own is written in Python, and planning looks members up by the million
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

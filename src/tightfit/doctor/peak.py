@@ -91,7 +91,7 @@ def _largest(by_category: Mapping[str, int]) -> list[str]:
 
 
 #: Plans here only have to be possible and near the best.
-_EFFORT = Effort(points=12, solver_seconds=0.3, proves=False)
+_EFFORT = Effort(points=12, solver_seconds=0.3, proves=False, is_estimated=True)
 
 _FIXED = (
     Category.PARAMETERS, Category.QUANTISED, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS,

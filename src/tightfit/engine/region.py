@@ -69,6 +69,9 @@ def checkpoint(
       another is part of that one's forward and replay, and enters its first. `Unsupported` in compiled code, and where
       they are torch's selective checkpointing: that is `keep`. Not together with `keep` (`InvalidInput`).
 
+    Within `torch.func.jvp`, `jacfwd` and `vmap` the function runs as it is: a tensor there has no storage of its own
+    that could be dropped.
+
     `torch.utils.checkpoint.set_checkpoint_early_stop` and `set_checkpoint_debug_enabled` go over the keywords, as they
     do there.
     """
@@ -81,7 +84,7 @@ def checkpoint(
         names = {keep} if isinstance(keep, str) else keep
         return run_again(function, args, kwargs, names)  # type: ignore[arg-type]
     keep = None if keep is None else _asked_to_keep(keep)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _is_transformed():
         return function(*args, **kwargs)
     name = getattr(function, "__qualname__", type(function).__qualname__)
     if is_active():
@@ -125,6 +128,13 @@ def _refuse(use_reentrant: bool | None, determinism_check: str, both: bool) -> N
         raise InvalidInput(f'determinism_check={determinism_check!r} is neither "default" nor "none"')
     if both:
         raise InvalidInput("keep and context_fn are two ways to treat the ops of a region: give one of them")
+
+
+def _is_transformed() -> bool:
+    """Is this within a transform of `torch.func` whose tensors have no storage?"""
+    functorch = torch._C._functorch
+    kinds = {functorch.TransformType.Jvp, functorch.TransformType.Vmap}
+    return any(each.key() in kinds for each in functorch.get_interpreter_stack() or ())
 
 
 def _asked_to_keep(keep: Any) -> Keep:

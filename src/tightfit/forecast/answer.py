@@ -39,6 +39,10 @@ from tightfit.step.environment import environment
 from tightfit.trace.fake import FakeStep
 from tightfit.verify.measure import every_block_checkpointed
 
+#: Where the lowest peak is below this many times the room, the layout may decide, and a coarser search may find what a
+#: finer one does not.
+_NEAR = 1.1
+
 
 def check(
     setup: Setup,
@@ -70,17 +74,17 @@ def check(
         _mode("none", recorded, simulate(recorded), None, room),
         _blocks_mode(setup, device, recorded, room),
     ]
-    # near the limit the layout decides, and a coarser search may find what a finer one does not
     # what does not depend on the batch is too much already
     hopeless = not can_hold_floor(levers) and floor(setup, device) > room
     made = None
     if not hopeless:
-        efforts = (SHOWN, QUICK)
-        made = next((found for each in efforts if (found := fitted(recorded, room, each, levers, limit))), None)
+        made = fitted(recorded, room, SHOWN, levers, limit, (True,))
+        if made is None and lowest(recorded, effort=SHOWN, levers=levers, host_budget=limit).peak_bytes <= _NEAR * room:
+            made = fitted(recorded, room, QUICK, levers, limit, (True,))
     if made is None and not hopeless and levers is None:
         progress("nothing exact fits: tracing the step in tiles")
         recorded = trace_for(setup, device, tiles=True)
-        made = fitted(recorded, room, QUICK, None, limit) if recorded.tiled else None
+        made = fitted(recorded, room, QUICK, None, limit, (False,)) if recorded.tiled else None
     traced(recorded)
     shown = made or lowest(recorded, effort=QUICK, levers=levers, host_budget=limit)
     modes.append(_mode("tightfit", recorded, simulate(recorded, shown), shown, room))

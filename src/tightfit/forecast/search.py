@@ -6,10 +6,10 @@ Invariant: what is said to fit has been planned and laid out by the caching allo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from tightfit.core import (
-    BudgetInfeasible,
     Device,
     Lever,
     Plan,
@@ -17,18 +17,19 @@ from tightfit.core import (
 )
 from tightfit.forecast.recording import trace_for
 from tightfit.forecast.setup import MOST_TOKENS, Progress, Setup, build_model, positions_in
-from tightfit.levers import allowed
-from tightfit.plan import Effort, lowest, plan
+from tightfit.levers import allowed, exact_only
+from tightfit.plan import Effort, lowest
 from tightfit.plan.account import bytes_reserved
+from tightfit.plan.planning import feasible
 
 SEQ_STEP = 64
 
 
 #: For the plan that is shown, and for the many that only have to be possible.
-SHOWN = Effort(points=48, solver_seconds=0.4, proves=False)
+SHOWN = Effort(points=48, solver_seconds=0.4, proves=False, is_estimated=True)
 
 
-QUICK = Effort(points=12, solver_seconds=0.3, proves=False)
+QUICK = Effort(points=12, solver_seconds=0.3, proves=False, is_estimated=True)
 
 
 def can_hold_floor(levers: frozenset[Lever] | None) -> bool:
@@ -42,25 +43,25 @@ def fitted(
     effort: Effort,
     levers: frozenset[Lever] | None = None,
     host_budget: int | None = None,
+    kinds: Collection[bool | None] = (True, False),
 ) -> Plan | None:
-    """The plan of least recompute with which the allocator stays within `room`; `None` when there is none."""
-    asked: dict[str, Any] = {"effort": effort, "levers": levers, "host_budget": host_budget}
+    """The plan of least recompute with which the allocator stays within `room`; `None` when there is none. `kinds`: as
+    in `plan.planning.feasible`."""
+    asked: dict[str, Any] = {"effort": effort, "levers": levers, "host_budget_bytes": host_budget, "kinds": kinds}
     budget = room
     for _ in range(4 if effort.points > QUICK.points else 3):
-        try:
-            made = plan(recorded, budget, **asked)
-        except BudgetInfeasible:
+        made = feasible(recorded, budget, **asked)
+        if made is None:
             break
         if bytes_reserved(recorded, made, room) is not None:
             return made
         reserved = bytes_reserved(recorded, made) or room
         # fragmentation: leave the allocator as much more as it took beyond what was live
         budget = int(min(budget * 0.97, room * made.peak_bytes / max(reserved, made.peak_bytes)))
-    made = lowest(recorded, **asked)
+    made = lowest(recorded, effort=effort, levers=levers, host_budget=host_budget)
     for part in (0.75, 0.5, 0.25) if effort is SHOWN and 0 < made.peak_bytes < budget else ():
-        target = made.peak_bytes + int(part * (budget - made.peak_bytes))
-        between = plan(recorded, target, **asked)
-        if bytes_reserved(recorded, between, room) is not None:
+        between = feasible(recorded, made.peak_bytes + int(part * (budget - made.peak_bytes)), **asked)
+        if between is not None and bytes_reserved(recorded, between, room) is not None:
             return between
     fits = made.peak_bytes <= room and bytes_reserved(recorded, made, room) is not None
     return dataclasses.replace(made, budget_bytes=room) if fits else None
@@ -116,11 +117,7 @@ def largest_fitting(
         if guess not in tried:
             amount = guess * step
             progress(f"looking for the {'largest batch' if what == 'batch' else 'longest sequence'}: {amount}")
-            recorded = trace_for(_resized(setup, what, amount), device)
-            tried[guess] = least(recorded, room, levers, host_budget)
-            if levers is None and not tried[guess][0] and tried[guess][1] <= _TILES_CAN * room:
-                recorded = trace_for(_resized(setup, what, amount), device, tiles=True)
-                tried[guess] = least(recorded, room, None, host_budget) if recorded.tiled else tried[guess]
+            tried[guess] = _least_of(_resized(setup, what, amount), device, room, levers, host_budget, amount >= asked)
         low, high = (guess, high) if tried[guess][0] else (low, guess)
         guess = _guess({count: reserved for count, (_, reserved) in tried.items()}, room, low, high)
     return max(low * step, asked if here[0] else 0)
@@ -130,6 +127,27 @@ def largest_fitting(
 _TILES_CAN = 3
 
 
+def _least_of(
+    setup: Setup,
+    device: Device,
+    room: int,
+    levers: frozenset[Lever] | None,
+    host_budget: int | None,
+    is_in_tiles: bool,
+) -> tuple[bool, int]:
+    """`least` for a step that is not traced yet. Without `levers` tiles are tried where nothing exact fits, and nothing
+    exact is tried where `is_in_tiles`: a smaller step had to be in tiles already."""
+    if levers is not None:
+        return least(trace_for(setup, device), room, levers, host_budget)
+    found = False, room
+    if not is_in_tiles:
+        found = least(trace_for(setup, device), room, exact_only(None), host_budget)
+    if not found[0] and found[1] <= _TILES_CAN * room:
+        recorded = trace_for(setup, device, tiles=True)
+        found = least(recorded, room, None, host_budget) if recorded.tiled or is_in_tiles else found
+    return found
+
+
 def _resized(setup: Setup, what: str, amount: int) -> Setup:
     return dataclasses.replace(setup, batch=amount) if what == "batch" else dataclasses.replace(setup, seq=amount)
 
@@ -137,7 +155,7 @@ def _resized(setup: Setup, what: str, amount: int) -> Setup:
 def _guess(reserved: dict[int, int], room: int, low: int, high: int) -> int:
     """Where to look next, strictly between `low` and `high` if anything is."""
     below, above = low in reserved, high in reserved
-    if len(reserved) > 6 and below and above:  # the line does not help: halve
+    if len(reserved) > 3 and below and above:  # the line does not help: halve
         guess = (low + high) // 2
     elif below and above:
         slope = (reserved[high] - reserved[low]) / (high - low)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from importlib import metadata
 
@@ -90,20 +91,14 @@ def plan(
         raise InvalidInput(f"exact=True forbids {forbidden[0].noun}, and levers names them: leave one of the two out")
     unplanned = simulate_choices(trace, ())
     budget_bytes = parse_bytes(budget, whole_bytes=unplanned.peak_bytes)
-    every_way = way_of(trace, effort).ways(levers)
     kinds = (None,) if chosen else (True,) if exact else (True, False)
-    made, least, least_way = _searched(trace, budget_bytes, every_way, kinds, unplanned, levers)
-    enough_bytes = None if made is None else sum(host_bytes(trace, made).values())
-    if host_budget_bytes is not None and (enough_bytes is None or enough_bytes > host_budget_bytes):
-        without = least
-        every_way = way_of(trace, effort, host_budget_bytes).ways(levers)
-        made, least, least_way = _searched(trace, budget_bytes, every_way, kinds, unplanned, levers)
-    if made is not None:  # a limit that is not reached changes nothing
-        return dataclasses.replace(made, host_budget_bytes=host_budget_bytes)
-    advice = advice_for(trace, least, budget_bytes)
-    if least_way is not None and not chosen:
-        advice = (*_other_levers(every_way, least_way, budget_bytes, levers), *advice)
-    if exact and (inexact_ways := [way for way in every_way if not way.is_exact]):
+    search = _Search(trace, budget_bytes, effort, levers, kinds, host_budget_bytes, unplanned)
+    if search.made is not None:
+        return search.made
+    least, advice = search.least, advice_for(trace, search.least, budget_bytes)
+    if search.least_way is not None and not chosen:
+        advice = (*_other_levers(search.ways, search.least_way, budget_bytes, levers), *advice)
+    if exact and (inexact_ways := [way for way in search.ways if not way.is_exact]):
         peak_bytes = _lowest(inexact_ways, None)[1].line.peak_bytes
         if peak_bytes <= budget_bytes:
             nouns = " and ".join(each.noun for each in inexact(None))
@@ -111,6 +106,7 @@ def plan(
             advice = (said, *advice)
     if host_budget_bytes is None:
         raise BudgetInfeasible(budget_bytes, least.peak_bytes, advice)
+    enough_bytes = search.enough_bytes
     if enough_bytes is not None:
         small_bytes = host_budget_bytes
         for _ in range(_HALVINGS):
@@ -120,12 +116,57 @@ def plan(
                 small_bytes = middle_bytes
             else:
                 enough_bytes = middle_bytes
-    elif without.peak_bytes < least.peak_bytes:
-        limit, lower = format_bytes(host_budget_bytes), format_bytes(without.peak_bytes)
+    elif search.without.peak_bytes < least.peak_bytes:
+        limit, lower = format_bytes(host_budget_bytes), format_bytes(search.without.peak_bytes)
         advice = (f"without the host budget of {limit} it would be {lower}, which is too much as well", *advice)
     raise BudgetInfeasible(
         budget_bytes, least.peak_bytes, advice, host_budget_bytes=host_budget_bytes, host_bytes=enough_bytes
     )
+
+
+@without_collecting()
+def feasible(
+    trace: Trace,
+    budget_bytes: int,
+    *,
+    effort: Effort,
+    levers: frozenset[Lever] | None = None,
+    kinds: Collection[bool | None] = (True, False),
+    host_budget_bytes: int | None = None,
+) -> Plan | None:
+    """The plan that `plan` makes, or None where nothing fits. What would make it fit takes as long to find as a plan,
+    so a caller who asks about many steps asks this.
+
+    `kinds`: where no levers are named, whether plans of the same bits (True) or of others (False) are looked for, in
+    this order.
+    """
+    wanted = kinds if levers is None else (None,)
+    return _Search(trace, budget_bytes, effort, levers, wanted, host_budget_bytes, simulate_choices(trace, ())).made
+
+
+class _Search:
+    """The best plan within a budget, or what is known where there is none."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        budget_bytes: int,
+        effort: Effort,
+        levers: Collection[Lever] | None,
+        kinds: Collection[bool | None],
+        host_budget_bytes: int | None,
+        unplanned: Timeline,
+    ) -> None:
+        self.ways = way_of(trace, effort).ways(levers)
+        made, self.least, self.least_way = _searched(trace, budget_bytes, self.ways, kinds, unplanned, levers)
+        #: Of the lowest peak, and in host memory by a plan that fits (none: no plan does), without a host budget.
+        self.without, self.enough_bytes = self.least, None if made is None else sum(host_bytes(trace, made).values())
+        if host_budget_bytes is not None and (self.enough_bytes is None or self.enough_bytes > host_budget_bytes):
+            self.ways = way_of(trace, effort, host_budget_bytes).ways(levers)
+            made, self.least, self.least_way = _searched(trace, budget_bytes, self.ways, kinds, unplanned, levers)
+        if made is not None:  # a limit that is not reached changes nothing
+            made = dataclasses.replace(made, host_budget_bytes=host_budget_bytes)
+        self.made = made
 
 
 def _searched(
@@ -183,20 +224,22 @@ def _other_levers(
     plain = next(alike, None)
     if plain is None:
         return
-    tried: list[tuple[tuple[LeverDefinition, ...], Variant]] = [((), plain)]
-    for lever in others:
-        for used, step in list(tried):
-            variants = (v for v in lever.variants(step) if v.host_room_bytes is None or v.host_room_bytes >= 0)
-            tried += [((*used, lever), variant) for variant in variants]
-    best: dict[tuple[LeverDefinition, ...], int] = {}
-    for used, step in tried:
-        peak_bytes = simulate_choices(step.trace, way.lowest.choices, way.advances).peak_bytes
-        best[used] = min(peak_bytes, best.get(used, peak_bytes))
-    fitting = [used for used, peak_bytes in best.items() if used and peak_bytes <= budget_bytes]
-    if fitting:
-        used = min(fitting, key=len)
-        names = ",".join(each.lever.value for each in used)
-        yield f"beside={names!r} would take {format_bytes(best[used])}: {' and '.join(each.noun for each in used)}"
+    tried: dict[tuple[LeverDefinition, ...], list[Variant]] = {(): [plain]}
+    while tried:  # one lever more in each turn: the fewest that are enough
+        more: dict[tuple[LeverDefinition, ...], list[Variant]] = defaultdict(list)
+        for used, steps in tried.items():
+            for lever in others[others.index(used[-1]) + 1 if used else 0 :]:
+                variants = itertools.chain.from_iterable(map(lever.variants, steps))
+                more[*used, lever] += [v for v in variants if v.host_room_bytes is None or v.host_room_bytes >= 0]
+        for used, steps in more.items():
+            lines = [simulate_choices(step.trace, way.lowest.choices, way.advances) for step in steps]
+            peak_bytes = min((line.peak_bytes for line in lines), default=budget_bytes + 1)
+            if peak_bytes <= budget_bytes:
+                names = ",".join(each.lever.value for each in used)
+                nouns = " and ".join(each.noun for each in used)
+                yield f"beside={names!r} would take {format_bytes(peak_bytes)}: {nouns}"
+                return
+        tried = more
 
 
 def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:

@@ -54,6 +54,7 @@ _STATIC = (
     Category.INPUTS,
     Category.COLLECTIVES,
 )
+_SAVED, _TEMPORARIES = PLACE[Category.SAVED], PLACE[Category.TEMPORARIES]
 
 
 def simulate(trace: Trace, plan: Plan | None = None) -> Timeline:
@@ -336,11 +337,11 @@ class _Walk:
             elif what is EventKind.OP:
                 self._mark(index.labels[event.subject], trace.ops[event.subject].scratch_bytes)
             elif what is EventKind.ENTER and event.subject in self.replays:
-                self._add(Category.SAVED, self.replays[event.subject].states_in_forward * state_bytes)
+                self._add(_SAVED, self.replays[event.subject].states_in_forward * state_bytes)
             elif what is EventKind.EXIT and event.subject in self.replays:
                 replayed = self.replays[event.subject]
                 states = len(replayed.recipe.states)
-                self._add(Category.SAVED, (states - replayed.states_in_forward) * state_bytes)
+                self._add(_SAVED, (states - replayed.states_in_forward) * state_bytes)
             for value_id in after[at] if at in after else index.gone.get(at, ()):
                 if not self.tape_readers.get(value_id):
                     self._add_value(value_id, -trace.values[value_id].size_bytes)
@@ -348,7 +349,7 @@ class _Walk:
                 for copy in letting_go[at]:
                     self._drop_copy(copy, at)
             if at in self.tapes_end:
-                self._add(Category.SAVED, -self.tapes_end[at] * state_bytes)
+                self._add(_SAVED, -self.tapes_end[at] * state_bytes)
         totals = self.totals
         columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(Category)
         peak = max(range(len(totals)), key=totals.__getitem__) if totals else 0
@@ -380,7 +381,7 @@ class _Walk:
     def _drop_copy(self, copy: _Copy, index: int) -> None:
         """Free `copy` if neither autograd nor the tape needs it after event `index`."""
         if copy.is_live and not copy.readers and (copy.until is None or copy.until <= index):
-            self._add(Category.SAVED, -copy.size_bytes, ("copy", id(copy)))
+            self._add(_SAVED, -copy.size_bytes, ("copy", id(copy)))
             copy.is_live = False
 
     def _run_again(self, replayed: _Replayed, ops: tuple[int, ...], index: int) -> None:
@@ -393,13 +394,13 @@ class _Walk:
                 self._bring(replayed.frame, value_id)
             made = [self.copies[v] for v in self._made_by(replayed.frame, ordinal)]
             for copy in made:
-                self._add(Category.SAVED, copy.size_bytes, ("copy", id(copy)))
+                self._add(_SAVED, copy.size_bytes, ("copy", id(copy)))
                 copy.is_live = True
             draws = ordinal in replayed.recipe.states
-            self._add(Category.TEMPORARIES, state_bytes if draws else 0)  # the state to go back to
+            self._add(_TEMPORARIES, state_bytes if draws else 0)  # the state to go back to
             self._mark(f"replay of {op.unit}: {op.name}", op.rerun_scratch_bytes)
-            self._add(Category.TEMPORARIES, -state_bytes if draws else 0)
-            self._add(Category.SAVED, -state_bytes if draws else 0)
+            self._add(_TEMPORARIES, -state_bytes if draws else 0)
+            self._add(_SAVED, -state_bytes if draws else 0)
             self.seconds += op.seconds
             self.flops += op.flops
             for value_id in dict.fromkeys(op.inputs):
@@ -454,7 +455,7 @@ class _Walk:
 
     def _unpack(self, copy: _Copy) -> None:
         """Walk through the copy of an offloaded value back to the device."""
-        self._add(Category.SAVED, copy.size_bytes, ("copy", id(copy)))
+        self._add(_SAVED, copy.size_bytes, ("copy", id(copy)))
         self._mark("fetch of what was offloaded", 0)
         self.fetched_bytes += copy.size_bytes
 
@@ -505,19 +506,19 @@ class _Walk:
                     passing[each] = ("copy", id(copy))
             for each in self._made_by(frame, step):
                 block = ("copy", id(result)) if each == value_id else ("passing", each)
-                self._add(Category.SAVED, trace.values[each].size_bytes, block)
+                self._add(_SAVED, trace.values[each].size_bytes, block)
                 if each != value_id:
                     passing[each] = block
             draws = trace.random_state_bytes if step in replayed.recipe.states else 0
-            self._add(Category.TEMPORARIES, draws)  # the state to go back to
+            self._add(_TEMPORARIES, draws)  # the state to go back to
             self._mark(f"sweep through {op.unit}: {op.name}", op.rerun_scratch_bytes)
-            self._add(Category.TEMPORARIES, -draws)
+            self._add(_TEMPORARIES, -draws)
             self.seconds += op.seconds
             self.flops += op.flops
             for each in [*dict.fromkeys(op.inputs), *self._made_by(frame, step)]:
                 left[each].discard(op.id)
                 if each in passing and not left[each]:
-                    self._add(Category.SAVED, -trace.values[each].size_bytes, passing.pop(each))
+                    self._add(_SAVED, -trace.values[each].size_bytes, passing.pop(each))
 
     # -- rows
 
@@ -528,17 +529,21 @@ class _Walk:
             self.total += size_bytes
             self.blocks.append((("value", value_id), size_bytes))
 
-    def _add(self, category: Category, size_bytes: int, block: Hashable = None) -> None:
-        self.level[PLACE[category]] += size_bytes
+    def _add(self, place: int, size_bytes: int, block: Hashable = None) -> None:
+        """Bytes come, or go, that are counted at `place`."""
+        self.level[place] += size_bytes
         self.total += size_bytes
         if block is not None and size_bytes:
             self.blocks.append((block, size_bytes))
 
     def _mark(self, label: str, scratch_bytes: int) -> None:
-        row = self.level.copy()
-        row[PLACE[Category.TEMPORARIES]] += scratch_bytes
-        self.totals.append(self.total + scratch_bytes)
-        if scratch_bytes:
-            self.blocks += [(("scratch",), scratch_bytes), (("scratch",), -scratch_bytes)]
         self.labels.append(label)
-        self.rows.append(tuple(row))
+        if not scratch_bytes:
+            self.totals.append(self.total)
+            self.rows.append(tuple(self.level))
+            return
+        self.totals.append(self.total + scratch_bytes)
+        self.blocks += [(("scratch",), scratch_bytes), (("scratch",), -scratch_bytes)]
+        self.level[_TEMPORARIES] += scratch_bytes
+        self.rows.append(tuple(self.level))
+        self.level[_TEMPORARIES] -= scratch_bytes

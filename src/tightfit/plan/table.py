@@ -41,6 +41,7 @@ class Effort:
     points: int = MANY  # of a unit's frontier, or not many more
     solver_seconds: float = SOLVER_SECONDS  # for each choice across the units
     proves: bool = True  # also look for the bound
+    is_estimated: bool = False  # the trace's seconds are no measurements, so they are the same on the next run
 
 
 THOROUGH = Effort()

@@ -221,13 +221,17 @@ class Way:
     @functools.cached_property
     def _nominal(self) -> Trace:
         """What the model plans, with estimated seconds. The ways of other tiles have their own."""
-        return retimed(dataclasses.replace(self.planned, tiled=()), NOMINAL_CPU)
+        return (
+            self.planned
+            if self.effort.is_estimated
+            else retimed(dataclasses.replace(self.planned, tiled=()), NOMINAL_CPU)
+        )
 
     @functools.cached_property
     def _of_frontiers(self) -> tuple[Refereed, bool]:
         """The lowest peak by the points of the units' frontiers, and whether a unit's own backward is the fullest
         moment there."""
-        model = self._model(self._nominal)
+        model = self.model if self.effort.is_estimated else self._model(self._nominal)
         solution = model.solve(None)
         assert solution is not None
         return self._lowest_by(model, solution), model.is_own_moment(solution.points)

@@ -206,6 +206,9 @@ class Run(RunRecord):
                 processing_class=self.tokenizer,
                 peft_config=get_peft_config(recipe.model),
             )
+            optimizer, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+            if issubclass(optimizer, torch.optim.Optimizer) and optimizer.__module__.startswith("torch."):
+                optimizer([torch.nn.Parameter(torch.zeros(1))], **options)  # raises for what it does not take
         if running:
             rows = trainer.train_dataset
             whole = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) == args.max_length]
