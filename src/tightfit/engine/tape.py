@@ -58,21 +58,49 @@ class Reference:
 
 
 class _Cast:
-    """Stands for autocast's copy of a weight: the copy itself while anybody holds it, otherwise the cast made anew."""
+    """Stands for autocast's copy of a weight: the copy itself while anybody holds it, otherwise the cast made anew.
 
-    __slots__ = ("args", "func", "geometry", "kwargs", "storage")
+    What is made anew stays until the last of those that are expected to ask for it has asked.
+    """
 
-    def __init__(self, func: Any, args: Any, kwargs: Any, storage: weakref.ref[Any]) -> None:
-        self.func, self.args, self.kwargs, self.storage = func, args, kwargs, storage
+    __slots__ = ("args", "func", "kwargs", "made", "storage", "uses", "version", "weights_version")
 
-    def tensor(self, geometry: Geometry) -> torch.Tensor:
+    def __init__(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.storage: weakref.ref[Any] = weakref.ref(out.untyped_storage())
+        self.version = _version(out)
+        self.weights_version = _version(args[0])
+        self.uses = 0  # how often it will be asked for
+        self.made: torch.Tensor | None = None
+
+    def tensor(self, geometry: Geometry, keep: bool) -> torch.Tensor:
+        """`keep`: whoever asks will ask once more."""
         storage = self.storage()
-        if storage is None:
-            return geometry.on(self.func(*self.args, **self.kwargs))
-        return geometry.on_storage(storage)
+        if storage is not None:
+            return geometry.on_storage(storage)
+        made = self.made
+        if made is None:
+            weight = self.args[0]
+            if _version(weight) != self.weights_version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation "
+                    f"between forward and backward: a weight of shape {list(weight.shape)}, of which autocast made a "
+                    f"copy, is at version {_version(weight)}; expected version {self.weights_version}"
+                )
+            made = self.func(*self.args, **self.kwargs)
+            self.made = None if keep else made
+        return geometry.on(made)
+
+    def count_down(self) -> None:
+        """One of those that were expected to ask has what it asked for."""
+        self.uses -= 1
+        if self.uses <= 0:
+            self.made = None
 
 
-class _CastView:
+class CastView:
+    """Stands for a tensor that lies in autocast's copy of a weight."""
+
     __slots__ = ("cast", "geometry")
 
     def __init__(self, cast: _Cast, geometry: Geometry) -> None:
@@ -118,13 +146,16 @@ class _Outline:
 class _Entry:
     """One live op."""
 
-    __slots__ = ("args", "done", "func", "held", "index", "kwargs", "makes", "reads", "spent", "state", "writes")
+    __slots__ = (
+        "args", "casts", "done", "func", "held", "index", "kwargs", "makes", "reads", "spent", "state", "writes",
+    )  # fmt: skip
 
     def __init__(self, index: int, func: Any) -> None:
         self.index, self.func = index, func
         self.args: Sequence[Any] = ()
         self.kwargs: dict[str, Any] = {}
         self.reads: list[Reference] = []
+        self.casts: list[_Cast] = []  # that it reads
         self.held: list[_Held] = []
         self.makes: list[tuple[int, int, int]] = []  # (output, value, its bytes)
         self.writes: Sequence[int] = ()  # values that it changes in place
@@ -195,7 +226,7 @@ class Tape:
 
     # -- forward
 
-    def refer(self, tensor: torch.Tensor) -> Reference | _CastView | None:
+    def refer(self, tensor: torch.Tensor) -> Reference | CastView | None:
         """A reference to `tensor`, if it lies in a value that a live op made. None: hold the tensor."""
         try:
             storage = tensor.untyped_storage()
@@ -213,7 +244,9 @@ class Tape:
         if type(value) is int:
             return Reference(value, geometry, self.written[value])
         assert isinstance(value, _Cast)
-        return _CastView(value, geometry)
+        if _version(tensor) != value.version:
+            return None  # it was changed in place
+        return CastView(value, geometry)
 
     def address(self, value: int) -> int | None:
         """Where `value` lies in memory, if anybody still holds it. Only valid during the forward."""
@@ -228,14 +261,16 @@ class Tape:
         """Does `tensor` lie in a value that a live op made?"""
         return self.holds(tensor) is not None
 
-    def slot(self, tensor: torch.Tensor, counted: bool) -> Reference | None:
-        """A reference for autograd to hold. `counted`: backward is expected to follow it."""
-        found = self.refer(tensor)
-        if not isinstance(found, Reference):
-            return None
-        if counted:
-            self.uses[found.value] = self.uses.get(found.value, 0) + 1
-        return found
+    def slot(self, tensor: torch.Tensor) -> Reference | CastView | None:
+        """A reference for autograd to hold."""
+        return self.refer(tensor)
+
+    def expect(self, reference: Reference | CastView) -> None:
+        """Backward is expected to follow `reference`."""
+        if isinstance(reference, CastView):
+            reference.cast.uses += 1
+        else:
+            self.uses[reference.value] = self.uses.get(reference.value, 0) + 1
 
     def adopt(self, value: int, tensor: torch.Tensor, source: Source) -> None:
         """From here on `tensor`, and every view of it, counts as `value`, which `source` brings back when it is
@@ -249,7 +284,7 @@ class Tape:
     def cast(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
         """Note that autocast made a cast of a weight."""
         storage = out.untyped_storage()
-        self.known[storage._cdata] = (weakref.ref(storage), _Cast(func, args, kwargs, weakref.ref(storage)), None)
+        self.known[storage._cdata] = (weakref.ref(storage), _Cast(func, args, kwargs, out), None)
 
     def before(self, index: int, taped: TapedOp, args: Any, kwargs: Any) -> _Entry:
         """Record the arguments of live op `index`, which is about to run."""
@@ -269,6 +304,8 @@ class Tape:
                     found = _outside(item, entry)  # type: ignore[assignment]  # whatever stands for the tensor
                 elif type(found) is Reference:
                     entry.reads.append(found)
+                elif type(found) is CastView:
+                    entry.casts.append(found.cast)
                 encoded.append(found)
             elif kind is list or kind is tuple:
                 encoded.append(self._encoded(item, entry))
@@ -303,6 +340,8 @@ class Tape:
         if not taped.for_sweeps:
             for reference in entry.reads:
                 uses[reference.value] = uses.get(reference.value, 0) + 1
+            for cast in entry.casts:
+                cast.uses += 1
         for value in entry.writes:
             written[value] += 1
             self.by_value[value].append(entry.index)
@@ -350,6 +389,8 @@ class Tape:
                 return _outside(item, entry)
             if isinstance(found, Reference):
                 entry.reads.append(found)
+            else:
+                entry.casts.append(found.cast)
             return found
         if isinstance(item, (list, tuple)) and any(isinstance(x, (torch.Tensor, list, tuple)) for x in item):
             return [self._encoded(x, entry) for x in item]
@@ -357,8 +398,14 @@ class Tape:
 
     # -- backward
 
-    def follow(self, reference: Reference, *, counted: bool, last: bool) -> torch.Tensor:
+    def follow(self, reference: Reference | CastView, *, counted: bool, last: bool) -> torch.Tensor:
         """The tensor that `reference` stands for. `last`: nobody will follow this reference again."""
+        if isinstance(reference, CastView):
+            with self._forward_again(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+                tensor = reference.cast.tensor(reference.geometry, keep=not (last and counted))
+            if last and counted:
+                reference.cast.count_down()
+            return tensor
         if not counted:
             self.uses[reference.value] = self.uses.get(reference.value, 0) + 1
         if reference.value not in self.made:
@@ -461,7 +508,9 @@ class Tape:
             entry.spent = True
             for reference in entry.reads:
                 self._count_down(reference)
-            entry.reads = []
+            for cast in entry.casts:
+                cast.count_down()
+            entry.reads, entry.casts = [], []
 
     def _executed(self, entry: _Entry, made: dict[int, torch.Tensor], keep: bool) -> list[tuple[int, torch.Tensor]]:
         """Run an entry whose inputs are in `made`, and return what it makes, by value."""
@@ -475,8 +524,8 @@ class Tape:
         for reference in entry.reads:
             if reference.value not in made:
                 made[reference.value] = self.sources[reference.value].take(keep)
-        args = [self._decoded(item, made) for item in entry.args]
-        kwargs = {name: self._decoded(item, made) for name, item in entry.kwargs.items()} if entry.kwargs else {}
+        args = [self._decoded(item, made, keep) for item in entry.args]
+        kwargs = {name: self._decoded(item, made, keep) for name, item in entry.kwargs.items()} if entry.kwargs else {}
         if op_name(entry.func) in BATCH_NORMS:
             args, kwargs = spare_running_statistics(entry.func, args, kwargs)
         if entry.state is None:
@@ -504,7 +553,7 @@ class Tape:
             found.append((value, tensor))
         return found
 
-    def _decoded(self, item: Any, made: Mapping[int, torch.Tensor]) -> Any:
+    def _decoded(self, item: Any, made: Mapping[int, torch.Tensor], keep: bool) -> Any:
         kind = type(item)
         if kind is Reference:
             tensor = made[item.value]
@@ -512,9 +561,9 @@ class Tape:
         if kind is _Held:
             return item.tensor
         if kind is list:
-            return [self._decoded(x, made) for x in item]
-        if kind is _CastView:
-            return item.cast.tensor(item.geometry)
+            return [self._decoded(x, made, keep) for x in item]
+        if kind is CastView:
+            return item.cast.tensor(item.geometry, keep)
         if kind is _Outline or kind is _Lent:
             return item.tensor()
         return item

@@ -14,11 +14,12 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 
-from tightfit.core import Category, EventKind, Op, Phase, Program, Saved, Trace, Value
+from tightfit.core import Category, EventKind, Kind, Op, Phase, Program, Saved, Trace, Value
 from tightfit.plan.program import shared
 
 __all__ = ["PLACE", "IndexedStep", "indexed", "without_collecting"]
 
+_CAST = "aten._to_copy.default"
 #: Where a category stands in a row of live bytes.
 PLACE = {category: place for place, category in enumerate(Category)}
 
@@ -48,6 +49,7 @@ class IndexedStep:
             self.calls[frame.unit].append(trace.programs[frame.id])
         self._shared: dict[str, Program | None] = {}
         self._index_events(trace)
+        self.casts_of = _casts(trace)  # by frame
         self.places = [PLACE[category_of(trace, value)] for value in trace.values]  # where a value's bytes are counted
         self.labels = [_label(op) for op in trace.ops]
 
@@ -72,6 +74,29 @@ class IndexedStep:
         if unit not in self._shared:
             self._shared[unit] = shared(self.calls[unit])
         return self._shared[unit]
+
+
+def _casts(trace: Trace) -> dict[int, dict[int, Op]]:
+    """For each frame, the copies of weights that autocast made in it: value ids, each with the op that made it.
+
+    Such an op belongs to no frame, because the next forward may find the copy in autocast's cache. A copy that is
+    changed in place is none.
+    """
+    found: dict[int, dict[int, Op]] = {frame.id: {} for frame in trace.frames}
+    frame: int | None = None
+    for event in trace.events:
+        if event.what is EventKind.ENTER:
+            frame = event.subject
+        elif event.what is EventKind.EXIT:
+            frame = None
+        elif event.what is EventKind.OP and frame is not None:
+            op = trace.ops[event.subject]
+            if op.name == _CAST and op.ordinal is None:
+                found[frame] |= {v: op for v in op.outputs if v is not None and trace.values[v].producer == op.id}
+            elif op.kind is not Kind.VIEW:
+                for value_id in found[frame].keys() & set(op.outputs):
+                    del found[frame][value_id]
+    return found
 
 
 def category_of(trace: Trace, value: Value) -> Category:

@@ -15,7 +15,7 @@ import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from tightfit.core import Action, Kind, Program, Step, Unsupported
+from tightfit.core import Action, Kind, Program, Saved, Step, Unsupported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # one object per (program, kept): see `recipe`
@@ -291,6 +291,18 @@ def dropped_slots(planned: Program, call: Program, chosen: Recipe) -> tuple[tupl
         if counted is not None:
             found.append((index, counted))
     return tuple(found)
+
+
+def dropped_casts(planned: Program, saved: Collection[Saved]) -> list[tuple[Saved, bool]]:
+    """Of `saved`, autocast's copies of weights that a call saved, those that are not held where the call runs again;
+    each with whether backward is expected to read it."""
+    found = []
+    for each in saved:
+        assert each.ordinal is not None
+        counted = expected(planned.slots, planned.wanted, each.ordinal, -1)
+        if counted is not None:
+            found.append((each, counted))
+    return found
 
 
 def kept_values(actions: Collection[Action]) -> frozenset[int]:
