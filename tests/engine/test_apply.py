@@ -412,7 +412,7 @@ def test_a_weight_that_changes_before_its_copy_is_made_again_is_an_error() -> No
     with tightfit.apply(model, every_block(tightfit.trace(model, batch))):
         loss = model(batch)
         with torch.no_grad():
-            model.blocks[2].second.weight.mul_(2)  # type: ignore[union-attr,operator]
+            model.blocks[2].second.weight.mul_(2)  # type: ignore[operator,union-attr]
         with pytest.raises(RuntimeError, match=r"a weight of shape \[64, 512\], of which autocast made a copy"):
             loss.backward()
 
