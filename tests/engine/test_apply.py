@@ -16,16 +16,18 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import tightfit
 from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, Status, Trace, Unsupported
 from tightfit.engine import Applied
-from tightfit.plan import every_block
+from tightfit.plan import every_block, lowest
 from tightfit.plan.program import kept_values, recipe
 from tightfit.plan.simulate import simulate_choices
 from tightfit.step.run import compute_loss
 from tightfit.step.snapshot import undisturbed
 from tightfit.verify.gradients import Outcome, differences
+from tightfit.verify.peak import PeakMeter, static_bytes
 
 WIDTH = 8
 
@@ -321,6 +323,98 @@ def test_the_peak_of_a_module_called_twice_in_one_autocast(share: float) -> None
     assert least < 0.75 * top
     proof = tightfit.verify(model, batch, tightfit.plan(trace, int(least + share * (top - least))), loss=both)
     assert proof.passed, proof.checks
+
+
+class Cast(nn.Module):
+    """Its weights, of which autocast makes copies, are large beside what passes through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 512), nn.Linear(512, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(F.gelu(self.first(x)))
+
+
+#: Without random states, which only tiny steps show.
+book_recipe = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+class Large(nn.Module):
+    """The step's peak is in the loss's backward, outside autocast."""
+
+    def __init__(self, *, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.blocks, self.checkpointed = nn.ModuleList(Cast() for _ in range(6)), checkpointed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for block in self.blocks:
+                x = book_recipe(block, x) if self.checkpointed else block(x)
+        return x.float().repeat(1, 64).exp().logsumexp(0).square().mean()
+
+
+def peak_of(model: nn.Module, batch: torch.Tensor) -> int:
+    model(batch).backward()
+    model.zero_grad()
+    with PeakMeter("cpu") as meter:
+        model(batch).backward()
+    model.zero_grad()
+    return static_bytes(model, None, batch) + meter.rise_bytes
+
+
+def test_every_block_under_autocast_is_what_torch_checkpoints() -> None:
+    """Autocast's copies of weights go with its context. Nobody holds them until the block's backward."""
+    torch.manual_seed(0)
+    model, batch = Large(), torch.randn(64, 64)
+    plan = every_block(tightfit.trace(model, batch))
+    torchs = Large(checkpointed=True)
+    with tightfit.apply(model, plan) as applied:
+        assert peak_of(model, batch) == pytest.approx(plan.peak_bytes, rel=1e-3)
+        assert applied.stats().fallbacks == 0
+    assert plan.peak_bytes == pytest.approx(peak_of(torchs, batch), rel=5e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+def test_the_peak_where_autocast_ends_before_the_loss(share: float) -> None:
+    torch.manual_seed(0)
+    model, batch = Large(), torch.randn(64, 64)
+    trace = tightfit.trace(model, batch)
+    least, top = lowest(trace).peak_bytes, tightfit.plan(trace, "100%").unplanned_peak_bytes
+    plan = tightfit.plan(trace, int(least + share * (top - least)))
+    assert plan.replays
+    proof = tightfit.verify(model, batch, plan)
+    assert proof.passed, proof.checks
+
+
+def test_copies_that_autocast_made_are_made_again_for_each_backward() -> None:
+    torch.manual_seed(0)
+    model, batch = Large(), torch.randn(4, 64)
+
+    def gradients() -> list[torch.Tensor]:
+        loss = model(batch)
+        for last in (False, True):
+            loss.backward(retain_graph=not last)
+        found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        model.zero_grad()
+        return found
+
+    expected = gradients()
+    with tightfit.apply(model, every_block(tightfit.trace(model, batch))) as applied:
+        found = gradients()
+        assert applied.stats().fallbacks == 0
+    assert len(found) == 24 and all(map(torch.equal, expected, found))
+
+
+def test_a_weight_that_changes_before_its_copy_is_made_again_is_an_error() -> None:
+    torch.manual_seed(0)
+    model, batch = Large(), torch.randn(4, 64)
+    with tightfit.apply(model, every_block(tightfit.trace(model, batch))):
+        loss = model(batch)
+        with torch.no_grad():
+            model.blocks[2].second.weight.mul_(2)  # type: ignore[operator,union-attr]
+        with pytest.raises(RuntimeError, match=r"a weight of shape \[64, 512\], of which autocast made a copy"):
+            loss.backward()
 
 
 def test_autocast_switched_off_inside() -> None:

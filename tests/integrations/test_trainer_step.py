@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import load_benchmark
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tightfit.core import InvalidInput, Unsupported
 from tightfit.device.cost import NOMINAL_CUDA
@@ -17,7 +18,9 @@ from tightfit.doctor import case_of, peak_of
 from tightfit.forecast import Adapters, Setup, trace_setup
 from tightfit.forecast.recording import optimizer_record
 from tightfit.forecast.setup import build_model
-from tightfit.plan import simulate
+from tightfit.integrations.trainer_step import _tokenizer
+from tightfit.plan import every_block, simulate
+from tightfit.verify.peak import PeakMeter, static_bytes
 
 harness = load_benchmark("trainer_step")
 FAST = ("llama, dft", "llama, packing", "llama, LoRA with dropout")
@@ -46,6 +49,41 @@ def test_the_forecast_of_dpo_is_what_the_trainer_needs(method: str) -> None:
     row = harness.compared(method, harness.Case(config=small, trainer="dpo", method=method, batch=2, seq=96))
     assert abs(row["off"]) <= 0.005, row
     assert abs(row["own_loss_off"]) > 0.1
+
+
+def test_the_forecast_of_trls_own_defaults_is_what_the_trainer_needs(tmp_path: Path) -> None:
+    """bf16 by autocast, float32 weights, every block checkpointed by torch: what `SFTTrainer` does if it is told
+    nothing. Autocast ends with the model's forward, and its copies of weights with it."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    config = {**harness.LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = Setup(model=str(tmp_path), batch=4, seq=96, dtype="bf16-mixed", optimizer="none", trainer="sft")
+    forecast = every_block(trace_setup(asked)).peak_bytes
+    needed: list[int] = []
+
+    class Measured(SFTTrainer):  # type: ignore[misc]  # TRL is untyped
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            static = static_bytes(self.model, None, dict(inputs))
+            with PeakMeter("cpu") as meter:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            needed.append(static + meter.rise_bytes)
+            return loss
+
+    torch.manual_seed(0)
+    rows = [{"input_ids": [3] * asked.seq, "labels": [3] * asked.seq} for _ in range(2 * asked.batch)]
+    args = SFTConfig(
+        output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        max_steps=2, per_device_train_batch_size=asked.batch, dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    assert args.bf16 and args.gradient_checkpointing
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(tmp_path))).train()
+    trainer = Measured(
+        model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=_tokenizer()
+    )  # fmt: skip
+    trainer.train()
+    assert forecast == pytest.approx(needed[-1], rel=5e-3)
 
 
 def setup(folder: str, **more: Any) -> Setup:

@@ -47,6 +47,7 @@ from tightfit.engine.ambient import (
     foreign_random_states,
     restore_foreign_random_states,
 )
+from tightfit.engine.casts import CastView
 from tightfit.engine.chain import Chain
 from tightfit.engine.frame_plan import Comparison, FramePlan, Stats
 from tightfit.engine.offload import Offloaded, Pool, Shipment
@@ -101,8 +102,9 @@ class _Slot:
     )  # fmt: skip
 
     def __init__(
-        self, frame: Frame, index: int, tensor: torch.Tensor, reference: Reference | None = None, counted: bool = False
-    ) -> None:
+        self, frame: Frame, index: int, tensor: torch.Tensor, reference: Reference | CastView | None = None,
+        counted: bool = False,
+    ) -> None:  # fmt: skip
         self.frame, self.index = frame, index
         self.reference, self.counted = reference, counted
         self.shape, self.dtype = tensor.shape, tensor.dtype
@@ -179,7 +181,7 @@ class Frame:
         self.count = 0  # ops of the forward so far
         self.funcs: list[Any] = []  # the forward's ops, as they came
         self.first_states: list[tuple[torch.Generator, torch.Tensor]] = []
-        # autocast's copies of weights: whoever saved one for backward has it still, so replay need not cast again
+        # autocast's copies of weights: while somebody holds one, a whole replay need not cast again
         self.casts: dict[tuple[int, torch.dtype], _CastSeen] = {}
         self.foreign: dict[str, Any] = {}  # Python's and NumPy's random states at the start
         self.slots: dict[int, weakref.ref[_Slot]] = {}
@@ -319,25 +321,22 @@ class Frame:
             self.packed_at.append(self.count)
             # by what the tensor is, not by its number: a call whose input needs no gradient saves fewer of them
             try:
-                reference = self.tape.slot(tensor, counted=False)
+                reference = self.tape.slot(tensor)
             except NotOnTape:
                 reference = None
-            comes_back = reference is not None and (
-                reference.value in plan.rematerialised
-                or reference.value in plan.offload
-                or reference.value >= plan.values
-            )
-            if reference is None or not comes_back:
+            if reference is None or not plan.brings_back(reference):
                 return _Held(tensor)
-            source = self.tape.sources.get(reference.value)
-            if isinstance(source, Offloaded):
-                source.settle()
-            known_as = reference.value if reference.value < plan.values else -1
+            known_as = -1
+            if isinstance(reference, Reference):
+                source = self.tape.sources.get(reference.value)
+                if isinstance(source, Offloaded):
+                    source.settle()
+                known_as = reference.value if reference.value < plan.values else -1
             counted = expected(plan.slots, plan.wanted, index, known_as)
             if counted is None:
                 return _Held(tensor)
             if counted:
-                self.tape.uses[reference.value] = self.tape.uses.get(reference.value, 0) + 1
+                self.tape.expect(reference)
             slot = _Slot(self, index, tensor, reference, counted)
             self.counted += counted
             if self.scrutiny is not None and self.scrutiny.wants(index) and tensor.numel():
@@ -391,10 +390,10 @@ class Frame:
         ran = tape.ran
         for slot in self._tape_slots():
             reference = slot.reference
-            assert reference is not None
             if not _is_steady(reference, tape, results):
                 slot.checksum = None
                 continue
+            assert isinstance(reference, Reference)
             if slot.checksum is None and slot.shape.numel():
                 with contextlib.suppress(ReplayDiverged, RuntimeError):  # what it is made from is changed already
                     slot.checksum = checksum(tape.follow(reference, counted=False, last=False))
@@ -592,9 +591,13 @@ def _first_results(tape: Tape) -> set[int]:
     return made.union(tape.sources)
 
 
-def _is_steady(reference: Reference | None, tape: Tape, results: set[int]) -> bool:
+def _is_steady(reference: Reference | CastView | None, tape: Tape, results: set[int]) -> bool:
     """Is what autograd saved the last state of its value, and does making it again give the same bits?"""
-    return reference is not None and reference.value in results and reference.state == tape.written[reference.value]
+    return (
+        isinstance(reference, Reference)
+        and reference.value in results
+        and reference.state == tape.written[reference.value]
+    )
 
 
 class _Cut(torch.autograd.Function):

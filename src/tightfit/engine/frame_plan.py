@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightfit.core import Action, Kind, Program
-from tightfit.engine.tape import TapedOp
+from tightfit.engine.casts import CastView
+from tightfit.engine.tape import Reference, TapedOp
 from tightfit.plan.program import Recipe, first_random, run_for_sweeps
 
 
@@ -56,6 +57,7 @@ class FramePlan:
     offloads_here: frozenset[int]  # ops that write one of them for the last time
     values: int  # input k is value `values + k` to the tape
     offloads: bool
+    replays: bool  # what its backward reads is made again; autocast's copies of its weights are then, too
     # once a forward has called the op; None before, and for casts, which need a closer look
     taped: list[TapedOp | None]
     funcs: list[Any]  # the ops themselves, as forwards have called them
@@ -91,10 +93,18 @@ class FramePlan:
             offload=offload,
             offloads_here=frozenset(max(i for i, step in enumerate(steps) if v in step.writes) for v in offload),
             offloads=bool(offload) or Action.OFFLOAD in inputs,
+            replays=recipe.replays,
             values=program.values,
             taped=[None] * len(steps),
             funcs=[None] * len(steps),
         )
+
+    def brings_back(self, reference: Reference | CastView) -> bool:
+        """Need autograd not hold what `reference` stands for?"""
+        if isinstance(reference, CastView):
+            return self.replays
+        value = reference.value
+        return value in self.rematerialised or value in self.offload or value >= self.values
 
 
 class Comparison:

@@ -35,6 +35,7 @@ import torch
 from tightfit import accelerator
 from tightfit.accelerator import numerics
 from tightfit.core import ReplayDiverged
+from tightfit.engine.casts import Cast, CastView, version_of
 from tightfit.engine.source import Source
 from tightfit.step.geometry import Geometry
 from tightfit.step.ops import BATCH_NORMS, METADATA_ONLY, op_name
@@ -57,28 +58,6 @@ class Reference:
         self.state = state  # how many ops had written the value
 
 
-class _Cast:
-    """Stands for autocast's copy of a weight: the copy itself while anybody holds it, otherwise the cast made anew."""
-
-    __slots__ = ("args", "func", "geometry", "kwargs", "storage")
-
-    def __init__(self, func: Any, args: Any, kwargs: Any, storage: weakref.ref[Any]) -> None:
-        self.func, self.args, self.kwargs, self.storage = func, args, kwargs, storage
-
-    def tensor(self, geometry: Geometry) -> torch.Tensor:
-        storage = self.storage()
-        if storage is None:
-            return geometry.on(self.func(*self.args, **self.kwargs))
-        return geometry.on_storage(storage)
-
-
-class _CastView:
-    __slots__ = ("cast", "geometry")
-
-    def __init__(self, cast: _Cast, geometry: Geometry) -> None:
-        self.cast, self.geometry = cast, geometry
-
-
 class _Held:
     """A tensor that an op on the tape reads and that stays where it is."""
 
@@ -86,7 +65,7 @@ class _Held:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self.version: int | None = _version(tensor)
+        self.version: int | None = version_of(tensor)
 
 
 class _Lent:
@@ -118,13 +97,16 @@ class _Outline:
 class _Entry:
     """One live op."""
 
-    __slots__ = ("args", "done", "func", "held", "index", "kwargs", "makes", "reads", "spent", "state", "writes")
+    __slots__ = (
+        "args", "casts", "done", "func", "held", "index", "kwargs", "makes", "reads", "spent", "state", "writes",
+    )  # fmt: skip
 
     def __init__(self, index: int, func: Any) -> None:
         self.index, self.func = index, func
         self.args: Sequence[Any] = ()
         self.kwargs: dict[str, Any] = {}
         self.reads: list[Reference] = []
+        self.casts: list[Cast] = []  # that it reads
         self.held: list[_Held] = []
         self.makes: list[tuple[int, int, int]] = []  # (output, value, its bytes)
         self.writes: Sequence[int] = ()  # values that it changes in place
@@ -162,10 +144,6 @@ class TapedOp:
         self.mutates = bool(func._schema.is_mutable) and not self.is_batch_norm
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
 class Tape:
     """The record of a frame's forward, which backward runs in pieces.
 
@@ -184,7 +162,7 @@ class Tape:
         self.settled = settled
         self.entries: dict[int, _Entry] = {}  # by op ordinal, in order
         # by storage address: the storage, what it holds, the tensor as its op made it
-        self.known: dict[int, tuple[Callable[[], Any], int | _Cast, Callable[[], Any] | None]] = {}
+        self.known: dict[int, tuple[Callable[[], Any], int | Cast, Callable[[], Any] | None]] = {}
         self.by_value: dict[int, list[int]] = {}  # value -> ops that make or change it
         self.written: dict[int, int] = {}  # value -> how many ops have written it
         self.uses: dict[int, int] = {}  # value -> references that nobody has followed yet
@@ -195,7 +173,7 @@ class Tape:
 
     # -- forward
 
-    def refer(self, tensor: torch.Tensor) -> Reference | _CastView | None:
+    def refer(self, tensor: torch.Tensor) -> Reference | CastView | None:
         """A reference to `tensor`, if it lies in a value that a live op made. None: hold the tensor."""
         try:
             storage = tensor.untyped_storage()
@@ -212,8 +190,10 @@ class Tape:
         geometry = Geometry.of(tensor)
         if type(value) is int:
             return Reference(value, geometry, self.written[value])
-        assert isinstance(value, _Cast)
-        return _CastView(value, geometry)
+        assert isinstance(value, Cast)
+        if version_of(tensor) != value.version:
+            return None  # it was changed in place
+        return CastView(value, geometry)
 
     def address(self, value: int) -> int | None:
         """Where `value` lies in memory, if anybody still holds it. Only valid during the forward."""
@@ -228,14 +208,16 @@ class Tape:
         """Does `tensor` lie in a value that a live op made?"""
         return self.holds(tensor) is not None
 
-    def slot(self, tensor: torch.Tensor, counted: bool) -> Reference | None:
-        """A reference for autograd to hold. `counted`: backward is expected to follow it."""
-        found = self.refer(tensor)
-        if not isinstance(found, Reference):
-            return None
-        if counted:
-            self.uses[found.value] = self.uses.get(found.value, 0) + 1
-        return found
+    def slot(self, tensor: torch.Tensor) -> Reference | CastView | None:
+        """A reference for autograd to hold."""
+        return self.refer(tensor)
+
+    def expect(self, reference: Reference | CastView) -> None:
+        """Backward is expected to follow `reference`."""
+        if isinstance(reference, CastView):
+            reference.cast.uses += 1
+        else:
+            self.uses[reference.value] = self.uses.get(reference.value, 0) + 1
 
     def adopt(self, value: int, tensor: torch.Tensor, source: Source) -> None:
         """From here on `tensor`, and every view of it, counts as `value`, which `source` brings back when it is
@@ -249,7 +231,7 @@ class Tape:
     def cast(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
         """Note that autocast made a cast of a weight."""
         storage = out.untyped_storage()
-        self.known[storage._cdata] = (weakref.ref(storage), _Cast(func, args, kwargs, weakref.ref(storage)), None)
+        self.known[storage._cdata] = (weakref.ref(storage), Cast(func, args, kwargs, out), None)
 
     def before(self, index: int, taped: TapedOp, args: Any, kwargs: Any) -> _Entry:
         """Record the arguments of live op `index`, which is about to run."""
@@ -269,6 +251,8 @@ class Tape:
                     found = _outside(item, entry)  # type: ignore[assignment]  # whatever stands for the tensor
                 elif type(found) is Reference:
                     entry.reads.append(found)
+                elif type(found) is CastView:
+                    entry.casts.append(found.cast)
                 encoded.append(found)
             elif kind is list or kind is tuple:
                 encoded.append(self._encoded(item, entry))
@@ -303,6 +287,8 @@ class Tape:
         if not taped.for_sweeps:
             for reference in entry.reads:
                 uses[reference.value] = uses.get(reference.value, 0) + 1
+            for cast in entry.casts:
+                cast.uses += 1
         for value in entry.writes:
             written[value] += 1
             self.by_value[value].append(entry.index)
@@ -331,7 +317,7 @@ class Tape:
         for entry in self.entries.values():
             for held in entry.held:
                 tensor = held.tensor
-                if held.version not in (None, _version(tensor)):
+                if held.version not in (None, version_of(tensor)):
                     raise NotOnTape("something that a live op read was changed in place later in the unit")
                 # its history would hold the tape, and the tape its history; the base of a view that was made without
                 # gradients may have one, too
@@ -350,6 +336,8 @@ class Tape:
                 return _outside(item, entry)
             if isinstance(found, Reference):
                 entry.reads.append(found)
+            else:
+                entry.casts.append(found.cast)
             return found
         if isinstance(item, (list, tuple)) and any(isinstance(x, (torch.Tensor, list, tuple)) for x in item):
             return [self._encoded(x, entry) for x in item]
@@ -357,8 +345,14 @@ class Tape:
 
     # -- backward
 
-    def follow(self, reference: Reference, *, counted: bool, last: bool) -> torch.Tensor:
+    def follow(self, reference: Reference | CastView, *, counted: bool, last: bool) -> torch.Tensor:
         """The tensor that `reference` stands for. `last`: nobody will follow this reference again."""
+        if isinstance(reference, CastView):
+            with self._forward_again(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+                tensor = reference.cast.tensor(reference.geometry, keep=not (last and counted))
+            if last and counted:
+                reference.cast.count_down()
+            return tensor
         if not counted:
             self.uses[reference.value] = self.uses.get(reference.value, 0) + 1
         if reference.value not in self.made:
@@ -461,22 +455,24 @@ class Tape:
             entry.spent = True
             for reference in entry.reads:
                 self._count_down(reference)
-            entry.reads = []
+            for cast in entry.casts:
+                cast.count_down()
+            entry.reads, entry.casts = [], []
 
     def _executed(self, entry: _Entry, made: dict[int, torch.Tensor], keep: bool) -> list[tuple[int, torch.Tensor]]:
         """Run an entry whose inputs are in `made`, and return what it makes, by value."""
         for held in entry.held:
-            if held.version not in (None, _version(held.tensor)):
+            if held.version not in (None, version_of(held.tensor)):
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation "
                     f"between forward and backward: a tensor of shape {list(held.tensor.shape)}, read by "
-                    f"{op_name(entry.func)}, is at version {_version(held.tensor)}; expected version {held.version}"
+                    f"{op_name(entry.func)}, is at version {version_of(held.tensor)}; expected version {held.version}"
                 )
         for reference in entry.reads:
             if reference.value not in made:
                 made[reference.value] = self.sources[reference.value].take(keep)
-        args = [self._decoded(item, made) for item in entry.args]
-        kwargs = {name: self._decoded(item, made) for name, item in entry.kwargs.items()} if entry.kwargs else {}
+        args = [self._decoded(item, made, keep) for item in entry.args]
+        kwargs = {name: self._decoded(item, made, keep) for name, item in entry.kwargs.items()} if entry.kwargs else {}
         if op_name(entry.func) in BATCH_NORMS:
             args, kwargs = spare_running_statistics(entry.func, args, kwargs)
         if entry.state is None:
@@ -504,7 +500,7 @@ class Tape:
             found.append((value, tensor))
         return found
 
-    def _decoded(self, item: Any, made: Mapping[int, torch.Tensor]) -> Any:
+    def _decoded(self, item: Any, made: Mapping[int, torch.Tensor], keep: bool) -> Any:
         kind = type(item)
         if kind is Reference:
             tensor = made[item.value]
@@ -512,9 +508,9 @@ class Tape:
         if kind is _Held:
             return item.tensor
         if kind is list:
-            return [self._decoded(x, made) for x in item]
-        if kind is _CastView:
-            return item.cast.tensor(item.geometry)
+            return [self._decoded(x, made, keep) for x in item]
+        if kind is CastView:
+            return item.cast.tensor(item.geometry, keep)
         if kind is _Outline or kind is _Lent:
             return item.tensor()
         return item

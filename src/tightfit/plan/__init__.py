@@ -12,6 +12,7 @@
 | `segments`, `nest` | long units cut into segments; unit inputs that are made again |
 | `program` | what a choice makes a unit's program do |
 | `simulate` | the referee: live bytes through the step under a plan |
+| `casts` | autocast's copies of weights, which go and are made again |
 | `shares` | which lever of a plan buys which bytes |
 | `account` | what a plan takes of a machine: device, host memory, file |
 | `advice` | what would make a step fit, where no plan does |

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from tightfit.core import Category, EventKind, Op, Phase, Program, Saved, Trace, Value
+from tightfit.plan.casts import casts_of
 from tightfit.plan.program import shared
 
 __all__ = ["PLACE", "IndexedStep", "indexed", "without_collecting"]
@@ -48,6 +49,7 @@ class IndexedStep:
             self.calls[frame.unit].append(trace.programs[frame.id])
         self._shared: dict[str, Program | None] = {}
         self._index_events(trace)
+        self.casts_of = casts_of(trace)  # by frame
         self.places = [PLACE[category_of(trace, value)] for value in trace.values]  # where a value's bytes are counted
         self.labels = [_label(op) for op in trace.ops]
 

@@ -30,6 +30,7 @@ from tightfit.core import (
     Trace,
 )
 from tightfit.levers import every, require_known
+from tightfit.plan.casts import dropped_casts
 from tightfit.plan.indexed import PLACE, indexed, without_collecting
 from tightfit.plan.program import (
     Recipe,
@@ -123,6 +124,7 @@ class _Replayed:
     frame: int
     recipe: Recipe
     slots: tuple[tuple[Saved, bool], ...]  # dropped saved tensors; does the tape keep their values for a reader?
+    casts: frozenset[int]  # ids of autocast's copies of weights that it makes anew
     batches: tuple[tuple[int, tuple[int, ...]], ...]  # (event before which they run, op ordinals)
     states_in_forward: int  # saved generator states while the forward runs
     fetched: frozenset[int]  # value ids that the frame reads in backward and that are not held for it till then
@@ -154,6 +156,7 @@ class _Walk:
         self.ops_of, self.values_of = self.index.ops_of, self.index.values_of
         self.replays = self._replays({choice.unit: choice for choice in choices})
         self.blocks: list[tuple[Hashable, int]] = []  # what an allocator sees, in order
+        self.at = 0  # the event that the walk has come to
 
     # -- which frames replay, and when
 
@@ -182,7 +185,9 @@ class _Walk:
             # if backward reads no dropped tensor of this frame, nothing runs again for the frame itself
             loads = sorted((load_event[s.id], s.ordinal) for s, _ in dropped if s.id in load_event)
             from_outside = [s for s in slots[frame.id] if s.value in fetched]
-            if not loads and not fetched and not choice.lends:
+            casts = self.index.casts_of[frame.id] if chosen.replays else {}
+            anew = dropped_casts(planned, [s for s in slots[frame.id] if s.value in casts])
+            if not loads and not fetched and not choice.lends and not anew:
                 continue
             event_of = {i: event for event, i in loads}
             ran = demanded(program, chosen, tuple(i for _, i in loads))
@@ -190,7 +195,8 @@ class _Walk:
             first = first_random(program)
             found[frame.id] = _Replayed(
                 frame=frame.id, recipe=chosen, batches=batches,
-                slots=tuple(dropped) + tuple((s, s.read) for s in from_outside),
+                slots=(*dropped, *anew, *((s, s.read) for s in from_outside)),
+                casts=frozenset(casts),
                 states_in_forward=len(chosen.states | ({first} if first is not None else set())),
                 fetched=fetched,
                 parked=frozenset(parked),
@@ -242,8 +248,10 @@ class _Walk:
             for ordinal in replayed.recipe.runs:
                 op = self.ops_of[replayed.frame][ordinal]
                 for value_id in op.inputs:
-                    if value_id in replayed.fetched or (
-                        value_id in made and self._reads_copy(replayed, ordinal, value_id)
+                    if (
+                        value_id in replayed.fetched
+                        or value_id in replayed.casts
+                        or (value_id in made and self._reads_copy(replayed, ordinal, value_id))
                     ):
                         continue
                     if ordinal in running:
@@ -255,7 +263,7 @@ class _Walk:
                 if saved.read or counted:
                     # if nobody reads the saved tensor, the value stays on the tape, which is freed with the graph
                     held[saved.value].append(released.get(saved.id, end_of_step) if saved.read else last_release)
-            for value_id in made:
+            for value_id in (*made, *replayed.casts):
                 self.copies[value_id] = _Copy(
                     size_bytes=trace.values[value_id].size_bytes, readers=set(),
                     until=max(held.get(value_id, ()), default=None),
@@ -263,7 +271,7 @@ class _Walk:
             for ordinal in running:
                 op = self.ops_of[replayed.frame][ordinal]
                 for value_id in op.inputs:
-                    if (
+                    if value_id in replayed.casts or (
                         value_id in made
                         and op.id != trace.values[value_id].producer
                         and self._reads_copy(replayed, ordinal, value_id)
@@ -315,6 +323,11 @@ class _Walk:
         for replayed in self.replays.values():
             for event_index, value_id in replayed.fetches:
                 wanted[event_index].append((replayed.frame, value_id))
+        cast_for: dict[int, list[int]] = defaultdict(list)
+        for replayed in self.replays.values():
+            for saved, _ in replayed.slots:
+                if saved.value in replayed.casts and saved.id in index.first_load:
+                    cast_for[index.first_load[saved.id]].append(saved.value)
         # a list by place: this is the innermost loop of the planner and of the searches, and a list is fast
         self.level = [int(trace.static_bytes.get(c.value, 0)) if c in _STATIC else 0 for c in Category]
         self.total = sum(self.level)
@@ -325,12 +338,16 @@ class _Walk:
         self.flops = self.fetched_bytes = 0
         state_bytes = trace.random_state_bytes
         for at, event in enumerate(trace.events):
+            self.at = at
             if at in wanted:
                 for frame, value_id in wanted[at]:
                     self._bring(frame, value_id)
             if at in by_event:
                 for replayed, ops in by_event[at]:
                     self._run_again(replayed, ops, at)
+            if at in cast_for:
+                for value_id in cast_for[at]:
+                    self._cast_again(value_id, at)
             what = event.what
             if what is EventKind.ALLOC:
                 self._add_value(event.subject, trace.values[event.subject].size_bytes)
@@ -392,6 +409,8 @@ class _Walk:
             op = self.ops_of[replayed.frame][ordinal]
             for value_id in replayed.fetched.intersection(op.inputs):
                 self._bring(replayed.frame, value_id)
+            for value_id in replayed.casts.intersection(op.inputs):
+                self._cast_again(value_id, index)
             made = [self.copies[v] for v in self._made_by(replayed.frame, ordinal)]
             for copy in made:
                 self._add(_SAVED, copy.size_bytes, ("copy", id(copy)))
@@ -419,6 +438,23 @@ class _Walk:
                         self._add_value(value_id, -trace.values[value_id].size_bytes)
             for copy in made:
                 self._drop_copy(copy, index - 1)
+
+    def _cast_again(self, value_id: int, index: int) -> None:
+        """Make sure that autocast's copy of a weight is there before event `index`."""
+        copy = self.copies[value_id]
+        if copy.is_live or self.ends[value_id] >= index:
+            return
+        self._add(_SAVED, copy.size_bytes, ("copy", id(copy)))
+        copy.is_live = True
+        self._cast(value_id)
+
+    def _cast(self, value_id: int) -> None:
+        """Walk through the cast of a weight, whose result is live."""
+        producer = self.trace.values[value_id].producer
+        assert producer is not None
+        op = self.trace.ops[producer]
+        self._mark(f"replay of {op.unit}: {op.name}", op.rerun_scratch_bytes)
+        self.seconds += op.seconds
 
     # -- sweeps
 
@@ -504,6 +540,12 @@ class _Walk:
                     copy.is_live = True
                 else:
                     passing[each] = ("copy", id(copy))
+            # each op of a sweep has copies of its own, where the frame's backward has none yet
+            casts = [v for v in replayed.casts.intersection(op.inputs) if not self.copies[v].is_live]
+            casts = [v for v in casts if self.ends[v] < self.at]
+            for each in casts:
+                self._add(_SAVED, trace.values[each].size_bytes, ("passing", each))
+                self._cast(each)
             for each in self._made_by(frame, step):
                 block = ("copy", id(result)) if each == value_id else ("passing", each)
                 self._add(_SAVED, trace.values[each].size_bytes, block)
@@ -513,6 +555,8 @@ class _Walk:
             self._add(_TEMPORARIES, draws)  # the state to go back to
             self._mark(f"sweep through {op.unit}: {op.name}", op.rerun_scratch_bytes)
             self._add(_TEMPORARIES, -draws)
+            for each in casts:
+                self._add(_SAVED, -trace.values[each].size_bytes, ("passing", each))
             self.seconds += op.seconds
             self.flops += op.flops
             for each in [*dict.fromkeys(op.inputs), *self._made_by(frame, step)]:

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from tightfit.core import EventKind, Program, Saved, Trace, Unsupported
+from tightfit.plan.casts import cast_anew
 from tightfit.plan.frontier import MANY, Frontier, Input, Point, frontier
+from tightfit.plan.indexed import indexed
 from tightfit.plan.leaner import leaner
 from tightfit.plan.nest import Nesting
 from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, reads_copy, recipe, shared
@@ -164,6 +166,8 @@ class Table:
                 assert frame_id is not None
                 self.values[frame_id][value.ordinal] = value.id
                 self.maker[value.id] = frame_id
+        self.casts_of = indexed(trace).casts_of
+        self.maker |= {value_id: frame for frame, casts in self.casts_of.items() for value_id in casts}
         end_of_step = len(trace.events)
         for saved in trace.saved:
             if saved.value in self.maker and self.maker[saved.value] != saved.frame:
@@ -353,6 +357,13 @@ class Table:
                 live(-value.size_bytes, max(natural, self.kept_elsewhere.get(value_id, -1)), end)
             runs_at = {self.ops[frame][op]: event for event, ops in batches for op in ops}
             made = {v for op in chosen.runs for v in self._made_by(self.ops[frame][op])}
+            for_ops: Mapping[int, int] = {}
+            if chosen.replays:
+                for_ops, casting = cast_anew(
+                    trace, self.programs[path], frame, self.casts_of[frame], runs_at, live,
+                    saved_of=self.saved_of, freed=self.freed, released=self.released, load=self.load,
+                )  # fmt: skip
+                seconds += casting
             held: dict[int, int] = {}
             last_read: dict[int, int] = {}
             for ordinal in chosen.runs:
@@ -362,7 +373,11 @@ class Table:
                     if own is not None and reads_copy(program.steps[ordinal], chosen, own):
                         if op_id != trace.values[value_id].producer:
                             last_read[value_id] = max(last_read.get(value_id, -1), runs_at.get(op_id, -1))
-                    elif trace.values[value_id].producer is not None and value_id not in brought:
+                    elif (
+                        trace.values[value_id].producer is not None
+                        and value_id not in brought
+                        and value_id not in self.casts_of[frame]
+                    ):
                         held[value_id] = max(held.get(value_id, -1), runs_at.get(op_id, last_release))
             for value_id, event in held.items():
                 end = self.freed.get(value_id, end_of_step)
@@ -374,7 +389,8 @@ class Table:
                 for value_id in left:
                     end = max(until.get(value_id, -1), last_read.get(value_id, -1))
                     live(trace.values[value_id].size_bytes, event - 1, end)
-                spikes.append((int(self.mark_at[event]), top + (state_bytes if chosen.states else 0)))
+                top += for_ops.get(event, 0) + (state_bytes if chosen.states else 0)
+                spikes.append((int(self.mark_at[event]), top))
                 seconds += spent
             drawn = first_random(program)
             if drawn is not None:
@@ -437,9 +453,10 @@ class Table:
     # -- all units, cut into segments
 
     def _cut(self) -> None:
-        """Cut the step's marks into segments, where units begin and end."""
+        """Cut the step's marks into segments, where units begin and end, and where autocast lets go of its copies."""
         trace = self.trace
-        cuts = {0}
+        ends = (trace.values[v].natural_end for casts in self.casts_of.values() for v in casts)
+        cuts = {0, *(int(self.mark_at[end + 1]) for end in ends if end is not None)}
         self.spans: dict[int, list[tuple[int, int]]] = {}
         for frame in trace.frames:
             forward = (int(self.mark_at[self.enter[frame.id]]), int(self.mark_at[self.exit[frame.id]]))
@@ -523,8 +540,10 @@ class Table:
         for number in order:
             op = trace.ops[number]
             level += sum(trace.values[v].size_bytes for v in self._made_by(number))
-            top = max(top, level + op.rerun_scratch_bytes)
-            mine = [v for v in dict.fromkeys(op.inputs) if last[v] == number and self.maker.get(v) == frame]
+            casts = self.casts_of[frame].keys() & set(op.inputs)
+            top = max(top, level + op.rerun_scratch_bytes + sum(trace.values[v].size_bytes for v in casts))
+            inputs = dict.fromkeys(v for v in op.inputs if v not in casts)
+            mine = [v for v in inputs if last[v] == number and self.maker.get(v) == frame]
             level -= sum(trace.values[v].size_bytes for v in mine if trace.values[v].ordinal != lent)
         return float(top)
 
