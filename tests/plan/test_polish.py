@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -10,8 +12,8 @@ from tests.plan.stacks import Lean, steady, traced
 import tightfit
 from tightfit.core import Trace
 from tightfit.device.cost import NOMINAL_CPU, retimed
-from tightfit.plan import Effort, every_block, lowest, table, ways
-from tightfit.plan.polish import polished
+from tightfit.plan import Effort, every_block, lowest, solver, table, ways
+from tightfit.plan.polish import lowered, polished
 from tightfit.plan.simulate import simulate_choices
 
 
@@ -29,13 +31,14 @@ def llama() -> Trace:
 def test_options_of_a_lower_moment_lower_the_peak(llama: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fullest moment is in a block's own backward, which the frontier does not see."""
     with_them = lowest(llama, levers=("recompute",))
-    quick = lowest(llama, levers=("recompute",), effort=Effort(points=40, solver_seconds=0.3, proves=False))
+    effort = Effort(points=40, solver_seconds=0.3, proves=False)
+    quick = lowest(llama, levers=("recompute",), effort=effort)
     monkeypatch.setattr(ways, "_latest", {})
     monkeypatch.setattr(table, "leaner", lambda *_, **__: [])
-    without = lowest(llama, levers=("recompute",))
+    without, quick_without = lowest(llama, levers=("recompute",)), lowest(llama, levers=("recompute",), effort=effort)
     monkeypatch.setattr(ways, "_latest", {})
     assert with_them.peak_bytes < 0.98 * without.peak_bytes
-    assert quick.peak_bytes < 0.99 * without.peak_bytes  # forecasts are made in quick searches
+    assert quick.peak_bytes < 0.99 * quick_without.peak_bytes  # forecasts are made in quick searches
     assert tightfit.simulate(llama, with_them).peak_bytes == with_them.peak_bytes
     fixed = sum(llama.static_bytes.values())
     assert with_them.peak_bytes > fixed
@@ -59,3 +62,36 @@ def test_polish_stays_within_the_budget_and_never_costs(share: float) -> None:
 def test_seconds_that_a_busy_machine_bends_do_not_move_the_lowest_peak() -> None:
     trace = traced(3, 16, 4, 64, Lean)
     assert lowest(trace).peak_bytes == lowest(steady(trace)).peak_bytes
+
+
+def test_the_referee_takes_the_lowest_peak_further_down(llama: Trace) -> None:
+    start = every_block(llama)
+    line = simulate_choices(llama, start.choices)
+    choices, found = lowered(llama, start.choices, line, start.choices)
+    assert found == simulate_choices(llama, choices)
+    assert found.peak_bytes < line.peak_bytes
+    # a unit that has to keep everything does
+    whole = tuple(
+        dataclasses.replace(each, actions=tuple(type(action).KEEP for action in each.actions)) for each in start.choices
+    )
+    assert lowered(llama, whole, simulate_choices(llama, whole), whole)[0] == whole
+
+
+def test_no_solver_hides_a_lower_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the solver prefers must not be far above what is found without it."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=256,
+    )  # fmt: skip
+    ids = torch.randint(0, 256, (2, 64))
+    trace = retimed(
+        tightfit.trace(transformers.LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}), NOMINAL_CPU
+    )
+    found = lowest(trace, levers=("recompute",)).peak_bytes
+    monkeypatch.setattr(solver, "engine", lambda *_: None)
+    monkeypatch.setattr(ways, "_latest", {})
+    table._found.cache_clear()
+    without = lowest(trace, levers=("recompute",)).peak_bytes
+    table._found.cache_clear()
+    assert found <= 1.005 * without

@@ -420,7 +420,7 @@ def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Ref
         if floors and min(floors) < best.lowest.line.peak_bytes * _WORTH:
             nested = next(way for way in best.nested if way.floor.peak_bytes * _WORTH <= min(floors))
             best = min(best, nested, key=lambda way: way.lowest.line.peak_bytes)
-    return best, best.leanest
+    return best, best.lowered
 
 
 @without_collecting()

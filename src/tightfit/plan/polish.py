@@ -4,8 +4,12 @@ Idea: `plan.choose` adds up what each unit does to each stretch of the step, fro
 room that the program cannot see. Here one more value is kept in a unit, or in all units that are alike, wherever that
 saves seconds and the referee (`plan.simulate`) still finds the step within the budget. What saves most is tried first.
 
-Invariant: what is returned is within the budget by the referee's word, and takes no more seconds than what came in.
-Refused: choices that are nested or that move values off the device; they come back as they are.
+Where the lowest peak is wanted, the unit whose forward or backward owns the peak keeps one value more or less, or what
+another unit like it keeps, wherever that takes the peak down.
+
+Invariant: what is returned is within the budget by the referee's word, and takes no more seconds than what came in; or
+it has no higher a peak. Refused: choices that are nested or that move values off the device; they come back as they
+are.
 """
 
 from __future__ import annotations
@@ -29,11 +33,8 @@ def polished(
 ) -> tuple[tuple[Choice, ...], Timeline]:
     """`choices`, of which the referee says `line`, with values kept in addition as long as that fits."""
     chosen = {choice.unit: choice for choice in choices}
-    tries = _EVENTS // max(1, len(trace.events))
-    if tries < _FEWEST_TRIES or any(
-        choice.lends or Action.OFFLOAD in choice.actions or any(each is not Action.KEEP for each in choice.inputs)
-        for choice in choices
-    ):
+    tries = _tries(trace, choices)
+    if not tries:
         return choices, line
     for _, paths, value in sorted(_additions(trace, chosen), key=lambda each: (-each[0], each[1], each[2])):
         if tries <= 0:
@@ -46,6 +47,66 @@ def polished(
         if found.peak_bytes <= budget_bytes and found.recompute_seconds < line.recompute_seconds:
             chosen, line = changed, found
     return tuple(chosen.values()), line
+
+
+def lowered(
+    trace: Trace, choices: tuple[Choice, ...], line: Timeline, fewest: Sequence[Choice]
+) -> tuple[tuple[Choice, ...], Timeline]:
+    """`choices`, of which the referee says `line`, changed in one unit at a time as long as the peak falls. `fewest`:
+    each unit's choice of the fewest bytes."""
+    chosen, least = {choice.unit: choice for choice in choices}, {choice.unit: choice for choice in fewest}
+    tries = _tries(trace, choices)
+    known: set[tuple[Choice, ...]] = {tuple(chosen.values())}
+    while True:
+        owner = next((path for path in chosen if f" of {path}: " in line.peak_owner), None)
+        if owner is None or least[owner].keeps_all:  # it is in no unit, or in one that has to keep everything
+            break
+        before = line
+        for other in _others(chosen, least, owner):
+            changed = chosen | {owner: other}
+            if tuple(changed.values()) in known:
+                continue
+            if tries <= 0:
+                break
+            tries -= 1
+            known.add(tuple(changed.values()))
+            try:
+                found = simulate_choices(trace, tuple(changed.values()))
+            except Unsupported:
+                continue
+            if found.peak_bytes < line.peak_bytes:
+                chosen, line = changed, found
+                break
+        if line is before:
+            break
+    return tuple(chosen.values()), line
+
+
+def _others(chosen: Mapping[str, Choice], fewest: Mapping[str, Choice], path: str) -> list[Choice]:
+    """What the unit at `path` might do in place of what it does."""
+    choice = chosen[path]
+    found = [fewest[path]]
+    found += [
+        dataclasses.replace(choice, actions=each.actions)
+        for each in chosen.values()
+        if each.program == choice.program and len(each.actions) == len(choice.actions)
+    ]
+    other = {Action.KEEP: Action.RECOMPUTE, Action.RECOMPUTE: Action.KEEP}
+    for value, action in enumerate(choice.actions):
+        actions = (*choice.actions[:value], other[action], *choice.actions[value + 1 :])
+        found.append(dataclasses.replace(choice, actions=actions))
+    return found
+
+
+def _tries(trace: Trace, choices: Sequence[Choice]) -> int:
+    """How often the referee may be asked; 0: there is no use in it."""
+    tries = _EVENTS // max(1, len(trace.events))
+    if tries < _FEWEST_TRIES or any(
+        choice.lends or Action.OFFLOAD in choice.actions or any(each is not Action.KEEP for each in choice.inputs)
+        for choice in choices
+    ):
+        return 0
+    return tries
 
 
 def _additions(trace: Trace, chosen: Mapping[str, Choice]) -> list[tuple[float, tuple[str, ...], int]]:

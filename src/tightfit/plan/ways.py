@@ -27,6 +27,7 @@ from tightfit.levers import allowed, as_recorded, granted, inexact
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.choose import Model, Solution
 from tightfit.plan.nest import Nesting, nestings
+from tightfit.plan.polish import lowered
 from tightfit.plan.segments import LENGTHS, Segmented, segmented
 from tightfit.plan.simulate import simulate_choices
 from tightfit.plan.table import THOROUGH, Effort
@@ -217,6 +218,14 @@ class Way:
         solution = model.solve(None)
         assert solution is not None
         return min(found, self._lowest_by(model, solution), key=lambda each: each.line.peak_bytes)
+
+    @functools.cached_property
+    def lowered(self) -> Refereed:
+        """`leanest`, taken further down by the referee alone."""
+        found = self.leanest
+        if not self.effort.proves or self.moves or self.advances:
+            return found
+        return Refereed(*lowered(self.trace, found.choices, found.line, self.fewest), found.how)
 
     @functools.cached_property
     def _nominal(self) -> Trace:
