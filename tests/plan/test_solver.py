@@ -256,3 +256,11 @@ def test_optimal_is_believed_only_with_a_bound(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(solver, "engine", lies)
     answer = solve(small(), seconds=1.0)
     assert answer.verdict is Verdict.FEASIBLE and answer.bound == 3.0
+
+
+def test_a_bound_that_comes_with_an_error_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    highspy = pytest.importorskip("highspy")
+    monkeypatch.setattr(highspy.Highs, "getModelStatus", lambda self: highspy.HighsModelStatus.kSolveError)
+    claim = highs(small(), 1.0, 0.0, True)
+    assert claim.verdict is Verdict.FEASIBLE and claim.values is not None
+    assert claim.bound == float("-inf") and not claim.out_of_time

@@ -230,12 +230,14 @@ def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> 
         highspy.HighsModelStatus.kInfeasible: Verdict.INFEASIBLE,
     }.get(status, Verdict.FEASIBLE if info.primal_solution_status == 2 else Verdict.UNSOLVED)
     found = verdict in (Verdict.OPTIMAL, Verdict.FEASIBLE)
+    limits = (highspy.HighsModelStatus.kTimeLimit, highspy.HighsModelStatus.kSolutionLimit)
     return Claim(
         verdict=verdict,
         said=str(status).rpartition(".")[2],
         values=np.array(solver.getSolution().col_value, dtype=np.float64) if found else None,
-        bound=float(info.mip_dual_bound),
-        out_of_time=status in (highspy.HighsModelStatus.kTimeLimit, highspy.HighsModelStatus.kSolutionLimit),
+        # what a solver says of the best that is possible while it reports an error is worth nothing
+        bound=float(info.mip_dual_bound) if verdict is Verdict.OPTIMAL or status in limits else float("-inf"),
+        out_of_time=status in limits,
     )
 
 
