@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import tightfit
-from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, Status, Trace, Unsupported
+from tightfit.core import Action, Choice, InvalidInput, Plan, PlanMismatch, ReplayDiverged, Status, Trace, Unsupported
 from tightfit.engine import Applied
 from tightfit.plan import every_block, lowest
 from tightfit.plan.program import kept_values, recipe
@@ -1042,3 +1042,17 @@ def test_nothing_outlives_the_step(fitted: Any) -> None:
 
 def _watch_output(into: list[weakref.ref[Any]], module: nn.Module, inputs: Any, out: torch.Tensor) -> None:
     into.append(weakref.ref(out))
+
+
+@pytest.mark.parametrize("make", [every_block, lowest])
+def test_a_weight_that_changes_behind_its_version_is_seen_in_the_first_replay(make: Callable[..., Plan]) -> None:
+    torch.manual_seed(0)
+    model, batch = Large(), torch.randn(64, 64)
+    plan = make(tightfit.trace(model, batch))
+    assert plan.replays
+    with tightfit.apply(model, plan):
+        loss = model(batch)
+        for block in model.blocks:
+            block.second.weight.data.mul_(2)  # type: ignore[operator,union-attr]
+        with pytest.raises(ReplayDiverged):
+            loss.backward()

@@ -3,8 +3,9 @@
 Idea: autocast keeps the copy that it makes of a weight until its context ends. Autograd would hold it until the end of
 backward; in a unit that runs again nobody needs to, since the weight is there to be cast once more.
 
-Invariant: what is made anew has the bits of the copy: the same op on the same version of the weight. Refused: a weight
-that was changed in place since then (`RuntimeError`, as autograd raises).
+Invariant: what is made anew has the bits of the copy: the same op on the same version of the weight. In a unit's first
+replay that is compared, since a change through `.data` raises no version. Refused: a weight that was changed in place
+since the forward (`RuntimeError`). Without a plan autograd takes that, where it holds nothing but the copy.
 
 Source: torch/csrc/autograd and aten/src/ATen/autocast_mode.cpp (the cache, and what clears it).
 """
