@@ -12,7 +12,7 @@ from tests.plan.stacks import Lean, steady, traced
 import tightfit
 from tightfit.core import Trace
 from tightfit.device.cost import NOMINAL_CPU, retimed
-from tightfit.plan import Effort, every_block, lowest, solver, table, ways
+from tightfit.plan import Effort, every_block, lowest, table, ways
 from tightfit.plan.polish import lowered, polished
 from tightfit.plan.simulate import simulate_choices
 
@@ -75,23 +75,3 @@ def test_the_referee_takes_the_lowest_peak_further_down(llama: Trace) -> None:
         dataclasses.replace(each, actions=tuple(type(action).KEEP for action in each.actions)) for each in start.choices
     )
     assert lowered(llama, whole, simulate_choices(llama, whole), whole)[0] == whole
-
-
-def test_no_solver_hides_a_lower_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the solver prefers must not be far above what is found without it."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=256,
-    )  # fmt: skip
-    ids = torch.randint(0, 256, (2, 64))
-    trace = retimed(
-        tightfit.trace(transformers.LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}), NOMINAL_CPU
-    )
-    found = lowest(trace, levers=("recompute",)).peak_bytes
-    monkeypatch.setattr(solver, "engine", lambda *_: None)
-    monkeypatch.setattr(ways, "_latest", {})
-    table._found.cache_clear()
-    without = lowest(trace, levers=("recompute",)).peak_bytes
-    table._found.cache_clear()
-    assert found <= 1.005 * without

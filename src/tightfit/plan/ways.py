@@ -56,7 +56,10 @@ class Refereed(NamedTuple):
 
 
 class Way:
-    """What planning a trace in one way needs, apart from the budget. Each part is made when it is first asked for."""
+    """What planning a trace in one way needs, apart from the budget. Each part is made when it is first asked for.
+
+    One thing because every part is made of others, and all are kept for the next budget.
+    """
 
     def __init__(
         self,
