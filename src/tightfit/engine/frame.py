@@ -321,7 +321,7 @@ class Frame:
             self.packed_at.append(self.count)
             # by what the tensor is, not by its number: a call whose input needs no gradient saves fewer of them
             try:
-                reference = self.tape.slot(tensor)
+                reference = self.tape.refer(tensor)
             except NotOnTape:
                 reference = None
             if reference is None or not plan.brings_back(reference):

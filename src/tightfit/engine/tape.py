@@ -208,10 +208,6 @@ class Tape:
         """Does `tensor` lie in a value that a live op made?"""
         return self.holds(tensor) is not None
 
-    def slot(self, tensor: torch.Tensor) -> Reference | CastView | None:
-        """A reference for autograd to hold."""
-        return self.refer(tensor)
-
     def expect(self, reference: Reference | CastView) -> None:
         """Backward is expected to follow `reference`."""
         if isinstance(reference, CastView):
@@ -354,7 +350,7 @@ class Tape:
                 reference.cast.count_down()
             return tensor
         if not counted:
-            self.uses[reference.value] = self.uses.get(reference.value, 0) + 1
+            self.expect(reference)
         if reference.value not in self.made:
             self._make(reference.value, keep=not last)
         made = self.made[reference.value]

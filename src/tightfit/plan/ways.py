@@ -243,7 +243,7 @@ class Way:
     def _of_frontiers(self) -> tuple[Refereed, bool]:
         """The lowest peak by the points of the units' frontiers, and whether a unit's own backward is the fullest
         moment there."""
-        model = self.model if self.effort.is_estimated else self._model(self._nominal)
+        model = self.model if self._nominal is self.planned else self._model(self._nominal)
         solution = model.solve(None)
         assert solution is not None
         return self._lowest_by(model, solution), model.is_own_moment(solution.points)
