@@ -82,8 +82,7 @@ def advice_for(
             other = trace_setup(dataclasses.replace(setup, **changed), device)
         except (InvalidInput, Unsupported):
             return
-        runs, _ = least(other, room, levers, host_budget)
-        if runs:
+        if least(other, room, levers, host_budget).runs:
             yield f"{said} fits: from {format_bytes(least_peak_bytes(other, levers, host_budget))} on"
 
     if setup.optimizer == "adamw":

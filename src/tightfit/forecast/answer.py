@@ -96,9 +96,11 @@ def check(
         largest = longest = 0
     elif search:
         may_use = _levers_of(made) if levers is None else levers
-        here = (fits, least(recorded, room, may_use, limit)[1])
-        largest = largest_fitting(setup, device, room, progress, "batch", here, may_use, limit)
-        longest = largest_fitting(setup, device, room, progress, "seq", here, may_use, limit)
+        here = least(recorded, room, may_use, limit)._replace(runs=fits)
+        static_bytes = sum(recorded.static_bytes.values())
+        asked = (here, static_bytes, may_use, limit)
+        largest = largest_fitting(setup, device, room, progress, "batch", *asked)
+        longest = largest_fitting(setup, device, room, progress, "seq", *asked)
     waiting = {} if made is None else host_bytes(recorded, made)
     advice: tuple[str, ...] = ()
     if not fits:

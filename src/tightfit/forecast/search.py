@@ -6,8 +6,8 @@ Invariant: what is said to fit has been planned and laid out by the caching allo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 from tightfit.core import (
     Device,
@@ -67,20 +67,25 @@ def fitted(
     return dataclasses.replace(made, budget_bytes=room) if fits else None
 
 
-def least(
-    recorded: Trace, room: int, levers: frozenset[Lever] | None = None, host_budget: int | None = None
-) -> tuple[bool, int]:
-    """Whether some plan runs within `room`, and what the one of the lowest peak makes the allocator reserve."""
+class Least(NamedTuple):
+    """What is known of a step by its plan of the lowest peak."""
+
+    runs: bool  # some plan is laid out in the room
+    reserved_bytes: int  # by the plan of the lowest peak, where there is no limit
+    peak_bytes: int  # of that plan
+
+
+def least(recorded: Trace, room: int, levers: frozenset[Lever] | None = None, host_budget: int | None = None) -> Least:
+    """Whether some plan runs within `room`, and what the one of the lowest peak takes."""
     made = lowest(recorded, effort=QUICK, levers=levers, host_budget=host_budget)
     reserved = bytes_reserved(recorded, made)
     assert reserved is not None
-    if reserved <= room:
-        return True, reserved
-    if made.peak_bytes > room:
-        return False, reserved
-    # within the allocator's slack the lowest peak need not be the plan that is laid out best
-    runs = bytes_reserved(recorded, made, room) is not None
-    return runs or fitted(recorded, room, QUICK, levers, host_budget) is not None, reserved
+    runs = reserved <= room
+    if not runs and made.peak_bytes <= room:
+        # within the allocator's slack the lowest peak need not be the plan that is laid out best
+        runs = bytes_reserved(recorded, made, room) is not None
+        runs = runs or fitted(recorded, room, QUICK, levers, host_budget) is not None
+    return Least(runs, reserved, made.peak_bytes)
 
 
 def least_peak_bytes(recorded: Trace, levers: frozenset[Lever] | None = None, host_budget: int | None = None) -> int:
@@ -94,21 +99,22 @@ def largest_fitting(
     room: int,
     progress: Progress,
     what: str,
-    here: tuple[bool, int],
+    here: Least,
+    static_bytes: int,
     levers: frozenset[Lever] | None,
     host_budget: int | None = None,
 ) -> int:
     """The largest batch, or the longest sequence in steps of 64 tokens, whose step some plan fits into `room`.
 
-    Bytes are nearly affine in both, so the line through two answers says where to look next; every answer is a step,
-    traced, planned and laid out. `here`: whether the size that was asked for fits, and the least that it reserves.
-    0: not even the smallest fits.
+    Bytes are nearly affine in both, so the lines through two answers say where to look next; every answer is a step,
+    traced, planned and laid out. `here`: the answer for the size that was asked for. `static_bytes`: what does not
+    depend on the size. 0: not even the smallest fits.
     """
     step = 1 if what == "batch" else SEQ_STEP
     positions = positions_in(build_model(setup))
     most = max(1, MOST_TOKENS // setup.seq) if what == "batch" else (positions or MOST_TOKENS // setup.batch) // step
     asked = getattr(setup, what)
-    tried: dict[int, tuple[bool, int]] = {}
+    tried: dict[int, Least] = {}
     if asked % step == 0:
         tried[asked // step] = here
     low, high = 0, most + 1  # low fits (or is nothing), high does not
@@ -118,9 +124,9 @@ def largest_fitting(
             amount = guess * step
             progress(f"looking for the {'largest batch' if what == 'batch' else 'longest sequence'}: {amount}")
             tried[guess] = _least_of(_resized(setup, what, amount), device, room, levers, host_budget, amount >= asked)
-        low, high = (guess, high) if tried[guess][0] else (low, guess)
-        guess = _guess({count: reserved for count, (_, reserved) in tried.items()}, room, low, high)
-    return max(low * step, asked if here[0] else 0)
+        low, high = (guess, high) if tried[guess].runs else (low, guess)
+        guess = _guess(tried, static_bytes, room, low, high)
+    return max(low * step, asked if here.runs else 0)
 
 
 #: Tiles are not tried where a plan without them takes this many times the room.
@@ -134,15 +140,15 @@ def _least_of(
     levers: frozenset[Lever] | None,
     host_budget: int | None,
     is_in_tiles: bool,
-) -> tuple[bool, int]:
+) -> Least:
     """`least` for a step that is not traced yet. Without `levers` tiles are tried where nothing exact fits, and nothing
     exact is tried where `is_in_tiles`: a smaller step had to be in tiles already."""
     if levers is not None:
         return least(trace_for(setup, device), room, levers, host_budget)
-    found = False, room
+    found = Least(False, room, room)
     if not is_in_tiles:
         found = least(trace_for(setup, device), room, exact_only(None), host_budget)
-    if not found[0] and found[1] <= _TILES_CAN * room:
+    if not found.runs and found.reserved_bytes <= _TILES_CAN * room:
         recorded = trace_for(setup, device, tiles=True)
         found = least(recorded, room, None, host_budget) if recorded.tiled or is_in_tiles else found
     return found
@@ -152,22 +158,42 @@ def _resized(setup: Setup, what: str, amount: int) -> Setup:
     return dataclasses.replace(setup, batch=amount) if what == "batch" else dataclasses.replace(setup, seq=amount)
 
 
-def _guess(reserved: dict[int, int], room: int, low: int, high: int) -> int:
-    """Where to look next, strictly between `low` and `high` if anything is."""
-    below, above = low in reserved, high in reserved
-    if len(reserved) > 3 and below and above:  # the line does not help: halve
-        guess = (low + high) // 2
-    elif below and above:
-        slope = (reserved[high] - reserved[low]) / (high - low)
-        guess = int(low + (room - reserved[low]) / slope) if slope > 0 else (low + high) // 2
-    elif below:
-        # what does not grow with the size (the optimizer's step) may still own the peak at small ones
-        before = max((count for count in reserved if count < low), default=None)
-        slope = 0.0 if before is None else (reserved[low] - reserved[before]) / (low - before)
-        guess = int(low + (room - reserved[low]) / slope) if slope > 0 else low * 4 if low > 1 else 2
-        if before is not None:  # under a limit the allocator wastes less than the line says
-            guess = max(guess, low + min(low - before, max(1, low // 8)))
-        guess = min(guess, low * 16)
+#: From one answer to the next a size grows by so many times at most, where nothing is known to be too large.
+_GROWTH = 16
+
+
+def _guess(tried: Mapping[int, Least], static_bytes: int, room: int, low: int, high: int) -> int:
+    """Where to look next, strictly between `low` and `high` if anything is.
+
+    The largest size lies between two others, by lines through what is known: where the allocator would have reserved
+    all of the room, and where the lowest peak is that high. Between them it depends on the layout.
+    """
+    known = sorted(tried)
+    if high in tried:
+        pair = (low if low in tried else 0, high)
     else:
-        guess = high // 2
-    return min(max(guess, low + 1), max(high - 1, low + 1))
+        pair = (max((count for count in known if count < low), default=0), low)
+    is_bracketed = low in tried and high in tried
+    if is_bracketed and len(known) > _LINES_HELP:
+        guess = (low + high) / 2
+    else:
+        nothing = Least(True, static_bytes, static_bytes)
+        first, second = (tried.get(count, nothing) for count in pair)
+        by_layout = _where(pair, first.reserved_bytes, second.reserved_bytes, room)
+        by_peak = _where(pair, first.peak_bytes, second.peak_bytes, room)
+        if by_layout is None or by_peak is None:  # what does not grow with the size owns the peak of small ones
+            guess = (low + high) / 2 if is_bracketed else low * 4
+        else:
+            guess = (max(low, by_layout) + min(high, max(low, by_peak))) / 2
+        guess = guess if high in tried else min(guess, low * _GROWTH)
+    return min(max(int(guess), low + 1), max(high - 1, low + 1))
+
+
+def _where(sizes: tuple[int, int], first_bytes: int, second_bytes: int, room: int) -> float | None:
+    """Where the line through the bytes of two sizes reaches the room; none: they do not grow."""
+    slope = (second_bytes - first_bytes) / (sizes[1] - sizes[0])
+    return sizes[0] + (room - first_bytes) / slope if slope > 0 else None
+
+
+#: After so many answers on both sides the lines have been of no help: the rest is halved.
+_LINES_HELP = 4

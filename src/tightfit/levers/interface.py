@@ -135,6 +135,7 @@ class LeverDefinition:
     #: with it a step can run for which the device is smaller than all weights, gradients and optimizer state together
     lowers_floor: ClassVar[bool] = False
     steps_optimizer: ClassVar[bool] = False  # it changes how the optimizer steps, and is given the optimizer
+    eases_step_alone: ClassVar[bool] = False  # only while the optimizer steps is less there by it
     is_compiled: ClassVar[bool] = False  # its plans can be carried out inside compiled code
     is_compiled_around: ClassVar[bool] = False  # its plans can be carried out around compiled units
 

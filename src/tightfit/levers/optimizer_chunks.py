@@ -25,6 +25,7 @@ class OptimizerChunks(LeverDefinition):
     summary = "the optimizer steps a few parameters at a time"
     is_compiled = True
     steps_optimizer = True
+    eases_step_alone = True
 
     def variants(self, step: Variant) -> Iterator[Variant]:
         at = step.trace.optimizer

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib import metadata
 
 from tightfit.core import (
@@ -181,9 +181,10 @@ def _searched(
     the way that leads there."""
     least, least_way = unplanned, None
     for bits in kinds:
-        ways = [way for way in every_way if bits in (None, way.is_exact)]
-        if not ways:
+        alike = [way for way in every_way if bits in (None, way.is_exact)]
+        if not alike:
             continue
+        ways = _that_matter(alike, lambda plain: plain.optimizer_bytes > budget_bytes)
         best: Plan | None = None
         for way in ways:
             if best is None or best.added_seconds > way.step.seconds - way.step.eases_seconds:
@@ -192,7 +193,7 @@ def _searched(
             best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
         if best is not None:
             return best, least, least_way
-        lowest_way, found = _lowest(ways, levers)
+        lowest_way, found = _lowest(alike, levers)
         line = found.line
         if lowest_way.holds(line, budget_bytes):
             found = _polished(lowest_way, found, budget_bytes, 0.0)
@@ -203,6 +204,13 @@ def _searched(
         elif line.peak_bytes < least.peak_bytes and lowest_way.is_in_host(line):
             least, least_way = line, lowest_way
     return None, least, least_way
+
+
+def _that_matter(ways: Sequence[Way], is_full: Callable[[Way], bool]) -> list[Way]:
+    """Those of `ways` that reach what no other does. A lever that eases the optimizer's step alone does nothing for a
+    plan unless that step is the fullest moment without it (`is_full`)."""
+    named = {way.named: way for way in ways}
+    return [way for way in ways if (plain := named.get(way.in_one_step, way)) is way or is_full(plain)]
 
 
 def _in_host(trace: Trace, made: Plan) -> Plan | None:
@@ -414,6 +422,7 @@ def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Ref
     if Grant.DROP not in granted(levers):
         kept = [(way, Refereed((), simulate_choices(way.trace, ()), frozenset())) for way in ways]
         return min(kept, key=lambda each: each[1].line.peak_bytes)
+    ways = _that_matter(ways, lambda plain: plain.lowest.line.peak_bytes <= plain.optimizer_bytes)
     best = min(ways, key=lambda way: way.lowest.line.peak_bytes)
     if Grant.SWEEP in granted(levers):
         floors = [nested.floor.peak_bytes for nested in best.nested]

@@ -19,11 +19,13 @@ from typing import NamedTuple
 from tightfit.core import (
     Choice,
     Lever,
+    Phase,
+    Tiling,
     Timeline,
     Trace,
 )
 from tightfit.device.cost import NOMINAL_CPU, retimed
-from tightfit.levers import allowed, as_recorded, granted, inexact
+from tightfit.levers import allowed, as_recorded, every, granted, inexact
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.choose import Model, Solution
 from tightfit.plan.nest import Nesting, nestings
@@ -53,6 +55,19 @@ class Refereed(NamedTuple):
     choices: tuple[Choice, ...]
     line: Timeline
     how: frozenset[str]
+
+
+class _Name(NamedTuple):
+    """What tells the ways of a trace apart, but for nestings."""
+
+    levers: frozenset[Lever]
+    settings: tuple[tuple[str, str], ...]
+    tiling: Tiling | None
+    moves: bool
+    segments: int  # how many there are
+
+
+_OPTIMIZER = Phase.OPTIMIZER.value
 
 
 class Way:
@@ -99,6 +114,33 @@ class Way:
             found = [step for step in variants if step.host_room_bytes is None or step.host_room_bytes >= 0]
             self._varied[lever.lever] = [Way(step, self.effort) for step in found]
         return self._varied[lever.lever]
+
+    @functools.cached_property
+    def named(self) -> _Name:
+        return self._named(self.step.levers)
+
+    @functools.cached_property
+    def in_one_step(self) -> _Name:
+        """The way that is this one without the levers that ease the optimizer's step alone."""
+        return self._named(self.step.levers - {each.lever for each in every() if each.eases_step_alone})
+
+    def _named(self, levers: frozenset[Lever]) -> _Name:
+        names = {lever.value for lever in levers}
+        return _Name(
+            levers=levers,
+            settings=tuple(sorted((n, s) for n, s in self.step.decided.get("settings", {}).items() if n in names)),
+            tiling=self.step.decided.get("tiling"),
+            moves=self.moves,
+            segments=0 if self.segments is None else len(self.segments.trace.units),
+        )
+
+    @functools.cached_property
+    def optimizer_bytes(self) -> int:
+        """The most that is there while the optimizer steps, whatever the units' choices: what they keep is gone by
+        then."""
+        line = simulate_choices(self.trace, ())
+        own = (size for label, size in zip(line.labels, line.live_bytes, strict=True) if label.startswith(_OPTIMIZER))
+        return max(own, default=0)
 
     @property
     def has_host_room(self) -> bool:

@@ -41,6 +41,9 @@ _DIVISIONS = 4
 #: How many modules are tried for what room is left when one module more would be too many.
 _FILLS = 8
 
+#: How often the room that is left says how many more may stay, before the rest is halved.
+_GUESSES = 4
+
 #: Seconds that a copy takes beside its bytes: an estimate, so that of equal bytes fewer copies are taken.
 _COPY_SECONDS = 2e-5
 
@@ -83,21 +86,34 @@ class StreamWeights(LeverDefinition):
             return plan
         order = [each for each in _in_order(trace) if each.module in set(self._paths(plan))]
 
-        def fits(count: Sequence[FrozenWeights]) -> bool:
-            return peak_bytes(self._streaming(trace, plan, count)) <= plan.budget_bytes
+        def room(streamed: Sequence[FrozenWeights]) -> int:
+            return plan.budget_bytes - peak_bytes(self._streaming(trace, plan, streamed))
 
         enough, too_few = len(order), -1  # the first so many are streamed
+        left_bytes, guesses = plan.budget_bytes - plan.peak_bytes, 0
         while enough - too_few > 1:
-            middle = (enough + too_few) // 2
-            if fits(order[:middle]):
-                enough = middle
+            # a weight that stays raises the peak by its bytes at most, and by less where one of its copies is there
+            guess, stay_bytes = enough, 0
+            while guess > 0 and stay_bytes + _bytes(trace, order[guess - 1]) <= left_bytes:
+                guess -= 1
+                stay_bytes += _bytes(trace, order[guess])
+            guesses += 1
+            if guesses > _GUESSES:
+                guess = (enough + too_few) // 2
+            guess = max(too_few + 1, min(guess, enough - 1))
+            found_bytes = room(order[:guess])
+            if found_bytes >= 0:
+                enough, left_bytes = guess, found_bytes
             else:
-                too_few = middle
-        streamed = order[:enough]
-        for each in sorted(streamed, key=lambda each: -_bytes(trace, each))[:: max(1, len(streamed) // _FILLS)]:
-            left = [other for other in streamed if other is not each]
-            if _bytes(trace, each) and fits(left):
-                streamed = left
+                too_few = guess
+        streamed, tries = order[:enough], 0
+        for each in sorted(streamed, key=lambda each: -_bytes(trace, each)):
+            if 0 < _bytes(trace, each) <= left_bytes and tries < _FILLS:
+                tries += 1
+                left = [other for other in streamed if other is not each]
+                found_bytes = room(left)
+                if found_bytes >= 0:
+                    streamed, left_bytes = left, found_bytes
         return self._streaming(trace, plan, streamed)
 
     def _streaming(self, trace: Trace, plan: Plan, streamed: Sequence[FrozenWeights]) -> Plan:
