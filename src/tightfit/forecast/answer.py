@@ -77,7 +77,7 @@ def check(
     # what does not depend on the batch is too much already
     hopeless = not can_hold_floor(levers) and floor(setup, device) > room
     made = None
-    if not hopeless:
+    if not hopeless and _may_fit(recorded, room, modes[1], levers, limit):
         made = fitted(recorded, room, SHOWN, levers, limit, (True,))
         if made is None and lowest(recorded, effort=SHOWN, levers=levers, host_budget=limit).peak_bytes <= _NEAR * room:
             made = fitted(recorded, room, QUICK, levers, limit, (True,))
@@ -132,6 +132,16 @@ def check(
         host_budget_bytes=limit,
         account=None if made is None else account(recorded, made, reserved_bytes=modes[-1].reserved_bytes),
     )
+
+
+def _may_fit(
+    recorded: Trace, room: int, blocks: Mode, levers: frozenset[Lever] | None, host_budget: int | None
+) -> bool:
+    """May a plan that is looked for with more effort be laid out in `room`? `blocks`: every block recomputed."""
+    if levers is not None or blocks.peak_bytes <= room:
+        return True
+    found = lowest(recorded, effort=QUICK, levers=exact_only(None), host_budget=host_budget)
+    return found.peak_bytes <= _NEAR * room
 
 
 def _levers_of(made: Plan | None) -> frozenset[Lever] | None:

@@ -97,10 +97,17 @@ class _AdamW8bit(torch.optim.Optimizer):
                         state[f"absmax_{moment}"] = torch.zeros(-(-parameter.numel() // 256), dtype=torch.float32)
 
 
-def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = None, *, tiles: bool = False) -> Trace:
+def trace_setup(
+    setup: Setup,
+    device: Device | None = None,
+    units: UnitsAsked = None,
+    *,
+    tiles: bool = False,
+    all_tilings: bool = True,
+) -> Trace:
     """The step of `setup` on fake tensors, with the kernels of `device` (`None`: this machine's CPU).
 
-    `tiles`: recorded with tiles in force too, which takes several times as long.
+    `tiles`, `all_tilings`: as in `trace`.
 
     Raises `InvalidInput` for more tokens than the model has positions, `Unsupported` for a step that fake tensors
     cannot run.
@@ -123,7 +130,7 @@ def trace_setup(setup: Setup, device: Device | None = None, units: UnitsAsked = 
         autocast = compute is not None and not spread.shards  # FSDP2 casts what it gathers instead
         step_loss = loss if autocast else own_loss
         twice = setup.trainer == "dpo" and not dict(setup.settings).get("precompute_ref_log_probs")
-        recorded = _traced(model, batch, step_loss, device, units, tiles, spread, shortened=not twice)
+        recorded = _traced(model, batch, step_loss, device, units, (tiles, all_tilings), spread, shortened=not twice)
     recorded = spread.with_buckets(model, recorded, FakeStep(device).granule_bytes)
     if spread.strategy is not Strategy.ONE:  # whose weights are not streamed yet
         tiled = tuple(dataclasses.replace(variant, frozen=()) for variant in recorded.tiled)
@@ -254,16 +261,19 @@ def _traced(
     loss: Any,
     device: Device | None,
     units: UnitsAsked,
-    tiles: bool,
+    tiles: tuple[bool, bool],
     spread: _Spread,
     *,
     shortened: bool,
 ) -> Trace:
-    """The whole model's trace, by way of a few of its blocks where these are alike.
+    """The whole model's trace, by way of a few of its blocks where these are alike. `tiles`: whether, and whether all
+    tilings.
 
     `shortened`: each block runs once, so that a few may stand for all. DPO's reference runs them a second time.
     """
     stack = _stack(model) if units is None and shortened else None
+    in_tiles, all_tilings = tiles
+    record = functools.partial(trace, fake=True, device=device, tiles=in_tiles, all_tilings=all_tilings)
     blocks = LEAST_BLOCKS + 2 * spread.shards  # sharded, a block reaches into the time of its neighbours
     if stack is not None and len(find_units(model)) < (blocks + 2) * stack.period:
         stack = None
@@ -271,7 +281,7 @@ def _traced(
         paths = list(find_units(model))
         with contextlib.suppress(IndexError, KeyError):  # a model that counts on all its layers
             with _excerpt(stack, blocks), spread.of(model) as excerpt:
-                few = trace(excerpt, batch, loss, fake=True, device=device, tiles=tiles)
+                few = record(excerpt, batch, loss)
             whole = unroll(few, paths, stack.period)
             if whole is not None:
                 static = dict(few.static_bytes)
@@ -280,7 +290,7 @@ def _traced(
                 tiled = tuple(dataclasses.replace(variant, static_bytes=static) for variant in whole.tiled)
                 return dataclasses.replace(whole, static_bytes=static, tiled=tiled)
     with spread.of(model) as whole_model:
-        return trace(whole_model, batch, loss, units=units, fake=True, device=device, tiles=tiles)
+        return record(whole_model, batch, loss, units=units)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,9 +356,9 @@ def reached(device: Device) -> Device:
     )
 
 
-def trace_for(setup: Setup, device: Device, *, tiles: bool = False) -> Trace:
+def trace_for(setup: Setup, device: Device, *, tiles: bool = False, all_tilings: bool = True) -> Trace:
     """The trace that `check` plans: that of `trace_setup` with the seconds that `device` reaches."""
-    return retimed(trace_setup(setup, device, tiles=tiles), reached(device))
+    return retimed(trace_setup(setup, device, tiles=tiles, all_tilings=all_tilings), reached(device))
 
 
 def sent_bytes(recorded: Trace, setup: Setup) -> tuple[int, int]:

@@ -149,8 +149,11 @@ def _least_of(
     if not is_in_tiles:
         found = least(trace_for(setup, device), room, exact_only(None), host_budget)
     if not found.runs and found.reserved_bytes <= _TILES_CAN * room:
-        recorded = trace_for(setup, device, tiles=True)
-        found = least(recorded, room, None, host_budget) if recorded.tiled or is_in_tiles else found
+        recorded = trace_for(setup, device, tiles=True, all_tilings=False)
+        if recorded.tiled:  # what holds the least: of all tiles, and with the levers that plans in tiles may use
+            found = least(recorded.tiled[-1], room, exact_only(None), host_budget)
+        elif is_in_tiles:
+            found = least(recorded, room, None, host_budget)
     return found
 
 

@@ -102,6 +102,10 @@ class RecordedStep(Protocol):
     def modules(self) -> Mapping[str, Any]:
         """The units by path."""
 
+    @property
+    def all_tilings(self) -> bool:
+        """Is every way to have it in tiles wanted, or that of the most tiles alone?"""
+
     def again(self, opened: AbstractContextManager[Any], is_refused: Callable[[], bool]) -> Trace | None:
         """The step recorded with `opened` around it; None where `is_refused` says so after its forward."""
 

@@ -77,6 +77,7 @@ def trace(
     fake: bool = False,
     device: Device | torch.device | str | None = None,
     tiles: bool = True,
+    all_tilings: bool = True,
 ) -> Trace:
     """Record one step of `model` on `batch`.
 
@@ -90,8 +91,8 @@ def trace(
     general. Otherwise `device` only moves `batch`.
 
     `tiles`: where the loss, or the largest unit, is a large part of what cannot be recomputed, the step is recorded
-    again with tiles in force, for plans that need them. A recording takes as long as a step, so this takes up to twice
-    the time.
+    again with tiles in force, for plans that need them. A recording takes as long as a step, so this takes up to three
+    times as long; without `all_tilings` it is recorded once more, with all in tiles that can be.
 
     The model's own checkpointing (`gradient_checkpointing_enable`) is off meanwhile, as it is under a plan.
 
@@ -136,7 +137,9 @@ def trace(
             faked(model, batch, step) as fake_batch,
             no_key_value_cache(model),
         ):
-            found = _trace(model, fake_batch, loss, optimizer, modules, step.restart, step, tiles, units is None)
+            found = _trace(
+                model, fake_batch, loss, optimizer, modules, step.restart, step, tiles, units is None, all_tilings
+            )
         return found if target is None or target is device else _said_of(target, found)
     with (
         own_checkpointing_off(model),
@@ -145,7 +148,7 @@ def trace(
         undisturbed(model, batch) as restart,
         no_key_value_cache(model),
     ):
-        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles, units is None)
+        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles, units is None, all_tilings)
 
 
 def _target(device: Device | torch.device | str | None) -> Device | None:
@@ -180,6 +183,7 @@ def _trace(
     fake: FakeStep | None,
     tiles: bool,
     by_bytes: bool,
+    all_tilings: bool,
 ) -> Trace:
     """Record the step with `modules` as units. `by_bytes`: the first pass may show better units than `modules`."""
     if strategy_of(model) is Strategy.FSDP2:
@@ -203,7 +207,7 @@ def _trace(
     target = fake.target if fake is not None else None
     refused = "" if strategy_of(model) is Strategy.ONE else "several processes share the step"
     tail = None if optimizer is None else record_optimizer(optimizer, target, refused=refused)
-    step = StepRecording(model, batch, loss, modules, restart, fake, tail)
+    step = StepRecording(model, batch, loss, modules, restart, fake, tail, all_tilings)
     recorded = step.first(dry)
     for each in levers.every():
         if tiles or each.is_exact:

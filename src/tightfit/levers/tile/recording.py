@@ -134,6 +134,10 @@ def with_tiled(step: RecordedStep, recorded: Trace, sought: Sought, token_wise: 
     if loss_bytes >= _WORTH * max(1, floor_bytes):
         if sought.path is not None:
             tiling = Tiling(head=sought.path, rows=rows_of_tile(sought.rows, sought.row_bytes))
+            if token_wise and not step.all_tilings:
+                variant, _ = _tiled(step, dataclasses.replace(tiling, modules=tuple(token_wise)))
+                if variant is not None:
+                    return dataclasses.replace(recorded, tiled=(variant,))
             variant, asked_by = _tiled(step, tiling)
             if variant is None:
                 reasons = (f"the head and the loss cannot be tiled: the logits are asked for whole, by {asked_by}",)
