@@ -17,7 +17,7 @@ import tightfit
 from tightfit import forecast
 from tightfit.catalog import gpu, gpu_names, model_names, model_shape
 from tightfit.core import Device, InvalidInput, Unsupported
-from tightfit.forecast import Setup, lengths, recording
+from tightfit.forecast import Setup, lengths, recording, search
 from tightfit.forecast.advice import ERROR_CASES, WORST_ERROR
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, room_bytes
 from tightfit.plan.simulate import allocations
@@ -111,6 +111,30 @@ def test_largest_batch_and_longest_sequence_are_exact() -> None:
     assert runs(seq=answer.longest_seq)
     positions = model_shape("tightfit-demo").config.get("max_position_embeddings") or 1024
     assert answer.longest_seq + 64 > positions or not runs(seq=answer.longest_seq + 64)
+
+
+@pytest.mark.parametrize("fixed", [0, 300, 5000])
+@pytest.mark.parametrize("waste", [0.0, 0.08, 0.3])
+@pytest.mark.parametrize("room", [2150, 2700, 7300, 30_000, 200_000])
+def test_few_sizes_tell_the_largest(room: int, waste: float, fixed: int) -> None:
+    """Bytes as they are: what is fixed owns the peak of small sizes, and the allocator wastes a part, less in need."""
+    static, sizes = 2000, 6000
+
+    def answer(size: int) -> search.Least:
+        peak = static + max(fixed, 90 + 40 * size)
+        return search.Least(peak * (1 + waste / 2) <= room, int(peak * (1 + waste)), peak)
+
+    largest = max((size for size in range(1, sizes) if answer(size).runs), default=0)
+    for asked in (1, 3, 300):
+        tried = {asked: answer(asked)}
+        low, high = (asked, sizes) if tried[asked].runs else (0, asked)
+        while low < high - 1:
+            guess = search._guess(tried, static, room, low, high)
+            assert low < guess < high and guess not in tried
+            tried[guess] = answer(guess)
+            low, high = (guess, high) if tried[guess].runs else (low, guess)
+        assert low == largest
+        assert len(tried) <= (16 if waste or fixed else 6), (asked, tried)
 
 
 def test_a_card_that_cannot_hold_the_weights_is_told_so() -> None:

@@ -521,6 +521,20 @@ def test_prediction_is_the_measured_peak_and_the_proof_is_float64() -> None:
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+def test_one_tiling_may_be_all_that_is_wanted() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=512, num_attention_heads=2, vocab_size=2000)
+    )
+    ids = torch.randint(3, 2000, (2, 900))
+    every = tightfit.trace(model, {"input_ids": ids, "labels": ids}, fake=True, device="cuda")
+    one = tightfit.trace(model, {"input_ids": ids, "labels": ids}, fake=True, device="cuda", all_tilings=False)
+    head, most = every.tiled
+    assert head.tiling and most.tiling and not head.tiling.modules and most.tiling.modules
+    assert [each.tiling for each in one.tiled] == [most.tiling]
+    assert tightfit.simulate(one.tiled[0]) == tightfit.simulate(most)
+    assert tightfit.simulate(one) == tightfit.simulate(every)
+
+
 def test_tiles_alone_when_they_are_asked_for() -> None:
     model, batch = wide()
     trace = tightfit.trace(model, batch)

@@ -33,7 +33,8 @@ from tightfit.levers.optimizer_step import in_backward, in_chunks, not_in_backwa
 from tightfit.levers.state_in_host import DEFINITION as STATE
 from tightfit.levers.step_in_backward import DEFINITION as BACKWARD
 from tightfit.levers.step_in_backward.hooks import gradient_norms_kept, is_half_taken
-from tightfit.plan import simulate
+from tightfit.plan import lowest, planning, simulate
+from tightfit.plan.ways import Way
 from tightfit.step.optimizers import Part, refusal, step_parts
 from tightfit.step.snapshot import undisturbed
 from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, static_bytes
@@ -458,6 +459,30 @@ def heavy() -> tuple[nn.Module, torch.optim.Optimizer]:
 def recorded() -> Trace:
     model, optimizer = heavy()
     return tightfit.trace(model, IDS, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+def test_chunks_are_planned_with_where_the_optimizers_step_is_the_fullest(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = heavy()
+    trace = tightfit.trace(model, IDS.repeat(rows, 1), optimizer=optimizer, tiles=False)
+    planned: list[frozenset[Lever]] = []
+    best = planning._best
+
+    def seen(trace: Trace, way: Way, *rest: Any) -> Plan | None:
+        planned.append(way.step.levers)
+        return best(trace, way, *rest)
+
+    monkeypatch.setattr(planning, "_best", seen)
+    low = lowest(trace)
+    made = tightfit.plan(trace, low.peak_bytes)
+    chunks = [levers for levers in planned if Lever.OPTIMIZER_CHUNKS in levers]
+    assert bool(chunks) == (Lever.OPTIMIZER_CHUNKS.value in made.settings) == (rows == 2)
+    monkeypatch.setattr(planning, "_that_matter", lambda ways, is_full: list(ways))
+    assert lowest(dataclasses.replace(trace)).peak_bytes == low.peak_bytes
+    every = tightfit.plan(dataclasses.replace(trace), low.peak_bytes)
+    assert every.recompute_seconds == pytest.approx(made.recompute_seconds)
 
 
 def test_the_referee_walks_each_way(recorded: Trace) -> None:

@@ -184,6 +184,27 @@ def test_a_budget_between_is_used_and_time_falls_with_it() -> None:
     assert seconds[-1] == 0
 
 
+@pytest.mark.parametrize("part", [0.03, 0.5, 0.97])
+def test_few_walks_tell_how_many_may_stay(part: float) -> None:
+    torch.manual_seed(0)
+    model = Model(blocks=40)
+    trace = tightfit.trace(model, torch.randint(WORDS, (2, 8)), tiles=False)
+    whole = all_streamed(trace)
+    least, most = simulate(trace, whole).peak_bytes, simulate(trace).peak_bytes
+    plan = dataclasses.replace(whole, budget_bytes=least + int(part * (most - least)), peak_bytes=least)
+    walks = []
+
+    def peak_bytes(tried: Plan) -> int:
+        walks.append(simulate(trace, tried).peak_bytes)
+        return walks[-1]
+
+    eased = STREAM.eased(trace, plan, peak_bytes)
+    found = simulate(trace, eased).peak_bytes
+    largest = max(each.size_bytes for each in frozen_modules(model))
+    assert plan.budget_bytes - largest < found <= plan.budget_bytes
+    assert len(walks) <= 5, "to halve 121 modules takes 7"
+
+
 @pytest.mark.slow
 def test_verify_proves_a_plan_that_recomputes_what_it_streams() -> None:
     model, batch = adapted()

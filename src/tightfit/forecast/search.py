@@ -176,8 +176,7 @@ def _guess(tried: Mapping[int, Least], static_bytes: int, room: int, low: int, h
         pair = (low if low in tried else 0, high)
     else:
         pair = (max((count for count in known if count < low), default=0), low)
-    is_bracketed = low in tried and high in tried
-    if is_bracketed and len(known) > _LINES_HELP:
+    if high in tried and len(known) > _LINES_HELP and len(known) % 2:
         guess = (low + high) / 2
     else:
         nothing = Least(True, static_bytes, static_bytes)
@@ -185,7 +184,7 @@ def _guess(tried: Mapping[int, Least], static_bytes: int, room: int, low: int, h
         by_layout = _where(pair, first.reserved_bytes, second.reserved_bytes, room)
         by_peak = _where(pair, first.peak_bytes, second.peak_bytes, room)
         if by_layout is None or by_peak is None:  # what does not grow with the size owns the peak of small ones
-            guess = (low + high) / 2 if is_bracketed else low * 4
+            guess = (low + high) / 2 if high in tried else low * 4
         else:
             guess = (max(low, by_layout) + min(high, max(low, by_peak))) / 2
         guess = guess if high in tried else min(guess, low * _GROWTH)
@@ -198,5 +197,5 @@ def _where(sizes: tuple[int, int], first_bytes: int, second_bytes: int, room: in
     return sizes[0] + (room - first_bytes) / slope if slope > 0 else None
 
 
-#: After so many answers on both sides the lines have been of no help: the rest is halved.
+#: After so many answers every other question halves what is left: where layouts differ much, lines are of little help.
 _LINES_HELP = 4

@@ -56,10 +56,9 @@ from tightfit.trace.units import Census
 from tightfit.trace.weights import WeightsWatch, watches_weights
 
 
-def custom_functions(result: torch.Tensor) -> dict[str, int]:
-    """The `torch.autograd.Function`s in the history of `result` that are not torch's own: the number of calls of each,
-    by name."""
-    found: dict[str, int] = {}
+def custom_functions(result: torch.Tensor) -> frozenset[str]:
+    """The names of the `torch.autograd.Function`s in the history of `result` that are not torch's own."""
+    found: set[str] = set()
     seen: set[Any] = set()
     pending: list[Any] = [result.grad_fn]
     while pending:
@@ -70,16 +69,16 @@ def custom_functions(result: torch.Tensor) -> dict[str, int]:
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             function = node._forward_cls  # type: ignore[attr-defined]
             if not function.__module__.startswith(("torch.", "tightfit.")):
-                found[function.__name__] = found.get(function.__name__, 0) + 1
+                found.add(function.__name__)
         pending += [following for following, _ in node.next_functions]
-    return found
+    return frozenset(found)
 
 
-def _custom_note(functions: Mapping[str, int]) -> tuple[str, ...]:
+def _custom_note(functions: frozenset[str]) -> tuple[str, ...]:
+    # no number of calls: the step may be an excerpt of a deeper model's
     if not functions:
         return ()
-    named = ", ".join(f"{name} ({n} {'call' if n == 1 else 'calls'})" for name, n in sorted(functions.items()))
-    return (f"custom autograd functions, whose ops are recorded and rerun one by one: {named}",)
+    return (f"custom autograd functions, whose ops are recorded and rerun one by one: {', '.join(sorted(functions))}",)
 
 
 def first_pass(

@@ -142,7 +142,7 @@ class Recorder(TorchDispatchMode):
         self.restart: Snapshot | None = None  # wants to know what the ops are about to write
         self.in_cross_entropy = False
         self.census: Census | None = None
-        self.custom: dict[str, int] = {}  # calls of custom autograd functions, by name
+        self.custom: frozenset[str] = frozenset()  # names of custom autograd functions
         self.frozen: Callable[[], Iterable[FrozenWeights]] = tuple  # what is known of frozen weights
         self.log_softmaxes: list[
             tuple[int, int]
