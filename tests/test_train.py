@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import tightfit
-from tightfit.core import Account, InvalidInput, Plan, TightfitError, format_bytes, from_json
+from tightfit.core import Account, BudgetInfeasible, InvalidInput, Plan, TightfitError, format_bytes, from_json
 from tightfit.integrations.recovery import OutOfMemory, Recovery, lower
 from tightfit.train import RunResult, TrainOptions, byte_tokenizer, last_checkpoint, progress, recipe, train
 from tightfit.train import run as training
@@ -153,6 +153,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 def killed(place: Path, out: Path, moment: str, *more: str) -> None:
+    """A run that a moment of it kills. `more` goes over what is asked otherwise."""
     asked = options(place, out)
     arguments = [
         "train", "--model", str(asked.model), "--data", str(asked.data), "--batch", "4", "--seq", "64", "--steps",
@@ -175,6 +176,28 @@ def test_kill_in_a_checkpoint_and_resume(place: Path, whole: RunResult, tmp_path
     run = train(TrainOptions(out=str(out), resume=True))
     assert is_the_same_run(run, whole)
     assert json.loads((out / "record.json").read_text())["observed"]["resumed_at"] == [3]
+
+
+#: All that a step holds beside activations gives way: state waits in host memory, gradients go as they are stepped.
+EVERY_LEVER = ("--levers", "recompute,loss_in_place,nest,state_in_host,step_in_backward", "--max_grad_norm", "0")
+
+
+def test_kill_and_resume_at_a_budget_that_no_plan_of_activations_holds(place: Path, tmp_path: Path) -> None:
+    more = ("--gradient_accumulation_steps", "1", "--batch", "1", "--seq", "16", "--budget", "50%")
+    arguments = (*TRL_OPTIONS, "--gradient_accumulation_steps", "1", *EVERY_LEVER[2:])
+    asked: dict[str, Any] = {"batch": 1, "seq": 16, "budget": "50%", "arguments": arguments}
+    with pytest.raises(BudgetInfeasible):
+        train(options(place, tmp_path / "activations", **asked, levers="recompute,loss_in_place,nest"))
+    plain = train(options(place, tmp_path / "plain", **{**asked, "budget": "100%"}, levers="recompute"))
+    out = tmp_path / "run"
+    killed(place, out, "after the weights of a checkpoint", *more, *EVERY_LEVER)
+    run = train(options(place, out, resume=True, **asked, levers=EVERY_LEVER[1]))
+    assert is_the_same_run(run, plain)
+    record = json.loads((out / "record.json").read_text())
+    assert record["observed"]["resumed_at"] == [3]
+    assert record["observed"]["host_bytes"]["state_in_host"] > 0
+    lines = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+    assert max(line["peak_bytes"] for line in lines) <= (run.budget_bytes or 0)
 
 
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:

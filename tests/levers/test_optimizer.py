@@ -36,6 +36,7 @@ from tightfit.levers.step_in_backward.hooks import gradient_norms_kept, is_half_
 from tightfit.plan import lowest, planning, simulate
 from tightfit.plan.ways import Way
 from tightfit.step.optimizers import Part, refusal, step_parts
+from tightfit.step.run import elsewhere
 from tightfit.step.snapshot import undisturbed
 from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, static_bytes
 from tightfit.verify.stepped import check_of_optimizer
@@ -255,6 +256,47 @@ def test_state_is_saved_and_loaded_in_the_middle(levers: str) -> None:
         with in_force(model, first, LEVERS[levers]):
             first.load_state_dict(saved)
     assert_same(everything(model, first), everything(plain, reference))
+
+
+def waiting(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    found = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return [value for value in found if value in elsewhere]
+
+
+def test_state_is_saved_without_what_lies_beside_it() -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with in_force(model, optimizer, [STATE]):
+        model(torch.randint(0, 40, (2, 8))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert waiting(optimizer)
+        for value in waiting(optimizer):
+            assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+
+
+def test_loaded_state_that_lies_in_a_larger_storage_waits_too() -> None:
+    def stepped(shared: bool) -> tuple[dict[str, Any], int]:
+        torch.manual_seed(0)
+        model, ids = Tied(), torch.randint(0, 40, (2, 8))
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if shared:
+            for state in optimizer.state.values():
+                whole = torch.stack([state["exp_avg"], state["exp_avg_sq"]])
+                state["exp_avg"], state["exp_avg_sq"] = whole[0], whole[1]
+        with in_force(model, optimizer, [STATE]):
+            count = len(waiting(optimizer))
+            model(ids).backward()
+            optimizer.step()
+        return everything(model, optimizer), count
+
+    (expected, count), (found, shared) = stepped(False), stepped(True)
+    assert_same(found, expected)
+    assert shared == count > 0
 
 
 @pytest.mark.parametrize("made", [Global, Counting])

@@ -38,3 +38,21 @@ class Geometry(NamedTuple):
         if self.conjugated:
             tensor = tensor.conj()
         return torch._neg_view(tensor) if self.negated else tensor
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Do the elements follow each other in memory without gaps, in any order of the dimensions?"""
+    dimensions = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
+    follows = 1
+    for stride, size in dimensions:
+        if stride != follows:
+            return False
+        follows *= size
+    return True
+
+
+def alone(buffer: torch.Tensor) -> torch.Tensor:
+    """The host memory of `buffer` as a storage of its own, so that whoever saves the tensor does not save what lies
+    beside it. torch's cache of pinned memory does not know of copies out of it: they are to be waited for before
+    `buffer` goes."""
+    return torch.from_numpy(buffer.numpy())

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tightfit.accelerator import HOST
+from tightfit.step.geometry import is_dense
 from tightfit.step.parallel import local_of
 
 __all__ = [
@@ -123,15 +124,13 @@ _DOOR = "_tightfit_door"
 
 
 def movable_state(optimizer: Optimizer, parameter: torch.Tensor) -> dict[Any, torch.Tensor]:
-    """What the optimizer keeps of `parameter` that is worth moving: tensors of more than one number."""
+    """What the optimizer keeps of `parameter` that is worth moving: tensors of more than one number, without gaps.
+    State that was loaded may lie in a storage with more beside it."""
     state = optimizer.state.get(parameter, {})
     return {
         name: value
         for name, value in state.items()
-        if isinstance(value, torch.Tensor)
-        and value.layout is torch.strided
-        and value.numel() > 1
-        and value.untyped_storage().nbytes() == value.numel() * value.element_size()  # not a view of something larger
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and value.numel() > 1 and is_dense(value)
     }
 
 

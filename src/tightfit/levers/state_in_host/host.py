@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from tightfit.step.geometry import alone
 from tightfit.step.optimizers import AROUND, Part, bytes_of, movable_state
 from tightfit.step.run import elsewhere
 
@@ -47,12 +48,12 @@ class HostState:
             for parameter in moving:
                 self._send(parameter)
 
-    def _bring(self, parameter: torch.Tensor) -> None:
+    def _bring(self, parameter: torch.Tensor, *, waits: bool = False) -> None:
         rooms = self._rooms.get(parameter, {})
         for name, value in movable_state(self.optimizer, parameter).items():
             if value is rooms.get(name):
                 fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=parameter.device)
-                self.optimizer.state[parameter][name] = fresh.copy_(value, non_blocking=True)
+                self.optimizer.state[parameter][name] = fresh.copy_(value, non_blocking=not waits)
 
     def _send(self, parameter: torch.Tensor) -> None:
         rooms = self._rooms.setdefault(parameter, {})
@@ -69,12 +70,12 @@ class HostState:
             self.optimizer.state[parameter][name] = room
 
     def _room_like(self, value: torch.Tensor) -> torch.Tensor | None:
-        storage_bytes = value.untyped_storage().nbytes()
-        buffer = self.pool.room(storage_bytes, value.device)
+        size_bytes = value.numel() * value.element_size()
+        buffer = self.pool.room(size_bytes, value.device)
         if buffer is None:
             return None
         self._buffers.append((buffer, value.device))
-        room: torch.Tensor = buffer[:storage_bytes].view(value.dtype).as_strided(value.shape, value.stride())
+        room: torch.Tensor = alone(buffer[:size_bytes]).view(value.dtype).as_strided(value.shape, value.stride())
         elsewhere[room] = True
         return room
 
@@ -90,7 +91,7 @@ class HostState:
     ) -> None:
         delattr(self.optimizer, AROUND)
         for parameter in list(self._rooms):
-            self._bring(parameter)
+            self._bring(parameter, waits=True)  # the rooms may be gone before the device has read them
         self._rooms.clear()
         while self._buffers:
             self.pool.room_is_free(*self._buffers.pop())

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tightfit.core import InvalidInput, PlanMismatch, ReplayDiverged, Unsupported
 from tightfit.step.checksum import checksum
-from tightfit.step.geometry import Geometry
+from tightfit.step.geometry import Geometry, alone
 from tightfit.step.parallel import Strategy, strategy_of
 from tightfit.step.patches import ForwardPatch
 from tightfit.step.run import is_elsewhere, stays_elsewhere
@@ -69,7 +69,7 @@ class _Weight:
         self.name, self.tensor, self.device, self.stats = name, tensor, device, stats
         self.geometry = Geometry.of(tensor)
         self.size_bytes = tensor.untyped_storage().nbytes()
-        self.buffer = _alone(buffer[: self.size_bytes])
+        self.buffer = alone(buffer[: self.size_bytes])
         self.room = self._on(self.buffer)
         stays_elsewhere(self.room)
         self.changes = 0  # that its version does not count
@@ -131,11 +131,6 @@ class _Weight:
                 "it: something writes it that torch does not see, or the copy went wrong; leave stream_weights out of "
                 "the levers"
             )
-
-
-def _alone(buffer: torch.Tensor) -> torch.Tensor:
-    """The same memory as a storage of its own, so that whoever saves a weight does not save what lies beside it."""
-    return torch.from_numpy(buffer.numpy())
 
 
 def _are_alike(room: torch.Tensor, copy: torch.Tensor) -> bool:
