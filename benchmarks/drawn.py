@@ -61,6 +61,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     ),
     "traps": (*_PLANNED, "engine", "doctor/traps"),
     "versions": (".",),
+    "whole_step": (*_APPLIED, "integrations/peft.py", "integrations/bitsandbytes.py"),
     "zoo": _APPLIED,
 }  # fmt: skip
 

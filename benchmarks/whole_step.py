@@ -1,0 +1,129 @@
+"""Every exact lever at once on 40 small steps: the peak predicted against the peak measured, and ten steps bit for bit.
+
+    python benchmarks/whole_step.py              # some 15 minutes; writes benchmarks/results/whole_step.json
+    python benchmarks/whole_step.py --only mlp   # one of the eight, the others as they were
+
+The eight steps of `optimum.py` with AdamW, at five budgets each, from the lowest peak that all levers reach up. Two
+more shapes stream their weights: LoRA on a Llama, in float32 and in 4 bits. For each budget: what the plan uses, its
+predicted peak, the highest of ten steps by the allocator's count, and whether losses, trained weights and optimizer
+state of the ten steps are those of the run without a plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import drawn
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+import torch
+import transformers
+from optimum import STEPS, llama, words
+from torch import nn
+
+import tightfit
+from tightfit.core import Plan
+from tightfit.integrations.bitsandbytes import no_repacking, quantise
+from tightfit.integrations.peft import add_lora
+from tightfit.levers import used
+from tightfit.plan import Effort, lowest
+from tightfit.step.environment import environment
+from tightfit.step.run import compute_loss
+from tightfit.verify.peak import PeakMeter, static_bytes
+
+RESULTS = Path(__file__).parent / "results" / "whole_step.json"
+SHARES = (0.0, 0.15, 0.3, 0.5, 0.75)  # of the way from the lowest peak to the step's own
+LEVERS = "recompute,loss_in_place,nest,offload,state_in_host,optimizer_chunks,step_in_backward,stream_weights"
+EFFORT = Effort(points=20, solver_seconds=1.0, proves=False)
+RUN = 10
+
+CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    **{name: made for name, made in STEPS.items() if name != "llama-lora"},
+    "llama-lora": lambda: words(add_lora(llama(), rank=8), 2, 96),
+    "llama-qlora": lambda: words(add_lora(quantise(llama(), torch.float32), rank=8), 2, 96),
+}
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def steps(model: nn.Module, batch: Any, plan: Plan | None, start: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+    """Losses, trained weights and state after `RUN` steps, and the highest peak of one."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter, value in zip(trained(model), start, strict=True):
+            parameter.copy_(value)
+    optimizer = torch.optim.AdamW(trained(model), 1e-3, foreach=True)
+    found: list[torch.Tensor] = []
+    peak_bytes = 0
+    with contextlib.nullcontext() if plan is None else tightfit.apply(model, plan, optimizer=optimizer):
+        for _ in range(RUN):
+            before_bytes = static_bytes(model, optimizer, batch)
+            with PeakMeter("cpu") as meter:
+                loss = compute_loss(model, batch)
+                loss.backward()
+                found.append(loss.detach().clone())
+                del loss
+                optimizer.step()
+                optimizer.zero_grad()
+            peak_bytes = max(peak_bytes, before_bytes + meter.rise_bytes)
+    state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
+    return [*found, *(t.detach().clone() for t in (*trained(model), *state))], peak_bytes
+
+
+def rows_of(name: str) -> Iterator[dict[str, Any]]:
+    torch.manual_seed(0)
+    model, batch = CASES[name]()
+    with no_repacking(model):
+        optimizer = torch.optim.AdamW(trained(model), 1e-3, foreach=True)
+        trace = tightfit.trace(model, batch, optimizer=optimizer, tiles=False)
+        least, most = lowest(trace, levers=LEVERS, effort=EFFORT).peak_bytes, tightfit.simulate(trace).peak_bytes
+        start = [p.detach().clone() for p in trained(model)]
+        buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+        plain, plain_peak_bytes = steps(model, batch, None, start)
+        for share in SHARES:
+            budget = least + int(share * (most - least))
+            plan = tightfit.plan(trace, budget, levers=LEVERS, effort=EFFORT)
+            with torch.no_grad():
+                for n, b in model.named_buffers():
+                    b.copy_(buffers[n])
+            found, peak_bytes = steps(model, batch, plan, start)
+            yield {
+                "step": name, "share": share, "plain_peak_bytes": plain_peak_bytes, "budget_bytes": budget,
+                "of_plain": round(budget / plain_peak_bytes, 3), "predicted_peak_bytes": plan.peak_bytes,
+                "peak_bytes": peak_bytes, "off": round(peak_bytes / plan.peak_bytes - 1, 6),
+                "identical": len(plain) == len(found)
+                and all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)),
+                "levers": [each.lever.value for each in used(plan)],
+            }  # fmt: skip
+
+
+def main() -> int:
+    transformers.logging.set_verbosity_error()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=CASES, help="this step alone")
+    asked = parser.parse_args()
+    names = [asked.only] if asked.only else list(CASES)
+    rows = drawn.rows_of_others(RESULTS, "step", names)
+    for name in names:
+        for row in rows_of(name):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    rows.sort(key=lambda row: (list(CASES).index(row["step"]), row["share"]))
+    record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "rows": rows}
+    drawn.write(RESULTS, record, parts=names)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
