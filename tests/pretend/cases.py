@@ -7,6 +7,7 @@ as it was: what is queued is done as late as the rules allow, and memory has no 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import json
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,11 @@ from tightfit.device.allocator import peaks
 from tightfit.engine import Applied, offload
 from tightfit.engine.frame import Frame
 from tightfit.engine.offload import Pool
+from tightfit.levers.state_in_host.host import HostState, loaded_on_host, settled
 from tightfit.plan import every_block, simulate
 from tightfit.plan.account import account
 from tightfit.plan.simulate import allocations
+from tightfit.step.optimizers import Cut, stepping_in_chunks
 
 CASES: dict[str, Callable[[], None]] = {}
 ORDERS = (("late", 0), ("early", 0), ("rush", 0), ("any", 1))
@@ -602,6 +606,102 @@ def fit_takes_the_card_as_it_is() -> None:
     budget_bytes = tightfit.plan(trace, "70%", exact=True).budget_bytes
     with tightfit.fit(model, batch, budget_bytes, exact=True):
         assert same(expected, gradients(model, batch))
+
+
+# ------------------------------------------------------------------------------------------------ optimizer state
+
+
+def _steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[torch.Tensor]:
+    for _ in range(count):
+        gradients(model, tokens())
+        optimizer.step()
+        optimizer.zero_grad()
+    state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
+    return [*(p.detach().cpu().clone() for p in model.parameters()), *(v.cpu().clone() for v in state)]
+
+
+def _adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), 1e-2, foreach=False)
+
+
+def _allocated() -> int:
+    gc.collect()
+    return accelerator.allocated_bytes(torch.device("pretend:0")) or 0
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer, kind: str) -> int:
+    state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
+    return sum(v.nbytes for v in state if v.device.type == kind and v.numel() > 1)
+
+
+@case
+def state_waits_in_host_memory() -> None:
+    """The same bits, loaded in the middle too; what is loaded is never on the card."""
+    plain = llama()
+    expected = _steps(plain, _adamw(plain), 4)
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        model, pool = llama(), Pool()
+        optimizer = _adamw(model)
+        with HostState(optimizer, 1, pool), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+            _steps(model, optimizer, 2)
+            assert _state_bytes(optimizer, "pretend") == 0 < _state_bytes(optimizer, "cpu")
+            saved = copy.deepcopy(optimizer.state_dict())
+            before = _allocated()
+            torch.accelerator.reset_peak_memory_stats()
+            optimizer.load_state_dict(saved)
+            assert torch.accelerator.max_memory_allocated() - before < _state_bytes(optimizer, "cpu") / 8
+            assert same(expected, _steps(model, optimizer, 2)), order
+        assert _state_bytes(optimizer, "cpu") == 0
+        assert pool.stored_bytes == 0
+        assert same(expected[: len(list(model.parameters()))], [p.detach().cpu() for p in model.parameters()])
+
+
+@case
+def state_that_is_loaded_before_a_plan_is_not_on_the_card() -> None:
+    plain = llama()
+    first = _adamw(plain)
+    _steps(plain, first, 2)
+    saved, weights = copy.deepcopy(first.state_dict()), copy.deepcopy(plain.state_dict())
+    saved["state"] = {n: {k: v.cpu() for k, v in state.items()} for n, state in saved["state"].items()}
+    expected = _steps(plain, first, 2)
+    model = llama()
+    model.load_state_dict(weights)
+    optimizer = _adamw(model)
+    before = _allocated()
+    with loaded_on_host(optimizer):
+        optimizer.load_state_dict(saved)
+    assert _allocated() == before
+    for _ in range(2):  # the first is the proof's
+        with HostState(optimizer, 1000, Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+            small = _state_bytes(optimizer, "pretend")
+            assert 0 < small < _state_bytes(optimizer, "cpu")
+        assert _state_bytes(optimizer, "pretend") == small  # the rest stays where it came from
+    with HostState(optimizer, 1000, Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+        assert same(expected, _steps(model, optimizer, 2))
+    settled(optimizer)
+    assert _state_bytes(optimizer, "cpu") == 0
+    assert same(_steps(plain, first, 1), _steps(model, optimizer, 1))
+
+
+@case
+def state_without_room_on_the_card_stays_in_host_memory() -> None:
+    model = llama()
+    optimizer = _adamw(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with HostState(optimizer, 1, Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+            expected = _steps(model, optimizer, 2)
+            gc.collect()
+            torch.accelerator.empty_cache()
+            control().limits(control().counts()[4], -1)
+    control().limits(-1, -1)
+    assert len(said) == 1 and "stays in host memory" in str(said[0].message), [str(each.message) for each in said]
+    assert _state_bytes(optimizer, "cpu") > 0
+    state = [v for each in optimizer.state_dict()["state"].values() for v in each.values()]
+    assert same(expected[-len(state) :], [v.cpu() for v in state])
+    settled(optimizer)  # there is room again
+    assert _state_bytes(optimizer, "cpu") == 0
 
 
 def main(names: list[str]) -> None:

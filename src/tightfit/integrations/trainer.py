@@ -14,9 +14,10 @@ Refused: what `tightfit.integrations.conflicts` names; a gradient that differs (
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ from tightfit.integrations.own_step import (
 from tightfit.integrations.peaks import PeakCallback
 from tightfit.integrations.tracking import figures
 from tightfit.levers import exact_only, used
+from tightfit.levers.state_in_host.host import loaded_on_host, settled
 from tightfit.levers.step_in_backward.hooks import gradient_norms_kept
 from tightfit.step.environment import environment
 from tightfit.step.optimizers import bare
@@ -155,6 +157,20 @@ class TightfitCallback(PeakCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.in_parts is not None:
             self.in_parts.announce(running_trainer())
+        if Lever.STATE_IN_HOST in self._named_levers():
+            # a checkpoint is loaded before training begins: all of its state may be more than the device holds
+            trainer = running_trainer()
+            load = trainer._load_optimizer_and_scheduler
+            trainer._load_optimizer_and_scheduler = functools.partial(self._load_to_host, trainer, load)
+
+    def _named_levers(self) -> frozenset[Lever]:
+        given = {each.lever for each in used(self.budget)} if isinstance(self.budget, Plan) else set()
+        return frozenset((self.levers or frozenset()) | self.beside | given)
+
+    def _load_to_host(self, trainer: Any, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        watched = self in trainer.callback_handler.callbacks
+        with loaded_on_host(bare(trainer.optimizer)) if watched else nullcontext():
+            return load(*args, **kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -204,6 +220,8 @@ class TightfitCallback(PeakCallback):
         self._trained, self._others = trained_names(model), {}
         with self._in_training(model):
             chosen = self.plan or self._plan_for(self.batch, model, optimizer)
+            if Lever.STATE_IN_HOST.value not in chosen.settings:
+                settled(bare(optimizer))
             if self.verify:
                 planned = self._step(self.batch)
                 with gradients_in_place(model, self._accumulates):
@@ -494,6 +512,8 @@ class TightfitCallback(PeakCallback):
         if self.applied is not None:
             self.applied.remove()
             self.applied = None
+        if self._trainer is not None:
+            settled(bare(self._trainer.optimizer))
         self._cache.close()
         self._norms.close()
         if self.in_parts is not None:

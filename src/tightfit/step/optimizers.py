@@ -26,7 +26,8 @@ from tightfit.step.geometry import is_dense
 from tightfit.step.parallel import local_of
 
 __all__ = [
-    "AROUND", "MARK", "Cut", "Part", "bare", "bytes_of", "chunks", "close_door", "cut_for", "door", "movable_state",
+    "AROUND", "MARK", "Cut", "Part", "bare", "bytes_of", "chunks", "close_door", "cut_for", "door", "is_movable",
+    "movable_state",
     "narrowed", "not_torchs_own", "refusal", "replaced_step", "step_parts", "stepping_in_chunks",
 ]  # fmt: skip
 
@@ -123,15 +124,15 @@ AROUND = "_tightfit_around"
 _DOOR = "_tightfit_door"
 
 
+def is_movable(value: Any) -> bool:
+    """Is it state that is worth moving: a tensor of more than one number, without gaps? State that was loaded may lie
+    in a storage with more beside it."""
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.numel() > 1 and is_dense(value)
+
+
 def movable_state(optimizer: Optimizer, parameter: torch.Tensor) -> dict[Any, torch.Tensor]:
-    """What the optimizer keeps of `parameter` that is worth moving: tensors of more than one number, without gaps.
-    State that was loaded may lie in a storage with more beside it."""
-    state = optimizer.state.get(parameter, {})
-    return {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided and value.numel() > 1 and is_dense(value)
-    }
+    """What the optimizer keeps of `parameter` that is worth moving."""
+    return {name: value for name, value in optimizer.state.get(parameter, {}).items() if is_movable(value)}
 
 
 def step_parts(optimizer: Optimizer, parts: Iterable[Part]) -> None:

@@ -5,14 +5,19 @@ reads the state, `state_dict()` first of all, reads the right numbers under the 
 
 On the CPU the memory lies outside torch's allocator, as what is offloaded does: it stands for another device.
 
-Invariant: outside a step the state has the bytes that it would have without this. On leaving, all of it is on the
-device again.
+State that is loaded goes to host memory at once. torch would put all of it on the device first, which may be too small:
+with state that is loaded before, `loaded_on_host` is around the loading.
+
+Invariant: outside a step the state has the bytes that it would have without this. On leaving, state is where it came
+from: on the device, unless it was loaded into host memory or the device has no room for it (a warning says so).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -20,10 +25,14 @@ import torch
 from torch.optim import Optimizer
 
 from tightfit.step.geometry import alone
-from tightfit.step.optimizers import AROUND, Part, bytes_of, movable_state
+from tightfit.step.optimizers import AROUND, Part, bytes_of, is_movable, movable_state
 from tightfit.step.run import elsewhere
 
-__all__ = ["HostState"]
+__all__ = ["HostState", "loaded_on_host", "settled"]
+
+
+#: Takes a tensor that was loaded for a parameter: what its state is to have instead.
+Take = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 
 
 class HostState:
@@ -34,12 +43,14 @@ class HostState:
         self.optimizer, self.least_bytes, self.pool = optimizer, least_bytes, pool
         # by parameter and name: room in host memory, which is used again in every step
         self._rooms: dict[torch.Tensor, dict[Any, torch.Tensor]] = {}
-        self._buffers: list[tuple[torch.Tensor, torch.device]] = []
+        self._buffers: dict[torch.Tensor, list[torch.Tensor]] = defaultdict(list)
+        self._from_host: set[torch.Tensor] = set()  # parameters whose state was in host memory before
+        self._loading = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def _there(self, part: Part) -> Iterator[None]:
         """The state of `part` is on the device."""
-        moving = [p for p in part.parameters if p.grad is not None and bytes_of(p) >= self.least_bytes]
+        moving = [p for p in part.parameters if p.grad is not None and self._waits(p)]
         for parameter in moving:
             self._bring(parameter)
         try:
@@ -47,6 +58,9 @@ class HostState:
         finally:
             for parameter in moving:
                 self._send(parameter)
+
+    def _waits(self, parameter: torch.Tensor) -> bool:
+        return bytes_of(parameter) >= self.least_bytes
 
     def _bring(self, parameter: torch.Tensor, *, waits: bool = False) -> None:
         rooms = self._rooms.get(parameter, {})
@@ -56,25 +70,32 @@ class HostState:
                 self.optimizer.state[parameter][name] = fresh.copy_(value, non_blocking=not waits)
 
     def _send(self, parameter: torch.Tensor) -> None:
-        rooms = self._rooms.setdefault(parameter, {})
         for name, value in movable_state(self.optimizer, parameter).items():
-            room = rooms.get(name)
-            if value is room:
-                continue
-            if room is None or room.shape != value.shape or room.dtype != value.dtype:
-                room = self._room_like(value)
-                if room is None:
-                    continue
-                rooms[name] = room
-            room.copy_(value)  # done when it returns: the optimizer may read the host's numbers at once
-            self.optimizer.state[parameter][name] = room
+            self.optimizer.state[parameter][name] = self._sent(parameter, name, value)
 
-    def _room_like(self, value: torch.Tensor) -> torch.Tensor | None:
+    def _sent(self, parameter: torch.Tensor, name: Any, value: torch.Tensor) -> torch.Tensor:
+        """`value` in its room; itself, where there is none."""
+        rooms = self._rooms.setdefault(parameter, {})
+        room = rooms.get(name)
+        if value is room:
+            return value
+        if room is None and value in elsewhere:  # left there by one before this
+            rooms[name] = value
+            return value
+        if room is None or room.shape != value.shape or room.dtype != value.dtype:
+            room = self._room_like(parameter, value)
+            if room is None:
+                return value.to(parameter.device)
+            rooms[name] = room
+        room.copy_(value)  # done when it returns: the optimizer may read the host's numbers at once
+        return room
+
+    def _room_like(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
         size_bytes = value.numel() * value.element_size()
-        buffer = self.pool.room(size_bytes, value.device)
+        buffer = self.pool.room(size_bytes, parameter.device)
         if buffer is None:
             return None
-        self._buffers.append((buffer, value.device))
+        self._buffers[parameter].append(buffer)
         room: torch.Tensor = alone(buffer[:size_bytes]).view(value.dtype).as_strided(value.shape, value.stride())
         elsewhere[room] = True
         return room
@@ -82,16 +103,108 @@ class HostState:
     def __enter__(self) -> HostState:
         setattr(self.optimizer, AROUND, self._there)
         for parameter in list(self.optimizer.state):
-            if isinstance(parameter, torch.Tensor) and bytes_of(parameter) >= self.least_bytes:
+            if isinstance(parameter, torch.Tensor) and self._waits(parameter):
+                state = movable_state(self.optimizer, parameter).values()
+                if any(value.device != parameter.device for value in state):
+                    self._from_host.add(parameter)
                 self._send(parameter)
+        _settle(self.optimizer, lambda parameter: not self._waits(parameter))
+        self._loading.enter_context(_taken_at_loading(self.optimizer, self._waits, self._sent))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        self._loading.close()
         delattr(self.optimizer, AROUND)
+        left = 0
         for parameter in list(self._rooms):
-            self._bring(parameter, waits=True)  # the rooms may be gone before the device has read them
+            if parameter in self._from_host:
+                continue
+            try:
+                self._bring(parameter, waits=True)  # the rooms may be gone before the device has read them
+            except torch.OutOfMemoryError:
+                left += 1
+                continue
+            for buffer in self._buffers.pop(parameter, ()):
+                self.pool.room_is_free(buffer, parameter.device)
         self._rooms.clear()
-        while self._buffers:
-            self.pool.room_is_free(*self._buffers.pop())
+        self._buffers.clear()  # of what stays in host memory; its state holds them
+        _warn_of(left)
+
+
+@contextlib.contextmanager
+def loaded_on_host(optimizer: Optimizer) -> Iterator[None]:
+    """What is loaded into `optimizer` meanwhile is not on its parameters' device but in host memory. It cannot step so:
+    `HostState` or `settled` comes next."""
+    with _taken_at_loading(optimizer, lambda parameter: True, lambda parameter, name, value: value):
+        yield
+
+
+def settled(optimizer: Optimizer) -> None:
+    """Put what a loading left in host memory on the device of its parameter, if there is room."""
+    _warn_of(_settle(optimizer, lambda parameter: True))
+
+
+def _settle(optimizer: Optimizer, which: Callable[[torch.Tensor], bool]) -> int:
+    """The same for some parameters. How many have found no room."""
+    left = 0
+    for parameter in list(optimizer.state):
+        if not isinstance(parameter, torch.Tensor) or not which(parameter):
+            continue
+        for name, value in movable_state(optimizer, parameter).items():
+            if value.device == parameter.device:
+                continue
+            try:
+                optimizer.state[parameter][name] = value.to(parameter.device)
+            except torch.OutOfMemoryError:
+                left += 1
+                break
+    return left
+
+
+def _warn_of(left: int) -> None:
+    if left:
+        warnings.warn(
+            f"the device has no room for the optimizer state of {left} parameters: it stays in host memory, where it "
+            "can be saved; the optimizer cannot step with it unless a plan with state_in_host is in force",
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def _taken_at_loading(optimizer: Optimizer, which: Callable[[torch.Tensor], bool], take: Take) -> Iterator[None]:
+    """Meanwhile `load_state_dict` leaves the movable state of some parameters to `take`."""
+    taken: list[tuple[torch.Tensor, dict[Any, Any]]] = []
+
+    def before(optimizer: Optimizer, document: dict[str, Any]) -> dict[str, Any] | None:
+        taken.clear()
+        numbers = [number for group in document["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if len(numbers) != len(parameters):
+            return None  # which torch refuses
+        state = dict(document["state"])
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if number in state and which(parameter):
+                taken.append((parameter, state[number]))
+                state[number] = {name: value for name, value in state[number].items() if not is_movable(value)}
+        return {**document, "state": state}
+
+    def after(optimizer: Optimizer) -> None:
+        for parameter, state in taken:
+            loaded = optimizer.state[parameter]
+            optimizer.state[parameter] = {
+                name: loaded[name] if name in loaded else take(parameter, name, _as_loaded(parameter, value))
+                for name, value in state.items()
+            }
+        taken.clear()
+
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(optimizer.register_load_state_dict_pre_hook(before).remove)
+        hooks.callback(optimizer.register_load_state_dict_post_hook(after).remove)
+        yield
+
+
+def _as_loaded(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value` with the dtype that torch's `Optimizer.load_state_dict` gives it."""
+    return value.to(parameter.dtype) if parameter.is_floating_point() else value
