@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -68,6 +69,7 @@ def steps(model: nn.Module, batch: Any, plan: Plan | None, start: list[torch.Ten
     peak_bytes = 0
     with contextlib.nullcontext() if plan is None else tightfit.apply(model, plan, optimizer=optimizer):
         for _ in range(RUN):
+            gc.collect()  # what is freed in a step and was made before it would not be counted
             before_bytes = static_bytes(model, optimizer, batch)
             with PeakMeter("cpu") as meter:
                 loss = compute_loss(model, batch)

@@ -35,7 +35,7 @@ from tightfit.levers.step_in_backward import DEFINITION as BACKWARD
 from tightfit.levers.step_in_backward.hooks import gradient_norms_kept, is_half_taken
 from tightfit.plan import lowest, planning, simulate
 from tightfit.plan.ways import Way
-from tightfit.step.optimizers import Part, refusal, step_parts
+from tightfit.step.optimizers import Part, _most_slices, _places, refusal, step_parts
 from tightfit.step.run import elsewhere
 from tightfit.step.snapshot import undisturbed
 from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, static_bytes
@@ -626,10 +626,39 @@ def test_parts_step_what_has_a_gradient() -> None:
     )
 
 
+class Experts(nn.Module):
+    """Their weights are one parameter, whose first dimension is short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(4, 128, 256) / 16), nn.Parameter(torch.randn(4, 256, 128) / 16)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(nn.functional.gelu(torch.bmm(rows.expand(4, -1, -1), self.up)), self.down).sum(0)
+
+
+@pytest.mark.parametrize("shape", [(7,), (10, 3), (4, 9, 5), (2, 3, 4, 5), (3, 8, 1)])
+@pytest.mark.parametrize("slices", [1, 2, 3, 5, 8, 100])
+def test_slices_cover_a_parameter_once(shape: tuple[int, ...], slices: int) -> None:
+    whole = torch.zeros(shape)
+    most = _most_slices(whole)
+    places = list(_places(shape, min(slices, most)))
+    for place in places:
+        assert (whole[place].dim() == whole.dim() and whole[place].numel() > 1) or whole.dim() == 1
+        whole[place] += 1
+    assert bool((whole == 1).all())
+    assert min(slices, most) <= len(places) <= 2 * min(slices, most)
+
+
+@pytest.mark.parametrize("block", [None, Experts])
 @pytest.mark.parametrize("lever", [Lever.OPTIMIZER_CHUNKS, Lever.STATE_IN_HOST])
-def test_the_first_step_makes_the_state_within_the_budget(lever: Lever) -> None:
+def test_the_first_step_makes_the_state_within_the_budget(lever: Lever, block: Any) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128)) for _ in range(4)))
+
+    def dense() -> nn.Module:
+        return nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128))
+
+    model = nn.Sequential(*((block or dense)() for _ in range(4)))
     optimizer, batch, levers = torch.optim.AdamW(model.parameters()), torch.randn(2, 128), (Lever.RECOMPUTE, lever)
 
     def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

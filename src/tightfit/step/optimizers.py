@@ -58,7 +58,7 @@ class Cut(NamedTuple):
         """The step of one parameter."""
         slices = 1
         if self.sliced and parameter.dim() and parameter.numel() >= _LEAST_SLICED:
-            slices = min(-(-bytes_of(parameter) // max(1, self.limit_bytes)), parameter.shape[0])
+            slices = min(-(-bytes_of(parameter) // max(1, self.limit_bytes)), _most_slices(parameter))
         return Part(group, [parameter], max(1, slices))
 
 
@@ -156,8 +156,8 @@ def _can_be_sliced(parameter: torch.Tensor) -> bool:
 
 
 #: The first step cuts a parameter into so many times more slices: their state is twice their size with Adam, and is
-#: there beside what a slice has for a while in any step.
-_FIRST_FINER = 4
+#: there beside what a slice has for a while in any step. Rounding may make them larger than their share.
+_FIRST_FINER = 6
 
 
 def _step_slices(optimizer: Optimizer, part: Part, step: Callable[[Optimizer], Any]) -> None:
@@ -168,17 +168,14 @@ def _step_slices(optimizer: Optimizer, part: Part, step: Callable[[Optimizer], A
     assert gradient is not None
     state = optimizer.state
     whole: dict[Any, Any] = state.get(parameter, {})
-    rows = parameter.shape[0]
     # the first step makes the slices' state beside the whole parameter's, so its slices are smaller
-    most = rows if parameter.numel() > rows else rows // 2  # the state of a single number would look like a count
-    slices = part.slices if whole else max(part.slices, min(most, _FIRST_FINER * part.slices))
-    bounds = [rows * i // slices for i in range(slices + 1)]
+    slices = part.slices if whole else max(part.slices, min(_most_slices(parameter), _FIRST_FINER * part.slices))
     made: dict[Any, Any] = {}
-    for start, end in itertools.pairwise(bounds):
-        piece = parameter.detach()[start:end].requires_grad_()
-        piece.grad = gradient[start:end]
+    for place in _places(tuple(parameter.shape), slices):
+        piece = parameter.detach()[place].requires_grad_()
+        piece.grad = gradient[place]
         for name, value in whole.items():
-            state[piece][name] = _piece_of(value, parameter, start, end)
+            state[piece][name] = _piece_of(value, parameter, place)
         try:
             with narrowed(optimizer, Part(part.group, [piece])):
                 step(optimizer)
@@ -190,7 +187,7 @@ def _step_slices(optimizer: Optimizer, part: Part, step: Callable[[Optimizer], A
                     continue
                 if name not in made:
                     made[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-                made[name][start:end].copy_(value)
+                made[name][place].copy_(value)
         finally:
             state.pop(piece, None)
     for name, value in made.items():
@@ -200,13 +197,35 @@ def _step_slices(optimizer: Optimizer, part: Part, step: Callable[[Optimizer], A
             state[parameter][name] = value
 
 
+def _most_slices(parameter: torch.Tensor) -> int:
+    """Into so many slices a parameter can be cut, none of which is a single number: its state would look like a
+    count."""
+    lines: int = parameter.numel() // max(1, parameter.shape[-1])
+    if parameter.dim() > 1 and parameter.shape[-1] > 1:
+        return lines
+    return parameter.shape[0] if parameter.numel() > parameter.shape[0] else parameter.shape[0] // 2
+
+
+def _places(shape: tuple[int, ...], slices: int) -> Iterator[tuple[slice, ...]]:
+    """Where about `slices` slices of a tensor lie: rows of its first dimension, and where these are too few (experts
+    that are stacked) rows of the next one in each. They have as many dimensions as the tensor."""
+    rows = shape[0]
+    if slices <= rows or len(shape) == 1:
+        for start, end in itertools.pairwise(rows * i // slices for i in range(slices + 1)):
+            yield (slice(start, end),)
+        return
+    for row in range(rows):
+        for inner in _places(shape[1:], -(-slices // rows)):
+            yield (slice(row, row + 1), *inner)
+
+
 def _is_as_large(value: Any, parameter: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.numel() > 1
 
 
-def _piece_of(value: Any, parameter: torch.Tensor, start: int, end: int) -> Any:
+def _piece_of(value: Any, parameter: torch.Tensor, place: tuple[slice, ...]) -> Any:
     if _is_as_large(value, parameter):
-        return value[start:end]
+        return value[place]
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
