@@ -19,6 +19,9 @@ from tightfit.engine import apply
 from tightfit.levers.stream_weights import DEFINITION as STREAM
 from tightfit.levers.stream_weights import host
 from tightfit.plan import lowest, simulate
+from tightfit.plan.planning import feasible
+from tightfit.plan.table import THOROUGH
+from tightfit.plan.ways import way_of
 from tightfit.step.run import is_elsewhere
 from tightfit.step.weights import frozen_modules
 from tightfit.verify.peak import measured_peak_bytes, static_bytes
@@ -203,6 +206,17 @@ def test_few_walks_tell_how_many_may_stay(part: float) -> None:
     largest = max(each.size_bytes for each in frozen_modules(model))
     assert plan.budget_bytes - largest < found <= plan.budget_bytes
     assert len(walks) <= 5, "to halve 121 modules takes 7"
+
+
+def test_what_is_there_throughout_may_be_too_much_already() -> None:
+    model, batch = adapted()
+    trace, levers = tightfit.trace(model, batch), frozenset({Lever.RECOMPUTE, Lever.STREAM_WEIGHTS})
+    budget = sum(trace.static_bytes.values()) - 1
+    assert feasible(trace, budget, effort=THOROUGH, levers=levers) is not None
+    ways = way_of(trace, THOROUGH).ways(levers)
+    too_much = [way for way in ways if sum(way.trace.static_bytes.values()) > budget]
+    assert too_much and all("model" not in vars(way) for way in too_much)
+    assert any("model" in vars(way) for way in ways)
 
 
 @pytest.mark.slow

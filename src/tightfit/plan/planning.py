@@ -276,6 +276,8 @@ def _best(
 ) -> Plan | None:
     """The best plan for `trace` by `way`, whose step is the trace's own or a variant of it. None: this way finds no
     plan."""
+    if sum(way.trace.static_bytes.values()) > budget_bytes:  # which are there when the step begins
+        return None
     model = way.model
     if way.nesting is None:
         line = simulate_choices(way.trace, ())
