@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 import tightfit
 from tightfit.core import Account, BudgetInfeasible, InvalidInput, Plan, TightfitError, format_bytes, from_json
 from tightfit.integrations.recovery import OutOfMemory, Recovery, lower
+from tightfit.levers.state_in_host import host
 from tightfit.train import RunResult, TrainOptions, byte_tokenizer, last_checkpoint, progress, recipe, train
 from tightfit.train import run as training
 from tightfit.train.asked import as_asked
@@ -182,7 +183,16 @@ def test_kill_in_a_checkpoint_and_resume(place: Path, whole: RunResult, tmp_path
 EVERY_LEVER = ("--levers", "recompute,loss_in_place,nest,state_in_host,step_in_backward", "--max_grad_norm", "0")
 
 
-def test_kill_and_resume_at_a_budget_that_no_plan_of_activations_holds(place: Path, tmp_path: Path) -> None:
+def test_kill_and_resume_at_a_budget_that_no_plan_of_activations_holds(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_host: list[Any] = []
+
+    def loaded_on_host(optimizer: Any) -> Any:
+        on_host.append(optimizer)
+        return host.loaded_on_host(optimizer)
+
+    monkeypatch.setattr("tightfit.integrations.trainer.loaded_on_host", loaded_on_host)
     more = ("--gradient_accumulation_steps", "1", "--batch", "1", "--seq", "16", "--budget", "50%")
     arguments = (*TRL_OPTIONS, "--gradient_accumulation_steps", "1", *EVERY_LEVER[2:])
     asked: dict[str, Any] = {"batch": 1, "seq": 16, "budget": "50%", "arguments": arguments}
@@ -191,7 +201,9 @@ def test_kill_and_resume_at_a_budget_that_no_plan_of_activations_holds(place: Pa
     plain = train(options(place, tmp_path / "plain", **{**asked, "budget": "100%"}, levers="recompute"))
     out = tmp_path / "run"
     killed(place, out, "after the weights of a checkpoint", *more, *EVERY_LEVER)
+    assert not [each for each in on_host if each.state]
     run = train(options(place, out, resume=True, **asked, levers=EVERY_LEVER[1]))
+    assert len([each for each in on_host if each.state]) == 1  # a card may be too small for all of it
     assert is_the_same_run(run, plain)
     record = json.loads((out / "record.json").read_text())
     assert record["observed"]["resumed_at"] == [3]

@@ -23,6 +23,7 @@ from tightfit.integrations import conflicts, own_step
 from tightfit.integrations import trainer as subject
 from tightfit.integrations.longest import Extent, longest_batch
 from tightfit.integrations.transformers import PeakCallback, TightfitCallback
+from tightfit.levers.state_in_host import host
 from tightfit.step.run import static_bytes_by_category
 
 slow = pytest.mark.slow
@@ -212,6 +213,33 @@ def test_a_callback_serves_two_trainings(tmp_path: Path) -> None:
         ours.train()
         assert told(ours) == told(plain)
         assert len(callback.peaks) == 3 and untouched(ours)
+
+
+def test_a_checkpoints_state_is_loaded_into_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[int] = []
+
+    def loaded_on_host(optimizer: Any) -> Any:
+        loaded.append(len(optimizer.state))
+        return host.loaded_on_host(optimizer)
+
+    def losses(run: Any) -> list[float]:
+        return [entry["loss"] for entry in told(run) if "loss" in entry]
+
+    monkeypatch.setattr(subject, "loaded_on_host", loaded_on_host)
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    plain = trainer("trainer", tmp_path / "plain", **settings)
+    plain.train()
+    callback = TightfitCallback("70%", beside="state_in_host")
+    ours = trainer("trainer", tmp_path / "ours", [callback], **settings)
+    ours.train()
+    assert told(ours) == told(plain)
+    resumed = trainer("trainer", tmp_path / "ours", [callback], **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
+    assert losses(resumed) == losses(plain)
+    assert callback.plan and "state_in_host" in callback.plan.settings and len(loaded) == 2 and untouched(resumed)
+    resumed.remove_callback(callback)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
+    assert losses(resumed) == losses(plain) and len(loaded) == 2
 
 
 class Fails(TrainerCallback):

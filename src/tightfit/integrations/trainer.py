@@ -157,15 +157,16 @@ class TightfitCallback(PeakCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.in_parts is not None:
             self.in_parts.announce(running_trainer())
-        if Lever.STATE_IN_HOST in self._named_levers():
-            # a checkpoint is loaded before training begins: all of its state may be more than the device holds
-            trainer = running_trainer()
+        self.watch_loading(running_trainer())
+
+    def watch_loading(self, trainer: Any) -> None:
+        """Have `trainer` load a checkpoint's optimizer state into host memory, where a plan may have it wait: all of it
+        may be more than the device holds, and it is loaded before training begins. A callback that the Trainer's
+        constructor is given does this by itself."""
+        given = {each.lever for each in used(self.budget)} if isinstance(self.budget, Plan) else set()
+        if Lever.STATE_IN_HOST in (self.levers or frozenset()) | self.beside | given:
             load = trainer._load_optimizer_and_scheduler
             trainer._load_optimizer_and_scheduler = functools.partial(self._load_to_host, trainer, load)
-
-    def _named_levers(self) -> frozenset[Lever]:
-        given = {each.lever for each in used(self.budget)} if isinstance(self.budget, Plan) else set()
-        return frozenset((self.levers or frozenset()) | self.beside | given)
 
     def _load_to_host(self, trainer: Any, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         watched = self in trainer.callback_handler.callbacks

@@ -325,6 +325,7 @@ class Run(RunRecord):
             stack.callback(recovery.close)
             watch = stack.enter_context(Watch(self, recovery))
             trainer = self.trainer(scratch, [self.callback, recovery, watch])
+            self.callback.watch_loading(trainer)
             stack.enter_context(no_repacking(trainer.model))
             stack.enter_context(no_input_gradients(trainer.model))
             if step:
