@@ -236,10 +236,10 @@ def test_a_checkpoints_state_is_loaded_into_host_memory(tmp_path: Path, monkeypa
     resumed = trainer("trainer", tmp_path / "ours", [callback], **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
     assert losses(resumed) == losses(plain)
-    assert callback.plan and "state_in_host" in callback.plan.settings and len(loaded) == 2 and untouched(resumed)
+    assert callback.plan and "state_in_host" in callback.plan.settings and len(loaded) == 1 and untouched(resumed)
     resumed.remove_callback(callback)
     resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
-    assert losses(resumed) == losses(plain) and len(loaded) == 2
+    assert losses(resumed) == losses(plain) and len(loaded) == 1
 
 
 class Fails(TrainerCallback):
