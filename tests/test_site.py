@@ -292,6 +292,25 @@ def test_another_question_is_refused(
     assert document["question"]["options"] == " ".join(options)
 
 
+def test_a_folder_is_claimed_before_the_first_answer(
+    tmp_path: Path,
+    surveyed: list[tuple[str, str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, answered = tmp_path / "site", sites._cell
+    refused: list[int] = []
+
+    def beside(*arguments: Any) -> dict[str, Any]:
+        monkeypatch.setattr(sites, "_cell", answered)
+        refused.append(main(["check", "gpt2", "--site", str(out), "--seq", "128", "--gpu", "a10"]))
+        return answered(*arguments)
+
+    monkeypatch.setattr(sites, "_cell", beside)
+    assert main(["check", "gpt2", "--site", str(out), "--seq", "128", "--gpu", "t4"]) == 0
+    assert refused == [2] and "other cards" in capsys.readouterr().err
+
+
 def test_a_model_is_named_unless_a_site_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check"]) == 2
     assert "say which model" in capsys.readouterr().err

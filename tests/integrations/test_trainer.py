@@ -300,6 +300,27 @@ def test_a_batch_size_is_found_for_the_budget(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- conflicts
 
 
+@pytest.mark.parametrize("part", [False, True])
+def test_a_model_that_is_compiled_already_is_refused(part: bool, tmp_path: Path) -> None:
+    run = trainer("trainer", tmp_path, [TightfitCallback("90%")], max_steps=1)
+    whole: Any = run.model
+    (whole.model.layers[0] if part else whole).compile(backend="eager")
+    with pytest.raises(Unsupported, match=f"^{'model.layers.0' if part else 'the model'} is compiled"):
+        run.train()
+    assert untouched(run)
+
+
+def test_a_trainer_that_generates_in_its_step_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer("trainer", tmp_path, [TightfitCallback("90%")], max_steps=1)
+    kind = type(run)
+    monkeypatch.setattr(kind, "generate_on_policy_outputs", lambda *_: None, raising=False)  # as in TRL's GKDTrainer
+    run.args.lmbda = 0.5
+    with pytest.raises(Unsupported, match="generates text inside its training step"):
+        run.train()
+    run.args.lmbda = 0.0
+    run.train()
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

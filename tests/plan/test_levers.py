@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tightfit
-from tightfit.core import Action, BudgetInfeasible, Choice, InvalidInput, Lever, Trace, parse_levers
+from tightfit.core import Action, BudgetInfeasible, Choice, InvalidInput, Lever, Trace, levers_named, parse_levers
 from tightfit.device.cost import copy_lanes
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.shares import shares
@@ -34,6 +34,15 @@ def recorded() -> Trace:
 
 def cost(made: tightfit.Plan) -> float:
     return made.recompute_seconds + made.offload_seconds + made.tile_seconds
+
+
+def test_names_in_a_tuple_are_read_as_those_with_commas() -> None:
+    assert levers_named(("all", "-tile")) == parse_levers("all,-tile")
+    assert levers_named([Lever.TILE, "recompute"]) == {Lever.TILE, Lever.RECOMPUTE}
+    assert levers_named(()) == frozenset()
+    for wrong in (3, (None,), ("",), 1.5):
+        with pytest.raises(InvalidInput):
+            levers_named(wrong)  # type: ignore[arg-type]
 
 
 def test_what_is_forbidden_is_not_done(recorded: Trace) -> None:

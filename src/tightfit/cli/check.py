@@ -144,6 +144,8 @@ def check(
         gpu = "rtx-4090" if calibration in (None, NO_FILE) else forecast.HERE
     if guarded not in MODES:
         raise unknown("--max-of", guarded, MODES)
+    if most is None and guarded != "tightfit":
+        raise InvalidInput("--max-of says whose bytes --max judges: give --max too")
     if most is not None:
         most_bytes = parse_bytes(most)
         if gpu.strip().lower() == "all":

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -124,7 +125,7 @@ def _run(asked: list[str]) -> int:
         _tell_launcher(error)
         if debug:
             raise
-        say_on_stderr(str(error))
+        say_on_stderr(_by_options(str(error)))
         if isinstance(error, BudgetInfeasible) and "--json" in given:  # the answer is no, and it has its figures
             emit(json.dumps({
                 "fits": False, "budget_bytes": error.budget_bytes, "least_bytes": error.least_bytes,
@@ -185,6 +186,17 @@ def _tell_launcher(error: Exception) -> None:
 
 # typer brings its own copy of click since 0.20 or so: whichever it is, the base of its usage errors
 _USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+def _by_options(line: str) -> str:
+    """What a message says in Python's words, in the command line's: it has no `beside`."""
+
+    def levers(found: re.Match[str]) -> str:
+        from tightfit.levers import allowed
+
+        return "--levers " + ",".join([*(each.lever.value for each in allowed(None)), found[1]])
+
+    return re.sub(r"\bbeside='([a-z_,]+)'", levers, line)
 
 
 def exit_code(error: TightfitError) -> int:

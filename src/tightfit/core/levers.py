@@ -6,7 +6,7 @@ Invariant: one line of `Lever` for each lever. Refused: names that are none (`In
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from tightfit.core.errors import InvalidInput, did_you_mean
 
@@ -34,15 +34,15 @@ def levers_named(asked: Collection[Lever | str] | str | None) -> frozenset[Lever
     """
     if asked is None or isinstance(asked, str):
         return None if asked is None else parse_levers(asked)
-    found: set[Lever] = set()
-    for each in asked:
-        if isinstance(each, Lever):
-            found.add(each)
-        elif isinstance(each, str) and each.replace("-", "_") in {lever.value for lever in Lever}:
-            found.add(Lever(each.replace("-", "_")))
-        else:
+    if not isinstance(asked, Iterable):
+        raise InvalidInput(
+            f"levers are names or Lever's, several in a tuple or with commas between them, not {asked!r}"
+        )
+    names = [each.value if isinstance(each, Lever) else each for each in asked]
+    for each in names:
+        if not isinstance(each, str) or not each.strip():
             raise InvalidInput(_no_lever(each))
-    return frozenset(found)
+    return parse_levers(",".join(names)) or frozenset()
 
 
 def _no_lever(name: object) -> str:

@@ -145,6 +145,8 @@ def gather(
         out.mkdir(exist_ok=True)
     except OSError as error:
         raise InvalidInput(f"cannot write a site to {str(out)!r}: {error}") from None
+    if not (out / ANSWERS).exists():  # a run beside this one sees what the folder is for before it answers anything
+        write_text(out / ANSWERS, json.dumps(document, separators=(",", ":")) + "\n")
     steps = list(_steps(asked))
     try:
         for count, setup in enumerate(steps, start=1):

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from torch import nn
 
 from tightfit.core import Unsupported
 from tightfit.integrations import trl
 from tightfit.step.parallel import Strategy, strategy_of
-from tightfit.step.patches import own_checkpointing
+from tightfit.step.patches import compiled_entries, own_checkpointing
 
 __all__ = ["Suspended", "refuse"]
 
@@ -41,8 +42,16 @@ def refuse(trainer: Any, model: nn.Module) -> None:
         )
     if getattr(args, "torch_compile", False):
         raise Unsupported(
-            "torch_compile=True and TightfitCallback(budget=...): the Trainer compiles the model after it is planned; "
-            "set torch_compile=False, or leave the callback out"
+            "torch_compile=True and TightfitCallback(budget=...): the Trainer of transformers "
+            f"{transformers.__version__} compiles the model after it is planned; set torch_compile=False, or leave the "
+            "plan out"
+        )
+    if compiled := compiled_entries(model):
+        path = next(iter(compiled))
+        raise Unsupported(
+            f"{path or 'the model'} is compiled, and TightfitCallback(budget=...) measures the Trainer's step "
+            "uncompiled: give the Trainer the model as it is, or train in a loop of your own with tightfit.fit, which "
+            "plans compiled models"
         )
     if getattr(args, "use_liger_kernel", False) or any(
         type(m).__module__.startswith("liger_kernel") for m in model.modules()

@@ -35,6 +35,16 @@ def generates(trainer: Any) -> bool:
     return hasattr(trainer.args, "max_completion_length") or any(name.startswith("_generate") for name in dir(kind))
 
 
+def _in_its_step(trainer: Any) -> bool:
+    """Does this trainer generate in `training_step` itself (TRL's on-policy GKD, its online DPO and what derives from
+    it)? There the plan would be in force meanwhile."""
+    kind = type(trainer)
+    if hasattr(kind, "generate_on_policy_outputs"):
+        return bool(getattr(trainer.args, "lmbda", 1.0))
+    own_step = kind.training_step is not transformers.Trainer.training_step
+    return own_step and any(name.startswith(("_generate", "generate_")) for name in dir(kind))
+
+
 def prepared(trainer: Any, batch: Any) -> Any:
     """A batch of the data loader as the trainer's loss takes it: on its device, with what the trainer adds."""
     prepare = transformers.Trainer._prepare_inputs if generates(trainer) else type(trainer)._prepare_inputs
@@ -44,6 +54,11 @@ def prepared(trainer: Any, batch: Any) -> Any:
 def refuse(trainer: Any, in_parts: bool) -> None:
     """Raise `Unsupported` for what was not tried with generated batches. `in_parts`: they are to be cut."""
     if not generates(trainer):
+        if _in_its_step(trainer):
+            raise Unsupported(
+                f"{type(trainer).__name__} generates text inside its training step, whose bytes and lengths no plan "
+                "knows of: leave the callback out (GKD with lmbda=0 generates nothing)"
+            )
         if in_parts and type(trainer)._prepare_inputs is not transformers.Trainer._prepare_inputs:
             raise Unsupported(
                 f"{type(trainer).__name__} adds to each batch (_prepare_inputs), and micro-batches are not tried with "

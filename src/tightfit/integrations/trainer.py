@@ -238,7 +238,10 @@ class TightfitCallback(PeakCallback):
         model = self._trainer.model_wrapped
         with gradients_in_place(model, self._accumulates):
             made = record_step(model, self._step(batch), self._loss(), bare(optimizer), tiles)
-        return dataclasses.replace(made, batch_sizes=leading_sizes(batch))  # without those of what is held beside it
+        sizes, examples = leading_sizes(batch), self._trainer._train_batch_size  # without what is held beside it
+        if sizes and set(sizes) == {2 * examples}:  # an example is a pair, whose two sequences are two rows
+            sizes = (examples,) * len(sizes)
+        return dataclasses.replace(made, batch_sizes=sizes)
 
     def allowed(self) -> tuple[frozenset[Lever] | None, frozenset[Lever]]:
         """The levers that the plan may use, and those beside the default ones."""

@@ -30,7 +30,7 @@ def advice_for(trace: Trace, line: Timeline, budget_bytes: int) -> tuple[str, ..
             fewer = int(share * batch)
             needed = fixed + gradients + moving * fewer / batch
             said.append(f"a batch of {fewer} instead of {batch} would need about {format_bytes(needed)}")
-        if share > 0.05:
+        if 0.05 < share < 0.995:
             said.append(f"sequences of {share:.0%} of this length would fit, about")
     pinned = [unit for unit in trace.units if unit.pinned]
     if pinned:
