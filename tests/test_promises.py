@@ -145,6 +145,15 @@ def test_a_name_that_is_nearly_right_is_suggested(asked: Any) -> None:
     assert asked == [3] or "did you mean 'offload'?" in str(error.value)
 
 
+def test_no_bits_are_promised_of_compiled_models() -> None:
+    model, batch = made()
+    plan = tightfit.plan(tightfit.trace(model, batch, tiles=False), "80%")
+    assert plan.exact
+    model.compile(backend="eager")
+    with tightfit.apply(model, plan) as applied:
+        assert "bit for bit" not in str(applied) and "verify holds them to float64" in str(applied)
+
+
 def test_a_plan_in_force_says_what_it_is() -> None:
     model, batch = made()
     with tightfit.fit(model, batch, "70%") as applied:

@@ -198,10 +198,7 @@ class Applied:
                 f"{format_bytes(plan.peak_bytes)} predicted, {format_bytes(plan.unplanned_peak_bytes)} without it",
             ),
             ("slowdown", f"{plan.slowdown:.2f} x the time of the step without it, predicted"),
-            (
-                "gradients",
-                "bit for bit those without it" if plan.exact else "to rounding: verify holds them to float64",
-            ),
+            ("gradients", self._promised()),
         ]
         names = [lever.lever.value.replace("_", " ") for lever in used(plan)]
         said.append(("levers", ", ".join(names) or "none: the step fits as it is"))
@@ -214,6 +211,13 @@ class Applied:
                 self._tighter = plan, tighter(self.trace, plan)
             said.append(("a tenth less", self._tighter[1]))
         return said
+
+    def _promised(self) -> str:
+        if not self.plan.exact:
+            return "to rounding: verify holds them to float64"
+        if compiled_entries(self.model):
+            return "to the compiled step's own rounding, since it may fuse other ops: verify holds them to float64"
+        return "bit for bit those without it"
 
     def stats(self) -> Stats:
         """Counts since the plan was applied: frames, replays, fallbacks, ops run again."""
