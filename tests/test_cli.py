@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -445,3 +446,26 @@ def test_a_guard_that_cannot_be_meant(
 ) -> None:
     assert main(["check", model, *SMALL, *asked]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gpu", "60MiB", "--max", "1GiB"], "leaves nothing for tensors"),
+        (["--gpu", "24GiB", "--max-of", "none"], "--max-of says whose bytes --max judges: give --max too"),
+    ],
+)
+def test_a_guard_that_guards_nothing_is_refused(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "tightfit-demo", "--no-search", "--seq", "64", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_advice_is_in_the_command_lines_words(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "tightfit-demo", "--batch", "1", "--seq", "16", "--budget", "60%"]
+    assert main(asked) == 1
+    said = capsys.readouterr().err
+    assert "beside=" not in said
+    (levers,) = re.findall(r"--levers ([a-z_,]+) would take", said)
+    assert main([*asked, "--levers", levers]) == 0

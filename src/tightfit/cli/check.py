@@ -171,7 +171,7 @@ def check(
         return
     target = forecast.device_asked(gpu)
     if most is not None and guarded == "tightfit":
-        budget = str(min(most_bytes, forecast.usable_bytes(target)))
+        budget = str(max(1, min(most_bytes, forecast.usable_bytes(target))))  # a device without room says so
     traces: list[Trace] = []
     with progress_shown() as say:
         asked: dict[str, Any] = {
