@@ -100,7 +100,7 @@ def test_on_cuda_the_trainers_kernels_stand_for_themselves(folder: str) -> None:
     names = {op.name for op in on_card.ops}
     assert "aten.masked_scatter.default" in names and "aten.addmm.dtype_out" in names
     assert sum(op.flops for op in on_card.ops if op.name == "aten.addmm.dtype_out") > 0
-    assert not on_card.losses and any("ChunkedLogProbFunction (1 call)" in note for note in on_card.notes)
+    assert not on_card.losses and any("ChunkedLogProbFunction" in note for note in on_card.notes)
     here = trace_setup(setup(folder, trainer="sft"))
     assert simulate(on_card).peak_bytes < simulate(here).peak_bytes
     assert before == (chunked_logprob._use_triton, chunked_logprob._forward_kernel, utils._use_triton)
