@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import runpy
@@ -21,6 +22,7 @@ from tightfit.forecast import Setup, lengths, recording, search
 from tightfit.forecast.advice import ERROR_CASES, WORST_ERROR
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, room_bytes
 from tightfit.plan.simulate import allocations
+from tightfit.report import forecast_report
 
 ROOT = Path(__file__).parents[1]
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "forecast.py"))
@@ -135,6 +137,16 @@ def test_few_sizes_tell_the_largest(room: int, waste: float, fixed: int) -> None
             low, high = (guess, high) if tried[guess].runs else (low, guess)
         assert low == largest
         assert len(tried) <= (16 if waste or fixed else 6), (asked, tried)
+
+
+@pytest.mark.parametrize("trainer", ["model", "dpo"])
+def test_tokens_a_second_are_those_of_the_step(trainer: str) -> None:
+    setup = dataclasses.replace(TINY, batch=3, trainer=trainer)
+    answer = forecast.check(setup, gpu("rtx-4090"), search=False)
+    tokens = 3 * TINY.seq * (2 if trainer == "dpo" else 1)
+    for mode in answer.modes:
+        assert mode.tokens_per_second == pytest.approx(tokens / mode.step_seconds)
+    assert forecast_report(answer)["modes"][0]["tokens_per_second"] == answer.modes[0].tokens_per_second
 
 
 def test_a_card_that_cannot_hold_the_weights_is_told_so() -> None:

@@ -149,6 +149,7 @@ class Mode:
     step_seconds: float  # estimated
     slowdown: float  # step seconds against mode none's
     recompute_flops: int
+    tokens_per_second: float = 0.0  # estimated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tightfit.catalog import gpu_names
 from tightfit.core import (
@@ -88,8 +88,7 @@ def check(
     traced(recorded)
     shown = made or lowest(recorded, effort=QUICK, levers=levers, host_budget=limit)
     modes.append(_mode("tightfit", recorded, simulate(recorded, shown), shown, room))
-    base_seconds = modes[0].step_seconds
-    modes = [dataclasses.replace(mode, slowdown=mode.step_seconds / base_seconds) for mode in modes]
+    modes = _compared(modes, setup)
     fits = made is not None
     largest = longest = None
     if search and hopeless:
@@ -179,6 +178,17 @@ def _mode(name: str, recorded: Trace, line: Timeline, made: Plan | None, room: i
     )
 
 
+def _compared(modes: Sequence[Mode], setup: Setup) -> list[Mode]:
+    """`modes` with their slowdown against the first, and the tokens of a batch by their seconds."""
+    tokens = setup.batch * setup.seq * (2 if setup.trainer == "dpo" else 1)  # of a pair, both
+    return [
+        dataclasses.replace(
+            mode, slowdown=mode.step_seconds / modes[0].step_seconds, tokens_per_second=tokens / mode.step_seconds
+        )
+        for mode in modes
+    ]
+
+
 def _blocks_mode(setup: Setup, device: Device, recorded: Trace, room: int) -> Mode:
     """Every block recomputed. Where a unit cannot be planned, the step with torch.utils.checkpoint itself is traced."""
     if any(unit.pinned for unit in recorded.units):
@@ -221,7 +231,7 @@ def which_gpus(setup: Setup, *, budget: str | int | None = None, progress: Progr
         made = plan(recorded, base.peak_bytes) if modes[0].fits else fitted(recorded, room, QUICK)
         if made is not None:
             modes.append(_mode("tightfit", recorded, simulate(recorded, made), made, room))
-        modes = [dataclasses.replace(m, slowdown=m.step_seconds / modes[0].step_seconds) for m in modes]
+        modes = _compared(modes, setup)
         found.append(
             Forecast(
                 model=setup.model, method=setup.method, batch=setup.batch, seq=setup.seq, dtype=setup.dtype,

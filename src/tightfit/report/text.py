@@ -232,6 +232,7 @@ def forecast_table(forecast: Forecast) -> RenderableType:
     line("reserved", lambda m: format_bytes(m.reserved_bytes))
     line("fits", lambda m: "yes" if m.fits else "no")
     line("step (estimated)", lambda m: f"{m.step_seconds:.2f} s ({m.slowdown:.2f} x)")
+    line("tokens/s (estimated)", lambda m: f"{float(f'{m.tokens_per_second:.3g}'):,.0f}")  # an estimate
     lines = [
         f"{MODES.get(m.mode, m.mode)}: the peak is in the {m.peak_phase}, at: {m.peak_owner}" for m in forecast.modes
     ]
