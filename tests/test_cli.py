@@ -462,8 +462,9 @@ def test_a_guard_that_guards_nothing_is_refused(
     assert said in capsys.readouterr().err
 
 
-def test_advice_is_in_the_command_lines_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_advice_is_in_the_command_lines_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["plan", "tightfit-demo", "--batch", "1", "--seq", "16", "--budget", "60%"]
+    asked += ["--out", str(tmp_path / "plan.json")]
     assert main(asked) == 1
     said = capsys.readouterr().err
     assert "beside=" not in said
