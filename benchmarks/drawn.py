@@ -17,7 +17,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -199,6 +199,28 @@ def rows_of_others(file: Path, key: str, drawn_now: Sequence[str]) -> list[dict[
     """The rows of a results file whose `key` is none of those that are drawn now."""
     before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     return [row for row in before if row[key] not in drawn_now]
+
+
+def record_of_rows(
+    file: Path,
+    rows_of: Callable[[str], Iterable[dict[str, Any]]],
+    names: Sequence[str],
+    *,
+    order: Sequence[str],
+    key: str,
+    then: str,
+) -> dict[str, Any]:
+    """The document for `write`: the rows of `names`, each said as soon as it is there, and those of others as they were
+    in the file. Rows are in the `order` of what they have under `key`, then by what they have under `then`."""
+    from tightfit.step.environment import environment  # results are read without torch too
+
+    rows = rows_of_others(file, key, names)
+    for name in names:
+        for row in rows_of(name):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    rows.sort(key=lambda row: (order.index(row[key]), row[then]))
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "rows": rows}
 
 
 def commit() -> str:

@@ -13,12 +13,10 @@ row. The lowest peak is judged by the same search.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,6 @@ from tightfit.integrations.peft import add_lora
 from tightfit.plan import lowest
 from tightfit.plan.program import kept_values, shared
 from tightfit.plan.simulate import simulate_choices
-from tightfit.step.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "optimum.json"
 SHARES = (0.0, 0.15, 0.3, 0.5, 0.75)  # of the way from the lowest peak to the step's own
@@ -268,13 +265,7 @@ def main() -> int:
     parser.add_argument("--only", choices=STEPS, help="this step alone")
     asked = parser.parse_args()
     names = [asked.only] if asked.only else list(STEPS)
-    rows = drawn.rows_of_others(RESULTS, "step", names)
-    for name in names:
-        for row in rows_of(name):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    rows.sort(key=lambda row: (list(STEPS).index(row["step"]), row["share"]))
-    record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "rows": rows}
+    record = drawn.record_of_rows(RESULTS, rows_of, names, order=list(STEPS), key="step", then="share")
     drawn.write(RESULTS, record, parts=names)
     return 0
 

@@ -11,10 +11,9 @@ step's proven seconds. `plan_seconds` are of the processor, so that other work b
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from datetime import UTC, datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ import transformers
 import tightfit
 from tightfit.integrations.peft import add_lora
 from tightfit.plan import lowest
-from tightfit.step.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "planning.json"
 SHAPES = {
@@ -37,49 +35,47 @@ SHAPES = {
 STEPS = 10  # budgets: the lowest peak, and so many tenths of the way from there to the peak without a plan
 
 
+def rows_of(name: str) -> Iterator[dict[str, Any]]:
+    shape = SHAPES[name]
+    with torch.device("meta"):
+        config: Any = transformers.LlamaConfig(**shape, max_position_embeddings=4096, dtype=torch.bfloat16)
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = add_lora(model, rank=16).train()
+        ids = torch.zeros(1, 2048, dtype=torch.long)
+    started = time.perf_counter()
+    trace = tightfit.trace(model, {"input_ids": ids, "labels": ids}, fake=True)
+    trace_seconds = time.perf_counter() - started
+    started = time.process_time()
+    low = lowest(trace)
+    lowest_seconds = time.process_time() - started
+    unplanned = tightfit.simulate(trace).peak_bytes
+    fixed = sum(trace.static_bytes.values())
+    step_seconds = sum(op.seconds for op in trace.ops)
+    for step in range(STEPS):
+        budget = low.peak_bytes + step * (unplanned - low.peak_bytes) // STEPS
+        started = time.process_time()
+        plan = tightfit.plan(trace, budget)
+        yield {
+            "model": name,
+            "activation_share": round((budget - fixed) / (unplanned - fixed), 4),
+            "trace_seconds": round(trace_seconds, 1),
+            "lowest_seconds": round(lowest_seconds, 1),
+            "recompute_flops_share": round(plan.recompute_flops / max(1, plan.forward_flops), 4),
+            "status": plan.status.value,
+            "gap_of_step": round(
+                (plan.recompute_seconds - plan.bound_seconds) / (step_seconds + plan.bound_seconds), 5
+            ),
+            "plan_seconds": round(time.process_time() - started, 2),
+        }
+
+
 def main() -> int:
     transformers.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[name.partition(",")[0] for name in SHAPES], help="this shape alone")
     asked = parser.parse_args()
     names = [name for name in SHAPES if asked.only in (None, name.partition(",")[0])]
-    rows = drawn.rows_of_others(RESULTS, "model", names)
-    for name in names:
-        shape = SHAPES[name]
-        with torch.device("meta"):
-            config: Any = transformers.LlamaConfig(**shape, max_position_embeddings=4096, dtype=torch.bfloat16)
-            model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-            model = add_lora(model, rank=16).train()
-            ids = torch.zeros(1, 2048, dtype=torch.long)
-        started = time.perf_counter()
-        trace = tightfit.trace(model, {"input_ids": ids, "labels": ids}, fake=True)
-        trace_seconds = time.perf_counter() - started
-        started = time.process_time()
-        low = lowest(trace)
-        lowest_seconds = time.process_time() - started
-        unplanned = tightfit.simulate(trace).peak_bytes
-        fixed = sum(trace.static_bytes.values())
-        step_seconds = sum(op.seconds for op in trace.ops)
-        for step in range(STEPS):
-            budget = low.peak_bytes + step * (unplanned - low.peak_bytes) // STEPS
-            started = time.process_time()
-            plan = tightfit.plan(trace, budget)
-            row: dict[str, Any] = {
-                "model": name,
-                "activation_share": round((budget - fixed) / (unplanned - fixed), 4),
-                "trace_seconds": round(trace_seconds, 1),
-                "lowest_seconds": round(lowest_seconds, 1),
-                "recompute_flops_share": round(plan.recompute_flops / max(1, plan.forward_flops), 4),
-                "status": plan.status.value,
-                "gap_of_step": round(
-                    (plan.recompute_seconds - plan.bound_seconds) / (step_seconds + plan.bound_seconds), 5
-                ),
-                "plan_seconds": round(time.process_time() - started, 2),
-            }
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    rows.sort(key=lambda row: (list(SHAPES).index(row["model"]), row["activation_share"]))
-    record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "rows": rows}
+    record = drawn.record_of_rows(RESULTS, rows_of, names, order=list(SHAPES), key="model", then="activation_share")
     drawn.write(RESULTS, record, parts=names)
     return 0
 

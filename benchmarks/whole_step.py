@@ -12,13 +12,10 @@ state of the ten steps are those of the run without a plan.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 import torch
 import transformers
 from optimum import STEPS, llama, words
+from streaming import put_in_force, trained
 from torch import nn
 
 import tightfit
@@ -37,7 +35,6 @@ from tightfit.integrations.bitsandbytes import no_repacking, quantise
 from tightfit.integrations.peft import add_lora
 from tightfit.levers import used
 from tightfit.plan import Effort, lowest
-from tightfit.step.environment import environment
 from tightfit.step.run import compute_loss
 from tightfit.verify.peak import PeakMeter, static_bytes
 
@@ -54,10 +51,6 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 }
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def steps(model: nn.Module, batch: Any, plan: Plan | None, start: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
     """Losses, trained weights and state after `RUN` steps, and the highest peak of one."""
     torch.manual_seed(1)
@@ -67,7 +60,7 @@ def steps(model: nn.Module, batch: Any, plan: Plan | None, start: list[torch.Ten
     optimizer = torch.optim.AdamW(trained(model), 1e-3, foreach=True)
     found: list[torch.Tensor] = []
     peak_bytes = 0
-    with contextlib.nullcontext() if plan is None else tightfit.apply(model, plan, optimizer=optimizer):
+    with put_in_force(model, plan, optimizer):
         for _ in range(RUN):
             gc.collect()  # what is freed in a step and was made before it would not be counted
             before_bytes = static_bytes(model, optimizer, batch)
@@ -116,13 +109,7 @@ def main() -> int:
     parser.add_argument("--only", choices=CASES, help="this step alone")
     asked = parser.parse_args()
     names = [asked.only] if asked.only else list(CASES)
-    rows = drawn.rows_of_others(RESULTS, "step", names)
-    for name in names:
-        for row in rows_of(name):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    rows.sort(key=lambda row: (list(CASES).index(row["step"]), row["share"]))
-    record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "rows": rows}
+    record = drawn.record_of_rows(RESULTS, rows_of, names, order=list(CASES), key="step", then="share")
     drawn.write(RESULTS, record, parts=names)
     return 0
 

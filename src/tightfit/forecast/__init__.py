@@ -22,7 +22,6 @@ from tightfit.forecast.lengths import longest_length
 from tightfit.forecast.micro_batches import check_micro_batches
 from tightfit.forecast.recording import trace_for, trace_setup
 from tightfit.forecast.room import HERE, device_asked, usable_bytes
-from tightfit.forecast.search import least_peak_bytes
 from tightfit.forecast.setup import Adapters, Progress, Setup, default_length
 from tightfit.forecast.site import asked_of, gather
 from tightfit.forecast.survey import survey
@@ -41,7 +40,6 @@ __all__ = [
     "default_length",
     "device_asked",
     "gather",
-    "least_peak_bytes",
     "longest_length",
     "survey",
     "trace_for",

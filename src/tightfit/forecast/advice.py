@@ -30,7 +30,7 @@ from tightfit.forecast.recording import (
     trace_setup,
 )
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, usable_bytes
-from tightfit.forecast.search import QUICK, can_hold_floor, fitted, least, least_peak_bytes
+from tightfit.forecast.search import QUICK, can_hold_floor, fitted, least
 from tightfit.forecast.setup import Progress, Setup, build_model
 from tightfit.levers import used
 from tightfit.plan import lowest
@@ -82,8 +82,9 @@ def advice_for(
             other = trace_setup(dataclasses.replace(setup, **changed), device)
         except (InvalidInput, Unsupported):
             return
-        if least(other, room, levers, host_budget).runs:
-            yield f"{said} fits: from {format_bytes(least_peak_bytes(other, levers, host_budget))} on"
+        found = least(other, room, levers, host_budget)
+        if found.runs:
+            yield f"{said} fits: from {format_bytes(found.peak_bytes)} on"
 
     if setup.optimizer == "adamw":
         yield from tell("the fused optimizer (--optimizer adamw-fused)", optimizer="adamw-fused")

@@ -88,11 +88,6 @@ def least(recorded: Trace, room: int, levers: frozenset[Lever] | None = None, ho
     return Least(runs, reserved, made.peak_bytes)
 
 
-def least_peak_bytes(recorded: Trace, levers: frozenset[Lever] | None = None, host_budget: int | None = None) -> int:
-    """The lowest peak of any plan, in allocated bytes."""
-    return lowest(recorded, effort=QUICK, levers=levers, host_budget=host_budget).peak_bytes
-
-
 def largest_fitting(
     setup: Setup,
     device: Device,

@@ -146,7 +146,7 @@ def gather(
     except OSError as error:
         raise InvalidInput(f"cannot write a site to {str(out)!r}: {error}") from None
     if not (out / ANSWERS).exists():  # a run beside this one sees what the folder is for before it answers anything
-        write_text(out / ANSWERS, json.dumps(document, separators=(",", ":")) + "\n")
+        _write(out, document)
     steps = list(_steps(asked))
     try:
         for count, setup in enumerate(steps, start=1):
@@ -157,7 +157,7 @@ def gather(
                 cell = _cell(setup, asked.cards, _within(progress, where))
                 document, now = _as_it_stands(out, asked, here)  # others may have added theirs meanwhile
                 _put(document, setup, {**cell, "environment": now})
-                write_text(out / ANSWERS, json.dumps(document, separators=(",", ":")) + "\n")
+                _write(out, document)
             if count == len(steps) or steps[count].model != setup.model:
                 written(document)
     except BaseException:
@@ -165,6 +165,10 @@ def gather(
             written(document)
         raise
     return document
+
+
+def _write(out: Path, document: Mapping[str, Any]) -> None:
+    write_text(out / ANSWERS, json.dumps(document, separators=(",", ":")) + "\n")
 
 
 def _as_it_stands(out: Path, asked: Asked, here: dict[str, str]) -> tuple[dict[str, Any], int]:

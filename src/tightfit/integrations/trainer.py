@@ -163,8 +163,7 @@ class TightfitCallback(PeakCallback):
         """Have `trainer` load a checkpoint's optimizer state into host memory, where a plan may have it wait: all of it
         may be more than the device holds, and it is loaded before training begins. A callback that the Trainer's
         constructor is given does this by itself."""
-        given = {each.lever for each in used(self.budget)} if isinstance(self.budget, Plan) else set()
-        if Lever.STATE_IN_HOST in (self.levers or frozenset()) | self.beside | given:
+        if Lever.STATE_IN_HOST in (self.levers or frozenset()) | self.beside | self._given_levers:
             load = trainer._load_optimizer_and_scheduler
             trainer._load_optimizer_and_scheduler = functools.partial(self._load_to_host, trainer, load)
 
@@ -243,13 +242,17 @@ class TightfitCallback(PeakCallback):
             sizes = (examples,) * len(sizes)
         return dataclasses.replace(made, batch_sizes=sizes)
 
+    @property
+    def _given_levers(self) -> frozenset[Lever]:
+        """Of the plan that was given, where one was."""
+        return frozenset(each.lever for each in used(self.budget)) if isinstance(self.budget, Plan) else frozenset()
+
     def allowed(self) -> tuple[frozenset[Lever] | None, frozenset[Lever]]:
         """The levers that the plan may use, and those beside the default ones."""
         cuts = self.in_parts is not None and self.in_parts.cuts
         levers, others = cut_levers(self.levers, self.beside, cuts)
-        given = {each.lever for each in used(self.budget)} if isinstance(self.budget, Plan) else set()
         reads = self._reads_gradients()
-        if reads and Lever.STEP_IN_BACKWARD in (others | (levers or frozenset()) | given):
+        if reads and Lever.STEP_IN_BACKWARD in (others | (levers or frozenset()) | self._given_levers):
             raise Unsupported(
                 f"step_in_backward was asked for, but {reads} needs the gradients after backward: leave one of the two "
                 "out"

@@ -17,6 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tightfit.step.geometry import is_dense
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WORD_BYTES = 8
 _WEIGHT = -0x61C8864680B583EB  # 2**64 over the golden ratio: its multiples are spread over all the bits
@@ -61,7 +63,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sums(bits: torch.Tensor) -> list[torch.Tensor]:
-    if not _is_dense(bits):
+    if not is_dense(bits):
         odd = bits[tuple(slice(0, n - 1 + n % 2) for n in bits.shape)]
         return [*_marginals(bits), *_marginals(odd)]
     flat = bits.as_strided((bits.numel(),), (1,))
@@ -76,17 +78,6 @@ def _sums(bits: torch.Tensor) -> list[torch.Tensor]:
     rest.append(flat[rows * length :])
     grid = flat[: rows * length].view(rows, length)
     return [*(_marginals(grid) if rows else ()), *rest]
-
-
-def _is_dense(bits: torch.Tensor) -> bool:
-    """Does `bits` fill a stretch of memory, with each place used once?"""
-    expected = 1
-    for stride, size in sorted(zip(bits.stride(), bits.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 def _marginals(bits: torch.Tensor) -> list[torch.Tensor]:
