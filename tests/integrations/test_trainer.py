@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import types
 from collections.abc import Iterator
@@ -153,6 +154,23 @@ def test_each_set_of_trained_parameters_has_its_plan(make: Any, other: Any, budg
 def summed(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
     logits, wanted = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     return nn.functional.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
+
+
+def test_trls_own_loss_is_made_smaller(tmp_path: Path) -> None:
+    """Where there is no Triton its chunks own the peak, with several tensors of their size beside them."""
+    subject = LlamaForCausalLM(
+        LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=4096)
+    )
+    runs, callback = [], TightfitCallback("50%")
+    for callbacks in ([], [callback]):
+        runs.append(trainer("sft", tmp_path, callbacks, subject=copy.deepcopy(subject), max_steps=3))
+        runs[-1].train()
+    plain, ours = runs
+    assert callback.plan is not None and callback.plan.exact and callback.plan.in_place_loss
+    assert max(callback.peaks) <= callback.plan.budget_bytes
+    assert told(ours) == told(plain)
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(ours.model.state_dict()[name], value), name
 
 
 def test_a_loss_function_of_the_users(tmp_path: Path) -> None:

@@ -204,6 +204,18 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowwiseOps:
+    """Ops of a loss outside the units that work row by row, and can be run a few rows at a time; op ids."""
+
+    first: int
+    last: int
+    rows: int  # all of them are the first dimension of what the ops make
+    rows_at_once: int
+    buffer: int  # value id of what holds the logits, one tile after the other
+    buffer_bytes: int  # of as many columns as these ops need
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TiledModule:
     """A token-wise module of a unit, computed over chunks of the tokens."""
 
@@ -292,6 +304,7 @@ class Trace:
     random_state_bytes: int = 0  # one saved generator state
     notes: tuple[str, ...] = ()
     losses: tuple[Loss, ...] = ()
+    rowwise: tuple[RowwiseOps, ...] = ()
     out_bytes_per_second: float = 0.0  # of copies from the device to the host
     back_bytes_per_second: float = 0.0
     copies_beside: bool = False  # do copies run beside the compute?

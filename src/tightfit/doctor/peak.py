@@ -15,7 +15,7 @@ from typing import Any
 from tightfit.core import Category, Device, InvalidInput, Phase, Timeline, Trace, Unsupported, format_bytes
 from tightfit.device.cost import NOMINAL_CPU, NOMINAL_CUDA, retimed
 from tightfit.forecast import Progress, Setup, trace_setup
-from tightfit.levers.loss_in_place import with_loss_in_place
+from tightfit.levers.loss_in_place import reaches, with_loss_in_place
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 
 __all__ = ["NOTHING", "Fix", "Rung", "Why", "explain_peak", "why_of_trace"]
@@ -200,7 +200,7 @@ def _candidates(state: _State, recorded: Trace, on_gpu: bool) -> Iterator[tuple[
     """(name, what to do, what it costs, the step then), cheapest first: what changes nothing but bytes, then what
     costs recompute, then what changes the batch's shape, then what changes the training."""
     setup = state.setup
-    if recorded.losses and not state.loss_in_place and not state.least:
+    if reaches(recorded) and not state.loss_in_place and not state.least:
         yield (
             "loss-in-place", "the loss makes its gradient in place (tightfit's plan does)",
             "nothing: no recompute, the same bits", dataclasses.replace(state, loss_in_place=True),

@@ -129,6 +129,7 @@ class Assembly:
             random_state_bytes=self._random_state_bytes(),
             notes=self.notes,
             losses=tuple(self._losses()),
+            rowwise=tuple(full.rowwise),
             out_bytes_per_second=self.target.d2h_bytes_per_second,
             back_bytes_per_second=self.target.h2d_bytes_per_second,
             copies_beside=not self.target.is_host,

@@ -28,6 +28,7 @@ from tightfit.core import (
     Unsupported,
 )
 from tightfit.device.cost import retimed
+from tightfit.levers.loss_in_place.by_rows import folds_told
 from tightfit.levers.loss_in_place.loss import watched
 from tightfit.plan import Effort, every_block
 from tightfit.plan.simulate import simulate_choices
@@ -221,7 +222,12 @@ def record_pass(
         recorder.marks = True
         profiler = cpu_profile()
     try:
-        with profiler or contextlib.nullcontext(), resizes_told(recorder.resized), recorder:
+        with (
+            folds_told(recorder.working_by_rows),
+            profiler or contextlib.nullcontext(),
+            resizes_told(recorder.resized),
+            recorder,
+        ):
             with (
                 torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack),
                 watched(note_cross_entropy),

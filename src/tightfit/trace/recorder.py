@@ -11,7 +11,7 @@ import functools
 import re
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from tightfit.core import (
     FrozenWeights,
     Kind,
     Phase,
+    RowwiseOps,
     Unsupported,
 )
 from tightfit.levers.loss_in_place.loss import rows_at_once
@@ -147,6 +148,21 @@ class Recorder(TorchDispatchMode):
         self.log_softmaxes: list[
             tuple[int, int]
         ] = []  # calls that a plain cross entropy made, bytes of a chunk of rows
+        self.rowwise: list[RowwiseOps] = []
+
+    @contextlib.contextmanager
+    def working_by_rows(self, rows: int, rows_at_once: int, tile: torch.Tensor, columns: int) -> Iterator[None]:
+        """What runs inside works row by row on `tile`, whose buffer may have `columns`."""
+        first, outside = len(self.calls), self.open is None
+        yield
+        buffer, fresh = self.value_of(tile)
+        if outside and len(self.calls) > first and buffer is not None and not fresh:
+            self.rowwise.append(
+                RowwiseOps(
+                    first=first, last=len(self.calls) - 1, rows=rows, rows_at_once=rows_at_once, buffer=buffer,
+                    buffer_bytes=self._rounded(self.storages[buffer].shape[0] * columns * tile.element_size()),
+                )
+            )  # fmt: skip
 
     # -- storages
 

@@ -492,6 +492,13 @@ class _Build:
                 )
                 for loss in old.losses
             ),
+            rowwise=tuple(
+                dataclasses.replace(
+                    ops, first=self.numbers["op", None, ops.first], last=self.numbers["op", None, ops.last],
+                    buffer=self.numbers["value", None, ops.buffer],
+                )
+                for ops in old.rowwise
+            ),
         )  # fmt: skip
 
     def _op_number(self, op: int) -> int:

@@ -1,14 +1,16 @@
 """The loss in place: cross entropy turns its saved log-probabilities into its gradient, a few rows at a time.
 
 Needs from the trace: the cross entropies outside the units (`Trace.losses`), which the recorder notes while
-`loss.watched` is open.
-Offers the planner: the same step with one tensor of the logits' size instead of three, for nothing. Walked by the
-referee as the rewritten trace. Carried out by `loss.in_place`, which replaces `torch.nn.functional.cross_entropy`.
-Proven bit by bit.
+`loss.watched` is open, and the ops of losses that work row by row (`Trace.rowwise`), while `by_rows.folds_told` is.
+Offers the planner: the same step with one tensor of the logits' size instead of three, or with nothing but the tile
+instead of up to eight tensors of its size, at no recompute. Walked by the referee as the rewritten trace. Carried out
+by `loss.in_place`, which replaces `torch.nn.functional.cross_entropy`, and by `by_rows.by_rows`, which replaces the
+functions that TRL's loss calls where there is no Triton. Proven bit by bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -27,7 +29,7 @@ class LossInPlace(LeverDefinition):
     is_compiled_around = True
 
     def variants(self, step: Variant) -> Iterator[Variant]:
-        if step.trace.losses:
+        if reaches(step.trace):
             yield step.by(self, with_loss_in_place(step.trace), in_place_loss=True)
 
     def under(self, trace: Trace, plan: Plan) -> Trace:
@@ -37,9 +39,15 @@ class LossInPlace(LeverDefinition):
         return plan.in_place_loss
 
     def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:
+        from tightfit.levers.loss_in_place.by_rows import by_rows
         from tightfit.levers.loss_in_place.loss import in_place
 
-        return in_place()
+        @contextlib.contextmanager
+        def both() -> Iterator[None]:
+            with in_place(), by_rows():
+                yield
+
+        return both()
 
     def not_compiled(self, plan: Plan, whole: bool) -> str:
         return "makes the loss's gradient in place of what the loss saved" if plan.in_place_loss and whole else ""
@@ -66,6 +74,11 @@ class LossInPlace(LeverDefinition):
         return "loss in place", "yes" if plan.in_place_loss else "no"
 
 
+def reaches(trace: Trace) -> bool:
+    """Has the step a loss that the lever makes smaller?"""
+    return bool(trace.losses or trace.rowwise)
+
+
 def with_loss_in_place(trace: Trace) -> Trace:
     """`trace` as it would be with the loss in place: one tensor of the logits' size instead of three."""
     values, ops, events = list(trace.values), list(trace.ops), list(trace.events)
@@ -81,6 +94,20 @@ def with_loss_in_place(trace: Trace) -> Trace:
         events[freed[of_softmax]] = Event(what=EventKind.FREE, subject=saved)
         ops[loss.nll_backward] = dataclasses.replace(ops[loss.nll_backward], scratch_bytes=0)
         ops[loss.softmax_backward] = dataclasses.replace(ops[loss.softmax_backward], scratch_bytes=loss.rows_bytes * 2)
+    position = {e.subject: i for i, e in enumerate(events) if e.what is EventKind.OP}
+    buffers: dict[int, int] = {}
+    for stretch in trace.rowwise:
+        buffers[stretch.buffer] = max(buffers.get(stretch.buffer, 0), stretch.buffer_bytes)
+        end = position.get(stretch.last + 1, len(events))
+        for op in ops[stretch.first : stretch.last + 1]:
+            for out in op.outputs:
+                if out is None or freed.get(out, end) >= end or values[out].producer != op.id:
+                    continue  # not made by these ops, or what comes after them has it still
+                if values[out].shape[:1] == (stretch.rows,):
+                    size_bytes = values[out].size_bytes * stretch.rows_at_once // stretch.rows
+                    values[out] = dataclasses.replace(values[out], size_bytes=size_bytes)
+    for buffer, size_bytes in buffers.items():
+        values[buffer] = dataclasses.replace(values[buffer], size_bytes=min(size_bytes, values[buffer].size_bytes))
     return dataclasses.replace(trace, values=tuple(values), ops=tuple(ops), events=tuple(events))
 
 

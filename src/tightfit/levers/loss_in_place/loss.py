@@ -32,9 +32,9 @@ torchs_own = functional.cross_entropy
 _in_force = 0
 
 
-def rows_at_once(rows: int, row_bytes: int) -> int:
-    """Rows whose gradient is made together: a MiB of them, or a 64th of all if that is more."""
-    return max(1, min(rows, max(2**20 // max(1, row_bytes), -(-rows // 64))))
+def rows_at_once(rows: int, row_bytes: int, least_bytes: int = 2**20) -> int:
+    """Rows whose gradient is made together: `least_bytes` of them, or a 64th of all if that is more."""
+    return max(1, min(rows, max(least_bytes // max(1, row_bytes), -(-rows // 64))))
 
 
 def is_plain(input: Any, target: Any, weight: Any, reduction: str, label_smoothing: float) -> bool:
