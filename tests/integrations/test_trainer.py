@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import types
 from collections.abc import Iterator
@@ -28,11 +29,16 @@ from tightfit.levers.state_in_host import host
 from tightfit.step.run import static_bytes_by_category
 
 slow = pytest.mark.slow
+#: A TRL whose own loss goes through the logits in chunks, which a plan makes next to nothing of.
+CHUNKED = importlib.util.find_spec("trl.kernels") is not None
 KINDS = [
-    ("trainer", "full", "85%"), ("dpo", "lora", "95%"), pytest.param("sft", "4bit", "95%", marks=slow),
-    pytest.param("trainer", "4bit", "85%", marks=slow), pytest.param("packing", "lora", "95%", marks=slow),
+    ("trainer", "full", "85%"), ("dpo", "lora", "15%" if CHUNKED else "95%"),
+    pytest.param("sft", "4bit", "15%" if CHUNKED else "95%", marks=slow),
+    pytest.param("trainer", "4bit", "85%", marks=slow),
+    pytest.param("packing", "lora", "20%" if CHUNKED else "95%", marks=slow),
     pytest.param("trainer", "lora", "85%", marks=slow),
-    pytest.param("sft", "full", "95%", marks=slow), pytest.param("dpo", "full", "95%", marks=slow),
+    pytest.param("sft", "full", "20%" if CHUNKED else "95%", marks=slow),
+    pytest.param("dpo", "full", "20%" if CHUNKED else "95%", marks=slow),
 ]  # fmt: skip
 
 
