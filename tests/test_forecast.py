@@ -37,7 +37,7 @@ def card(size_bytes: int) -> Device:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=f"{case.arch}-{case.method}-{case.mode}", marks=[pytest.mark.slow] if turn >= 8 else [])
+        pytest.param(case, id=f"{case.arch}-{case.method}-{case.mode}", marks=[pytest.mark.slow] if turn >= 6 else [])
         for turn, case in enumerate(BENCHMARK["cases"](24, seed=3))
     ],
 )

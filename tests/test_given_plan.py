@@ -69,6 +69,7 @@ def test_the_file_fits_the_same_model_and_a_wrapped_one(plan: Plan, tmp_path: Pa
         assert proof.passed, proof.checks  # its peak is what this step takes, too
 
 
+@pytest.mark.slow
 def test_what_is_before_the_paths_goes_as_well(plan: Plan) -> None:
     wrapped = Wrapped(model()).train()
     theirs = tightfit.plan(tightfit.trace(wrapped, batch()), "75%")
@@ -81,6 +82,7 @@ def test_what_is_before_the_paths_goes_as_well(plan: Plan) -> None:
         assert [c.unit for c in found.choices] == [unit.path for unit in other.units]
 
 
+@pytest.mark.slow
 def test_sweeps_tiles_and_streamed_weights_are_renamed() -> None:
     bare, wrapped = model("lora").train(), Wrapped(model("lora")).train()
     here = tightfit.trace(bare, batch(), tiles=True)
@@ -230,6 +232,7 @@ def test_what_cannot_be_meant_is_told_in_one_line(given: dict[str, Any], says: s
     assert what_is_given("75%", None) == "75%" and what_is_given(0, None) == 0
 
 
+@pytest.mark.slow
 def test_a_deeper_model_is_in_tiles_all_through() -> None:
     """Its other units are no choice of the plan's, and are tiled like those that are."""
     step = batch(4, 64)

@@ -162,7 +162,9 @@ def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == "tightfit: cannot write the result: No space left on device\n"
 
 
-@pytest.mark.parametrize("lost", ["2> /dev/full", "2> >(true)", "2>&-"])
+@pytest.mark.parametrize(
+    "lost", ["2>&-", *(pytest.param(way, marks=pytest.mark.slow) for way in ("2> /dev/full", "2> >(true)"))]
+)
 def test_what_cannot_be_said_takes_no_result_with_it(lost: str, tiny: Path, tmp_path: Path) -> None:
     if "full" in lost and not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")

@@ -49,6 +49,7 @@ def step(model: Any) -> Outcome:
     return Outcome(model)
 
 
+@pytest.mark.slow
 def test_a_frozen_half_on_disk(tmp_path: Path) -> None:
     model = add_lora(llama(), rank=4)
     for path, parameter in model.named_parameters():
@@ -124,7 +125,7 @@ def test_budgets_for_other_devices(budget: dict[Any, Any], said: str) -> None:
         accelerate.fit(llama(), BATCH, budget)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("no", marks=pytest.mark.slow)])
 def test_accumulation_and_mixed_precision_through_accelerator(precision: str) -> None:
     def losses(budget: str | None) -> list[float]:
         AcceleratorState._reset_state(True)

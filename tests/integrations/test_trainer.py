@@ -471,7 +471,7 @@ def test_what_was_not_tried_with_generated_batches_is_refused(tmp_path: Path) ->
         generating(tmp_path, [TightfitCallback("90%", micro_batch=1)]).train()
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", pytest.param("dpo", marks=slow)])
 def test_trls_default_makes_way_and_comes_back(kind: str, tmp_path: Path) -> None:
     callback = TightfitCallback("95%")
     run = trainer(kind, tmp_path, [callback], method="lora", max_steps=2)

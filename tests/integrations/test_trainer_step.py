@@ -228,6 +228,7 @@ def test_another_trainers_run_is_not_read_as_dpo(trainer: str, line: str, folder
         case_of(str(run))
 
 
+@pytest.mark.slow
 def test_doctor_sells_nothing_that_has_nothing_to_act_on(folder: str, tmp_path: Path) -> None:
     run = tmp_path / "sft.yaml"
     run.write_text(

@@ -49,7 +49,7 @@ def train(model: Any, folder: Path, callback: TightfitCallback | None, **changes
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_losses_are_those_without_the_callback(method: str, accumulation: int, tmp_path: Path) -> None:
     def model() -> Any:
         return small_model() if method == "full" else add_lora(small_model(), rank=4)

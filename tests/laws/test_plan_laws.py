@@ -78,6 +78,7 @@ def test_time_never_rises_with_the_budget(seed: int, wanted: list[float]) -> Non
     assert all(later <= earlier * 1.02 + 1e-9 for earlier, later in itertools.pairwise(seconds))
 
 
+@pytest.mark.slow
 @LAW
 @given(seeds, shares, st.integers(2, 5))
 def test_other_units_of_bytes_change_nothing(seed: int, share: float, factor: int) -> None:
@@ -97,6 +98,7 @@ def test_other_units_of_bytes_change_nothing(seed: int, share: float, factor: in
     assert again.recompute_seconds == pytest.approx(plan.recompute_seconds, rel=0.02)
 
 
+@pytest.mark.slow
 @LAW
 @given(seeds, shares)
 def test_other_names_change_nothing(seed: int, share: float) -> None:

@@ -123,6 +123,7 @@ def test_a_page_of_32_layers_is_small() -> None:
     assert len(page(document(trace, study=to_json(study(trace, plan)))).encode()) < 2_000_000
 
 
+@pytest.mark.slow
 def test_check_traces_once_for_its_page_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tightfit import forecast
 
