@@ -109,7 +109,7 @@ class _Slot:
         self.reference, self.counted = reference, counted
         self.shape, self.dtype = tensor.shape, tensor.dtype
         self.tensor: torch.Tensor | None = None
-        self.checksum: torch.Tensor | None = None  # of the forward's tensor, if it is to be compared
+        self.checksum: torch.Tensor | int | None = None  # of the forward's tensor, if it is to be compared
         self.place: tuple[Any, ...] | None = None  # where it lies, if it is an argument or a parameter
 
     def get(self) -> torch.Tensor:
