@@ -704,6 +704,167 @@ def state_without_room_on_the_card_stays_in_host_memory() -> None:
     assert _state_bytes(optimizer, "cpu") == 0
 
 
+# ------------------------------------------------------------------------------------------------ streamed weights
+
+
+def _half_frozen(where: str) -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(6)]
+    made = nn.Sequential(nn.Linear(64, 64), *blocks, nn.Linear(64, 8)).to(where)
+    made.register_buffer("shift", torch.ones(8, device=where))
+    for block in made[1:-1]:
+        block.requires_grad_(False)
+    return made
+
+
+def _numbers(rows: int = 32, where: str = "pretend") -> torch.Tensor:
+    return torch.randn(rows, 64, generator=torch.Generator().manual_seed(0)).to(where)
+
+
+def _shifted(model: nn.Module, batch: Any) -> torch.Tensor:
+    return (model(batch) + model.shift).square().mean()
+
+
+def _trained(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    found = []
+    for _ in range(3):
+        loss = _shifted(model, batch)
+        loss.backward()
+        found += [loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*found, *(p.detach().cpu().clone() for p in model.parameters())]
+
+
+def _kinds(model: nn.Module) -> set[str]:
+    return {p.device.type for p in model.parameters()}
+
+
+@case
+def frozen_weights_wait_in_host_memory() -> None:
+    """Of a model that is on the card: the same bits, and all of it on the card again afterwards."""
+    expected = _trained(_half_frozen("pretend"), _numbers())
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        model = _half_frozen("pretend")
+        with tightfit.fit(model, _numbers(), "80%", loss=_shifted, beside="stream_weights") as applied:
+            assert applied.plan.settings["stream_weights"] and _kinds(model) == {"cpu", "pretend"}
+            assert same(expected, _trained(model, _numbers())), order
+        assert _kinds(model) == {"pretend"}
+
+
+@case
+def a_model_that_never_was_on_the_card() -> None:
+    """It is planned on fake tensors, and what the plan streams never is on the card all at once."""
+    expected = _trained(_half_frozen("pretend"), _numbers())
+    whole_bytes = sum(p.nbytes for p in _half_frozen("cpu").parameters())
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        model, batch = _half_frozen("cpu"), _numbers(where="cpu")
+        parameters = list(model.parameters())
+        before = _allocated()
+        torch.accelerator.reset_peak_memory_stats()
+        applied = tightfit.fit(
+            model, batch, 450_000, loss=_shifted, beside="stream_weights", device="pretend", longer="allow"
+        )
+        assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+        assert _kinds(model) == {"cpu", "pretend"} and model.shift.device.type == "pretend"
+        assert torch.accelerator.max_memory_allocated() - before < whole_bytes / 2
+        batch = batch.to("pretend")
+        assert same(expected, _trained(model, batch)), order
+        taken = torch.accelerator.max_memory_allocated() - before
+        assert taken <= applied.plan.peak_bytes * 1.01  # the first copies are compared, by checksums on the card
+        torch.accelerator.reset_peak_memory_stats()
+        _trained(model, batch)
+        taken = torch.accelerator.max_memory_allocated() - before
+        assert taken <= applied.plan.peak_bytes <= 450_000, (taken, applied.plan.peak_bytes)
+        assert taken > 0.9 * applied.plan.peak_bytes, (taken, applied.plan.peak_bytes)
+        applied.remove()
+        assert _kinds(model) == {"cpu", "pretend"}  # the card need not have room for what waited
+        # the same model again, under another budget: more of it may be on the card
+        again = tightfit.fit(
+            model, batch, 700_000, loss=_shifted, beside="stream_weights", device="pretend", longer="replan"
+        )
+        streamed = sum(p.device.type == "cpu" for p in model.parameters())
+        assert streamed < sum(p.nbytes > 0 for p in parameters)
+        assert not any(g.isnan().any() for g in _trained(model, batch))
+        again.remove()
+        del model, applied, again, parameters
+
+
+@case
+def a_longer_batch_of_a_model_that_never_was_on_the_card() -> None:
+    plain = _half_frozen("pretend")
+    expected = [_shifted(plain, _numbers(rows)).detach().cpu() for rows in (16, 64, 16)]
+
+    class Scored(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return _shifted(self.inner, rows)
+
+    model = Scored(_half_frozen("cpu"))
+    with tightfit.fit(model, {"rows": _numbers(16)}, 600_000, beside="stream_weights", device="pretend") as applied:
+        found = []
+        for rows in (16, 64, 16):
+            loss = model(rows=_numbers(rows))
+            loss.backward()
+            found.append(loss.detach().cpu())
+            model.zero_grad()
+        assert same(expected, found)
+        assert applied.plan.settings["stream_weights"]
+
+
+@case
+def llama_in_host_memory_by_a_plan_that_is_given() -> None:
+    from tightfit.integrations.peft import add_lora
+
+    def made(where: str) -> nn.Module:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, vocab_size=64,
+            use_cache=False,
+        )  # fmt: skip
+        return add_lora(LlamaForCausalLM(config), rank=4).train().to(where)
+
+    twin, batch = made("pretend"), tokens()
+    expected = gradients(twin, batch)
+    trace = tightfit.trace(twin, batch)
+    plan = tightfit.plan(trace, "60%", levers="recompute,stream_weights")
+    del twin
+    model = made("cpu")
+    with tightfit.apply(model, plan, device="pretend"):
+        for _ in range(6):  # copies are compared in the first few
+            assert same(expected, gradients(model, batch))
+
+
+@case
+def what_cannot_be_put_on_the_card_is_refused() -> None:
+    def said(make: Callable[[], Any]) -> str:
+        try:
+            make()
+        except (tightfit.InvalidInput, tightfit.Unsupported) as error:
+            return str(error)
+        raise AssertionError("nothing was raised")
+
+    batch = _numbers(where="cpu")
+    both = _half_frozen("cpu")
+    both[0].to("pretend:1")
+    assert "lies on pretend:1" in said(lambda: tightfit.fit(both, batch, "80%", loss=_shifted, device="pretend:0"))
+    on_card = _half_frozen("pretend")
+    assert "lies on pretend:0" in said(lambda: tightfit.fit(on_card, batch, "80%", loss=_shifted, device="cpu"))
+    compiled = torch.compile(_half_frozen("cpu"))
+    assert "compiled" in said(lambda: tightfit.fit(compiled, batch, "80%", loss=_shifted, device="pretend"))
+    parts = {"loss": _shifted, "device": "pretend", "micro_batch": "auto"}
+    assert "micro-batches" in said(lambda: tightfit.fit(_half_frozen("cpu"), batch, "80%", **parts))
+    later = _half_frozen("cpu")
+    later[1][0].weight.bnb_quantized = False
+    assert "device_map={'': 'cpu'}" in said(lambda: tightfit.fit(later, batch, "80%", loss=_shifted, device="pretend"))
+
+
 def main(names: list[str]) -> None:
     card.load()
     for name in names or CASES:

@@ -600,6 +600,9 @@ at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& source) {
   return set_storage_offset(self, source.storage(), source.storage_offset(), source.sizes(), source.strides());
 }
 
+// `tensor.data = other` may take a tensor to another device, as between CUDA and the host.
+bool takes_data_of(const at::Tensor&, const at::Tensor&) { return true; }
+
 void record_stream(at::Tensor& self, c10::Stream stream) { memory.recordStream(self.storage().data_ptr(), stream); }
 
 // ---------------------------------------------------------------------------------------------------- ops
@@ -706,6 +709,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage", &set_storage);
   m.impl("set_.source_Tensor", &set_tensor);
   m.impl("record_stream", &record_stream);
+  m.impl("_has_compatible_shallow_copy_type", &takes_data_of);
 }
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }

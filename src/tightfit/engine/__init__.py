@@ -48,6 +48,7 @@ from tightfit.step.modules import modules_of
 from tightfit.step.optimizers import bare
 from tightfit.step.parallel import inside
 from tightfit.step.patches import ForwardPatch, compiled_entries, no_key_value_cache, own_checkpointing_off
+from tightfit.step.placement import destination, place
 from tightfit.step.ranks import Meeting, are_several
 from tightfit.step.signature import signature_of
 
@@ -75,8 +76,9 @@ class Applied:
         *,
         pool: Pool | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.device = model, device
         self.optimizer = None if optimizer is None else bare(optimizer)
         self.pool = Pool() if pool is None else pool  # where what is offloaded waits
         counts = {lever.lever.value: lever.new_stats() for lever in every()}
@@ -109,12 +111,14 @@ class Applied:
             self._switches.enter_context(own_checkpointing_off(self.model))
             self._switches.enter_context(no_key_value_cache(self.model))
             self._switches.enter_context(doors(self.model))
+            if self.device is not None:
+                place(self.model, self.device, {path for lever in used(plan) for path in lever.left_in_host(plan)})
             kept = self._optimizer_is_open
             for lever in used(plan):
                 if lever.steps_optimizer and kept:
                     continue
                 counts = self._stats.levers.get(lever.lever.value)
-                given = Given(stats=counts, optimizer=self.optimizer, pool=self.pool)
+                given = Given(stats=counts, optimizer=self.optimizer, pool=self.pool, device=self.device)
                 stack = self._optimizer_switches if lever.steps_optimizer else self._switches
                 stack.enter_context(lever.in_force(self.model, plan, given))
             self._optimizer_is_open = True
@@ -271,6 +275,7 @@ def apply(
     spill: str | Path | None = None,
     host_bytes: str | int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    device: str | torch.device | None = None,
 ) -> Applied:
     """Put `plan` in force on `model`. Raises `PlanMismatch`, which names the first unit that differs, for a plan of
     another model.
@@ -278,9 +283,13 @@ def apply(
     What the plan offloads goes to host memory, of which it takes at most `host_bytes`; what finds no room stays on the
     device. With `spill` it goes to a file in that folder. A plan that changes how the optimizer steps needs the
     `optimizer`, which steps as before after `remove()`.
+
+    `device`: the model is put there from host memory, all but the frozen weights that the plan streams, which need not
+    find room on the device. After `remove()` they are in host memory still, and the rest is on the device.
     """
     capacity = None if host_bytes is None else parse_bytes(host_bytes)
-    return Applied(model, plan, pool=Pool(capacity, None if spill is None else Path(spill)), optimizer=optimizer)
+    pool = Pool(capacity, None if spill is None else Path(spill))
+    return Applied(model, plan, pool=pool, optimizer=optimizer, device=destination(model, device))
 
 
 def _frame_plan(plan: Plan, choice: Choice) -> FramePlan | None:

@@ -41,12 +41,14 @@ def planned_here(
     host_budget: int | None,
     device: torch.device,
     make: Callable[[str | int, int | None], Plan],
+    held_bytes: int = 0,
 ) -> Plan:
-    """The plan of `trace` that `make(budget, host_budget)` gives, within the limits that are set here. Raises what
-    `make` does."""
+    """The plan of `trace` that `make(budget, host_budget)` gives, within the limits that are set here. `held_bytes`: of
+    what may wait, so much is in host memory already. Raises what `make` does."""
     made = make(_within_device(trace, budget, device), host_budget)
     waiting = sum(host_bytes(trace, made).values())
     left = _beside_step(trace, made.budget_bytes, device) if waiting else None
+    left = None if left is None else left + held_bytes
     if left is None or waiting <= left:
         return made
     if host_budget is not None:

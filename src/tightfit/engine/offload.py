@@ -116,12 +116,12 @@ class Pool:
             self.most_bytes = max(self.most_bytes, self.stored_bytes)
         return buffer
 
-    def room_for(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Room for what is in `tensor`. It is the same whenever it is asked for, since whoever has read the tensor may
-        refer to it."""
+    def room_for(self, tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor | None:
+        """Room for what is in `tensor`, to be copied to `device` (None: the tensor's own). It is the same whenever it
+        is asked for, since whoever has read the tensor may refer to it."""
         known: torch.Tensor | None = self._rooms.get(tensor)  # type: ignore[no-untyped-call]
         if known is None or known.numel() < tensor.untyped_storage().nbytes():
-            known = self.room(tensor.untyped_storage().nbytes(), tensor.device)
+            known = self.room(tensor.untyped_storage().nbytes(), device or tensor.device)
             if known is not None:
                 self._rooms[tensor] = known
         return known

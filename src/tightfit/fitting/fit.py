@@ -51,6 +51,7 @@ from tightfit.step.modules import UnitsAsked
 from tightfit.step.optimizers import bare
 from tightfit.step.parallel import Strategy, gradients_wait, steps_together, strategy_of
 from tightfit.step.patches import compiled_entries, own_checkpointing
+from tightfit.step.placement import destination
 from tightfit.step.ranks import anywhere, are_several, highest
 from tightfit.step.rows import row_count, rows_taken
 from tightfit.step.run import LossFunction, device_of, tensors_in, trained_names
@@ -99,6 +100,7 @@ def fit(
     micro_batch: str | int | None = None,
     host_budget: str | int | None = None,
     plan: Plan | str | Path | None = None,
+    device: str | torch.device | None = None,
 ) -> Fitted:
     """Trace one step, plan it for `budget` bytes, apply the plan. `applied.remove()` undoes it.
 
@@ -139,6 +141,11 @@ def fit(
 
     `host_budget`: the most bytes that plans may have wait in host memory, as in `plan`, whenever one is made.
 
+    `device`: the model is in host memory and is to run there. Its step is recorded on fake tensors of that device, so
+    that nothing need fit before there is a plan. Then the model is put there, but for the frozen weights that the plan
+    streams (`beside="stream_weights"`), which never are on the device all at once. Give it batches that are on the
+    device. After `remove()` those weights are in host memory still, and the rest is on the device.
+
     Raises what `trace`, `plan` and `apply` do, `InvalidInput` for another `longer`, and `Unsupported` for a batch that
     cannot be cut: its loss is not a sum or a mean over its rows or labels, which a few rows, cut and uncut, show.
     """
@@ -148,7 +155,12 @@ def fit(
     except ValueError:
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
     allowed = levers_named(levers), exact, levers_named(beside), parse_host_budget(host_budget)
-    guard = _Guard(model, batch, policy, loss, optimizer, units, *allowed)
+    there = destination(model, device)
+    if there is not None and micro_batch is not None:
+        raise Unsupported(
+            "micro-batches are chosen by running some on the device, where the model is not yet: leave out one of the two"
+        )
+    guard = _Guard(model, batch, policy, loss, optimizer, units, *allowed, there)
     if own_checkpointing(model):
         warnings.warn(
             "the model's own checkpointing is off while tightfit's plan is in force; remove() switches it on again",
@@ -161,7 +173,7 @@ def fit(
         else:
             recorded, made, handle = guard.planned(batch, asked)
             if handle is None:
-                applied = Fitted(model, made, trace=recorded, optimizer=optimizer)
+                applied = Fitted(model, made, trace=recorded, optimizer=optimizer, device=there)
             else:
                 applied = handle
                 applied.resume(made, recorded)
@@ -228,7 +240,11 @@ def _record(
     optimizer: torch.optim.Optimizer | None,
     units: UnitsAsked,
     tiles: bool,
+    *,
+    there: torch.device | None = None,
 ) -> Trace:
+    if there is not None:  # some of the model is in host memory, and the device may have no room for it
+        return trace(model, batch, loss, optimizer, units, fake=True, device=there, tiles=tiles)
     device = device_of(model)
     if are_several(model) and not accelerator.is_host(device):
         # a rank whose unplanned step does not fit would leave the others waiting in the middle of theirs
@@ -339,7 +355,9 @@ class _Guard:
         exact: bool,
         beside: Collection[Lever] | None,
         host_budget: int | None,
+        there: torch.device | None,
     ) -> None:
+        self.there = there  # the device that the model is put on; None: it lies there
         self.levers, self.exact, self.beside, self.host_budget = levers, exact, beside, host_budget
         self.told = levers is not None and bool(inexact(levers))  # that the plan is not exact
         self.model, self.policy, self.loss, self.optimizer, self.units = model, policy, loss, optimizer, units
@@ -364,14 +382,16 @@ class _Guard:
         self, batch: Any, budget: str | int | Plan, applied: Fitted | None = None
     ) -> tuple[Trace, Plan, Fitted | None]:
         model, loss, optimizer = self.model, self.loss, self.optimizer
-        record = functools.partial(_record, model, batch, loss, optimizer, self.units)
+        record = functools.partial(_record, model, batch, loss, optimizer, self.units, there=self.there)
         if compiled_entries(model):
             if are_several(model):
                 raise Unsupported("a compiled model on several ranks is not planned: leave out torch.compile")
             return _planned_compiled(
                 model, batch, loss, optimizer, record, budget, self.levers, applied, self.host_budget
             )
-        recorded, made = planned(record, budget, self.levers, model, self.exact, self.beside, self.host_budget)
+        recorded, made = planned(
+            record, budget, self.levers, model, self.exact, self.beside, self.host_budget, self.there
+        )
         if not made.exact and not self.told:
             self.told = True
             who = (

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tightfit.core import (
@@ -34,6 +35,7 @@ from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
 from tightfit.plan.account import host_bytes
 from tightfit.plan.rebase import rebased
+from tightfit.step.placement import in_host_bytes
 from tightfit.step.ranks import Meeting, are_several
 from tightfit.step.run import device_of
 
@@ -74,12 +76,13 @@ def planned(
     exact: bool = False,
     beside: Collection[Lever] | None = None,
     host_budget: int | None = None,
+    there: torch.device | None = None,
 ) -> tuple[Trace, Plan]:
     """The step of `model` and its plan; in tiles, which take longer to record, only where nothing exact fits.
 
     `record`: traces the step, with tiles or without. Where several processes train the model, each records its own
     step, the one with the highest peak makes the plan, and all have looked at what it means for theirs. A plan in
-    place of a budget is taken as it is, if it is one of this step.
+    place of a budget is taken as it is, if it is one of this step. `there`: the device that the model is to be put on.
     """
     if isinstance(budget, Plan):
         if exact and not budget.exact:
@@ -92,17 +95,18 @@ def planned(
                 f"the plan that was given uses {', '.join(left_out)}, which the levers that were asked for leave out: "
                 "add it, or leave the levers to the plan"
             )
-        return _given_together(record, budget, model, host_budget)
+        return _given_together(record, budget, model, host_budget, there)
     if are_several(model):
         return _planned_together(record, budget, levers, exact, host_budget)
     recorded = record(levers is not None and bool(inexact(levers)))
 
     def made(recorded: Trace) -> Plan:
         return planned_here(
-            recorded, budget, host_budget, device_of(model),
+            recorded, budget, host_budget, there or device_of(model),
             lambda budget, limit: make_plan(
                 recorded, budget, levers=levers, exact=exact, beside=beside or (), host_budget=limit
             ),
+            0 if there is None else in_host_bytes(model),
         )  # fmt: skip
 
     try:
@@ -115,14 +119,14 @@ def planned(
 
 
 def _given_together(
-    record: Callable[[bool], Trace], plan: Plan, model: nn.Module, host_budget: int | None
+    record: Callable[[bool], Trace], plan: Plan, model: nn.Module, host_budget: int | None, there: torch.device | None
 ) -> tuple[Trace, Plan]:
     """`planned` with a plan that is there already: every process looks at what it means for its own step."""
     if not are_several(model):
-        return _given(record, plan, model, host_budget)
+        return _given(record, plan, model, host_budget, there)
     meeting = Meeting("fit")
     try:
-        recorded, made = _given(record, plan, model, host_budget)
+        recorded, made = _given(record, plan, model, host_budget, there)
     except Exception as error:
         meeting.left({"error": str(error) if isinstance(error, TightfitError) else f"{type(error).__name__}: {error}"})
         raise
@@ -135,7 +139,7 @@ def _given_together(
 
 
 def _given(
-    record: Callable[[bool], Trace], plan: Plan, model: nn.Module, host_budget: int | None
+    record: Callable[[bool], Trace], plan: Plan, model: nn.Module, host_budget: int | None, there: torch.device | None
 ) -> tuple[Trace, Plan]:
     recorded = record(bool(plan.inexact) or plan.tiling is not None)
     moved = rebased(plan, recorded)
@@ -155,7 +159,8 @@ def _given(
                 )
         return dataclasses.replace(moved, budget_bytes=budget_bytes, host_budget_bytes=limit)
 
-    return recorded, planned_here(recorded, moved.budget_bytes, host_budget, device_of(model), taken)
+    device, held_bytes = there or device_of(model), 0 if there is None else in_host_bytes(model)
+    return recorded, planned_here(recorded, moved.budget_bytes, host_budget, device, taken, held_bytes)
 
 
 #: How often the rank that plans is asked for less, where its plan takes more on another rank.

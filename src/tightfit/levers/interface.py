@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -123,6 +123,7 @@ class Given:
     stats: Any = None  # what the lever's `new_stats` gave
     optimizer: Any = None  # the one that the plan was made with; None: nobody said
     pool: Any = None  # room off the device
+    device: Any = None  # where the model is being put; None: it lies there
 
 
 class LeverDefinition:
@@ -189,6 +190,10 @@ class LeverDefinition:
         """Bytes that `plan`, which uses it, has wait off the device at once. `planned`: what the levers of the plan
         make of the recorded step."""
         return 0
+
+    def left_in_host(self, plan: Plan) -> Collection[str]:
+        """Paths of modules whose frozen weights need never be on the device whole."""
+        return ()
 
     def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:
         """Open while `plan`, which uses it, is in force on `model`."""

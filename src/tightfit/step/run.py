@@ -40,6 +40,11 @@ def stays_elsewhere(room: torch.Tensor) -> None:
     _rooms[storage._cdata] = weakref.ref(storage)
 
 
+def comes_back(room: torch.Tensor) -> None:
+    """`stays_elsewhere` holds for `room` no longer."""
+    _rooms.pop(room.untyped_storage()._cdata, None)
+
+
 def is_elsewhere(tensor: torch.Tensor) -> bool:
     """Does it lie on a storage of which `stays_elsewhere` was said?"""
     if not _rooms or tensor.layout is not torch.strided:

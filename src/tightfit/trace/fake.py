@@ -373,13 +373,16 @@ def faked(model: nn.Module, batch: Any, step: FakeStep) -> Iterator[Any]:
     undo: list[tuple[Any, str, Any]] = []
     twins: dict[int, torch.Tensor] = {}
     step._model = model
+    held = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
+    are_together = len({t.device for t in held if not t.is_meta}) == 1
 
     def fake_of(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in twins and local_of(tensor) is not tensor:
             twins[id(tensor)] = _sharded_like(tensor, fake_of(local_of(tensor)))
         if id(tensor) not in twins:
             with mode:
-                device = accelerator.HOST if tensor.is_meta else tensor.device
+                # a model that is to be put on a device, and the batch on it
+                device = tensor.device if are_together and not tensor.is_meta else accelerator.HOST
                 twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             if isinstance(tensor, nn.Parameter):
                 twin = parameter = _parameter_like(tensor, twin, fake_of)

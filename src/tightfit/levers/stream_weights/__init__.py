@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -150,7 +150,10 @@ class StreamWeights(LeverDefinition):
     def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:
         from tightfit.levers.stream_weights.host import streaming as streamed_from_host
 
-        return streamed_from_host(model, self._paths(plan), given.pool, given.stats)
+        return streamed_from_host(model, self._paths(plan), given.pool, given.stats, given.device)
+
+    def left_in_host(self, plan: Plan) -> Collection[str]:
+        return frozenset(self._paths(plan)) if self.is_used(plan) else ()
 
     def new_stats(self) -> Any:
         from tightfit.levers.stream_weights.host import Streamed

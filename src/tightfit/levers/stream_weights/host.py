@@ -36,7 +36,7 @@ from tightfit.step.checksum import checksum
 from tightfit.step.geometry import Geometry, alone
 from tightfit.step.parallel import Strategy, strategy_of
 from tightfit.step.patches import ForwardPatch
-from tightfit.step.run import is_elsewhere, stays_elsewhere
+from tightfit.step.run import comes_back, is_elsewhere, stays_elsewhere
 from tightfit.step.saved import without_history
 from tightfit.step.weights import FrozenModule, Lender, frozen_modules, lend, lender_of, nodes_of_its_own
 
@@ -67,6 +67,7 @@ class _Weight:
 
     def __init__(self, name: str, tensor: torch.Tensor, buffer: torch.Tensor, device: torch.device, stats: Any) -> None:
         self.name, self.tensor, self.device, self.stats = name, tensor, device, stats
+        self.was_on_device = tensor.device == device
         self.geometry = Geometry.of(tensor)
         self.size_bytes = tensor.untyped_storage().nbytes()
         self.buffer = alone(buffer[: self.size_bytes])
@@ -98,6 +99,14 @@ class _Weight:
         if self.is_home():
             with _quietly():
                 self.tensor.data = self._on(_copied(self.buffer, self.device))
+
+    def leave(self) -> None:
+        """Nobody has it wait any more. What never was on the device stays where it is, since the device need not have
+        room for it."""
+        if self.was_on_device:
+            self.bring_back()
+        else:
+            comes_back(self.room)
 
     def fits(self) -> bool:
         """Can what the tensor has now go to the room?"""
@@ -197,8 +206,8 @@ def _unpack(packed: Any) -> Any:
 class _Module:
     """A module whose weights wait in host memory."""
 
-    def __init__(self, frozen: FrozenModule, pool: Any, stats: Streamed) -> None:
-        self.frozen, self.pool, self.stats = frozen, pool, stats
+    def __init__(self, frozen: FrozenModule, pool: Any, stats: Streamed, device: torch.device | None) -> None:
+        self.frozen, self.pool, self.stats, self.device = frozen, pool, stats, device
         self.weights: list[_Weight] = []
         self.changed: _Weight | None = None  # one that has another dtype or shape now
         self.look()
@@ -230,11 +239,13 @@ class _Module:
         if is_elsewhere(tensor):
             raise InvalidInput("the model's weights are streamed by a plan that is in force already; remove it first")
         with _quietly():  # a frame around this module compares its ops with those of the replay
-            buffer = self.pool.room_for(tensor)
+            device = self.device or tensor.device
+            buffer = self.pool.room_for(tensor, device)
             if buffer is None:
                 self.stats.resident += 1
+                tensor.data = tensor.detach().to(device)
                 return
-            self.weights.append(_Weight(self.frozen.path or "a weight", tensor, buffer, tensor.device, self.stats))
+            self.weights.append(_Weight(self.frozen.path or "a weight", tensor, buffer, device, self.stats))
 
     @contextlib.contextmanager
     def there(self) -> Iterator[dict[_Weight, torch.Tensor]]:
@@ -322,9 +333,11 @@ def _tensors_on(node: Any) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def streaming(model: nn.Module, paths: Sequence[str], pool: Any, stats: Streamed) -> Iterator[None]:
+def streaming(
+    model: nn.Module, paths: Sequence[str], pool: Any, stats: Streamed, device: torch.device | None = None
+) -> Iterator[None]:
     """The frozen weights of the modules at `paths` wait in room of `pool`. What finds no room there stays on the
-    device."""
+    device. `device`: the weights are to be used there, wherever they lie now."""
     if strategy_of(model) is not Strategy.ONE:
         raise Unsupported("the plan streams weights, which several processes cannot yet: plan without stream_weights")
     known = {each.path: each for each in frozen_modules(model)}
@@ -338,7 +351,7 @@ def streaming(model: nn.Module, paths: Sequence[str], pool: Any, stats: Streamed
     patches: list[ForwardPatch] = []
     try:
         for path in paths:
-            module = _Module(known[path], pool, stats)
+            module = _Module(known[path], pool, stats, device)
             opened.append(module)
             patches.append(ForwardPatch(known[path].module, functools.partial(_patched, module)))
         yield
@@ -348,7 +361,7 @@ def streaming(model: nn.Module, paths: Sequence[str], pool: Any, stats: Streamed
         for module in opened:
             module.look()
             for weight in module.weights:
-                weight.bring_back()
+                weight.leave()
 
 
 def _patched(module: _Module, original: Callable[..., Any]) -> Callable[..., Any]:
