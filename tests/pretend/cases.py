@@ -842,6 +842,40 @@ def llama_in_host_memory_by_a_plan_that_is_given() -> None:
 
 
 @case
+def weights_wait_in_the_file_that_they_were_loaded_from() -> None:
+    """Where copies would take too much of the memory that is free; else they are copied, and the file is let go of."""
+    from safetensors.torch import load_file, save_file
+
+    from tightfit.levers.stream_weights import host
+    from tightfit.step.mapped import Mapped
+
+    expected = _trained(_half_frozen("pretend"), _numbers())
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        save_file(_half_frozen("cpu").state_dict(), file)
+        contents = file.read_bytes()
+        for most, in_file in ((0.0, True), (0.5, False)):
+            model = _half_frozen("cpu")
+            model.load_state_dict(load_file(file), assign=True)
+            for module in model[1:-1]:
+                module.requires_grad_(False)
+            assert all(p in Mapped.now() for p in model.parameters())
+            with replaced(host, "_MOST", most):
+                applied = tightfit.fit(
+                    model, _numbers(), 450_000, loss=_shifted, beside="stream_weights", device="pretend", longer="allow"
+                )
+            waiting = [p for p in model.parameters() if p.device.type == "cpu"]
+            counts = applied.stats().levers["stream_weights"]
+            assert waiting and all((p in Mapped.now()) is in_file for p in waiting)
+            assert counts.mapped_bytes == (sum(p.nbytes for p in waiting) if in_file else 0)
+            assert same(expected, _trained(model, _numbers()))
+            applied.remove()
+            assert all((p in Mapped.now()) is in_file for p in waiting)
+            del model, applied, waiting
+        assert file.read_bytes() == contents
+
+
+@case
 def what_cannot_be_put_on_the_card_is_refused() -> None:
     def said(make: Callable[[], Any]) -> str:
         try:

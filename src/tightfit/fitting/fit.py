@@ -158,7 +158,7 @@ def fit(
     there = destination(model, device)
     if there is not None and micro_batch is not None:
         raise Unsupported(
-            "micro-batches are chosen by running some on the device, where the model is not yet: leave out one of the two"
+            "micro-batches are chosen by running some on the device, where the model is not yet: leave out one"
         )
     guard = _Guard(model, batch, policy, loss, optimizer, units, *allowed, there)
     if own_checkpointing(model):

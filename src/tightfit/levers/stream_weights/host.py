@@ -13,7 +13,9 @@ Each copy is a tensor of its own, which goes when nobody holds it: nothing is ev
 meet another weight in its place. In the first steps copies are compared with the weight by checksum all the same, when
 they come and when their reader is done.
 
-Copies are waited for. On the CPU the room lies outside torch's allocator, as what is offloaded does.
+Copies are waited for. On the CPU the room lies outside torch's allocator, as what is offloaded does. What was loaded
+into host memory by mapping a file (safetensors) is read from there where a copy of all of it would take too much of the
+machine's memory: the system keeps as much of it in memory as there is room for.
 
 Noticed: a parameter that was replaced, given other data, or is to be trained. Refused, by `RuntimeError` as in
 autograd: a weight that was changed between forward and backward.
@@ -31,9 +33,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tightfit import accelerator
 from tightfit.core import InvalidInput, PlanMismatch, ReplayDiverged, Unsupported
 from tightfit.step.checksum import checksum
 from tightfit.step.geometry import Geometry, alone
+from tightfit.step.mapped import Mapped
 from tightfit.step.parallel import Strategy, strategy_of
 from tightfit.step.patches import ForwardPatch
 from tightfit.step.run import comes_back, is_elsewhere, stays_elsewhere
@@ -45,6 +49,9 @@ __all__ = ["Streamed", "streaming"]
 #: So many copies of each weight are compared with it.
 _COMPARED = 4
 
+#: Of the host memory that is free, so much may be taken for copies of weights that lie in mapped files.
+_MOST = 0.5
+
 
 @dataclass
 class Streamed:
@@ -53,24 +60,29 @@ class Streamed:
     copies: int = 0
     copied_bytes: int = 0
     resident: int = 0  # weights that stay on the device after all
+    mapped_bytes: int = 0  # of weights that wait in the file that they were loaded from
 
     def __sub__(self, other: Streamed) -> Streamed:
         return Streamed(
             copies=self.copies - other.copies,
             copied_bytes=self.copied_bytes - other.copied_bytes,
             resident=self.resident - other.resident,
+            mapped_bytes=self.mapped_bytes - other.mapped_bytes,
         )
 
 
 class _Weight:
     """One weight in host memory: a parameter, or what belongs to one in 4 bits. A `Lender`."""
 
-    def __init__(self, name: str, tensor: torch.Tensor, buffer: torch.Tensor, device: torch.device, stats: Any) -> None:
+    def __init__(
+        self, name: str, tensor: torch.Tensor, buffer: torch.Tensor | None, device: torch.device, stats: Any
+    ) -> None:
+        """`buffer`: the room in host memory; none: the tensor lies there and stays."""
         self.name, self.tensor, self.device, self.stats = name, tensor, device, stats
         self.was_on_device = tensor.device == device
         self.geometry = Geometry.of(tensor)
         self.size_bytes = tensor.untyped_storage().nbytes()
-        self.buffer = alone(buffer[: self.size_bytes])
+        self.buffer = _as_bytes(tensor) if buffer is None else alone(buffer[: self.size_bytes])
         self.room = self._on(self.buffer)
         stays_elsewhere(self.room)
         self.changes = 0  # that its version does not count
@@ -85,10 +97,11 @@ class _Weight:
         return self.tensor._version, self.changes
 
     def send(self) -> None:
-        """Copy what the tensor has on the device to the room, and put the tensor there."""
-        with _quietly():
-            self.room.copy_(self.tensor.detach())
-            self.tensor.data = self.room
+        """Copy what the tensor has to the room, and put the tensor there."""
+        if not self.is_home():
+            with _quietly():
+                self.room.copy_(self.tensor.detach())
+                self.tensor.data = self.room
         self.changes += 1
 
     def is_home(self) -> bool:
@@ -206,8 +219,10 @@ def _unpack(packed: Any) -> Any:
 class _Module:
     """A module whose weights wait in host memory."""
 
-    def __init__(self, frozen: FrozenModule, pool: Any, stats: Streamed, device: torch.device | None) -> None:
-        self.frozen, self.pool, self.stats, self.device = frozen, pool, stats, device
+    def __init__(
+        self, frozen: FrozenModule, pool: Any, stats: Streamed, device: torch.device | None, mapped: Mapped
+    ) -> None:
+        self.frozen, self.pool, self.stats, self.device, self.mapped = frozen, pool, stats, device, mapped
         self.weights: list[_Weight] = []
         self.changed: _Weight | None = None  # one that has another dtype or shape now
         self.look()
@@ -240,8 +255,11 @@ class _Module:
             raise InvalidInput("the model's weights are streamed by a plan that is in force already; remove it first")
         with _quietly():  # a frame around this module compares its ops with those of the replay
             device = self.device or tensor.device
-            buffer = self.pool.room_for(tensor, device)
-            if buffer is None:
+            in_file = tensor in self.mapped
+            buffer = None if in_file else self.pool.room_for(tensor, device)
+            if in_file:
+                self.stats.mapped_bytes += tensor.untyped_storage().nbytes()
+            elif buffer is None:
                 self.stats.resident += 1
                 tensor.data = tensor.detach().to(device)
                 return
@@ -332,6 +350,15 @@ def _tensors_on(node: Any) -> list[torch.Tensor]:
     return found
 
 
+def _left_in_files(weights: Sequence[torch.Tensor], device: torch.device | None) -> Mapped:
+    """The mapped files whose weights are not copied into memory of their own: those of a model that is being put on
+    `device`, if copies would take more than `_MOST` of the memory that is free."""
+    mapped = Mapped.now() if device is not None else Mapped(())
+    copied_bytes = sum(w.untyped_storage().nbytes() for w in weights if w in mapped)
+    free_bytes = accelerator.free_bytes(accelerator.HOST)
+    return mapped if free_bytes is not None and copied_bytes > _MOST * free_bytes else Mapped(())
+
+
 @contextlib.contextmanager
 def streaming(
     model: nn.Module, paths: Sequence[str], pool: Any, stats: Streamed, device: torch.device | None = None
@@ -347,11 +374,12 @@ def streaming(
             f"the plan streams the frozen weights of {lacking!r}, which this model does not have, trains, or ties to "
             "others: the plan was made for another model; make it anew"
         )
+    mapped = _left_in_files([t for path in paths for t in known[path].tensors()], device)
     opened: list[_Module] = []
     patches: list[ForwardPatch] = []
     try:
         for path in paths:
-            module = _Module(known[path], pool, stats, device)
+            module = _Module(known[path], pool, stats, device, mapped)
             opened.append(module)
             patches.append(ForwardPatch(known[path].module, functools.partial(_patched, module)))
         yield
