@@ -7,10 +7,12 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tightfit
@@ -22,6 +24,8 @@ from tightfit.plan import lowest, simulate
 from tightfit.plan.planning import feasible
 from tightfit.plan.table import THOROUGH
 from tightfit.plan.ways import way_of
+from tightfit.step.mapped import Mapped
+from tightfit.step.placement import in_host_bytes
 from tightfit.step.run import is_elsewhere
 from tightfit.step.weights import frozen_modules
 from tightfit.verify.peak import measured_peak_bytes, static_bytes
@@ -661,3 +665,28 @@ def test_peft_merges_unmerges_and_unloads() -> None:
         base, plain = model.merge_and_unload(), twin.merge_and_unload()
         assert same(told(plain), told(base))
     assert same(list(plain.parameters()), list(base.parameters()))
+
+
+def test_a_model_that_is_where_it_is_to_run_is_fitted_as_ever() -> None:
+    model, batch = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)), torch.randn(4, 8)
+    model[1].requires_grad_(False)
+    with tightfit.fit(model, batch, "100%", loss=lambda m, b: m(b).sum(), device="cpu") as applied:
+        assert applied.device is None
+    with pytest.raises(InvalidInput, match="finds no GPU: use cpu"):
+        tightfit.fit(model, batch, "100%", loss=lambda m, b: m(b).sum(), device="cuda")
+
+
+def test_what_lies_in_a_mapped_file_is_known(tmp_path: Path) -> None:
+    save_file({"weight": torch.randn(64, 64)}, tmp_path / "weights.safetensors")
+    loaded = load_file(tmp_path / "weights.safetensors")["weight"]
+    mapped = Mapped.now()
+    assert loaded in mapped and loaded[3:] in mapped
+    assert loaded.clone() not in mapped and torch.empty(3, device="meta") not in mapped
+    shared = torch.randn(1 << 20).share_memory_()  # a file in name only
+    assert shared not in Mapped.now()
+
+
+def test_bytes_in_host_memory_count_once() -> None:
+    tied = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    tied[1].weight = tied[0].weight
+    assert in_host_bytes(tied) == 16 * 4 + 2 * 4 * 4
