@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from tightfit.accelerator import is_host
+
 __all__ = ["Mapped"]
 
 _MAPS = Path("/proc/self/maps")
@@ -40,7 +42,7 @@ class Mapped:
         return cls(found)
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
-        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        if not is_host(tensor.device) or tensor.layout is not torch.strided:
             return False
         address = tensor.untyped_storage().data_ptr()
         place = bisect.bisect_right(self._ranges, (address, float("inf"))) - 1
