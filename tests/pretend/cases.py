@@ -842,6 +842,25 @@ def llama_in_host_memory_by_a_plan_that_is_given() -> None:
 
 
 @case
+def a_model_that_is_sent_to_the_card_under_the_plan() -> None:
+    """As a Trainer does: what waits in host memory goes on waiting, whether or not it was on the card before."""
+    expected = _trained(_half_frozen("pretend"), _numbers())
+    for where, device in (("pretend", None), ("cpu", "pretend")):
+        model = _half_frozen(where)
+        with tightfit.fit(
+            model, _numbers(), 450_000, loss=_shifted, beside="stream_weights", device=device, longer="allow"
+        ):
+            waiting = {n for n, p in model.named_parameters() if p.device.type == "cpu"}
+            before = _allocated()
+            torch.accelerator.reset_peak_memory_stats()
+            model.to("pretend")
+            assert torch.accelerator.max_memory_allocated() == before
+            assert waiting == {n for n, p in model.named_parameters() if p.device.type == "cpu"} != set()
+            assert same(expected, _trained(model, _numbers()))
+        assert "_apply" not in vars(model[1][0])
+
+
+@case
 def weights_wait_in_the_file_that_they_were_loaded_from() -> None:
     """Where copies would take too much of the memory that is free; else they are copied, and the file is let go of."""
     from safetensors.torch import load_file, save_file

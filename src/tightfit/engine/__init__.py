@@ -47,7 +47,7 @@ from tightfit.plan.tighter import tighter
 from tightfit.step.modules import modules_of
 from tightfit.step.optimizers import bare
 from tightfit.step.parallel import inside
-from tightfit.step.patches import ForwardPatch, compiled_entries, no_key_value_cache, own_checkpointing_off
+from tightfit.step.patches import MethodPatch, compiled_entries, no_key_value_cache, own_checkpointing_off
 from tightfit.step.placement import destination, place
 from tightfit.step.ranks import Meeting, are_several
 from tightfit.step.signature import signature_of
@@ -83,9 +83,9 @@ class Applied:
         self.pool = Pool() if pool is None else pool  # where what is offloaded waits
         counts = {lever.lever.value: lever.new_stats() for lever in every()}
         self._stats = Stats(levers={name: each for name, each in counts.items() if each is not None})
-        self._patches: list[ForwardPatch] = []
+        self._patches: list[MethodPatch] = []
         self._decisions: dict[str, Decision] = {}
-        self._known: dict[tuple[Choice, str], ForwardPatch] = {}  # of plans that were in force before, too
+        self._known: dict[tuple[Choice, str], MethodPatch] = {}  # of plans that were in force before, too
         self._switches, self._optimizer_switches = contextlib.ExitStack(), contextlib.ExitStack()
         self._optimizer_is_open = False
         self._on_remove: list[Callable[[], None]] = []
@@ -151,13 +151,13 @@ class Applied:
         """Make `remove` call `run` too."""
         self._on_remove.append(run)
 
-    def _patched(self, choice: Choice, module: nn.Module, frame_plan: FramePlan) -> ForwardPatch:
+    def _patched(self, choice: Choice, module: nn.Module, frame_plan: FramePlan) -> MethodPatch:
         """The patch that did this before, if there is one. The same one is used again because the compiler looks at its
         identity."""
         decision = self._decisions[choice.unit] = Decision.of(module, self.plan, choice)
         known = self._known.get((choice, decision.key))
         if known is None or known.module is not module or not known.redo():
-            known = ForwardPatch(module, self._planned(choice, module, frame_plan, decision))
+            known = MethodPatch(module, self._planned(choice, module, frame_plan, decision))
             self._known[choice, decision.key] = known
         return known
 

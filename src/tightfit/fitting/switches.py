@@ -33,7 +33,7 @@ from tightfit.fitting.fit import fit
 from tightfit.levers import used
 from tightfit.plan import every_block
 from tightfit.step.modules import UnitsAsked, find_units
-from tightfit.step.patches import ForwardPatch, no_key_value_cache, own_checkpointing, own_checkpointing_off
+from tightfit.step.patches import MethodPatch, no_key_value_cache, own_checkpointing, own_checkpointing_off
 from tightfit.step.run import LossFunction, compute_loss, device_of
 from tightfit.step.snapshot import undisturbed
 from tightfit.trace.recording import trace
@@ -69,7 +69,7 @@ class _Switched:
 
     def __init__(self, model: nn.Module, units: UnitsAsked) -> None:
         self.stats = Stats()
-        self.patches: list[ForwardPatch] = []
+        self.patches: list[MethodPatch] = []
         self.owner: Any = None if units is not None else _owner_of_flags(model)
         self.found = find_units(model, units)
         if self.owner is not None:
@@ -95,7 +95,7 @@ class _Switched:
             self.owner._set_gradient_checkpointing(enable=True)
             return
         for module in self.found.values():
-            self.patches.append(ForwardPatch(module, lambda original: functools.partial(self.checkpoint, original)))
+            self.patches.append(MethodPatch(module, lambda original: functools.partial(self.checkpoint, original)))
 
     def off(self) -> None:
         if self.owner is not None:

@@ -128,12 +128,15 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 class _Replacement:
-    """What stands in a module's `forward`. In a copy of the module, a pickled one too, it is the plain `forward`."""
+    """What stands for a module's method. In a copy of the module, a pickled one too, it is the plain method."""
 
-    def __init__(self, module: nn.Module, original: Callable[..., Any], had_own: bool, run: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)
+    def __init__(self, patch: MethodPatch, run: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, patch.original)
         self.__dict__.update(vars(run))
-        self._module, self._original, self._had_own, self._run = module, original, had_own, run
+        self._module, self._name, self._original, self._had_own = (
+            patch.module, patch.name, patch.original, patch.had_own,
+        )  # fmt: skip
+        self._run = run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
@@ -141,30 +144,32 @@ class _Replacement:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._had_own:
             return functools.partial, (self._original,)
-        return getattr, (self._module, "forward")  # asked of the copy while that has no attributes yet: its class's
+        return getattr, (self._module, self._name)  # asked of the copy while that has no attributes yet: its class's
 
 
-class ForwardPatch:
-    """A module whose `forward` is replaced; `undo` puts back exactly what was there."""
+class MethodPatch:
+    """A module whose `forward`, or another method, is replaced; `undo` puts back exactly what was there."""
 
-    def __init__(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def __init__(
+        self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]], name: str = "forward"
+    ) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise Unsupported(f"{type(module).__name__} is a TorchScript module: its forward cannot be planned")
-        self.module = module
-        self.had_own = "forward" in module.__dict__
-        self.original = module.forward
-        self.replacement: Any = _Replacement(module, self.original, self.had_own, make(self.original))
-        module.forward = self.replacement
+        self.module, self.name = module, name
+        self.had_own = name in module.__dict__
+        self.original: Any = getattr(module, name)
+        self.replacement: Any = _Replacement(self, make(self.original))
+        setattr(module, name, self.replacement)
 
     def redo(self) -> bool:
-        """Replace it again, by the same object; False, and nothing done, where another `forward` is there by now."""
-        if self.module.forward != self.original or ("forward" in self.module.__dict__) != self.had_own:
+        """Replace it again, by the same object; False, and nothing done, where another method is there by now."""
+        if getattr(self.module, self.name) != self.original or (self.name in self.module.__dict__) != self.had_own:
             return False
-        self.module.forward = self.replacement
+        setattr(self.module, self.name, self.replacement)
         return True
 
     def undo(self) -> None:
         if self.had_own:
-            self.module.forward = self.original
+            setattr(self.module, self.name, self.original)
         else:
-            del self.module.__dict__["forward"]
+            del self.module.__dict__[self.name]

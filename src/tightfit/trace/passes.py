@@ -38,7 +38,7 @@ from tightfit.step.parallel import (
     resizes_told,
     strategy_of,
 )
-from tightfit.step.patches import ForwardPatch
+from tightfit.step.patches import MethodPatch
 from tightfit.step.run import (
     LossFunction,
     batch_tensors,
@@ -204,9 +204,7 @@ def record_pass(
     for parameter in model.parameters():
         if parameter.grad is not None:
             recorder.value_of(parameter.grad)
-    patches = [
-        ForwardPatch(module, functools.partial(recorder.frame_forward, path)) for path, module in modules.items()
-    ]
+    patches = [MethodPatch(module, functools.partial(recorder.frame_forward, path)) for path, module in modules.items()]
 
     patches += [] if dry or weights is None else weights.patches()
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from tightfit.core import EventKind, FrozenWeights
 from tightfit.step.parallel import Strategy, strategy_of
-from tightfit.step.patches import ForwardPatch, compiled_entries
+from tightfit.step.patches import MethodPatch, compiled_entries
 from tightfit.step.weights import FrozenModule, frozen_modules, nodes_of_its_own
 from tightfit.trace.recorder import Recorder
 
@@ -47,8 +47,8 @@ class WeightsWatch:
             values = {value for t in each.tensors() for value in [recorder.value_of(t)[0]] if value is not None}
             self.seen.append(_Seen(each, values))
 
-    def patches(self) -> list[ForwardPatch]:
-        return [ForwardPatch(seen.frozen.module, functools.partial(self._watched, seen)) for seen in self.seen]
+    def patches(self) -> list[MethodPatch]:
+        return [MethodPatch(seen.frozen.module, functools.partial(self._watched, seen)) for seen in self.seen]
 
     def _watched(self, seen: _Seen, original: Callable[..., Any]) -> Callable[..., Any]:
         recorder = self.recorder

@@ -42,7 +42,7 @@ from tightfit.report.text import how_it_fits
 from tightfit.step.environment import environment
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.ops import op_flops
-from tightfit.step.patches import ForwardPatch, compiled_entries, no_key_value_cache
+from tightfit.step.patches import MethodPatch, compiled_entries, no_key_value_cache
 from tightfit.step.run import LossFunction, compute_loss, device_of
 from tightfit.step.snapshot import undisturbed
 from tightfit.trace.recording import trace
@@ -198,7 +198,7 @@ def every_block_checkpointed(model: nn.Module, units: UnitsAsked = None) -> Iter
 
         return forward
 
-    patches = [ForwardPatch(module, checkpointed) for module in find_units(model, units).values()]
+    patches = [MethodPatch(module, checkpointed) for module in find_units(model, units).values()]
     try:
         yield
     finally:

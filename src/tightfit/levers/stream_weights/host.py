@@ -39,7 +39,7 @@ from tightfit.step.checksum import checksum
 from tightfit.step.geometry import Geometry, alone
 from tightfit.step.mapped import Mapped
 from tightfit.step.parallel import Strategy, strategy_of
-from tightfit.step.patches import ForwardPatch
+from tightfit.step.patches import MethodPatch
 from tightfit.step.run import comes_back, is_elsewhere, stays_elsewhere
 from tightfit.step.saved import without_history
 from tightfit.step.weights import FrozenModule, Lender, frozen_modules, lend, lender_of, nodes_of_its_own
@@ -120,6 +120,13 @@ class _Weight:
             self.bring_back()
         else:
             comes_back(self.room)
+
+    def only_moves(self, function: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        """Does `function` give a tensor of this kind, on the weight's device or in host memory?"""
+        with _quietly():
+            given = torch.empty(0, dtype=self.tensor.dtype)
+            found = function(given)
+        return found.dtype is given.dtype and found.device in (self.device, given.device)
 
     def fits(self) -> bool:
         """Can what the tensor has now go to the room?"""
@@ -299,6 +306,20 @@ class _Module:
             _compared(copies)
         return out
 
+    def apply(
+        self, original: Callable[..., Any], function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> Any:
+        """`nn.Module._apply`, which `to`, `cuda` and `cpu` call. What waits in host memory is not sent to the device
+        that it is used on, where there need not be room for all of it. Whatever else is done to it is done."""
+        own = self.frozen.module._parameters
+        waiting = {id(weight.tensor) for weight in self.weights if weight.is_home() and weight.only_moves(function)}
+        hidden = {name: p for name, p in own.items() if p is not None and id(p) in waiting}
+        own.update(dict.fromkeys(hidden))
+        try:
+            return original(function, recurse)
+        finally:
+            own.update(hidden)
+
     def _follow(self, node: Any) -> None:
         """`node` holds, or may reach, weights of this module: they are on the device while its backward runs."""
         held = [(t, weight, Geometry.of(t)) for t in _tensors_on(node) if isinstance(weight := lender_of(t), _Weight)]
@@ -376,12 +397,13 @@ def streaming(
         )
     mapped = _left_in_files([t for path in paths for t in known[path].tensors()], device)
     opened: list[_Module] = []
-    patches: list[ForwardPatch] = []
+    patches: list[MethodPatch] = []
     try:
         for path in paths:
             module = _Module(known[path], pool, stats, device, mapped)
             opened.append(module)
-            patches.append(ForwardPatch(known[path].module, functools.partial(_patched, module)))
+            patches.append(MethodPatch(known[path].module, functools.partial(_patched, module)))
+            patches.append(MethodPatch(known[path].module, functools.partial(_sent, module), "_apply"))
         yield
     finally:
         for patch in reversed(patches):
@@ -394,3 +416,7 @@ def streaming(
 
 def _patched(module: _Module, original: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(module.forward, original)
+
+
+def _sent(module: _Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(module.apply, original)

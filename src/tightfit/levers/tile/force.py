@@ -31,7 +31,7 @@ from tightfit.core import InvalidInput, PlanMismatch, Tiling
 from tightfit.levers.tile.deferred import Deferred, defer, outline_of
 from tightfit.levers.tile.head import Autocast, Head, TileStats, refusal
 from tightfit.levers.tile.modules import chunking
-from tightfit.step.patches import ForwardPatch, refuse_compiled
+from tightfit.step.patches import MethodPatch, refuse_compiled
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ def in_force(model: nn.Module, tiling: Tiling, stats: TileStats, units: Sequence
     Raises `PlanMismatch` when the model has no such module.
     """
     modules = dict(model.named_modules())
-    patches: list[ForwardPatch] = []
+    patches: list[MethodPatch] = []
     try:
         if tiling.head is not None:
             module = modules.get(tiling.head)
@@ -53,12 +53,12 @@ def in_force(model: nn.Module, tiling: Tiling, stats: TileStats, units: Sequence
                 )
             if getattr(module.forward, "__tightfit__", False):
                 raise InvalidInput(f"a plan is already in force on {tiling.head!r}; remove it first")
-            patches.append(ForwardPatch(module, functools.partial(_deferring, module, tiling.rows, stats)))
+            patches.append(MethodPatch(module, functools.partial(_deferring, module, tiling.rows, stats)))
         for unit in units if tiling.modules else ():
             for each in tiling.modules:
                 module = modules.get(f"{unit}.{each.name}")
                 if module is not None:
-                    patches.append(ForwardPatch(module, functools.partial(chunking, module, each.tiles)))
+                    patches.append(MethodPatch(module, functools.partial(chunking, module, each.tiles)))
         yield
     finally:
         while patches:
