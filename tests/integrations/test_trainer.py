@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
+import tightfit
 from tightfit.core import BudgetInfeasible, Unsupported, parse_levers
 from tightfit.engine import applied_to
 from tightfit.integrations import conflicts, own_step
@@ -177,6 +178,25 @@ def test_trls_own_loss_is_made_smaller(tmp_path: Path) -> None:
     assert told(ours) == told(plain)
     for name, value in plain.model.state_dict().items():
         assert torch.equal(ours.model.state_dict()[name], value), name
+
+
+def test_a_trainer_of_a_model_whose_frozen_weights_wait(tmp_path: Path) -> None:
+    """`fit` came first, and the Trainer sends the model to its device."""
+    kept = model("lora")
+    runs = []
+    ids = torch.randint(0, 250, (4, 16))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    for streams in (False, True):
+        one = copy.deepcopy(kept)
+        applied = tightfit.fit(one, batch, "70%", beside="stream_weights", longer="allow") if streams else None
+        runs.append(trainer("trainer", tmp_path, subject=one, max_steps=4))
+        runs[-1].train()
+        if applied is not None:
+            assert applied.stats().levers["stream_weights"].copies > 0
+            applied.remove()
+    plain, ours = runs
+    assert told(ours) == told(plain)
+    assert all(map(torch.equal, ours.model.state_dict().values(), plain.model.state_dict().values()))
 
 
 def test_a_loss_function_of_the_users(tmp_path: Path) -> None:
