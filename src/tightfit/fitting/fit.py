@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -101,6 +102,7 @@ def fit(
     host_budget: str | int | None = None,
     plan: Plan | str | Path | None = None,
     device: str | torch.device | None = None,
+    max_norm: float | None = None,
 ) -> Fitted:
     """Trace one step, plan it for `budget` bytes, apply the plan. `applied.remove()` undoes it.
 
@@ -146,6 +148,10 @@ def fit(
     streams (`beside="stream_weights"`), which never are on the device all at once. Give it batches that are on the
     device. After `remove()` those weights are in host memory still, and the rest is on the device.
 
+    `max_norm`: the loop clips gradients to this total norm, and leaves that to `applied.backward(batch)`, as above. A
+    plan may then step parameters in backward all the same, which runs forward and backward twice, at that price;
+    losses, weights and state are those of `torch.nn.utils.clip_grad_norm_`.
+
     Raises what `trace`, `plan` and `apply` do, `InvalidInput` for another `longer`, and `Unsupported` for a batch that
     cannot be cut: its loss is not a sum or a mean over its rows or labels, which a few rows, cut and uncut, show.
     """
@@ -155,12 +161,15 @@ def fit(
     except ValueError:
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
     allowed = levers_named(levers), exact, levers_named(beside), parse_host_budget(host_budget)
+    if max_norm is not None and not (isinstance(max_norm, (int, float)) and 0 < max_norm < math.inf):
+        raise InvalidInput(f"max_norm={max_norm!r} is no norm to clip to: give a number above 0")
     there = destination(model, device)
     if there is not None and micro_batch is not None:
         raise Unsupported(
             "micro-batches are chosen by running some on the device, where the model is not yet: leave out one"
         )
     guard = _Guard(model, batch, policy, loss, optimizer, units, *allowed, there)
+    guard.clips = max_norm is not None
     if own_checkpointing(model):
         warnings.warn(
             "the model's own checkpointing is off while tightfit's plan is in force; remove() switches it on again",
@@ -182,6 +191,8 @@ def fit(
         guard.remove()
         raise
     applied.on_remove(guard.remove)
+    applied.loss = loss
+    applied.clip_to(max_norm)
     return applied
 
 
@@ -242,7 +253,12 @@ def _record(
     tiles: bool,
     *,
     there: torch.device | None = None,
+    clips: bool = False,
 ) -> Trace:
+    if clips:
+        found = _record(model, batch, loss, optimizer, units, tiles, there=there)
+        step = found.optimizer
+        return found if step is None else dataclasses.replace(found, optimizer=dataclasses.replace(step, clipped=True))
     if there is not None:  # some of the model is in host memory, and the device may have no room for it
         return trace(model, batch, loss, optimizer, units, fake=True, device=there, tiles=tiles)
     device = device_of(model)
@@ -357,6 +373,7 @@ class _Guard:
         host_budget: int | None,
         there: torch.device | None,
     ) -> None:
+        self.clips = False  # are gradients clipped by their total norm?
         self.there = there  # the device that the model is put on; None: it lies there
         self.levers, self.exact, self.beside, self.host_budget = levers, exact, beside, host_budget
         self.told = levers is not None and bool(inexact(levers))  # that the plan is not exact
@@ -382,7 +399,9 @@ class _Guard:
         self, batch: Any, budget: str | int | Plan, applied: Fitted | None = None
     ) -> tuple[Trace, Plan, Fitted | None]:
         model, loss, optimizer = self.model, self.loss, self.optimizer
-        record = functools.partial(_record, model, batch, loss, optimizer, self.units, there=self.there)
+        record = functools.partial(
+            _record, model, batch, loss, optimizer, self.units, there=self.there, clips=self.clips
+        )
         if compiled_entries(model):
             if are_several(model):
                 raise Unsupported("a compiled model on several ranks is not planned: leave out torch.compile")

@@ -39,6 +39,7 @@ from tightfit.core import (
 )
 from tightfit.engine import Applied
 from tightfit.levers import inexact
+from tightfit.levers.step_in_backward.hooks import of_optimizer
 from tightfit.plan import plan as make_plan
 from tightfit.plan.micro_batches import QUICK, as_asked, attempted, shares, slices, solved
 from tightfit.plan.table import THOROUGH
@@ -46,6 +47,7 @@ from tightfit.step.patches import compiled_entries
 from tightfit.step.ranks import are_several
 from tightfit.step.rows import Divisor, row_count, rows_taken, weights_of
 from tightfit.step.run import LossFunction, compute_loss
+from tightfit.step.snapshot import undisturbed
 from tightfit.verify.additive import compared_cut, loss_apart
 
 __all__ = [
@@ -76,21 +78,57 @@ _NEARLY = 1.05
 class Fitted(Applied):
     """What `fit` returns: the plan in force, and the loop's backward where the batch is cut.
 
-    Attributes: `micro_batches`, what was chosen and why; None: the batch was to stay whole.
+    Attributes: `micro_batches`, what was chosen and why; None: the batch was to stay whole. `max_norm`, to which
+    `backward` clips; None: it does not. `total_norm`, of the gradients of the last `backward` that clipped.
     """
 
     micro_batches: MicroBatches | None = None
+    max_norm: float | None = None
+    total_norm: torch.Tensor | None = None
     _cut: Cut | None = None
-    _loss: LossFunction | None = None
+    loss: LossFunction | None = None
+
+    def resume(self, plan: Plan, trace: Trace | None = None, *, agreed: bool = False) -> None:
+        super().resume(plan, trace, agreed=agreed)
+        self.clip_to(self.max_norm)
+
+    def clip_to(self, max_norm: float | None) -> None:
+        """From now on, `backward` clips gradients to this total norm, and nothing else may step in backward."""
+        self.max_norm = max_norm
+        step = of_optimizer(self.optimizer)
+        if step is not None:
+            step.clips = max_norm is not None
 
     def backward(self, batch: Any) -> torch.Tensor:
         """Forward and backward of all of `batch`, a micro-batch at a time. Returns its loss.
 
-        The gradients that it adds to the parameters are those of `loss.backward()` on the whole batch, to rounding.
+        The gradients that it adds to the parameters are those of `loss.backward()` on the whole batch, to rounding, and
+        bit for bit where the batch is not cut.
+
+        With `max_norm` they are clipped as `torch.nn.utils.clip_grad_norm_` does. Where the plan steps each parameter
+        in backward, forward and backward run twice, from the same random state: the first time for the norms alone.
         """
+        if self.max_norm is None:
+            return self._forward_and_backward(batch)
+        parameters: list[torch.Tensor] = list(self.model.parameters())
+        step = of_optimizer(self.optimizer)
+        if step is None:
+            loss = self._forward_and_backward(batch)
+            self.total_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+            return loss
+        with undisturbed(self.model, batch), step.measuring():
+            self._forward_and_backward(batch)
+            self.total_norm = step.measured_norm(parameters)
+        with step.clipping(self.max_norm, self.total_norm):
+            loss = self._forward_and_backward(batch)
+        left = [p for p in parameters if p.grad is not None]  # of no optimizer's
+        torch.nn.utils.clip_grads_with_norm_(left, self.max_norm, self.total_norm)
+        return loss
+
+    def _forward_and_backward(self, batch: Any) -> torch.Tensor:
         total: torch.Tensor | None = None
         for part, weight in self.parts(batch):
-            loss = compute_loss(self.model, part, self._loss)
+            loss = compute_loss(self.model, part, self.loss)
             loss = loss if weight == 1 else loss * weight
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
@@ -106,7 +144,7 @@ class Fitted(Applied):
 
     def cut_by(self, cut: Cut, loss: LossFunction | None, chosen: MicroBatches) -> None:
         """From now on, `backward` cuts."""
-        self._cut, self._loss, self.micro_batches = cut, loss, chosen
+        self._cut, self.loss, self.micro_batches = cut, loss, chosen
 
     def _facts(self) -> list[tuple[str, str]]:
         said = super()._facts()

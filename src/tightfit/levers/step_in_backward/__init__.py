@@ -6,8 +6,9 @@ Offers the planner: the step without the gradients' bytes. Walked by the referee
 the parameters (`hooks`). Proven bit by bit: gradients as they are used, parameters and state after a step.
 
 It is no default of a plan, since it forbids what a training loop may do: after backward there are no gradients to clip,
-to add to, or to read. `hooks` says so in one line where it sees that. Loops of tightfit's own, and the Trainer where
-nothing of that is on, use it by themselves.
+to add to, or to read. `hooks` says so in one line where it sees that. A loop that clips by the total norm can leave
+that to `Fitted.backward`: forward and backward run twice there, the first time for the norms alone. Loops of tightfit's
+own, and the Trainer where nothing of that is on, use the lever by themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from tightfit.core import InvalidInput, Lever, Plan, PlanMismatch, Trace
+from tightfit.core import InvalidInput, Lever, Phase, Plan, PlanMismatch, Trace
 from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
 from tightfit.levers.optimizer_step import added_seconds, cut_of, cut_text, in_backward, not_in_backward
 
@@ -36,7 +37,10 @@ class StepInBackward(LeverDefinition):
             return
         trace = in_backward(step.trace)
         assert trace.optimizer is not None
-        yield step.with_setting(self, trace, cut_text(trace.optimizer), seconds=added_seconds(trace, step.trace))
+        seconds = added_seconds(trace, step.trace)
+        if trace.optimizer.clipped:  # forward and backward run once more, for the norms
+            seconds += sum(op.seconds for op in trace.ops if op.phase is not Phase.OPTIMIZER)
+        yield step.with_setting(self, trace, cut_text(trace.optimizer), seconds=seconds)
 
     def under(self, trace: Trace, plan: Plan) -> Trace:
         if not self.is_used(plan):

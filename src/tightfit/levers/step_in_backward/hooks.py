@@ -1,7 +1,9 @@
 """Step each parameter in backward, when its gradient is there, and let the gradient go.
 
 Invariant: `optimizer.step()` takes the same step as ever; most of it was taken before. The learning rate and the other
-settings are those that backward found, and `step()` raises if they are others by then.
+settings are those that backward found, and `step()` raises if they are others by then. Where gradients are clipped by
+their total norm, a first pass measures the norms and lets each gradient go; the second clips and steps, by torch's own
+functions.
 Refused, when it happens: a second backward before `step()`, torch's clipping functions, scaled losses, hooks before the
 step (`Unsupported`). Not seen: a loop that looks at gradients by itself, skips a step after a backward, or expects a
 step for parameters whose gradients are zero because nothing reached them.
@@ -16,11 +18,12 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype as _by_kind
 
 from tightfit.core import Unsupported
 from tightfit.step.optimizers import Cut, Part, replaced_step, step_parts
 
-__all__ = ["gradient_norms_kept", "gradients_told", "is_half_taken", "stepping_in_backward"]
+__all__ = ["gradient_norms_kept", "gradients_told", "is_half_taken", "of_optimizer", "stepping_in_backward"]
 
 _AWAY = "leave step_in_backward out of the levers"
 
@@ -64,6 +67,9 @@ class _Step:
         self.parts: dict[torch.Tensor, Part] = {}
         self.taken: set[torch.Tensor] = set()
         self.norms: dict[torch.Tensor, torch.Tensor] = {}
+        self.clips = False  # only what `clipping` is open for is stepped
+        self.measured: dict[torch.Tensor, torch.Tensor] | None = None  # norms, while `measuring` is open
+        self.limit: tuple[float, torch.Tensor] | None = None  # the greatest norm and the one that was measured
         self.settings: list[dict[str, Any]] = []
         self.known_states = len(optimizer.state)
         self.undo = contextlib.ExitStack()
@@ -80,6 +86,16 @@ class _Step:
 
     def ready(self, parameter: torch.Tensor) -> None:
         """The gradient of `parameter` is there."""
+        if self.measured is not None:
+            assert parameter.grad is not None
+            (self.measured[parameter],) = torch._foreach_norm([parameter.grad.detach()])
+            parameter.grad = None
+            return
+        if self.clips and self.limit is None:
+            raise Unsupported(
+                "the model was fitted with max_norm, and the plan steps each parameter in backward: call "
+                "applied.backward(batch) in place of loss.backward(), which measures the norms first"
+            )
         if parameter in self.taken:
             raise Unsupported(
                 "a second backward came before optimizer.step(), for a parameter that was stepped in the first: "
@@ -100,6 +116,8 @@ class _Step:
             listener(parameter)
         if _norms_kept and parameter.grad is not None:
             self.norms[parameter] = torch.linalg.vector_norm(parameter.grad.detach())
+        if self.limit is not None:
+            torch.nn.utils.clip_grads_with_norm_([parameter], *self.limit)
         self.taken.add(parameter)  # before the step: one that fails half way was begun
         with torch.no_grad():
             step_parts(self.optimizer, [self.parts[parameter]])
@@ -135,6 +153,39 @@ class _Step:
         if len(self.optimizer.state) != self.known_states:
             self._put_in_order()
 
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Backward measures the norm of each gradient and lets it go; `measured_norm` has their total."""
+        self.measured = {}
+        try:
+            yield
+        finally:
+            self.measured = None
+
+    def measured_norm(self, parameters: list[torch.Tensor]) -> torch.Tensor:
+        """What `torch.nn.utils.clip_grad_norm_` would have found, in its own order of additions."""
+        assert self.measured is not None
+        norms = {p: self.measured[p] for p in parameters if p in self.measured}
+        norms |= {p: torch._foreach_norm([p.grad])[0] for p in parameters if p.grad is not None}
+        there = [p for p in parameters if p in norms]
+        if not there:
+            return torch.tensor(0.0)
+        kinds = [torch.empty(0, dtype=p.dtype, device=p.device) for p in there]
+        groups = _by_kind([kinds], with_indices=True)  # type: ignore[list-item]
+        order = [place for _, places in groups.values() for place in places]
+        device = there[0].device
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack([norms[there[p]].to(device) for p in order]))
+        return total
+
+    @contextlib.contextmanager
+    def clipping(self, max_norm: float, total_norm: torch.Tensor) -> Iterator[None]:
+        """Backward clips each gradient as torch does, and steps."""
+        self.limit = max_norm, total_norm
+        try:
+            yield
+        finally:
+            self.limit = None
+
     def total_norm(self, parameters: list[torch.Tensor]) -> torch.Tensor | None:
         """The norm of the gradients that were there; None: they were not kept."""
         norms = [self.norms[p] if p in self.norms else torch.linalg.vector_norm(p.grad)
@@ -154,9 +205,14 @@ class _Step:
 _STEP = "_tightfit_step"
 
 
+def of_optimizer(optimizer: Optimizer | None) -> _Step | None:
+    """The step of `optimizer` in backward; None: it steps as ever."""
+    return None if optimizer is None else vars(optimizer).get(_STEP)
+
+
 def is_half_taken(optimizer: Optimizer) -> bool:
     """Has a backward stepped parameters of `optimizer` since its last whole step?"""
-    step: _Step | None = vars(optimizer).get(_STEP)
+    step = of_optimizer(optimizer)
     return step is not None and bool(step.taken)
 
 
@@ -248,7 +304,7 @@ class _Guard:
 def _no_gradients(name: str) -> Unsupported:
     return Unsupported(
         f"{name} finds no gradients: each parameter was stepped in backward and its gradient is gone; "
-        f"do without clipping, or {_AWAY}"
+        f"do without clipping, leave it to fit(max_norm=...) and applied.backward(batch), or {_AWAY}"
     )
 
 
