@@ -128,8 +128,10 @@ def test_a_backward_that_would_not_clip_is_refused() -> None:
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
     optimizer.zero_grad()
     applied.backward(BATCH)
+    # a loop that clips all the same is told the norm that was found, if it asks for the same
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) is applied.total_norm
     with pytest.raises(tightfit.Unsupported, match=r"fit\(max_norm="):
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
 
 
 def test_an_error_in_either_pass_leaves_nothing() -> None:

@@ -328,19 +328,21 @@ def test_one_file_in_the_trainer_in_lightning_and_in_a_plain_loop(tmp_path: Path
     assert all(all(map(torch.equal, weights[0], other)) for other in weights[1:])
 
 
-def test_a_plan_that_steps_in_backward_is_none_for_a_trainer_that_clips(tmp_path: Path) -> None:
+def test_a_plan_that_steps_in_backward_is_none_for_a_trainer_that_accumulates(tmp_path: Path) -> None:
     subject = model().train()
     optimizer = torch.optim.AdamW(subject.parameters())
     recorded = tightfit.trace(subject, collated(), optimizer=optimizer)
     made = tightfit.plan.lowest(recorded, levers="recompute,step_in_backward")
     assert "step_in_backward" in made.settings
-    with pytest.raises(Unsupported, match="step_in_backward was asked for, but max_grad_norm needs the gradients"):
-        trainer("trainer", tmp_path, [TightfitCallback(plan=made)], max_steps=2).train()
-    run = trainer("trainer", tmp_path, [TightfitCallback(plan=made)], max_steps=2, max_grad_norm=0)
-    run.train()
-    plain = trainer("trainer", tmp_path, max_steps=2, max_grad_norm=0)
-    plain.train()
-    assert told(run)[:2] == told(plain)[:2]
+    with pytest.raises(Unsupported, match="but gradient_accumulation_steps needs the gradients after backward"):
+        changes = {"max_steps": 2, "gradient_accumulation_steps": 2}
+        trainer("trainer", tmp_path, [TightfitCallback(plan=made)], **changes).train()
+    for max_grad_norm in (0, 0.5):  # with a norm to clip to each step runs twice
+        run = trainer("trainer", tmp_path, [TightfitCallback(plan=made)], max_steps=2, max_grad_norm=max_grad_norm)
+        run.train()
+        plain = trainer("trainer", tmp_path, max_steps=2, max_grad_norm=max_grad_norm)
+        plain.train()
+        assert told(run)[:2] == told(plain)[:2]
 
 
 def test_a_compiled_model_takes_the_budget_in_its_place(plan: Plan) -> None:

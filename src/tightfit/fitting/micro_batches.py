@@ -120,10 +120,7 @@ class Fitted(Applied):
             self._forward_and_backward(batch)
             self.total_norm = step.measured_norm(parameters)
         with step.clipping(self.max_norm, self.total_norm):
-            loss = self._forward_and_backward(batch)
-        left = [p for p in parameters if p.grad is not None]  # of no optimizer's
-        torch.nn.utils.clip_grads_with_norm_(left, self.max_norm, self.total_norm)
-        return loss
+            return self._forward_and_backward(batch)
 
     def _forward_and_backward(self, batch: Any) -> torch.Tensor:
         total: torch.Tensor | None = None

@@ -45,6 +45,7 @@ from tightfit.engine import Applied
 from tightfit.fitting.micro_batches import cut_levers, gradients_in_place
 from tightfit.fitting.planning import planned, what_is_given
 from tightfit.integrations import conflicts, generated
+from tightfit.integrations.clipping import in_two_passes
 from tightfit.integrations.longest import Extent, longest_batch, plain
 from tightfit.integrations.micro_batches import InParts, parts_of
 from tightfit.integrations.own_step import recorded as record_step
@@ -87,8 +88,9 @@ class TightfitCallback(PeakCallback):
     what the plan may use, as in `tightfit.plan`; by default what gives the same bits, and tiles, whose gradients are
     proven against float64, only where nothing else fits; `exact=True` forbids those. `beside`: levers with the default
     ones. The optimizer steps in backward by default where the Trainer neither clips (`max_grad_norm=0`), nor
-    accumulates, nor scales gradients, and no callback looks at them. `host_budget`: the most bytes that plans may have
-    wait in host memory, a size or 0.
+    accumulates, nor scales gradients, and no callback looks at them. Where it clips, and `step_in_backward` is named,
+    each training step runs twice under such a plan, the first time for the norms. `host_budget`: the most bytes that
+    plans may have wait in host memory, a size or 0.
     `plan`: a plan of this step or its file, taken as it is. Its budget holds, unless another is given beside it.
 
     `batch="auto"` (or `micro_batch="auto"`; a number is the most examples of a micro-batch): each batch of the Trainer
@@ -237,6 +239,8 @@ class TightfitCallback(PeakCallback):
         model = self._trainer.model_wrapped
         with gradients_in_place(model, self._accumulates):
             made = record_step(model, self._step(batch), self._loss(), bare(optimizer), tiles)
+        if self._clips and made.optimizer is not None:
+            made = dataclasses.replace(made, optimizer=dataclasses.replace(made.optimizer, clipped=True))
         sizes, examples = leading_sizes(batch), self._trainer._train_batch_size  # without what is held beside it
         if sizes and set(sizes) == {2 * examples}:  # an example is a pair, whose two sequences are two rows
             sizes = (examples,) * len(sizes)
@@ -257,7 +261,12 @@ class TightfitCallback(PeakCallback):
                 f"step_in_backward was asked for, but {reads} needs the gradients after backward: leave one of the two "
                 "out"
             )
-        return levers, others | ({Lever.STEP_IN_BACKWARD} if levers is None and not reads else set())
+        by_default = levers is None and not reads and not self._clips
+        return levers, others | ({Lever.STEP_IN_BACKWARD} if by_default else set())
+
+    @property
+    def _clips(self) -> bool:
+        return bool(self._trainer.args.max_grad_norm)
 
     def _plan_for(self, batch: Batch, model: nn.Module, optimizer: Any, budget: str | int | None = None) -> Plan:
         """Trace the step on `batch` and plan it: for `budget` at first, for the same bytes later."""
@@ -291,8 +300,6 @@ class TightfitCallback(PeakCallback):
         args = self._trainer.args
         if self.in_parts is not None and self.in_parts.cuts:
             return "micro_batch"
-        if args.max_grad_norm:
-            return "max_grad_norm"
         if args.gradient_accumulation_steps > 1:
             return "gradient_accumulation_steps"
         if getattr(self._trainer.accelerator, "scaler", None) is not None:
@@ -450,6 +457,9 @@ class TightfitCallback(PeakCallback):
         self._norms.enter_context(gradient_norms_kept())  # which the Trainer logs
         self._norms.callback(model.register_forward_pre_hook(self._before_forward).remove)
         self.applied = Applied(model, self.plan, self.trace, optimizer=bare(optimizer))
+        if self._clips:
+            twice = functools.partial(in_two_passes, self._trainer)
+            self._norms.enter_context(replaced(self._trainer, "training_step", twice))
 
     def _prove(self, state: Any, model: nn.Module, batch: Any = None) -> None:
         if not self.verify:

@@ -70,6 +70,7 @@ class _Step:
         self.clips = False  # only what `clipping` is open for is stepped
         self.measured: dict[torch.Tensor, torch.Tensor] | None = None  # norms, while `measuring` is open
         self.limit: tuple[float, torch.Tensor] | None = None  # the greatest norm and the one that was measured
+        self.clipped: tuple[float, torch.Tensor] | None = None  # the same, of the gradients that were used last
         self.settings: list[dict[str, Any]] = []
         self.known_states = len(optimizer.state)
         self.undo = contextlib.ExitStack()
@@ -149,6 +150,7 @@ class _Step:
         others = [part for p, part in self.parts.items() if p not in self.taken and p.grad is not None]
         self.taken.clear()
         self.norms.clear()
+        self.clipped = None
         step_parts(self.optimizer, others)
         if len(self.optimizer.state) != self.known_states:
             self._put_in_order()
@@ -179,10 +181,12 @@ class _Step:
 
     @contextlib.contextmanager
     def clipping(self, max_norm: float, total_norm: torch.Tensor) -> Iterator[None]:
-        """Backward clips each gradient as torch does, and steps."""
-        self.limit = max_norm, total_norm
+        """Backward clips each gradient as torch does, and steps. What it does not step is clipped at the end."""
+        self.limit = self.clipped = max_norm, total_norm
         try:
             yield
+            left = [p for p in self.parts if p.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(left, *self.limit)
         finally:
             self.limit = None
 
@@ -270,10 +274,12 @@ class _Guard:
             gone = next((s for s in self.steps if any(each in s.taken for each in given)), None)
             if gone is not None:
                 asked = dict(zip(("max_norm", "norm_type"), args, strict=False)) | kwargs
-                only_asks = asked.get("max_norm") == math.inf and asked.get("norm_type", 2) == 2
-                total = gone.total_norm(given) if only_asks and name == "clip_grad_norm_" else None
-                if total is not None:
-                    return total
+                if name == "clip_grad_norm_" and asked.get("norm_type", 2) == 2:
+                    if gone.clipped is not None and gone.clipped[0] == asked.get("max_norm"):
+                        return gone.clipped[1]  # as was asked, when they were used
+                    total = gone.total_norm(given) if asked.get("max_norm") == math.inf else None
+                    if total is not None:
+                        return total
                 raise _no_gradients(name)
             return original(given, *args, **kwargs)
 
