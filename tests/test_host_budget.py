@@ -382,6 +382,6 @@ def test_train_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
     monkeypatch.setattr("tightfit.integrations.trainer.planned", lambda *args: told.append(args) or (None, None))
     callback = TightfitCallback("60%", host_budget="3MiB")
-    callback._trainer = SimpleNamespace(args=SimpleNamespace(max_grad_norm=1.0))
+    callback._trainer = SimpleNamespace(args=SimpleNamespace(max_grad_norm=1.0, gradient_accumulation_steps=2))
     callback._plan_for({}, nn.Linear(1, 1), None)
     assert told[0][-1] == 3 * 2**20
