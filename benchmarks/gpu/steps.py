@@ -10,6 +10,7 @@ Invariant: no step changes a registered forecast. A case that fails is a row tha
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -38,6 +39,7 @@ from tightfit.step.ops import UNWRITTEN, op_name
 from tightfit.step.patches import no_key_value_cache
 from tightfit.step.run import compute_loss, tensors_in
 from tightfit.step.snapshot import undisturbed
+from tightfit.step.weights import frozen_modules
 from tightfit.verify.gradients import Outcome, differences
 from tightfit.verify.measure import every_block_checkpointed
 from tightfit.verify.peak import static_bytes
@@ -537,6 +539,61 @@ def nf4(card: Card) -> Rows:
     yield from _proofs(card, _small(card, "llama", method="qlora"), modes, kernels)
 
 
+def streamed(card: Card) -> Rows:
+    """A model in host memory, put on the card but for the frozen weights that its plan streams: gradients against those
+    of the same model on the card, the peak against the prediction, and what the copies cost."""
+    _repeatable_products()
+    case = _small(card, "llama", method="lora")
+    model, batch, _ = step_of(case, torch.device("cpu"))
+    batch = {name: tensor.to(card.device) for name, tensor in batch.items()}
+
+    def step(subject: Any) -> None:
+        subject.zero_grad(set_to_none=True)
+        compute_loss(subject, batch).backward()
+
+    expected, seconds = _plain_there(card, copy.deepcopy(model).to(card.device), step)
+    card.empty()
+    trace = tightfit.trace(model, batch, fake=True, device=card.device, tiles=False)
+    most_bytes, frozen_bytes = tightfit.simulate(trace).peak_bytes, sum(m.size_bytes for m in frozen_modules(model))
+    for share in (0.3, 0.6):  # of the frozen weights, to be found elsewhere
+        budget_bytes = most_bytes - int(share * frozen_bytes)
+        row = {"case": case.name, "share": share, "budget_bytes": budget_bytes}
+        try:
+            with (
+                deterministic(True),
+                tightfit.fit(
+                    model, batch, budget_bytes, levers="stream_weights", device=card.device, longer="allow"
+                ) as applied,
+            ):
+                before_bytes = torch.cuda.memory_allocated() if card.is_cuda else 0
+                card.empty()
+                peaks = []
+                for _ in range(6):  # copies are compared by checksum in the first few
+                    if card.is_cuda:
+                        torch.cuda.reset_peak_memory_stats()
+                    step(model)
+                    peaks.append(torch.cuda.max_memory_allocated() if card.is_cuda else None)
+                found = differences(expected, Outcome(model))
+                took = card.in_turn({"streamed": (contextlib.nullcontext, functools.partial(step, model))}, 2)
+                yield row | {
+                    "identical": not found, "predicted_peak_bytes": applied.plan.peak_bytes, "peak_bytes": peaks,
+                    "there_bytes": before_bytes, "settings": dict(applied.plan.settings),
+                    "seconds": {**seconds, **took}, "predicted_slowdown": applied.plan.slowdown,
+                    "copied": dataclasses.asdict(applied.stats().levers["stream_weights"]),
+                }  # fmt: skip
+        except Exception as error:
+            yield row | failed(error)
+
+
+def _plain_there(card: Card, model: Any, step: Callable[[Any], None]) -> tuple[Outcome, dict[str, Any]]:
+    """Gradients and seconds of the step of a model that is on the card whole."""
+    with no_key_value_cache(model), deterministic(True):
+        step(model)
+        found = Outcome(model)
+        model.zero_grad(set_to_none=True)
+        return found, card.in_turn({"plain": (contextlib.nullcontext, functools.partial(step, model))}, 2)
+
+
 STEPS: dict[str, Callable[[Card], Rows]] = {
     "environment": environment_step,
     "repeatability": repeatability,
@@ -549,6 +606,7 @@ STEPS: dict[str, Callable[[Card], Rows]] = {
     "offload": offload,
     "memory-D": memory_d,
     "nf4": nf4,
+    "streamed": streamed,
     "overhead": overhead_step,
     "memory-S": memory_s,
     "compiled": compiled,
