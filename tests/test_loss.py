@@ -141,6 +141,14 @@ def test_a_fake_trace_has_the_lever_too() -> None:
     assert tightfit.plan(fake, "75%").in_place_loss
 
 
+def test_another_models_plan_does_not_change_what_is_recorded() -> None:
+    alone = tightfit.trace(Tagger(), batch_of(256))
+    with in_place():
+        beside = tightfit.trace(Tagger(), batch_of(256))
+    assert beside.losses == alone.losses and len(alone.losses) == 1
+    assert tightfit.simulate(beside).peak_bytes == tightfit.simulate(alone).peak_bytes
+
+
 def test_the_lever_only_moves_bytes() -> None:
     trace = tightfit.trace(Tagger(), batch_of(256))
     logits_bytes = 256 * 4096 * 4

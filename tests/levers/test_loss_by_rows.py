@@ -83,6 +83,27 @@ def test_the_functions_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (chunked._forward_tile, chunked._backward_tile) == own
 
 
+def test_a_package_that_is_loaded_under_a_plan_is_changed_by_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = chunked._forward_tile
+    loaded = sys.modules["trl.kernels.chunked_logprob"]
+    monkeypatch.delitem(sys.modules, "trl.kernels.chunked_logprob")
+    with by_rows():
+        monkeypatch.setitem(sys.modules, "trl.kernels.chunked_logprob", loaded)
+        with by_rows():
+            assert chunked._forward_tile is not own
+    assert chunked._forward_tile is own
+
+
+def test_another_models_plan_does_not_change_what_is_recorded() -> None:
+    model, batch = Scored(2048), {"x": torch.randn(64, 32), "labels": torch.randint(0, 3000, (64,))}
+    alone = tightfit.trace(model, batch)
+    with by_rows():
+        beside = tightfit.trace(model, batch)
+        assert chunked._forward_tile.func is module._by_rows  # and goes on
+    assert beside.rowwise == alone.rowwise and [op.name for op in beside.ops] == [op.name for op in alone.ops]
+    assert tightfit.simulate(beside).peak_bytes == tightfit.simulate(alone).peak_bytes
+
+
 def test_a_call_of_another_kind_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A release whose function takes a tensor that has not the tile's rows."""
     seen = []

@@ -895,6 +895,38 @@ def weights_wait_in_the_file_that_they_were_loaded_from() -> None:
 
 
 @case
+def what_the_model_holds_goes_with_it() -> None:
+    """Gradients of frozen weights, an optimizer's state, tensors in lists; and all is as it was where it fails."""
+    model = _half_frozen("cpu")
+    model[1][0].weight.grad = torch.ones_like(model[1][0].weight)
+    model.lists = [torch.ones(3), {"one": torch.ones(2)}]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.0)
+    _shifted(model, _numbers(where="cpu")).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = [(t.device.type, t.data_ptr()) for t in [*model.parameters(), model.shift, *model.lists[:1]]]
+    control().limits(control().counts()[4] + 4096, -1)
+    try:
+        tightfit.fit(model, _numbers(where="cpu"), "80%", loss=_shifted, beside="stream_weights", device="pretend")
+    except torch.OutOfMemoryError:
+        pass
+    else:
+        raise AssertionError("there was room")
+    control().limits(-1, -1)
+    assert before == [(t.device.type, t.data_ptr()) for t in [*model.parameters(), model.shift, *model.lists[:1]]]
+    with tightfit.fit(
+        model, _numbers(where="cpu"), "80%", loss=_shifted, optimizer=optimizer, beside="stream_weights",
+        device="pretend", longer="allow",
+    ):  # fmt: skip
+        assert [t.device.type for t in (model.lists[0], model.lists[1]["one"])] == ["pretend"] * 2
+        moments = [v for each in optimizer.state.values() for v in each.values() if v.dim()]
+        assert moments and {v.device.type for v in moments} == {"pretend"}
+        assert {each["step"].device.type for each in optimizer.state.values()} == {"cpu"}  # as torch keeps it
+        _shifted(model, _numbers()).backward()
+        optimizer.step()
+
+
+@case
 def what_cannot_be_put_on_the_card_is_refused() -> None:
     def said(make: Callable[[], Any]) -> str:
         try:

@@ -107,13 +107,15 @@ class Applied:
         stores = {(sweep.base, sweep.target): frozenset(sweep.stores) for sweep in plan.advances}
         self._chain = Chain(stores, self._stats)
         _check_compiled(self.model, plan)
+        placed: Callable[[], None] = lambda: None  # noqa: E731 - what to undo
         try:
             self._switches.enter_context(own_checkpointing_off(self.model))
             self._switches.enter_context(no_key_value_cache(self.model))
             self._switches.enter_context(doors(self.model))
-            if self.device is not None:
-                place(self.model, self.device, {path for lever in used(plan) for path in lever.left_in_host(plan)})
             kept = self._optimizer_is_open
+            if self.device is not None:
+                left = {path for lever in used(plan) for path in lever.left_in_host(plan)}
+                placed = place(self.model, self.device, left, None if kept else self.optimizer)
             for lever in used(plan):
                 if lever.steps_optimizer and kept:
                     continue
@@ -128,6 +130,7 @@ class Applied:
                     self._patches.append(self._patched(choice, module, frame_plan))
         except BaseException:
             self.suspend()
+            placed()
             raise
 
     def suspend(self, *, keep_optimizer: bool = False) -> None:

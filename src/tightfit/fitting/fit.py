@@ -155,6 +155,8 @@ def fit(
     Raises what `trace`, `plan` and `apply` do, `InvalidInput` for another `longer`, and `Unsupported` for a batch that
     cannot be cut: its loss is not a sum or a mean over its rows or labels, which a few rows, cut and uncut, show.
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"expected a torch.nn.Module, found {type(model).__name__}")
     asked = what_is_given(budget, plan, micro_batch)
     try:
         policy = Longer(longer)

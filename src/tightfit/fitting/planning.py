@@ -30,7 +30,7 @@ from tightfit.core import (
     percentage,
 )
 from tightfit.engine.limits import planned_here
-from tightfit.levers import inexact, used
+from tightfit.levers import allowed, inexact, used
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
 from tightfit.plan.account import host_bytes
@@ -112,7 +112,8 @@ def planned(
     try:
         return recorded, made(recorded)
     except BudgetInfeasible as error:
-        if levers is not None or error.budget_bytes <= sum(recorded.static_bytes.values()):
+        may_lower = any(each.lowers_floor for each in allowed(beside or ()))
+        if levers is not None or (error.budget_bytes <= sum(recorded.static_bytes.values()) and not may_lower):
             raise  # what is there before the step is too much already
         recorded = record(True)
         return recorded, made(recorded)

@@ -21,7 +21,9 @@ def advice_for(trace: Trace, line: Timeline, budget_bytes: int) -> tuple[str, ..
     gradients = at_peak[Category.GRADIENTS.value] - trace.static_bytes.get(Category.GRADIENTS.value, 0)
     moving = line.peak_bytes - fixed - gradients
     said = []
-    if budget_bytes <= fixed:
+    if budget_bytes <= fixed and line.peak_bytes < fixed:
+        pass  # the plan has some of it wait elsewhere, and what is left does not grow with the batch
+    elif budget_bytes <= fixed:
         said.append(f"parameters, optimizer state and inputs alone take {format_bytes(fixed)}")
     else:
         share = (budget_bytes - fixed - gradients) / max(1, moving)

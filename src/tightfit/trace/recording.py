@@ -34,6 +34,8 @@ from tightfit.core import (
     Unsupported,
 )
 from tightfit.device.cost import NOMINAL_CUDA
+from tightfit.levers.loss_in_place.by_rows import whole
+from tightfit.levers.loss_in_place.loss import out_of_place
 from tightfit.step.environment import calibrated_here
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.optimizers import bare
@@ -130,6 +132,8 @@ def trace(
     if fake:
         step = FakeStep(target)
         with (
+            out_of_place(),
+            whole(),
             own_checkpointing_off(model),
             refusals_named(f"the {type(model).__name__}"),
             unsynchronised(model),
@@ -142,6 +146,8 @@ def trace(
             )
         return found if target is None or target is device else _said_of(target, found)
     with (
+        out_of_place(),
+        whole(),
         own_checkpointing_off(model),
         unsynchronised(model),
         uncompiled(model),

@@ -33,8 +33,6 @@ _FOLDS = ("_forward_tile", "_backward_tile")
 _LOSS = "ChunkedLogProbFunction"
 _LEAST_BYTES = 2**16  # of rows at once: an op on so few is still more work than calling it
 _COLUMNS = 2048  # the buffer has a multiple of them: a row is whole pages, as in the package's own
-_in_force = 0
-_changes = contextlib.ExitStack()
 
 
 def slices_of(rows: int, row_bytes: int) -> list[slice]:
@@ -107,19 +105,50 @@ def _changed() -> Iterator[None]:
                 del loss.apply  # the class inherits it
 
 
+class _Change:
+    """What the plans in force change in TRL, as one: several may be, and there is one module to change."""
+
+    def __init__(self) -> None:
+        self.plans = 0
+        self.open: contextlib.ExitStack | None = None
+
+    def settle(self) -> None:
+        """TRL is changed if a plan is in force. It may have been loaded after the first one."""
+        if self.plans and self.open is None and _MODULE in sys.modules:
+            self.open = contextlib.ExitStack()
+            self.open.enter_context(_changed())
+        elif not self.plans:
+            self.undo()
+
+    def undo(self) -> None:
+        if self.open is not None:
+            self.open.close()
+            self.open = None
+
+
+_change = _Change()
+
+
 @contextlib.contextmanager
 def by_rows() -> Iterator[None]:
     """While open, TRL's loss is folded a few rows at a time, if TRL is loaded."""
-    global _in_force  # noqa: PLW0603 - several plans may be in force, and there is one module to change
-    _in_force += 1
-    if _in_force == 1:
-        _changes.enter_context(_changed())
+    _change.plans += 1
+    _change.settle()
     try:
         yield
     finally:
-        _in_force -= 1
-        if not _in_force:
-            _changes.close()
+        _change.plans -= 1
+        _change.settle()
+
+
+@contextlib.contextmanager
+def whole() -> Iterator[None]:
+    """While open, TRL's loss is what it is without any plan, as `loss.out_of_place` says of torch's."""
+    _change.undo()
+    try:
+        yield
+    finally:
+        _change.settle()
 
 
 @contextlib.contextmanager

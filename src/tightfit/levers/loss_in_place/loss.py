@@ -135,6 +135,19 @@ def in_place() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def out_of_place() -> Iterator[None]:
+    """While open, `torch.nn.functional.cross_entropy` is what it is without any plan: plans of other models may be in
+    force while one is recorded."""
+    before = functional.cross_entropy
+    if _in_force:
+        functional.cross_entropy = torchs_own
+    try:
+        yield
+    finally:
+        functional.cross_entropy = before
+
+
+@contextlib.contextmanager
 def watched(note: Callable[[bool], None]) -> Iterator[None]:
     """While open, `note(True)` and `note(False)` are called around every call that `in_place` would take over."""
     before = functional.cross_entropy
