@@ -163,7 +163,8 @@ def fit(
     except ValueError:
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
     allowed = levers_named(levers), exact, levers_named(beside), parse_host_budget(host_budget)
-    if max_norm is not None and not (isinstance(max_norm, (int, float)) and 0 < max_norm < math.inf):
+    is_number = isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool)
+    if max_norm is not None and not (is_number and 0 < max_norm < math.inf):
         raise InvalidInput(f"max_norm={max_norm!r} is no norm to clip to: give a number above 0")
     there = destination(model, device)
     if there is not None and micro_batch is not None:

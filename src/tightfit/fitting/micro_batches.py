@@ -39,7 +39,7 @@ from tightfit.core import (
 )
 from tightfit.engine import Applied
 from tightfit.levers import inexact
-from tightfit.levers.step_in_backward.hooks import of_optimizer
+from tightfit.levers.step_in_backward.hooks import in_two_passes, only_clipped
 from tightfit.plan import plan as make_plan
 from tightfit.plan.micro_batches import QUICK, as_asked, attempted, shares, slices, solved
 from tightfit.plan.table import THOROUGH
@@ -47,7 +47,6 @@ from tightfit.step.patches import compiled_entries
 from tightfit.step.ranks import are_several
 from tightfit.step.rows import Divisor, row_count, rows_taken, weights_of
 from tightfit.step.run import LossFunction, compute_loss
-from tightfit.step.snapshot import undisturbed
 from tightfit.verify.additive import compared_cut, loss_apart
 
 __all__ = [
@@ -88,16 +87,14 @@ class Fitted(Applied):
     _cut: Cut | None = None
     loss: LossFunction | None = None
 
-    def resume(self, plan: Plan, trace: Trace | None = None, *, agreed: bool = False) -> None:
-        super().resume(plan, trace, agreed=agreed)
-        self.clip_to(self.max_norm)
-
     def clip_to(self, max_norm: float | None) -> None:
         """From now on, `backward` clips gradients to this total norm, and nothing else may step in backward."""
         self.max_norm = max_norm
-        step = of_optimizer(self.optimizer)
-        if step is not None:
-            step.clips = max_norm is not None
+        only_clipped(self.optimizer, max_norm is not None)
+
+    def remove(self) -> None:
+        only_clipped(self.optimizer, False)
+        super().remove()
 
     def backward(self, batch: Any) -> torch.Tensor:
         """Forward and backward of all of `batch`, a micro-batch at a time. Returns its loss.
@@ -110,17 +107,12 @@ class Fitted(Applied):
         """
         if self.max_norm is None:
             return self._forward_and_backward(batch)
+        loss, norm = in_two_passes(
+            self.model, batch, self.optimizer, self.max_norm, lambda _: self._forward_and_backward(batch)
+        )
         parameters: list[torch.Tensor] = list(self.model.parameters())
-        step = of_optimizer(self.optimizer)
-        if step is None:
-            loss = self._forward_and_backward(batch)
-            self.total_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
-            return loss
-        with undisturbed(self.model, batch), step.measuring():
-            self._forward_and_backward(batch)
-            self.total_norm = step.measured_norm(parameters)
-        with step.clipping(self.max_norm, self.total_norm):
-            return self._forward_and_backward(batch)
+        self.total_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm) if norm is None else norm
+        return loss
 
     def _forward_and_backward(self, batch: Any) -> torch.Tensor:
         total: torch.Tensor | None = None

@@ -3,7 +3,8 @@
 Its `training_step` runs twice on each batch: the first time for the norms alone, the second time to clip and step. When
 the Trainer then asks torch to clip, it is told the norm that was found.
 
-Invariant: the first run leaves no mark: statistics, random states, buffers and attributes are put back.
+Invariant: the first run leaves no mark: statistics, random states, buffers and attributes are put back. Refused: steps
+and losses of the user's own, whose Python code may count what it does, and batches that are generated in the step.
 """
 
 from __future__ import annotations
@@ -11,29 +12,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
+from tightfit.integrations import generated
 from tightfit.integrations.own_step import statistics_kept
-from tightfit.levers.step_in_backward.hooks import of_optimizer
+from tightfit.levers.step_in_backward import hooks
 from tightfit.step.optimizers import bare
-from tightfit.step.snapshot import undisturbed
 
-__all__ = ["in_two_passes"]
+__all__ = ["in_two_passes", "not_in_two_passes"]
+
+
+def not_in_two_passes(trainer: Any) -> str:
+    """What in this Trainer cannot run twice; empty: nothing."""
+    if generated.generates(trainer):
+        return "max_grad_norm with generated batches"
+    for name in ("training_step", "compute_loss", "_prepare_inputs"):
+        made_in = getattr(type(trainer), name).__module__
+        if not made_in.startswith(("transformers.", "trl.")):
+            return f"max_grad_norm with a {name} of your own ({made_in})"
+    return ""
 
 
 def in_two_passes(trainer: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     """`original` is the `training_step` of `trainer`."""
 
     def training_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        step = of_optimizer(bare(trainer.optimizer))
-        if step is None:  # the plan in force leaves gradients where they are
-            return original(model, inputs, *args, **kwargs)
-        parameters: list[torch.Tensor] = list(model.parameters())
-        with statistics_kept(trainer), undisturbed(model, inputs), step.measuring():
-            original(model, dict(inputs), *args, **kwargs)
-            total_norm = step.measured_norm(parameters)
-        with step.clipping(trainer.args.max_grad_norm, total_norm):
-            return original(model, inputs, *args, **kwargs)
+        def run(is_first: bool) -> Any:
+            if not is_first:
+                return original(model, inputs, *args, **kwargs)
+            with statistics_kept(trainer):
+                return original(model, dict(inputs), *args, **kwargs)
+
+        return hooks.in_two_passes(model, inputs, bare(trainer.optimizer), trainer.args.max_grad_norm, run)[0]
 
     return training_step

@@ -45,7 +45,7 @@ from tightfit.engine import Applied
 from tightfit.fitting.micro_batches import cut_levers, gradients_in_place
 from tightfit.fitting.planning import planned, what_is_given
 from tightfit.integrations import conflicts, generated
-from tightfit.integrations.clipping import in_two_passes
+from tightfit.integrations.clipping import in_two_passes, not_in_two_passes
 from tightfit.integrations.longest import Extent, longest_batch, plain
 from tightfit.integrations.micro_batches import InParts, parts_of
 from tightfit.integrations.own_step import recorded as record_step
@@ -59,7 +59,7 @@ from tightfit.integrations.peaks import PeakCallback
 from tightfit.integrations.tracking import figures
 from tightfit.levers import exact_only, used
 from tightfit.levers.state_in_host.host import loaded_on_host, settled
-from tightfit.levers.step_in_backward.hooks import gradient_norms_kept
+from tightfit.levers.step_in_backward.hooks import gradient_norms_kept, only_clipped
 from tightfit.step.environment import environment
 from tightfit.step.optimizers import bare
 from tightfit.step.patches import no_key_value_cache
@@ -255,7 +255,7 @@ class TightfitCallback(PeakCallback):
         """The levers that the plan may use, and those beside the default ones."""
         cuts = self.in_parts is not None and self.in_parts.cuts
         levers, others = cut_levers(self.levers, self.beside, cuts)
-        reads = self._reads_gradients()
+        reads = self._reads_gradients() or (not_in_two_passes(self._trainer) if self._clips else "")
         if reads and Lever.STEP_IN_BACKWARD in (others | (levers or frozenset()) | self._given_levers):
             raise Unsupported(
                 f"step_in_backward was asked for, but {reads} needs the gradients after backward: leave one of the two "
@@ -460,6 +460,8 @@ class TightfitCallback(PeakCallback):
         if self._clips:
             twice = functools.partial(in_two_passes, self._trainer)
             self._norms.enter_context(replaced(self._trainer, "training_step", twice))
+            only_clipped(bare(optimizer), True)
+            self._norms.callback(only_clipped, bare(optimizer), False)
 
     def _prove(self, state: Any, model: nn.Module, batch: Any = None) -> None:
         if not self.verify:

@@ -36,6 +36,7 @@ from tightfit.core import (
 from tightfit.device.cost import NOMINAL_CUDA
 from tightfit.levers.loss_in_place.by_rows import whole
 from tightfit.levers.loss_in_place.loss import out_of_place
+from tightfit.levers.step_in_backward.hooks import nothing_stepped
 from tightfit.step.environment import calibrated_here
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.optimizers import bare
@@ -134,6 +135,7 @@ def trace(
         with (
             out_of_place(),
             whole(),
+            nothing_stepped(),
             own_checkpointing_off(model),
             refusals_named(f"the {type(model).__name__}"),
             unsynchronised(model),
@@ -148,6 +150,7 @@ def trace(
     with (
         out_of_place(),
         whole(),
+        nothing_stepped(),
         own_checkpointing_off(model),
         unsynchronised(model),
         uncompiled(model),

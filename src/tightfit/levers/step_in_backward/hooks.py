@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
@@ -22,8 +22,14 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype as _by
 
 from tightfit.core import Unsupported
 from tightfit.step.optimizers import Cut, Part, replaced_step, step_parts
+from tightfit.step.snapshot import Snapshot, undisturbed
 
-__all__ = ["gradient_norms_kept", "gradients_told", "is_half_taken", "of_optimizer", "stepping_in_backward"]
+_Result = TypeVar("_Result")
+
+__all__ = [
+    "gradient_norms_kept", "gradients_told", "in_two_passes", "is_half_taken", "nothing_stepped", "of_optimizer",
+    "only_clipped", "stepping_in_backward",
+]  # fmt: skip
 
 _AWAY = "leave step_in_backward out of the levers"
 
@@ -67,7 +73,6 @@ class _Step:
         self.parts: dict[torch.Tensor, Part] = {}
         self.taken: set[torch.Tensor] = set()
         self.norms: dict[torch.Tensor, torch.Tensor] = {}
-        self.clips = False  # only what `clipping` is open for is stepped
         self.measured: dict[torch.Tensor, torch.Tensor] | None = None  # norms, while `measuring` is open
         self.limit: tuple[float, torch.Tensor] | None = None  # the greatest norm and the one that was measured
         self.clipped: tuple[float, torch.Tensor] | None = None  # the same, of the gradients that were used last
@@ -87,14 +92,16 @@ class _Step:
 
     def ready(self, parameter: torch.Tensor) -> None:
         """The gradient of `parameter` is there."""
+        if _recording:
+            return
         if self.measured is not None:
             assert parameter.grad is not None
             (self.measured[parameter],) = torch._foreach_norm([parameter.grad.detach()])
             parameter.grad = None
             return
-        if self.clips and self.limit is None:
+        if _CLIPS in vars(self.optimizer) and self.limit is None:
             raise Unsupported(
-                "the model was fitted with max_norm, and the plan steps each parameter in backward: call "
+                "gradients are to be clipped by their total norm, and the plan steps each parameter in backward: call "
                 "applied.backward(batch) in place of loss.backward(), which measures the norms first"
             )
         if parameter in self.taken:
@@ -214,6 +221,63 @@ def of_optimizer(optimizer: Optimizer | None) -> _Step | None:
     return None if optimizer is None else vars(optimizer).get(_STEP)
 
 
+#: Attribute of an optimizer whose gradients are to be clipped: nothing is stepped in backward that was not.
+_CLIPS = "_tightfit_clips"
+
+
+def only_clipped(optimizer: Optimizer | None, only: bool) -> None:
+    """From now on, gradients of `optimizer` are stepped in backward only where `in_two_passes` has clipped them."""
+    if optimizer is not None and only:
+        setattr(optimizer, _CLIPS, True)
+    elif optimizer is not None:
+        vars(optimizer).pop(_CLIPS, None)
+
+
+_recording = 0
+
+
+@contextlib.contextmanager
+def nothing_stepped() -> Iterator[None]:
+    """While open, no backward steps anything: a step is recorded whose optimizer is under a plan."""
+    global _recording  # noqa: PLW0603 - a count of the recordings that run
+    _recording += 1
+    try:
+        yield
+    finally:
+        _recording -= 1
+
+
+#: A plan may be made anew in the forward of a pass, for a longer batch say: then the passes begin anew, so often.
+_TRIES = 4
+
+
+def in_two_passes(
+    model: torch.nn.Module, batch: Any, optimizer: Optimizer | None, max_norm: float, run: Callable[[bool], _Result]
+) -> tuple[_Result, torch.Tensor | None]:
+    """What `run` gives, which is forward and backward, and the total norm. Where the plan steps in backward, `run` is
+    called twice, the first time with True and for the norms alone, from the same state; gradients are clipped as they
+    are used. Where it does not, `run` is called once, nothing is clipped, and the norm is None."""
+    for attempt in range(_TRIES):
+        step = of_optimizer(optimizer)
+        before = Snapshot(model, batch)
+        try:
+            if step is None:
+                return run(False), None
+            # what ops write, and the generators that they draw from, are put back too
+            with undisturbed(model, batch) as restart, restart.watching(), step.measuring():
+                run(True)
+                total_norm = step.measured_norm(list(model.parameters()))
+        except Unsupported:
+            if of_optimizer(optimizer) is step or attempt == _TRIES - 1:
+                raise
+            before.give_back()
+            continue
+        if of_optimizer(optimizer) is step:
+            with step.clipping(max_norm, total_norm):
+                return run(False), total_norm
+    raise Unsupported("plans were made anew in each forward of this batch; remove the plan")
+
+
 def is_half_taken(optimizer: Optimizer) -> bool:
     """Has a backward stepped parameters of `optimizer` since its last whole step?"""
     step = of_optimizer(optimizer)
@@ -275,7 +339,10 @@ class _Guard:
             if gone is not None:
                 asked = dict(zip(("max_norm", "norm_type"), args, strict=False)) | kwargs
                 if name == "clip_grad_norm_" and asked.get("norm_type", 2) == 2:
-                    if gone.clipped is not None and gone.clipped[0] == asked.get("max_norm"):
+                    all_used = gone.taken <= set(given) and all(p in gone.taken or p.grad is None for p in given)
+                    same = gone.clipped is not None and gone.clipped[0] == asked.get("max_norm")
+                    if same and all_used and not asked.get("error_if_nonfinite"):
+                        assert gone.clipped is not None
                         return gone.clipped[1]  # as was asked, when they were used
                     total = gone.total_norm(given) if asked.get("max_norm") == math.inf else None
                     if total is not None:
