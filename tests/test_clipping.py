@@ -177,3 +177,99 @@ def test_a_loss_function_is_the_loops_own() -> None:
     torch.nn.utils.clip_grad_norm_(kept.parameters(), 0.5)
     assert kept.weight.grad is not None and model.weight.grad is not None
     assert torch.equal(kept.weight.grad, model.weight.grad)
+
+
+def test_a_longer_batch_and_a_frozen_layer_are_planned_for_in_the_pass() -> None:
+    """The plan is made anew in the forward of the first pass, which steps nothing."""
+    longer = {"x": torch.randn(40, 96, generator=torch.Generator().manual_seed(1))}
+
+    def trained(model: nn.Module, optimizer: torch.optim.Optimizer, step: Any) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        found = []
+        for turn, batch in enumerate((BATCH, longer, BATCH, BATCH)):
+            if turn == 3:
+                model.blocks[0].requires_grad_(False)  # type: ignore[index]
+            found.append(step(batch).detach().clone())
+            optimizer.step()
+            optimizer.zero_grad()
+        return [*found, *(v.clone() for v in model.state_dict().values()), torch.get_rng_state()]
+
+    plain = Model()
+    optimizer = OPTIMIZERS["adamw"](plain.parameters())
+
+    def by_hand(batch: Any) -> torch.Tensor:
+        loss = plain(**batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
+        return loss  # type: ignore[no-any-return]
+
+    expected = trained(plain, optimizer, by_hand)
+    model = Model()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    trace = tightfit.trace(model, longer, optimizer=optimizer)
+    budget = lowest(trace, levers="recompute,step_in_backward").peak_bytes
+    applied = tightfit.fit(
+        model, BATCH, budget, optimizer=optimizer, levers="recompute,step_in_backward,optimizer_chunks", max_norm=0.05
+    )
+    found = trained(model, optimizer, applied.backward)
+    assert [torch.equal(*pair) for pair in zip(expected, found, strict=True)] == [True] * len(expected)
+    applied.remove()
+    static = tightfit.trace(model, BATCH, optimizer=optimizer).static_bytes["optimizer_state"]
+    held = sum(v.nbytes for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor))
+    never_used = sum(2 * p.nbytes + 4 for p in model.unused.parameters())  # has no state as long as it has no gradient
+    assert static == held + never_used  # what was trained before still has its state
+
+
+class Hidden(nn.Module):
+    """What a first pass may leave: a weight that follows another, a generator of its own, a leaf outside the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Model()
+        self.slow = nn.Linear(96, 96).requires_grad_(False)
+        self.average = torch.zeros(96)
+        self.generator = torch.Generator().manual_seed(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.slow.weight.lerp_(self.inner.first.weight, 0.1)
+            self.average.mul_(0.9).add_(x.mean(0))
+        noise = torch.rand(96, generator=self.generator)
+        return self.inner(x + self.average + noise) + self.slow(x).square().mean()  # type: ignore[no-any-return]
+
+
+def test_the_first_pass_leaves_no_mark() -> None:
+    results = []
+    for clips in (False, True):
+        model, weight = Hidden(), torch.tensor(1.5, requires_grad=True)
+        optimizer = OPTIMIZERS["adamw"]([p for p in model.parameters() if p.requires_grad])
+
+        def loss(subject: nn.Module, batch: Any, weight: torch.Tensor = weight) -> torch.Tensor:
+            return subject(**batch) * weight  # type: ignore[no-any-return]
+
+        def by_hand(model: Any = model, loss: Any = loss) -> tuple[torch.Tensor, torch.Tensor]:
+            found = loss(model, BATCH)
+            found.backward()
+            return found, torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+        step: Any = by_hand
+        if clips:
+            trace = tightfit.trace(model, BATCH, loss=loss, optimizer=optimizer)
+            budget = lowest(trace, levers="recompute,step_in_backward").peak_bytes
+            applied = tightfit.fit(
+                model, BATCH, budget, loss=loss, optimizer=optimizer, beside="step_in_backward", max_norm=0.05
+            )
+            assert applied.plan.settings["step_in_backward"]
+            step = lambda applied=applied: (applied.backward(BATCH), applied.total_norm)  # noqa: E731
+        results.append([*outcome(model, optimizer, step), model.average, model.generator.get_state(), weight.grad])
+    assert [torch.equal(*pair) for pair in zip(*results, strict=True)] == [True] * len(results[0])
+
+
+def test_a_norm_of_other_parameters_is_not_this_one() -> None:
+    model, _, applied = stepped_in_backward(max_norm=1.0)
+    other = nn.Linear(3, 3)
+    other.weight.grad = torch.ones(3, 3)
+    applied.backward(BATCH)
+    for asked in ([*model.parameters(), *other.parameters()], list(model.first.parameters())):
+        with pytest.raises(tightfit.Unsupported, match="finds no gradients"):
+            torch.nn.utils.clip_grad_norm_(asked, 1.0)

@@ -48,6 +48,7 @@ from tightfit.step.parallel import (
     local_of,
 )
 from tightfit.step.run import (
+    elsewhere,
     tensors_in,
     unique_bytes,
 )
@@ -111,6 +112,7 @@ def record_optimizer(
                 twin.step()
                 state = tensors_in([list(s.values()) for s in twin.state.values()])
                 state_bytes = unique_bytes(state, builder.granule_bytes)
+            state_bytes += unique_bytes(_idle_state(optimizer), builder.granule_bytes)
             whole = _recorded(step, twin.step)
             cut = cut_for(twin, sliced=not refused and not refusal(make, groups, sliced=True))
             in_chunks, alone = [], []
@@ -124,6 +126,13 @@ def record_optimizer(
             "trace without an optimizer and leave room for its state"
         ) from error
     return OptimizerRecord(whole, state_bytes, cut, tuple(in_chunks), tuple(alone), refused)
+
+
+def _idle_state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """State of parameters that were trained before and are not now: layers that were frozen, adapters switched off."""
+    idle = [state for p, state in optimizer.state.items() if not p.requires_grad]
+    found = [local_of(t) for t in tensors_in([list(state.values()) for state in idle])]
+    return [t for t in found if t not in elsewhere and t.layout is torch.strided]
 
 
 def _recorded_part(step: FakeStep, optimizer: torch.optim.Optimizer, part: Part) -> OptimizerPart:
