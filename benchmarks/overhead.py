@@ -31,7 +31,7 @@ from tightfit.core import Action, Choice, Plan, Status, Trace
 from tightfit.plan import every_block
 from tightfit.plan.simulate import simulate_choices
 from tightfit.step.environment import environment
-from tightfit.step.patches import ForwardPatch
+from tightfit.step.patches import MethodPatch
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 PRODUCTS = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default]
@@ -78,7 +78,7 @@ def checkpointed(model: Model, save: list[Any] | None) -> Iterator[None]:
             more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, save)
         return lambda x: checkpoint(original, x, use_reentrant=False, **more)
 
-    patches = [ForwardPatch(block, wrap) for block in model.blocks]
+    patches = [MethodPatch(block, wrap) for block in model.blocks]
     try:
         yield
     finally:

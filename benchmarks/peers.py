@@ -49,7 +49,7 @@ from tightfit.integrations.peft import add_lora
 from tightfit.integrations.transformers import random_batch
 from tightfit.step.environment import environment
 from tightfit.step.modules import find_units
-from tightfit.step.patches import ForwardPatch, no_key_value_cache
+from tightfit.step.patches import MethodPatch, no_key_value_cache
 from tightfit.step.snapshot import undisturbed
 from tightfit.verify.gradients import Outcome, differences
 from tightfit.verify.measure import FlopCount
@@ -106,7 +106,7 @@ def model_named(name: str, seq: int) -> tuple[Any, dict[str, torch.Tensor]]:
 
 @contextlib.contextmanager
 def patched(modules: list[nn.Module], wrap: Callable[..., Any]) -> Iterator[None]:
-    patches = [ForwardPatch(module, wrap) for module in modules]
+    patches = [MethodPatch(module, wrap) for module in modules]
     try:
         yield
     finally:

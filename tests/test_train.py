@@ -743,7 +743,8 @@ def test_checkpointing_in_a_yaml_gives_way(place: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(SFTTrainer, "training_step", training_step)
     keys = {"gradient_checkpointing": True, "compare_steps": 2, "max_steps": 2}
-    run = train(TrainOptions(config=yaml(place, tmp_path, **keys), budget="97%"))
+    # TRL's own loss is made so small that a step of this size needs no replays otherwise
+    run = train(TrainOptions(config=yaml(place, tmp_path, **keys), budget="97%", levers="recompute"))
     assert run.passed and run.losses_identical and run.plan is not None and run.plan.replays
     assert on == [False] * 4
     notes = json.loads((run.folder / "record.json").read_text())["observed"]["notes"]

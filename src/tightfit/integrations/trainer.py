@@ -457,7 +457,7 @@ class TightfitCallback(PeakCallback):
         self._norms.enter_context(gradient_norms_kept())  # which the Trainer logs
         self._norms.callback(model.register_forward_pre_hook(self._before_forward).remove)
         self.applied = Applied(model, self.plan, self.trace, optimizer=bare(optimizer))
-        if self._clips:
+        if self._clips and Lever.STEP_IN_BACKWARD in {*(self.levers or ()), *self.beside, *self._given_levers}:
             twice = functools.partial(in_two_passes, self._trainer)
             self._norms.enter_context(replaced(self._trainer, "training_step", twice))
             only_clipped(bare(optimizer), True)
