@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -40,6 +41,8 @@ TINY = {
 }  # fmt: skip
 STEPS = 10
 #: Two batches a step, an epoch's end on the way, dropout, checkpoints at steps 3, 6 and 9.
+#: A TRL whose own loss goes through the logits in chunks, which a plan makes next to nothing of.
+CHUNKED = importlib.util.find_spec("trl.kernels") is not None
 TRL_OPTIONS = ("--save_steps", "3", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5")
 
 
@@ -385,8 +388,8 @@ def test_a_run_from_a_file_is_cut_and_goes_on(place: Path, tmp_path: Path, monke
     file = tmp_path / "run.yaml"
     keys = {
         "model_name_or_path": place / "tiny", "data": place / "text.txt", "batch": "auto", "global_batch": 8,
-        "max_length": 64, "max_steps": 3, "budget": "35%", "save_strategy": "steps", "save_steps": 1, "use_cpu": True,
-        "bf16": False, "report_to": "none", "learning_rate": 0.001,
+        "max_length": 64, "max_steps": 3, "budget": "8%" if CHUNKED else "35%", "save_strategy": "steps",
+        "save_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "learning_rate": 0.001,
     }  # fmt: skip
     file.write_text("".join(f"{key}: {value}\n".replace("True", "true") for key, value in keys.items()))
     interrupt(monkeypatch, InterruptBefore(2))

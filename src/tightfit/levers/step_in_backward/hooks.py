@@ -166,6 +166,7 @@ class _Step:
     def measuring(self) -> Iterator[None]:
         """Backward measures the norm of each gradient and lets it go; `measured_norm` has their total."""
         self.measured = {}
+        self.look()
         try:
             yield
         finally:
