@@ -905,6 +905,8 @@ def what_the_model_holds_goes_with_it() -> None:
     optimizer.step()
     optimizer.zero_grad()
     before = [(t.device.type, t.data_ptr()) for t in [*model.parameters(), model.shift, *model.lists[:1]]]
+    gc.collect()
+    torch.accelerator.empty_cache()
     control().limits(control().counts()[4] + 4096, -1)
     try:
         tightfit.fit(model, _numbers(where="cpu"), "80%", loss=_shifted, beside="stream_weights", device="pretend")
