@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -133,9 +133,7 @@ def trace(
     if fake:
         step = FakeStep(target)
         with (
-            out_of_place(),
-            whole(),
-            nothing_stepped(),
+            _by_no_other_plan(),
             own_checkpointing_off(model),
             refusals_named(f"the {type(model).__name__}"),
             unsynchronised(model),
@@ -148,9 +146,7 @@ def trace(
             )
         return found if target is None or target is device else _said_of(target, found)
     with (
-        out_of_place(),
-        whole(),
-        nothing_stepped(),
+        _by_no_other_plan(),
         own_checkpointing_off(model),
         unsynchronised(model),
         uncompiled(model),
@@ -158,6 +154,13 @@ def trace(
         no_key_value_cache(model),
     ):
         return _trace(model, batch, loss, optimizer, modules, restart, None, tiles, units is None, all_tilings)
+
+
+@contextlib.contextmanager
+def _by_no_other_plan() -> Iterator[None]:
+    """What plans that are in force change for the whole process is as it is without them."""
+    with out_of_place(), whole(), nothing_stepped():
+        yield
 
 
 def _target(device: Device | torch.device | str | None) -> Device | None:

@@ -260,7 +260,7 @@ def in_two_passes(
     are used. Where it does not, `run` is called once, nothing is clipped, and the norm is None."""
     for attempt in range(_TRIES):
         step = of_optimizer(optimizer)
-        before = Snapshot(model, batch)
+        before = Snapshot(model, batch) if step is None else None  # the first of two passes is put back anyway
         try:
             if step is None:
                 return run(False), None
@@ -271,7 +271,8 @@ def in_two_passes(
         except Unsupported:
             if of_optimizer(optimizer) is step or attempt == _TRIES - 1:
                 raise
-            before.give_back()
+            if before is not None:
+                before.give_back()
             continue
         if of_optimizer(optimizer) is step:
             with step.clipping(max_norm, total_norm):
