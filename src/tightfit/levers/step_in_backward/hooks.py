@@ -47,19 +47,33 @@ def gradients_told(listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-_norms_kept = 0
+class _Wanted:
+    """Something for the whole process that several may want at once."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    @contextlib.contextmanager
+    def meanwhile(self) -> Iterator[None]:
+        self.times += 1
+        try:
+            yield
+        finally:
+            self.times -= 1
 
 
-@contextlib.contextmanager
-def gradient_norms_kept() -> Iterator[None]:
+_norms, _rest = _Wanted(), _Wanted()
+
+
+def gradient_norms_kept() -> contextlib.AbstractContextManager[None]:
     """The norm of each gradient is kept until the optimizer's step, so that a loop which only logs their total norm
     (`clip_grad_norm_` with no limit, as transformers' Trainer does without clipping) still gets it."""
-    global _norms_kept  # noqa: PLW0603 - a count of those who want it
-    _norms_kept += 1
-    try:
-        yield
-    finally:
-        _norms_kept -= 1
+    return _norms.meanwhile()
+
+
+def nothing_stepped() -> contextlib.AbstractContextManager[None]:
+    """While open, no backward steps anything: a step is recorded whose optimizer is under a plan."""
+    return _rest.meanwhile()
 
 
 class _Step:
@@ -92,7 +106,7 @@ class _Step:
 
     def ready(self, parameter: torch.Tensor) -> None:
         """The gradient of `parameter` is there."""
-        if _recording:
+        if _rest.times:
             return
         if self.measured is not None:
             assert parameter.grad is not None
@@ -122,7 +136,7 @@ class _Step:
             return
         for listener in _listeners:
             listener(parameter)
-        if _norms_kept and parameter.grad is not None:
+        if _norms.times and parameter.grad is not None:
             self.norms[parameter] = torch.linalg.vector_norm(parameter.grad.detach())
         if self.limit is not None:
             torch.nn.utils.clip_grads_with_norm_([parameter], *self.limit)
@@ -232,20 +246,6 @@ def only_clipped(optimizer: Optimizer | None, only: bool) -> None:
         setattr(optimizer, _CLIPS, True)
     elif optimizer is not None:
         vars(optimizer).pop(_CLIPS, None)
-
-
-_recording = 0
-
-
-@contextlib.contextmanager
-def nothing_stepped() -> Iterator[None]:
-    """While open, no backward steps anything: a step is recorded whose optimizer is under a plan."""
-    global _recording  # noqa: PLW0603 - a count of the recordings that run
-    _recording += 1
-    try:
-        yield
-    finally:
-        _recording -= 1
 
 
 #: A plan may be made anew in the forward of a pass, for a longer batch say: then the passes begin anew, so often.
