@@ -90,7 +90,7 @@ def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list
     gradients) is divided into blocks of the sizes of the trainable parameters' gradients.
     """
     trace = under(trace, plan)
-    walk = _Walk(trace, *(((),) if plan is None else (plan.choices, plan.advances)))
+    walk = Walk(trace, *(((),) if plan is None else (plan.choices, plan.advances)))
     walk.timeline()
     total = sum(trace.static_bytes.values())
     workspace = trace.static_bytes.get(Category.WORKSPACE.value, 0)
@@ -114,7 +114,7 @@ def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list
 def simulate_choices(trace: Trace, choices: tuple[Choice, ...], advances: tuple[Advance, ...] = ()) -> Timeline:
     """`simulate` for choices of which no `Plan` is made yet."""
     with without_collecting():
-        return _Walk(trace, choices, advances).timeline()
+        return Walk(trace, choices, advances).timeline()
 
 
 @dataclass
@@ -144,7 +144,7 @@ class _Copy:
     stays: bool = False  # when a sweep passes it
 
 
-class _Walk:
+class Walk:
     """The referee's walk over the events of one step.
 
     One thing because the lives of storages and the levels of live bytes come from one walk.

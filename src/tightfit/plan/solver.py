@@ -67,6 +67,8 @@ class MixedProgram:
     coefficients: Floats
     row_low: Floats  # (rows,)
     row_high: Floats  # (rows,)
+    start: Floats | None = None  # (columns,) a point that is known to hold, with NaN where nothing is known of a column
+    nodes: int | None = None  # at which the search ends; None: as `NODES_TIMES_COLUMNS` says
 
     @classmethod
     def of(
@@ -79,6 +81,8 @@ class MixedProgram:
         lower: Floats,
         upper: Floats,
         integer: np.ndarray[Any, np.dtype[np.bool_]],
+        start: Floats | None = None,
+        nodes: int | None = None,
     ) -> MixedProgram:
         """A program whose rows are given as pairs of (columns, coefficients)."""
         table = list(rows)
@@ -92,6 +96,8 @@ class MixedProgram:
             coefficients=np.array([c for _, coefficients in table for c in coefficients], dtype=np.float64),
             row_low=np.array(row_low, dtype=np.float64),
             row_high=np.array(row_high, dtype=np.float64),
+            start=start,
+            nodes=nodes,
         )
 
     def extended(self, row: tuple[Sequence[int], Sequence[float]], *, high: float, cost: float) -> MixedProgram:
@@ -203,7 +209,7 @@ def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> 
     import highspy  # a machine without it plans by the callers' own methods
 
     solver = highspy.Highs()
-    nodes = max(50, NODES_TIMES_COLUMNS // max(1, len(program.costs)))
+    nodes = program.nodes or max(50, NODES_TIMES_COLUMNS // max(1, len(program.costs)))
     for option, value in (
         ("output_flag", False), ("threads", 1), ("random_seed", 0), ("mip_rel_gap", gap), ("mip_abs_gap", 1e-9),
         ("time_limit", seconds), ("mip_max_nodes", nodes), ("presolve", "choose" if presolve else "off"),
@@ -223,6 +229,9 @@ def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> 
     kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
     lp.integrality_ = [kinds[int(whole)] for whole in program.integer]
     solver.passModel(lp)
+    if program.start is not None:
+        known = np.nonzero(~np.isnan(program.start))[0].astype(np.int32)
+        solver.setSolution(len(known), known, program.start[known])
     solver.run()
     status, info = solver.getModelStatus(), solver.getInfo()
     verdict = {

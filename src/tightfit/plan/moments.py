@@ -1,0 +1,398 @@
+"""The live bytes of a step at any moment, as a sum over what its units keep and run again.
+
+Idea: a choice says of every value whether it is kept, and of every cluster of ops whether it runs again. Before each
+read of backward, some clusters have run and others will. A value's bytes are there at a moment if one of its holders
+holds it then: Python, a saved tensor that is not dropped, or an op that will read it again. Each holder is a sum of
+such yes-or-no columns. One more column for each set of holders says that any of them holds.
+
+Invariant: the sum counts no byte that the referee (`plan.simulate`) would not count, so a program that keeps it below a
+budget loses no choice that fits. It counts every byte, but for copies of weights that autocast makes and for values
+that in-place ops change between two reads. Nothing of the referee is used here.
+Refused: sweeps (nested recompute) and values off the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tightfit.core import EventKind, Kind, Program, Trace
+from tightfit.plan.indexed import indexed
+from tightfit.plan.program import cluster_of, clusters, demands, first_random, rerunnable
+
+#: A cluster that runs again costs a hair more than its seconds, so that none runs for nothing.
+_HAIR_SECONDS = 1e-10
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When an op runs: one of the step itself, or the one with an ordinal in `frame` that runs again before `event`."""
+
+    event: int
+    frame: int | None = None
+    ordinal: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A number and columns, each with a coefficient, in the order of the columns."""
+
+    constant: float = 0.0
+    columns: tuple[tuple[int, float], ...] = ()
+
+    def __add__(self, other: Linear) -> Linear:
+        return total((self, 1.0), (other, 1.0))
+
+    def __sub__(self, other: Linear) -> Linear:
+        return total((self, 1.0), (other, -1.0))
+
+
+NOTHING, ONE = Linear(), Linear(1.0)
+
+
+def total(*parts: tuple[Linear, float]) -> Linear:
+    """The sum of the parts, each times its factor."""
+    constant, columns = 0.0, defaultdict[int, float](float)
+    for part, factor in parts:
+        constant += part.constant * factor
+        for column, coefficient in part.columns:
+            columns[column] += coefficient * factor
+    return Linear(constant, tuple(sorted(each for each in columns.items() if each[1])))
+
+
+@functools.lru_cache(maxsize=4096)
+def _cluster_of_op(program: Program) -> tuple[int | None, ...]:
+    found: list[int | None] = [None] * len(program.steps)
+    for cluster, ops in enumerate(clusters(program)):
+        for op in ops:
+            found[op] = cluster
+    return tuple(found)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Call:
+    """One frame of a unit that can be planned."""
+
+    unit: str
+    frame: int
+    program: Program  # of the unit
+    loads: tuple[tuple[int, int], ...]  # (event at which backward first reads it, value ordinal), in order
+    last_release: int
+    first: int  # column of the first cluster at the first load
+    rows: list[Linear] = field(default_factory=list)  # none is above zero; made when the call is first looked into
+
+    def ran(self, cluster: int, load: int) -> Linear:
+        """Has the cluster run again by this load? Before the first load none has."""
+        width = len(clusters(self.program))
+        return NOTHING if load < 0 else Linear(0.0, ((self.first + load * width + cluster, 1.0),))
+
+    def loads_before(self, event: int, *, itself: bool) -> int:
+        """How many loads there are before an event, or up to it with the event `itself`."""
+        return sum(at < event + itself for at, _ in self.loads)
+
+
+class LiveBytes:
+    """The columns of a step, and its live bytes over them. The bytes of moments that were asked for are kept.
+
+    One thing because holders, copies and generator states are told over the same columns.
+    """
+
+    def __init__(self, trace: Trace, programs: dict[str, Program]) -> None:
+        self.trace, self.index, self.programs = trace, indexed(trace), programs
+        self.costs: list[float] = []  # seconds, by column
+        self.upper: list[float] = []
+        self.keeps: dict[tuple[str, int], Linear] = {}  # by unit and value ordinal
+        self.reruns: dict[tuple[str, int], Linear] = {}  # by unit and cluster
+        self.rows: list[Linear] = []  # between what is kept and what runs again; none is above zero
+        self.calls: dict[int, _Call] = {}  # by frame
+        self.rows_of: dict[int, list[Linear]] = {}  # of a column that says "any of these": none is above zero
+        self._any_of: dict[tuple[Linear, ...], Linear] = {}
+        self._seen: dict[Moment, tuple[Linear, frozenset[int]]] = {}
+        self._opened: set[int] = set()  # frames that the moment that is being looked at is inside of
+        self._index()
+        for path, program in programs.items():
+            self._add_unit(path, program, [frame.id for frame in trace.frames if frame.unit == path])
+
+    def _index(self) -> None:
+        trace, index = self.trace, self.index
+        made_at = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.ALLOC}
+        self.enter = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.ENTER}
+        self.readers: dict[int, list[tuple[int, int]]] = defaultdict(list)  # value -> (frame, op ordinal)
+        for frame in trace.frames:
+            for ordinal, op in enumerate(index.ops_of[frame.id]):
+                for value_id in dict.fromkeys(op.inputs):
+                    self.readers[value_id].append((frame.id, ordinal))
+        ends = index.ends
+        known = [v for v in trace.values if v.producer is not None and v.size_bytes and v.id in made_at]
+        self.value_ids = np.array([v.id for v in known], dtype=np.int64)
+        self.sizes = np.array([v.size_bytes for v in known], dtype=np.float64)
+        self.starts = np.array([made_at[v.id] for v in known], dtype=np.int64)
+        naturals = [ends[v.id] if v.natural_end is None else v.natural_end for v in known]
+        self.naturals = np.array(naturals, dtype=np.int64)  # until then they are there, whatever is chosen
+        last_loads = {f.id: max(map(index.first_load.get, ()), default=-1) for f in trace.frames}
+        for frame in trace.frames:
+            loads = [index.first_load[s.id] for s in index.slots_of[frame.id] if s.id in index.first_load]
+            last_loads[frame.id] = max(loads, default=-1)
+        lasts = [max([ends[v.id], *(last_loads[f] for f, _ in self.readers[v.id])]) for v in known]
+        self.lasts = np.array(lasts, dtype=np.int64)  # after that nothing can hold them
+
+    # -- columns, and the rows between them
+
+    def _column(self, seconds: float = 0.0, upper: float = 1.0) -> Linear:
+        self.costs.append(seconds)
+        self.upper.append(upper)
+        return Linear(0.0, ((len(self.costs) - 1, 1.0),))
+
+    def _add_unit(self, path: str, program: Program, frames: list[int]) -> None:
+        groups, owner, may_run = clusters(program), cluster_of(program), rerunnable(program)
+        for value in range(program.values):
+            fixed = owner[value] is None or value in program.held
+            self.keeps[path, value] = ONE if fixed else self._column()
+        alone = len(frames) == 1  # then whatever runs again is asked for by this call
+        for cluster, ops in enumerate(groups):
+            seconds = sum(self.index.ops_of[frames[0]][op].seconds for op in ops) + _HAIR_SECONDS if alone else 0.0
+            self.reruns[path, cluster] = self._column(seconds, float(may_run[cluster]))
+        for value in program.needed:
+            self._there(path, program, value, ONE, self.rows)
+        for cluster, (final, early) in enumerate(demands(program)):
+            for value in (*final, *early):
+                self._there(path, program, value, self.reruns[path, cluster], self.rows, early=value in early)
+        for frame in frames:
+            self.calls[frame] = call = self._call(path, program, frame, alone)
+            if not alone:
+                self._open(call)
+        if not alone:
+            for cluster in range(len(groups)):
+                asked = [self.calls[f].ran(cluster, len(self.calls[f].loads) - 1) for f in frames]
+                self.rows.append(total((self.reruns[path, cluster], 1.0), *((each, -1.0) for each in asked)))
+
+    def _there(
+        self, path: str, program: Program, value: int, wanted: Linear, rows: list[Linear], *, early: bool = False
+    ) -> None:
+        """What is `wanted` is kept or made again. `early`: an earlier state than the kept one."""
+        maker = cluster_of(program)[value]
+        if maker is not None and (early or value not in program.held):
+            made = self.reruns[path, maker]
+            rows.append(wanted - (made if early else self.keeps[path, value] + made))
+
+    def _call(self, path: str, program: Program, frame: int, alone: bool) -> _Call:
+        own, owner, index = self.trace.programs[frame], cluster_of(program), self.index
+        firsts: dict[int, int] = {}
+        for saved in index.slots_of[frame]:
+            value = -1 if saved.ordinal is None else own.slots[saved.ordinal]
+            if value >= 0 and owner[value] is not None and saved.id in index.first_load:
+                firsts[value] = min(firsts.get(value, len(self.trace.events)), index.first_load[saved.id])
+        loads = tuple(sorted((event, value) for value, event in firsts.items()))
+        first = len(self.costs)
+        for load in range(len(loads)):
+            for cluster, ops in enumerate(clusters(program)):
+                counts = load == len(loads) - 1 and not alone
+                seconds = sum(index.ops_of[frame][op].seconds for op in ops) + _HAIR_SECONDS if counts else 0.0
+                self._column(seconds, float(rerunnable(program)[cluster]))
+        released = [index.released.get(s.id, len(self.trace.events)) for s in index.slots_of[frame]]
+        return _Call(
+            unit=path, frame=frame, program=program, loads=loads, last_release=max(released, default=-1), first=first
+        )
+
+    def _open(self, call: _Call) -> None:
+        """Make the rows of a call: what has run at each load."""
+        if call.rows:
+            return
+        program, path, rows = call.program, call.unit, call.rows
+        owner, demanded = cluster_of(program), demands(program)
+        joined = {c for c, (_, early) in enumerate(demanded) if any(owner[v] is not None for v in early)}
+        joined |= {owner[v] for _, early in demanded for v in early}  # type: ignore[misc] # None is no cluster
+        asking: dict[int, list[int]] = defaultdict(list)  # cluster -> clusters that read what it makes
+        for cluster, (final, _) in enumerate(demanded):
+            for maker in dict.fromkeys(owner[v] for v in final):
+                if maker is not None and maker != cluster:
+                    asking[maker].append(cluster)
+        for load, (_, wanted) in enumerate(call.loads):
+            target = owner[wanted]
+            assert target is not None
+            if wanted not in program.held:
+                rows.append(ONE - (self.keeps[path, wanted] + call.ran(target, load)))
+            for cluster, (final, early) in enumerate(demanded):
+                now, before = call.ran(cluster, load), call.ran(cluster, load - 1)
+                if before.columns:
+                    rows.append(before - now)
+                rows.append(now - self.reruns[path, cluster])
+                for value in (*final, *early):
+                    is_early = value in early
+                    maker = owner[value]
+                    if maker is not None and (is_early or value not in program.held):
+                        made = call.ran(maker, load)
+                        rows.append(now - (made if is_early else self.keeps[path, value] + made))
+                if cluster in joined:
+                    continue
+                # nothing runs before something asks for it
+                parts = [(now, 1.0), (before, -1.0)]
+                if target == cluster:
+                    parts += [(ONE, -1.0), (self.keeps[path, wanted], 1.0)]
+                for other in asking[cluster]:
+                    parts += [(call.ran(other, load), -1.0), (call.ran(other, load - 1), 1.0)]
+                rows.append(total(*parts))
+        if len(call.loads) and len([f for f in self.calls.values() if f.unit == path]) == 1:
+            last = len(call.loads) - 1
+            rows += [self.reruns[path, cluster] - call.ran(cluster, last) for cluster in range(len(demanded))]
+
+    # -- what has run at a moment
+
+    def _state(self, call: _Call, ordinal: int, moment: Moment, *, done: bool) -> Linear:
+        """Has this op run again? `done`: entirely, or is it running at least?"""
+        cluster = _cluster_of_op(call.program)[ordinal]
+        if cluster is None or not rerunnable(call.program)[cluster]:
+            return NOTHING
+        if moment.frame == call.frame:
+            loads = call.loads_before(moment.event, itself=True)
+            loads -= not (ordinal < moment.ordinal or (not done and ordinal == moment.ordinal))
+        else:
+            loads = call.loads_before(moment.event, itself=moment.frame is None)
+        if loads == len(call.loads) and moment.frame != call.frame:
+            return self._at_last(call, cluster)
+        if loads:
+            self._opened.add(call.frame)
+        return call.ran(cluster, loads - 1)
+
+    def _at_last(self, call: _Call, cluster: int) -> Linear:
+        """Does the cluster run again in this call at all?"""
+        if len(call.loads) == 0:
+            return NOTHING
+        is_counted = self.costs[call.first + (len(call.loads) - 1) * len(clusters(call.program)) + cluster] > 0
+        return call.ran(cluster, len(call.loads) - 1) if is_counted else self.reruns[call.unit, cluster]
+
+    def _will_read(self, frame: int, ordinal: int, moment: Moment) -> Linear:
+        """Does this op run again, and has it not been done yet?"""
+        call = self.calls.get(frame)
+        cluster = None if call is None else _cluster_of_op(call.program)[ordinal]
+        if call is None or cluster is None or not rerunnable(call.program)[cluster]:
+            return NOTHING
+        return self._at_last(call, cluster) - self._state(call, ordinal, moment, done=True)
+
+    def _running(self, call: _Call, ordinal: int, moment: Moment) -> Linear:
+        return self._state(call, ordinal, moment, done=False) - self._state(call, ordinal, moment, done=True)
+
+    # -- live bytes
+
+    def at(self, moment: Moment) -> tuple[Linear, frozenset[int]]:
+        """The live bytes, and the frames whose rows say what the sum's columns mean."""
+        if moment not in self._seen:
+            self._opened = set()
+            live = self._at(moment)
+            for frame in self._opened:
+                self._open(self.calls[frame])
+            self._seen[moment] = live, frozenset(self._opened)
+        return self._seen[moment]
+
+    def _at(self, moment: Moment) -> Linear:
+        trace, event = self.trace, moment.event
+        started = self.starts < event if moment.frame is not None else self.starts <= event
+        always = started & (self.naturals >= event)
+        parts = [(Linear(float(sum(trace.static_bytes.values())) + float(self.sizes[always].sum())), 1.0)]
+        for place in np.nonzero(started & ~always & (self.lasts >= event))[0]:
+            holders = self._holders(int(self.value_ids[place]), moment)
+            parts.append((self._any(holders), float(self.sizes[place])))
+        for frame, call in self.calls.items():
+            if call.loads and call.loads[0][0] <= event <= call.last_release:
+                for ordinal, value_id in self.index.values_of[frame].items():
+                    if size := trace.values[value_id].size_bytes:
+                        parts.append((self._any(self._copy_holders(call, ordinal, value_id, moment)), float(size)))
+        parts += self._states(moment)
+        if moment.frame is None:
+            parts.append((Linear(float(trace.ops[trace.events[event].subject].scratch_bytes)), 1.0))
+        else:
+            op = self.index.ops_of[moment.frame][moment.ordinal]
+            running = self._running(self.calls[moment.frame], moment.ordinal, moment)
+            parts.append((running, float(op.rerun_scratch_bytes)))
+        return total(*parts)
+
+    def _any(self, holders: Iterable[Linear]) -> Linear:
+        """One if any of `holders` is one."""
+        wanted = tuple(sorted(set(holders), key=lambda each: (each.constant, each.columns)))
+        if ONE in wanted:
+            return ONE
+        wanted = tuple(each for each in wanted if each.columns)
+        if not wanted:
+            return NOTHING
+        if len(wanted) == 1 and wanted[0].constant == 0 and len(wanted[0].columns) == 1:
+            return wanted[0]
+        if wanted not in self._any_of:
+            self._any_of[wanted] = found = self._column()
+            self.rows_of[found.columns[0][0]] = [each - found for each in wanted]
+        return self._any_of[wanted]
+
+    def _holders(self, value_id: int, moment: Moment) -> list[Linear]:
+        """Who holds a value that the step made, after Python has let go of it."""
+        trace, index = self.trace, self.index
+        value, found = trace.values[value_id], []
+        for saved in index.saved_of.get(value_id, ()):
+            if index.released.get(saved.id, len(trace.events)) < moment.event:
+                continue
+            call = None if saved.frame is None else self.calls.get(saved.frame)
+            own = -1 if call is None or saved.ordinal is None else trace.programs[call.frame].slots[saved.ordinal]
+            cluster = None if call is None or own < 0 else cluster_of(call.program)[own]
+            if call is not None and value_id in index.casts_of[call.frame]:
+                continue
+            if call is None or cluster is None:
+                return [ONE]
+            # dropped if it is made again and not kept; what backward never reads is held if nothing makes it
+            found += [self.keeps[call.unit, own], ONE - self.reruns[call.unit, cluster]]
+        maker = None if value.producer is None else trace.ops[value.producer].frame
+        for frame, ordinal in self.readers[value_id]:
+            reads = self._will_read(frame, ordinal, moment)
+            if not reads.columns or value_id in index.casts_of[frame]:
+                continue
+            call = self.calls[frame]
+            if maker != frame or value.ordinal is None:
+                found.append(reads)
+            elif value.ordinal in call.program.steps[ordinal].reads:  # and not an earlier state, which a copy has
+                found.append(reads + self.keeps[call.unit, value.ordinal] - ONE)
+        return found
+
+    def _copy_holders(self, call: _Call, ordinal: int, value_id: int, moment: Moment) -> list[Linear]:
+        """Who holds what was made again of a value."""
+        trace, index, program = self.trace, self.index, call.program
+        producer = trace.values[value_id].producer
+        assert producer is not None
+        op = trace.ops[producer]
+        if ordinal in program.held or op.ordinal is None:
+            return []
+        made = self._state(call, op.ordinal, moment, done=False)
+        if not made.columns:
+            return []
+        alone = made - self.keeps[call.unit, ordinal]
+        found = []
+        for saved in index.slots_of[call.frame]:
+            if saved.value == value_id and saved.read:
+                if index.released.get(saved.id, len(trace.events)) >= moment.event:
+                    found.append(alone)
+        for frame, reader in self.readers[value_id]:
+            if frame == call.frame and reader != op.ordinal:
+                reads = self._will_read(frame, reader, moment)
+                if reads.columns:
+                    found.append(alone + reads - ONE)
+        if moment.frame == call.frame and moment.ordinal == op.ordinal:
+            found.append(self._running(call, op.ordinal, moment))
+        return found
+
+    def _states(self, moment: Moment) -> list[tuple[Linear, float]]:
+        """Generator states of random ops that run again, with their bytes."""
+        size, found = float(self.trace.random_state_bytes), []
+        for frame, call in self.calls.items() if size else ():
+            if not self.enter[frame] <= moment.event <= call.last_release or not call.loads:
+                continue
+            inside, first = moment.event < self.index.exits[frame], first_random(call.program)
+            for ordinal, step in enumerate(call.program.steps):
+                if step.kind is Kind.RANDOM:
+                    if not (inside and ordinal == first):
+                        found.append((self._will_read(frame, ordinal, moment), size))
+                    if moment.frame == frame and moment.ordinal == ordinal:
+                        found.append((self._running(call, ordinal, moment), size))  # the state to go back to
+            if inside and first is not None:  # the state at the start of the unit, whatever of it runs again
+                runs = [self._at_last(call, c) for c in range(len(clusters(call.program)))]
+                found.append((self._any(runs), size))
+        return found
