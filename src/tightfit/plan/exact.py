@@ -1,9 +1,10 @@
 """The best choices for a whole step, by one integer program over it.
 
 Idea: `plan.moments` tells the live bytes at any moment as a sum over what the units keep and run again. A step has
-thousands of moments, and few of them bind. So the program starts with the fullest of the step without a plan. Its
-answer goes to the referee (`plan.simulate`). Moments that pass the budget there become rows of the program, and it is
-solved again. An answer that the referee finds within the budget is the best there is, since rows were only left out.
+thousands of moments, and few of them bind. So the program starts with the fullest of the step without a plan, and of
+the choices that are known. Its answer goes to the referee (`plan.simulate`). Moments that pass the budget there become
+rows of the program, and it is solved again. An answer that the referee finds within the budget is the best there is,
+since rows were only left out.
 
 Invariant: what is found is the referee's word. The bound is that of a program with fewer rows than the whole, so it
 holds in whatever round the search ends.
@@ -12,6 +13,8 @@ Refused: sweeps (nested recompute) and values off the device. What is proven hol
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -20,28 +23,39 @@ import numpy as np
 from tightfit.core import Action, Choice, Program, Timeline, Trace, Unsupported
 from tightfit.plan import solver
 from tightfit.plan.indexed import indexed
-from tightfit.plan.moments import Linear, LiveBytes, Moment
-from tightfit.plan.simulate import Walk
-from tightfit.plan.solver import MixedProgram
+from tightfit.plan.moments import Linear, LiveBytes, Moment, total
+from tightfit.plan.program import kept_values
+from tightfit.plan.simulate import Replayed, Walk
+from tightfit.plan.solver import Floats, MixedProgram, scale_of
 
-Kept = Mapping[str, frozenset[int]]  # ordinals of the kept values, by unit
+#: Ordinals of the values that are kept, by unit.
+Kept = Mapping[str, frozenset[int]]
 
-#: So many moments are added to the program at a time.
+#: So many moments are added to the program at a time, and so often.
 _ROWS = 16
+_ROUNDS = 8
+
+#: A search ends after so many nodes, on a busy machine too. The seconds are for a solver that does not come so far.
+_NODES = 40
+_SECONDS = 30.0
+
+#: Where the lowest peak is looked for, a second weighs this much against it, so that the faster of equally low wins.
+_TIE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """The best choices that were found (None: none better than those that were known), and what is proven.
+    """What a search found, and what it proved.
 
+    `choices` and the referee's `line` of them: the best that were found; None: none better than the known ones.
     `bound`: no choices take fewer seconds within the budget or, where the lowest peak is looked for, have a lower peak
     in bytes.
     """
 
-    kept: Kept | None
+    choices: tuple[Choice, ...] | None
     line: Timeline | None
     bound: float
-    rounds: int
+    how: frozenset[str]
 
 
 class _Noted(Walk):
@@ -52,7 +66,7 @@ class _Noted(Walk):
         self._again: Iterator[Moment] = iter(())
         return super().timeline()
 
-    def _run_again(self, replayed, ops, index):  # type: ignore[no-untyped-def]
+    def _run_again(self, replayed: Replayed, ops: tuple[int, ...], index: int) -> None:
         self._again = iter([Moment(index, replayed.frame, ordinal) for ordinal in ops])
         super()._run_again(replayed, ops, index)
 
@@ -62,209 +76,192 @@ class _Noted(Walk):
 
 
 class WholeStep:
-    """The program of one step."""
+    """The program of one step. What does not depend on a budget is kept for the next."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace, index = trace, indexed(trace)
-        programs: dict[str, Program] = {}
+        self.programs: dict[str, Program] = {}
         for unit in trace.units:
             program = index.program_of(unit.path)
             if program is not None and not unit.pinned and program.needed:
-                programs[unit.path] = program
-        self.live = LiveBytes(trace, programs)
-        self.programs = programs
+                self.programs[unit.path] = program
+        self.live = LiveBytes(trace, self.programs)
         self.step_seconds = sum(op.seconds for op in trace.ops)
 
-    @property
-    def columns(self) -> int:
-        return len(self.live.costs)
+    def cheapest(self, known: tuple[Choice, ...], budget_bytes: int, gap: float) -> Found:
+        """The choices of the fewest seconds within the budget. The search starts from `known` ones, which may be above
+        it, and ends when no choices can be better by more than `gap`, a part of the step's seconds."""
+        return self._search(known, budget_bytes, gap)
 
-    def cheapest(self, budget_bytes: int, known: Kept, *, nodes: int, rounds: int = 8, gap: float = 2e-4) -> Found:
-        """The choices of the fewest seconds within the budget, starting from `known` ones that are within it. `gap` is
-        a part of the step's seconds."""
-        return self._search(budget_bytes, known, nodes, rounds, gap)
+    def lowest(self, known: tuple[Choice, ...], gap: float) -> Found:
+        """The choices of the lowest peak, where units that are alike keep the same. The search ends when none can be
+        lower by more than `gap`, a part of the peak of the `known` ones."""
+        return self._search(known, None, gap)
 
-    def lowest(self, known: Kept, *, nodes: int, rounds: int = 8, gap: float = 2e-4, alike: bool = False) -> Found:
-        """The choices of the lowest peak. `alike`: equal units keep the same."""
-        return self._search(None, known, nodes, rounds, gap, alike)
+    def _search(self, known: tuple[Choice, ...], budget_bytes: int | None, gap: float) -> Found:
+        limit_bytes = sys.maxsize if budget_bytes is None else budget_bytes
 
-    def _search(
-        self, budget_bytes: int | None, known: Kept, nodes: int, rounds: int, gap: float, alike: bool = False
-    ) -> Found:
-        moments, line = self.walked(known)
-        cost = line.recompute_seconds if budget_bytes is not None else float(line.peak_bytes)
-        scale = self.step_seconds if budget_bytes is not None else float(line.peak_bytes)
-        best: tuple[Kept | None, Timeline | None] = (None, None)
-        bound, wanted = 0.0, dict[Moment, None]()
-        fresh = _fullest(self.walked({path: self._all(path) for path in self.programs})[0], wanted)
-        fresh += [m for m in _fullest(moments, wanted) if m not in fresh]
-        for turn in range(1, rounds + 1):
-            wanted |= dict.fromkeys(fresh)
-            answer = self._solved(list(wanted), budget_bytes, known if best[0] is None else best[0], nodes, gap, scale, alike)
-            if answer is None:
+        def cost_of(line: Timeline) -> float:
+            """Infinite above the budget."""
+            if line.peak_bytes > limit_bytes:
+                return math.inf
+            return float(line.peak_bytes) if budget_bytes is None else line.recompute_seconds
+
+        kept = self._kept(known)
+        moments, line = self._walked(known)
+        cost = cost_of(line)
+        near = gap * (cost if budget_bytes is None else self.step_seconds)
+        best: tuple[tuple[Choice, ...] | None, Timeline | None] = None, None
+        bound, how = 0.0, set[str]()
+        wanted: dict[Moment, None] = {}
+        for each in (self._walked(())[0], moments):
+            wanted |= dict.fromkeys(_fullest(each, wanted))
+        for _ in range(_ROUNDS):
+            answer = _Assembled(self, list(wanted), kept, budget_bytes, cost < math.inf).solved(gap)
+            bound = max(bound, answer.bound)
+            if answer.kept is None:
                 break
-            kept, proven = answer
-            bound = max(bound, proven)
-            if kept is None:
-                break
+            choices = self._choices(answer.kept)
             try:
-                moments, line = self.walked(kept)
+                moments, line = self._walked(choices)
             except Unsupported:
                 break
-            holds = budget_bytes is None or line.peak_bytes <= budget_bytes
-            found = line.recompute_seconds if budget_bytes is not None else float(line.peak_bytes)
-            if holds and found < cost:
-                best, cost = (kept, line), found
-            if cost - bound <= gap * scale:
+            if cost_of(line) < cost:
+                best, cost, kept = (choices, line), cost_of(line), answer.kept
+                how.add(answer.how)
+            if cost - bound <= near:
                 break
             limit = bound if budget_bytes is None else budget_bytes
             fresh = _fullest([each for each in moments if each[1] > limit], wanted)
             if not fresh:
                 break
-        return Found(kept=best[0], line=best[1], bound=min(bound, cost), rounds=turn)
+            wanted |= dict.fromkeys(fresh)
+        return Found(choices=best[0], line=best[1], bound=min(bound, cost), how=frozenset(how))
 
-    def _all(self, path: str) -> frozenset[int]:
-        return frozenset(range(self.programs[path].values))
+    def _kept(self, choices: tuple[Choice, ...]) -> Kept:
+        chosen = {choice.unit: kept_values(choice.actions) for choice in choices}
+        return {path: chosen.get(path, frozenset(range(program.values))) for path, program in self.programs.items()}
 
-    def choices(self, kept: Kept) -> tuple[Choice, ...]:
-        return tuple(
-            Choice(
-                unit=unit.path,
-                signature=unit.signature,
-                program=unit.digest,
-                actions=tuple(
-                    Action.KEEP if v in kept[unit.path] else Action.RECOMPUTE
-                    for v in range(self.programs[unit.path].values)
-                ),
+    def _choices(self, kept: Kept) -> tuple[Choice, ...]:
+        found = []
+        for unit in self.trace.units:
+            program = self.programs.get(unit.path)
+            if program is None:
+                continue
+            actions = (
+                Action.KEEP if value in kept[unit.path] else Action.RECOMPUTE for value in range(program.values)
             )
-            for unit in self.trace.units
-            if unit.path in kept
-        )
+            choice = Choice(unit=unit.path, actions=tuple(actions), signature=unit.signature, program=unit.digest)
+            found.append(choice)
+        return tuple(found)
 
-    def walked(self, kept: Kept) -> tuple[list[tuple[Moment, int]], Timeline]:
-        walk = _Noted(self.trace, self.choices(kept))
+    def _walked(self, choices: tuple[Choice, ...]) -> tuple[list[tuple[Moment, int]], Timeline]:
+        walk = _Noted(self.trace, choices)
         line = walk.timeline()
         return list(zip(walk.moments, line.live_bytes, strict=True)), line
 
-    def _solved(
-        self,
-        moments: list[Moment],
-        budget_bytes: int | None,
-        known: Kept,
-        nodes: int,
-        gap: float,
-        scale: float,
-        alike: bool,
-    ) -> tuple[Kept | None, float] | None:
-        live = self.live
-        sums = [live.at(moment) for moment in moments]
-        frames = dict.fromkeys(frame for _, opened in sums for frame in sorted(opened))
-        rows = [*live.rows]
-        for frame, call in live.calls.items():
-            if frame in frames or call.rows and len([c for c in live.calls.values() if c.unit == call.unit]) > 1:
-                rows += call.rows
-        seen: set[int] = set()
-        pending = [column for each, _ in sums for column, _ in each.columns]
-        while pending:
-            column = pending.pop()
-            if column not in seen:
-                seen.add(column)
-                more = live.rows_of.get(column, ())
-                rows += more
-                pending += [c for row in more for c, _ in row.columns]
-        place: dict[int, int] = {}
-        first: dict[object, int] = {}
-        if alike:
-            digests = {unit.path: unit.digest for unit in self.trace.units}
-            for (path, each), column in (*live.keeps.items(), *live.reruns.items()):
-                pass
-        same = self._alike() if alike else {}
-        for row in (*rows, *(each for each, _ in sums), *live.keeps.values(), *live.reruns.values()):
-            for column, _ in row.columns:
-                column = same.get(column, column)
-                place.setdefault(column, len(place))
-        count = len(place)
-        costs = np.zeros(count + 2)
-        upper = np.ones(count + 2)
-        integer = np.zeros(count + 2, dtype=bool)
-        for column, cost in enumerate(live.costs):
-            if (at := place.get(same.get(column, column))) is not None:
-                costs[at] += cost
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    kept: Kept | None
+    bound: float
+    how: str
+
+
+class _Assembled:
+    """The program over the rows of some moments, with columns of its own numbering."""
+
+    def __init__(
+        self, step: WholeStep, moments: list[Moment], known: Kept, budget_bytes: int | None, is_attainable: bool
+    ) -> None:
+        self.step, self.known, self.budget_bytes, self.is_attainable = step, known, budget_bytes, is_attainable
+        live = step.live
+        self.levels = [live.at(moment) for moment in moments]
+        self.rows = live.rows_for(self.levels)
+        #: Where units that are alike keep the same, the column of the first of them stands for all.
+        self.same = {} if budget_bytes is not None else _alike(step)
+        columns = (column for row in (*self.rows, *self.levels, *live.keeps.values()) for column, _ in row.columns)
+        self.place: dict[int, int] = {}
+        for column in columns:
+            self.place.setdefault(self.same.get(column, column), len(self.place))
+
+    def _placed(self, row: Linear) -> tuple[list[int], list[float]]:
+        columns = row.columns
+        if self.same:  # two columns may have become one
+            columns = total((Linear(0.0, tuple((self.same.get(c, c), amount) for c, amount in columns)), 1.0)).columns
+        return [self.place[column] for column, _ in columns], [amount for _, amount in columns]
+
+    def solved(self, gap: float) -> _Answer:
+        """The solver's answer. It is no further from the best than `gap`, a part of the step's seconds or of the peak,
+        unless the search ended before."""
+        live, budget_bytes = self.step.live, self.budget_bytes
+        peak = len(self.place)  # one more column, for the peak
+        costs, upper, lower = np.zeros(peak + 1), np.ones(peak + 1), np.zeros(peak + 1)
+        for column, seconds in enumerate(live.costs):
+            if (at := self.place.get(self.same.get(column, column))) is not None:
+                costs[at] += seconds
                 upper[at] = min(upper[at], live.upper[column])
-        start = np.full(count + 2, np.nan)
+        integer, start = np.zeros(peak + 1, dtype=bool), np.full(peak + 1, np.nan)
         for (path, value), keep in live.keeps.items():
             for column, _ in keep.columns:
-                at = place[same.get(column, column)]
-                integer[at] = True
-                start[at] = float(value in known[path])
-        peak, one = count, count + 1
-        unit = solver.scale_of(max((abs(a) for each, _ in sums for _, a in each.columns), default=1.0))
-        table: list[tuple[list[int], list[float]]] = []
-        high: list[float] = []
-        for row in rows:
-            table.append(_columns(row, place, same))
-            high.append(-row.constant)
-        for each, _ in sums:
-            columns, amounts = _columns(each, place, same)
-            amounts = [a / unit for a in amounts]
+                at = self.place[self.same.get(column, column)]
+                integer[at], start[at] = True, float(value in self.known[path])
+        scale = scale_of(max((abs(amount) for level in self.levels for _, amount in level.columns), default=1.0))
+        if budget_bytes is None:
+            unit = scale
+            costs *= _TIE * sum(level.constant for level in self.levels[:1]) / scale / max(costs.sum(), 1e-12)
+            costs[peak], upper[peak] = 1.0, np.inf
+        else:
+            unit = max(float(costs.max()), 1e-12) / 1000
+            costs /= unit
+        table, high = [self._placed(row) for row in self.rows], [-row.constant for row in self.rows]
+        for level in self.levels:
+            columns, amounts = self._placed(level)
+            amounts = [amount / scale for amount in amounts]
             if budget_bytes is None:
                 columns, amounts = [*columns, peak], [*amounts, -1.0]
             table.append((columns, amounts))
-            high.append(((budget_bytes or 0) - each.constant) / unit)
-        if budget_bytes is None:
-            tie = 1e-6 * scale / unit / max(self.step_seconds, 1e-12)
-            costs *= tie
-            costs[peak] = 1.0
-            upper[peak] = np.inf
-            factor = unit
-        else:
-            factor = max(float(costs.max()), 1e-12) / 1000
-            costs /= factor
-            costs[one] = scale / factor
-        lower = np.zeros(count + 2)
-        lower[one] = 1.0
+            high.append(((budget_bytes or 0) - level.constant) / scale)
         program = MixedProgram.of(
             table, row_low=[-np.inf] * len(table), row_high=high, costs=costs, lower=lower, upper=upper,
-            integer=integer, start=start, nodes=nodes,
+            integer=integer, start=start, nodes=_NODES,
         )  # fmt: skip
-        answer = solver.solve(program, seconds=30.0, gap=gap)
-        own = float(costs[one])
-        bound = max(0.0, answer.bound - own) * factor
-        if answer.values is None:
-            return (None, bound) if answer.verdict is solver.Verdict.UNSOLVED else (None, bound)
-        kept = {
-            path: frozenset(
-                v for v in range(program_.values)
-                if not (columns := live.keeps[path, v].columns)
-                or answer.values[place[same.get(columns[0][0], columns[0][0])]] > 0.5
-            )
-            for path, program_ in self.programs.items()
-        }  # fmt: skip
-        return kept, bound
+        # the step's own seconds count too, so that the gap is a part of the whole step
+        own = 0.0 if budget_bytes is None else self.step.step_seconds / unit
+        answer = solver.solve(program.plus(own), seconds=_SECONDS, gap=gap, attainable=self.is_attainable)
+        kept = None if answer.values is None else self._kept(answer.values)
+        return _Answer(kept=kept, bound=max(0.0, answer.bound - own) * unit, how=answer.how)
 
-    def _alike(self) -> dict[int, int]:
-        """Columns of units that are alike, and the column of the first of them."""
-        live = self.live
-        digests = {unit.path: unit.digest for unit in self.trace.units}
-        counts = {path: sum(call.unit == path for call in live.calls.values()) for path in self.programs}
-        first: dict[object, int] = {}
-        found = {}
-        for name, table in (("keeps", live.keeps), ("reruns", live.reruns)):
-            for (path, number), each in table.items():
-                for column, _ in each.columns:
-                    found[column] = first.setdefault((name, digests[path], counts[path], number), column)
-        return found
+    def _kept(self, values: Floats) -> Kept:
+        keeps = self.step.live.keeps
+
+        def is_kept(path: str, value: int) -> bool:
+            columns = keeps[path, value].columns
+            return not columns or values[self.place[self.same.get(columns[0][0], columns[0][0])]] > 0.5
+
+        return {
+            path: frozenset(value for value in range(program.values) if is_kept(path, value))
+            for path, program in self.step.programs.items()
+        }
 
 
-def _columns(row: Linear, place: Mapping[int, int], same: Mapping[int, int]) -> tuple[list[int], list[float]]:
-    merged: dict[int, float] = {}
-    for column, amount in row.columns:
-        at = place[same.get(column, column)]
-        merged[at] = merged.get(at, 0.0) + amount
-    return list(merged), list(merged.values())
+def _alike(step: WholeStep) -> dict[int, int]:
+    """The columns of what units keep and run again, each with the same column of the first unit that is alike."""
+    live = step.live
+    calls: dict[str, int] = {}
+    for call in live.calls.values():
+        calls[call.unit] = calls.get(call.unit, 0) + 1
+    kinds = {unit.path: (unit.digest, calls.get(unit.path, 0)) for unit in step.trace.units}
+    firsts: dict[tuple[bool, tuple[str, int], int], int] = {}
+    found = {}
+    for are_kept, table in ((True, live.keeps), (False, live.reruns)):
+        for (path, number), each in table.items():
+            for column, _ in each.columns:
+                found[column] = firsts.setdefault((are_kept, kinds[path], number), column)
+    return found
 
 
 def _fullest(moments: list[tuple[Moment, int]], known: Mapping[Moment, None]) -> list[Moment]:
     """The fullest moments that are not known yet."""
-    fresh = {moment: size for moment, size in moments if moment not in known}
-    return sorted(fresh, key=lambda moment: -fresh[moment])[:_ROWS]
+    fresh = [each for each in moments if each[0] not in known]
+    return [moment for moment, _ in sorted(fresh, key=lambda each: -each[1])[:_ROWS]]

@@ -13,10 +13,11 @@ Refused: sweeps (nested recompute) and values off the device.
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -83,7 +84,7 @@ class _Call:
     loads: tuple[tuple[int, int], ...]  # (event at which backward first reads it, value ordinal), in order
     last_release: int
     first: int  # column of the first cluster at the first load
-    rows: list[Linear] = field(default_factory=list)  # none is above zero; made when the call is first looked into
+    is_alone: bool  # no other call of the unit is there
 
     def ran(self, cluster: int, load: int) -> Linear:
         """Has the cluster run again by this load? Before the first load none has."""
@@ -111,8 +112,8 @@ class LiveBytes:
         self.calls: dict[int, _Call] = {}  # by frame
         self.rows_of: dict[int, list[Linear]] = {}  # of a column that says "any of these": none is above zero
         self._any_of: dict[tuple[Linear, ...], Linear] = {}
-        self._seen: dict[Moment, tuple[Linear, frozenset[int]]] = {}
-        self._opened: set[int] = set()  # frames that the moment that is being looked at is inside of
+        self._held: dict[tuple[int, int], Linear] = {}  # by value and place among its changes
+        self._seen: dict[Moment, Linear] = {}
         self._index()
         for path, program in programs.items():
             self._add_unit(path, program, [frame.id for frame in trace.frames if frame.unit == path])
@@ -133,12 +134,20 @@ class LiveBytes:
         self.starts = np.array([made_at[v.id] for v in known], dtype=np.int64)
         naturals = [ends[v.id] if v.natural_end is None else v.natural_end for v in known]
         self.naturals = np.array(naturals, dtype=np.int64)  # until then they are there, whatever is chosen
-        last_loads = {f.id: max(map(index.first_load.get, ()), default=-1) for f in trace.frames}
-        for frame in trace.frames:
-            loads = [index.first_load[s.id] for s in index.slots_of[frame.id] if s.id in index.first_load]
-            last_loads[frame.id] = max(loads, default=-1)
-        lasts = [max([ends[v.id], *(last_loads[f] for f, _ in self.readers[v.id])]) for v in known]
+        loads = {
+            frame.id: [index.first_load[s.id] for s in index.slots_of[frame.id] if s.id in index.first_load]
+            for frame in trace.frames
+        }
+        lasts = [max([ends[v.id], *(max(loads[f], default=-1) for f, _ in self.readers[v.id])]) for v in known]
         self.lasts = np.array(lasts, dtype=np.int64)  # after that nothing can hold them
+        #: The events before which what holds a value changes, in order.
+        self.changes = {
+            v.id: sorted(
+                {index.released[s.id] + 1 for s in index.saved_of.get(v.id, ()) if s.id in index.released}
+                | {event + late for f, _ in self.readers[v.id] for event in loads[f] for late in (0, 1)}
+            )
+            for v in known
+        }
 
     # -- columns, and the rows between them
 
@@ -162,9 +171,7 @@ class LiveBytes:
             for value in (*final, *early):
                 self._there(path, program, value, self.reruns[path, cluster], self.rows, early=value in early)
         for frame in frames:
-            self.calls[frame] = call = self._call(path, program, frame, alone)
-            if not alone:
-                self._open(call)
+            self.calls[frame] = self._call(path, program, frame, alone)
         if not alone:
             for cluster in range(len(groups)):
                 asked = [self.calls[f].ran(cluster, len(self.calls[f].loads) - 1) for f in frames]
@@ -195,14 +202,13 @@ class LiveBytes:
                 self._column(seconds, float(rerunnable(program)[cluster]))
         released = [index.released.get(s.id, len(self.trace.events)) for s in index.slots_of[frame]]
         return _Call(
-            unit=path, frame=frame, program=program, loads=loads, last_release=max(released, default=-1), first=first
-        )
+            unit=path, frame=frame, program=program, loads=loads, last_release=max(released, default=-1), first=first,
+            is_alone=alone,
+        )  # fmt: skip
 
-    def _open(self, call: _Call) -> None:
-        """Make the rows of a call: what has run at each load."""
-        if call.rows:
-            return
-        program, path, rows = call.program, call.unit, call.rows
+    def _between(self, call: _Call, loads: Sequence[int]) -> list[Linear]:
+        """The rows that say what has run at each of `loads`, of which the last is the call's last."""
+        program, path = call.program, call.unit
         owner, demanded = cluster_of(program), demands(program)
         joined = {c for c, (_, early) in enumerate(demanded) if any(owner[v] is not None for v in early)}
         joined |= {owner[v] for _, early in demanded for v in early}  # type: ignore[misc] # None is no cluster
@@ -211,15 +217,17 @@ class LiveBytes:
             for maker in dict.fromkeys(owner[v] for v in final):
                 if maker is not None and maker != cluster:
                     asking[maker].append(cluster)
-        for load, (_, wanted) in enumerate(call.loads):
-            target = owner[wanted]
-            assert target is not None
-            if wanted not in program.held:
-                rows.append(ONE - (self.keeps[path, wanted] + call.ran(target, load)))
+        rows = []
+        for before, load in zip((-1, *loads), loads, strict=False):
+            read = [value for _, value in call.loads[before + 1 : load + 1] if value not in program.held]
+            for value in read:
+                maker = owner[value]
+                assert maker is not None
+                rows.append(ONE - (self.keeps[path, value] + call.ran(maker, load)))
             for cluster, (final, early) in enumerate(demanded):
-                now, before = call.ran(cluster, load), call.ran(cluster, load - 1)
-                if before.columns:
-                    rows.append(before - now)
+                now, earlier = call.ran(cluster, load), call.ran(cluster, before)
+                if earlier.columns:
+                    rows.append(earlier - now)
                 rows.append(now - self.reruns[path, cluster])
                 for value in (*final, *early):
                     is_early = value in early
@@ -230,15 +238,42 @@ class LiveBytes:
                 if cluster in joined:
                     continue
                 # nothing runs before something asks for it
-                parts = [(now, 1.0), (before, -1.0)]
-                if target == cluster:
-                    parts += [(ONE, -1.0), (self.keeps[path, wanted], 1.0)]
+                parts = [(now, 1.0), (earlier, -1.0)]
+                for value in read:
+                    if owner[value] == cluster:
+                        parts += [(ONE, -1.0), (self.keeps[path, value], 1.0)]
                 for other in asking[cluster]:
-                    parts += [(call.ran(other, load), -1.0), (call.ran(other, load - 1), 1.0)]
+                    parts += [(call.ran(other, load), -1.0), (call.ran(other, before), 1.0)]
                 rows.append(total(*parts))
-        if len(call.loads) and len([f for f in self.calls.values() if f.unit == path]) == 1:
-            last = len(call.loads) - 1
-            rows += [self.reruns[path, cluster] - call.ran(cluster, last) for cluster in range(len(demanded))]
+        if call.is_alone:
+            rows += [self.reruns[path, cluster] - call.ran(cluster, loads[-1]) for cluster in range(len(demanded))]
+        return rows
+
+    def rows_for(self, levels: Iterable[Linear]) -> list[Linear]:
+        """The rows that say what the columns of `levels` mean. None is above zero.
+
+        Of a call only the loads at which the levels look into it have rows: at the others it does not matter when what
+        runs by the next has run.
+        """
+        rows = [*self.rows]
+        known: set[int] = set()
+        pending = [column for level in levels for column, _ in level.columns]
+        while pending:
+            column = pending.pop()
+            if column not in known:
+                known.add(column)
+                more = self.rows_of.get(column, ())
+                rows += more
+                pending += [each for row in more for each, _ in row.columns]
+        columns = sorted(known)
+        for call in self.calls.values():
+            width = len(clusters(call.program))
+            start = bisect.bisect_left(columns, call.first)
+            stop = bisect.bisect_left(columns, call.first + width * len(call.loads))
+            if call.loads and (start < stop or not call.is_alone):
+                looked = {(column - call.first) // width for column in columns[start:stop]}
+                rows += self._between(call, sorted({*looked, len(call.loads) - 1}))
+        return rows
 
     # -- what has run at a moment
 
@@ -254,16 +289,13 @@ class LiveBytes:
             loads = call.loads_before(moment.event, itself=moment.frame is None)
         if loads == len(call.loads) and moment.frame != call.frame:
             return self._at_last(call, cluster)
-        if loads:
-            self._opened.add(call.frame)
         return call.ran(cluster, loads - 1)
 
     def _at_last(self, call: _Call, cluster: int) -> Linear:
         """Does the cluster run again in this call at all?"""
         if len(call.loads) == 0:
             return NOTHING
-        is_counted = self.costs[call.first + (len(call.loads) - 1) * len(clusters(call.program)) + cluster] > 0
-        return call.ran(cluster, len(call.loads) - 1) if is_counted else self.reruns[call.unit, cluster]
+        return self.reruns[call.unit, cluster] if call.is_alone else call.ran(cluster, len(call.loads) - 1)
 
     def _will_read(self, frame: int, ordinal: int, moment: Moment) -> Linear:
         """Does this op run again, and has it not been done yet?"""
@@ -278,14 +310,10 @@ class LiveBytes:
 
     # -- live bytes
 
-    def at(self, moment: Moment) -> tuple[Linear, frozenset[int]]:
-        """The live bytes, and the frames whose rows say what the sum's columns mean."""
+    def at(self, moment: Moment) -> Linear:
+        """The live bytes."""
         if moment not in self._seen:
-            self._opened = set()
-            live = self._at(moment)
-            for frame in self._opened:
-                self._open(self.calls[frame])
-            self._seen[moment] = live, frozenset(self._opened)
+            self._seen[moment] = self._at(moment)
         return self._seen[moment]
 
     def _at(self, moment: Moment) -> Linear:
@@ -294,8 +322,7 @@ class LiveBytes:
         always = started & (self.naturals >= event)
         parts = [(Linear(float(sum(trace.static_bytes.values())) + float(self.sizes[always].sum())), 1.0)]
         for place in np.nonzero(started & ~always & (self.lasts >= event))[0]:
-            holders = self._holders(int(self.value_ids[place]), moment)
-            parts.append((self._any(holders), float(self.sizes[place])))
+            parts.append((self._original(int(self.value_ids[place]), moment), float(self.sizes[place])))
         for frame, call in self.calls.items():
             if call.loads and call.loads[0][0] <= event <= call.last_release:
                 for ordinal, value_id in self.index.values_of[frame].items():
@@ -309,6 +336,15 @@ class LiveBytes:
             running = self._running(self.calls[moment.frame], moment.ordinal, moment)
             parts.append((running, float(op.rerun_scratch_bytes)))
         return total(*parts)
+
+    def _original(self, value_id: int, moment: Moment) -> Linear:
+        """Is a value that the step made still there, after Python has let go of it?"""
+        if moment.frame is not None and any(frame == moment.frame for frame, _ in self.readers[value_id]):
+            return self._any(self._holders(value_id, moment))
+        key = value_id, bisect.bisect_right(self.changes[value_id], moment.event)
+        if key not in self._held:
+            self._held[key] = self._any(self._holders(value_id, moment))
+        return self._held[key]
 
     def _any(self, holders: Iterable[Linear]) -> Linear:
         """One if any of `holders` is one."""
@@ -326,7 +362,7 @@ class LiveBytes:
         return self._any_of[wanted]
 
     def _holders(self, value_id: int, moment: Moment) -> list[Linear]:
-        """Who holds a value that the step made, after Python has let go of it."""
+        """Who holds a value that the step made."""
         trace, index = self.trace, self.index
         value, found = trace.values[value_id], []
         for saved in index.saved_of.get(value_id, ()):
@@ -367,9 +403,9 @@ class LiveBytes:
         alone = made - self.keeps[call.unit, ordinal]
         found = []
         for saved in index.slots_of[call.frame]:
-            if saved.value == value_id and saved.read:
-                if index.released.get(saved.id, len(trace.events)) >= moment.event:
-                    found.append(alone)
+            released = index.released.get(saved.id, len(trace.events))
+            if saved.value == value_id and saved.read and released >= moment.event:
+                found.append(alone)
         for frame, reader in self.readers[value_id]:
             if frame == call.frame and reader != op.ordinal:
                 reads = self._will_read(frame, reader, moment)

@@ -44,7 +44,7 @@ from tightfit.plan.polish import polished
 from tightfit.plan.program import shared
 from tightfit.plan.simulate import simulate, simulate_choices
 from tightfit.plan.table import THOROUGH, Effort
-from tightfit.plan.ways import Refereed, Way, way_of
+from tightfit.plan.ways import WHOLE_GAP, Refereed, Way, way_of
 
 _REFEREE_ROUNDS = 12
 
@@ -293,6 +293,8 @@ def _best(
     bound = way.bound_seconds(budget_bytes) if found is None or found.line.recompute_seconds else 0.0
     near = _NEAR * sum(op.seconds for op in trace.ops)
     if way.proves and (found is None or found.line.recompute_seconds - bound > near):
+        found, bound = _whole(way, found, budget_bytes, bound)
+    if way.proves and (found is None or found.line.recompute_seconds - bound > near):
         both = (found, _fitting(way, way.lean_model, budget_bytes))
         found = min((each for each in both if each), key=lambda each: each.line.recompute_seconds, default=None)
     if found is None:
@@ -302,6 +304,17 @@ def _best(
     found = _polished(way, found, budget_bytes, bound + near)
     made = _plan(trace, way, budget_bytes, found.choices, found.line, unplanned, bound, found.how)
     return _in_host(trace, _eased(trace, made))
+
+
+def _whole(way: Way, found: Refereed | None, budget_bytes: int, bound: float) -> tuple[Refereed | None, float]:
+    """`found` and its `bound`, or better ones by the program over the whole step."""
+    if way.whole is None:
+        return found, bound
+    known = way.fewest if found is None else found.choices
+    better = way.whole.cheapest(known, budget_bytes, WHOLE_GAP)
+    if better.choices is not None and better.line is not None:
+        found = Refereed(better.choices, better.line, better.how if found is None else found.how | better.how)
+    return found, max(bound, better.bound)
 
 
 def _polished(way: Way, found: Refereed, budget_bytes: int, near_seconds: float) -> Refereed:

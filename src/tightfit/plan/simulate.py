@@ -118,7 +118,7 @@ def simulate_choices(trace: Trace, choices: tuple[Choice, ...], advances: tuple[
 
 
 @dataclass
-class _Replayed:
+class Replayed:
     """One frame in which something runs again."""
 
     frame: int
@@ -160,7 +160,7 @@ class Walk:
 
     # -- which frames replay, and when
 
-    def _replays(self, choices: dict[str, Choice]) -> dict[int, _Replayed]:
+    def _replays(self, choices: dict[str, Choice]) -> dict[int, Replayed]:
         trace = self.trace
         load_event, slots = self.index.first_load, self.index.slots_of
         found = {}
@@ -193,7 +193,7 @@ class Walk:
             ran = demanded(program, chosen, tuple(i for _, i in loads))
             batches = tuple((event_of[i], ops) for i, ops in ran)
             first = first_random(program)
-            found[frame.id] = _Replayed(
+            found[frame.id] = Replayed(
                 frame=frame.id, recipe=chosen, batches=batches,
                 slots=(*dropped, *anew, *((s, s.read) for s in from_outside)),
                 casts=frozenset(casts),
@@ -311,7 +311,7 @@ class Walk:
     def timeline(self) -> Timeline:
         trace, index = self.trace, self.index
         after = self._lives()
-        by_event: dict[int, list[tuple[_Replayed, tuple[int, ...]]]] = defaultdict(list)
+        by_event: dict[int, list[tuple[Replayed, tuple[int, ...]]]] = defaultdict(list)
         for replayed in self.replays.values():
             for event_index, ops in replayed.batches:
                 by_event[event_index].append((replayed, ops))
@@ -389,7 +389,7 @@ class Walk:
         op = self.ops_of[frame][ordinal]
         return [v for v in op.outputs if v is not None and self.trace.values[v].producer == op.id]
 
-    def _reads_copy(self, replayed: _Replayed, ordinal: int, value_id: int) -> bool:
+    def _reads_copy(self, replayed: Replayed, ordinal: int, value_id: int) -> bool:
         """Does the op read the copy of a value of its own frame that was made again?"""
         value = self.trace.values[value_id].ordinal
         assert value is not None
@@ -401,7 +401,7 @@ class Walk:
             self._add(_SAVED, -copy.size_bytes, ("copy", id(copy)))
             copy.is_live = False
 
-    def _run_again(self, replayed: _Replayed, ops: tuple[int, ...], index: int) -> None:
+    def _run_again(self, replayed: Replayed, ops: tuple[int, ...], index: int) -> None:
         """Walk through the ops that run again before event `index`."""
         trace = self.trace
         state_bytes = trace.random_state_bytes

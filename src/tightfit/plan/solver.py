@@ -115,6 +115,7 @@ class MixedProgram:
             coefficients=np.append(self.coefficients, coefficients),
             row_low=np.append(self.row_low, -np.inf),
             row_high=np.append(self.row_high, high),
+            start=None if self.start is None else np.append(self.start, np.nan),
         )
 
     def plus(self, cost: float) -> MixedProgram:

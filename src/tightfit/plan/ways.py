@@ -28,6 +28,7 @@ from tightfit.device.cost import NOMINAL_CPU, retimed
 from tightfit.levers import allowed, as_recorded, every, granted, inexact
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.choose import Model, Solution
+from tightfit.plan.exact import WholeStep
 from tightfit.plan.nest import Nesting, nestings
 from tightfit.plan.polish import lowered
 from tightfit.plan.segments import LENGTHS, Segmented, segmented
@@ -47,6 +48,14 @@ _SEGMENTS_SECONDS = 2.5
 
 #: In a quick search only every third nesting is tried.
 _COARSE = 3
+
+
+#: The program over the whole step is not made for steps of more events than this.
+_WHOLE_EVENTS = 60_000
+
+
+#: It ends when nothing can be better by more than this part of the step's seconds, or of the lowest peak.
+WHOLE_GAP = 2e-3
 
 
 class Refereed(NamedTuple):
@@ -254,6 +263,14 @@ class Way:
         return self.leanest if self.effort.proves else self._of_frontiers[0]
 
     @functools.cached_property
+    def whole(self) -> WholeStep | None:
+        """The program over the whole step. There is none where a choice may be what that program does not know, and
+        none in a quick search or for a step that is too large."""
+        if not self.proves or self.advances or len(self.trace.events) > _WHOLE_EVENTS:
+            return None
+        return WholeStep(self.trace)
+
+    @functools.cached_property
     def leanest(self) -> Refereed:
         """The same with more options for the units, where the fullest moment is in a unit's own backward."""
         found, is_own_moment = self._of_frontiers
@@ -270,7 +287,13 @@ class Way:
         found = self.leanest
         if not self.effort.proves or self.moves or self.advances:
             return found
-        return Refereed(*lowered(self.trace, found.choices, found.line, self.fewest), found.how)
+        found = Refereed(*lowered(self.trace, found.choices, found.line, self.fewest), found.how)
+        if self.whole is None:
+            return found
+        lower = self.whole.lowest(found.choices, WHOLE_GAP)
+        if lower.choices is None or lower.line is None:
+            return found
+        return Refereed(lower.choices, lower.line, found.how | lower.how)
 
     @functools.cached_property
     def _nominal(self) -> Trace:
