@@ -148,9 +148,7 @@ class WholeStep:
             program = self.programs.get(unit.path)
             if program is None:
                 continue
-            actions = (
-                Action.KEEP if value in kept[unit.path] else Action.RECOMPUTE for value in range(program.values)
-            )
+            actions = (Action.KEEP if value in kept[unit.path] else Action.RECOMPUTE for value in range(program.values))
             choice = Choice(unit=unit.path, actions=tuple(actions), signature=unit.signature, program=unit.digest)
             found.append(choice)
         return tuple(found)
