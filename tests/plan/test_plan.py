@@ -35,19 +35,14 @@ def test_plan_against_every_combination(shape: tuple[Any, ...], share: float) ->
     unplanned = tightfit.simulate(trace).peak_bytes
     budget = least + int(share * (unplanned - least))
     best = min(seconds for peak, seconds in every if peak <= budget)
-    try:
-        plan = tightfit.plan(trace, budget)
-    except BudgetInfeasible as error:
-        # the frontier leaves out points nearer than a thousandth of a unit's bytes
-        assert error.least_bytes <= least * 1.01
-        assert error.least_bytes > budget
-        return
+    plan = tightfit.plan(trace, budget)
     assert plan.peak_bytes <= budget
     assert plan.recompute_seconds >= best - 1e-9, "faster than brute force: the simulator and the planner disagree"
     assert plan.bound_seconds <= best + 1e-9, "the bound is no bound"
     if plan.status is Status.OPTIMAL:
         assert plan.recompute_seconds == pytest.approx(best)
-    assert plan.recompute_seconds <= best * 1.35 + 1e-9, "far from the optimum"
+    step_seconds = sum(op.seconds for op in trace.ops)
+    assert plan.recompute_seconds <= best + 0.01 * (step_seconds + best), "far from the optimum"
 
 
 def test_every_block_keeps_nothing_and_is_replayed_whole() -> None:
