@@ -9,6 +9,8 @@
 | `frontier`, `mincut` | one unit, exactly: the least recompute for each number of kept bytes |
 | `table` | what each option of each unit does to the live bytes of each moment |
 | `choose`, `solver`, `lagrange` | one option for each unit, under the budget |
+| `exact`, `moments` | the best choices for a whole step, value by value, and what is proven of them |
+| `leaner`, `polish` | options with a lower moment of their own; more kept by the referee's word |
 | `segments`, `nest` | long units cut into segments; unit inputs that are made again |
 | `program` | what a choice makes a unit's program do |
 | `simulate` | the referee: live bytes through the step under a plan |
