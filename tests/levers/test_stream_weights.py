@@ -21,8 +21,8 @@ from tightfit.engine import apply
 from tightfit.levers.stream_weights import DEFINITION as STREAM
 from tightfit.levers.stream_weights import host
 from tightfit.plan import lowest, simulate
+from tightfit.plan.effort import THOROUGH
 from tightfit.plan.planning import feasible
-from tightfit.plan.table import THOROUGH
 from tightfit.plan.ways import way_of
 from tightfit.step.mapped import Mapped
 from tightfit.step.placement import in_host_bytes

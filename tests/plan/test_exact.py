@@ -159,6 +159,47 @@ def test_the_cheapest_choices_are_the_best_of_every_combination(shape: tuple[Any
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_a_search_that_ends_early_claims_no_more_than_it_proved(shape: tuple[Any, ...]) -> None:
+    trace, every = traced(*shape), brute_force(*shape)
+    least, unplanned = min(peak for peak, _ in every), tightfit.simulate(trace).peak_bytes
+    budget = (least + unplanned) // 2
+    best = min(seconds for peak, seconds in every if peak <= budget)
+    every_block = tightfit.plan.every_block(trace)
+    assert every_block.peak_bytes <= budget
+    found = WholeStep(trace).cheapest(every_block.choices, budget, 10.0)
+    assert found.bound <= best + 1e-9 < every_block.recompute_seconds
+
+
+def test_moments_that_an_answer_fills_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One moment is added in each round, so the first answers are above the budget."""
+    monkeypatch.setattr(exact, "_ROWS", 1)
+    monkeypatch.setattr(exact, "_ROUNDS", 60)
+    trace, every = traced(*SHAPES[2]), brute_force(*SHAPES[2])
+    least, unplanned = min(peak for peak, _ in every), tightfit.simulate(trace).peak_bytes
+    budget = least + (unplanned - least) // 10
+    best = min(seconds for peak, seconds in every if peak <= budget)
+    found = WholeStep(trace).cheapest((), budget, 1e-6)
+    assert found.line is not None
+    assert found.line.recompute_seconds == pytest.approx(best)
+
+
+def test_the_lowest_peak_of_blocks_is_lower_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=500, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
+    )
+    ids = torch.randint(0, 500, (2, 96))
+    model = transformers.LlamaForCausalLM(config).train()
+    trace = retimed(tightfit.trace(model, {"input_ids": ids, "labels": ids}), NOMINAL_CPU)
+    low = tightfit.plan.lowest(trace, levers=("recompute",))
+    monkeypatch.setattr(ways, "_WHOLE_EVENTS", 0)
+    monkeypatch.setattr(ways, "_latest", {})
+    without = tightfit.plan.lowest(trace, levers=("recompute",))
+    monkeypatch.setattr(ways, "_latest", {})
+    assert low.peak_bytes < 0.97 * without.peak_bytes
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_lowest_peak_is_that_of_the_best_alike_choices(shape: tuple[Any, ...]) -> None:
     trace, every = traced(*shape), brute_force(*shape)
     found = WholeStep(trace).lowest((), 1e-6)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import random
 from math import comb
 
 import pytest
+import torch
+from torch import nn
 
-from tightfit.plan.nest import Sweep, _reversed, _Tables, schedule
+import tightfit
+from tightfit.core import Status
+from tightfit.device.cost import NOMINAL_CPU, retimed
+from tightfit.plan.nest import Sweep, _reversed, _Tables, nestings, schedule
+from tightfit.plan.planning import _best
+from tightfit.plan.simulate import simulate_choices
+from tightfit.plan.ways import Way, way_of
 
 
 def revolve_count(steps: int, snapshots: int) -> int:
@@ -108,3 +117,26 @@ def test_no_schedule_takes_less(seed: int) -> None:
 def test_long_chains_obey_the_rules(units: int) -> None:
     for slots in (0, 1, 2, 5):
         carried_out(units, slots, *schedule((1.0,) * (units - 1), slots), [1.0] * (units - 1))
+
+
+def test_more_sweeping_is_tried_as_long_as_it_costs_less() -> None:
+    """What another sweep frees, units keep. No nesting that is planned with gives a cheaper plan than the plan, and
+    nothing says that a plan with a nesting is the best of all."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)) for _ in range(40)]
+    model, batch = nn.Sequential(*layers), torch.randn(512, 64)
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = model(batch).square().mean()
+        return out
+
+    multiplies_slowly = dataclasses.replace(NOMINAL_CPU, flops_per_second={"float32": 2e9}, launch_seconds=2e-7)
+    trace = retimed(tightfit.trace(model, batch, loss=loss, tiles=False), multiplies_slowly)
+    budget = sum(trace.static_bytes.values()) + 36 * trace.values[trace.frames[1].inputs[0]].size_bytes
+    plan = tightfit.plan(trace, budget, levers=("recompute", "nest"))
+    assert plan.advances and plan.status is Status.FEASIBLE
+    way, unplanned = way_of(trace), simulate_choices(trace, ())
+    ways = (Way(way.step, way.effort, nesting=nesting, plain=way) for nesting in nestings(trace))
+    found = [_best(trace, each, budget, unplanned, None) for each in ways if each.floor.peak_bytes <= budget]
+    assert plan.recompute_seconds <= 1.01 * min(each.recompute_seconds for each in found if each is not None)
+    assert tightfit.verify(model, batch, plan, loss=loss).passed

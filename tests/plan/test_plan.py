@@ -19,10 +19,10 @@ import tightfit
 from tightfit.core import Action, BudgetInfeasible, Choice, InvalidInput, PlanMismatch, Status, Trace
 from tightfit.plan import choose, every_block, solver
 from tightfit.plan.choose import Model
+from tightfit.plan.effort import THOROUGH
 from tightfit.plan.planning import feasible
 from tightfit.plan.program import kept_values, recipe
 from tightfit.plan.simulate import simulate_choices
-from tightfit.plan.table import THOROUGH
 
 SHAPES = [(2, 16, 4, 64), (2, 8, 64, 64), (3, 8, 8, 32), (3, 16, 4, 64, Lean), (2, 16, 64, 64, Lean)]
 

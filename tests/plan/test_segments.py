@@ -189,6 +189,49 @@ def test_what_several_units_read_is_not_counted_for_each() -> None:
     assert tightfit.verify(model, batch, plan).passed
 
 
+class Scan(nn.Module):
+    """A state space layer: a wide value is made at once, and a loop reads it turn by turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay, self.rates = nn.Parameter(torch.rand(8)), nn.Linear(8, 8)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        gates = torch.exp(-self.rates(inputs).sigmoid().unsqueeze(-1) * self.decay)
+        state, found = gates.new_zeros(gates.shape[0], 8, 8), []
+        for turn in range(inputs.shape[1]):
+            state = gates[:, turn] * state + inputs[:, turn].unsqueeze(-1)
+            found.append(state.sum(-1))
+        return inputs + torch.stack(found, 1).tanh()
+
+
+class Scans(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Scan() for _ in range(3))
+        self.checkpoints = False
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            inputs = checkpoint(layer, inputs, use_reentrant=False) if self.checkpoints else layer(inputs)
+        return inputs.square().mean()
+
+
+def test_long_layers_are_planned_whole_as_well() -> None:
+    """Between segments a wide value that all of them read is kept, in every layer. A checkpoint around a layer keeps
+    none."""
+    torch.manual_seed(0)
+    model, batch = Scans(), torch.randn(16, 96, 8)
+    trace = tightfit.trace(model, batch, tiles=False)
+    assert segmented(trace, 32) is not None
+    least = lowest(trace)
+    model.checkpoints = True
+    by_hand = measured_peak_bytes(model, batch, contextlib.nullcontext())
+    model.checkpoints = False
+    assert least.peak_bytes <= by_hand
+    assert tightfit.verify(model, batch, least).passed
+
+
 def test_blocks_are_planned_whole() -> None:
     """Where there are many blocks, however long: their frontiers stay exact."""
     torch.manual_seed(0)

@@ -41,8 +41,8 @@ from tightfit.engine import Applied
 from tightfit.levers import inexact
 from tightfit.levers.step_in_backward.hooks import in_two_passes, only_clipped
 from tightfit.plan import plan as make_plan
+from tightfit.plan.effort import THOROUGH
 from tightfit.plan.micro_batches import QUICK, as_asked, attempted, shares, slices, solved
-from tightfit.plan.table import THOROUGH
 from tightfit.step.patches import compiled_entries
 from tightfit.step.ranks import are_several
 from tightfit.step.rows import Divisor, row_count, rows_taken, weights_of

@@ -29,9 +29,9 @@ that peak and what would lower it).
 from __future__ import annotations
 
 from tightfit.core import make_verb
+from tightfit.plan.effort import Effort
 from tightfit.plan.planning import every_block, lowest, plan
 from tightfit.plan.simulate import simulate
-from tightfit.plan.table import Effort
 
 __all__ = ["Effort", "every_block", "lowest", "plan", "simulate"]
 

@@ -22,6 +22,7 @@ from tightfit.core import Action, Choice
 from tightfit.device.cost import copy_lanes
 from tightfit.plan import lagrange, solver
 from tightfit.plan.frontier import Point
+from tightfit.plan.holders import nothing
 from tightfit.plan.solver import MixedProgram, Verdict
 from tightfit.plan.table import Floats, Table
 
@@ -68,7 +69,8 @@ class Model(Table):
 
     def _use(self, points: Mapping[str, int]) -> Floats:
         """Live bytes in each segment when these options are chosen."""
-        return sum((self.table[path][index] for path, index in points.items()), self.base_top)
+        use = sum((self.table[path][index] for path, index in points.items()), self.base_top)
+        return np.asarray(use + self.holding.usage[:, self.holding.needed(points.items())].sum(axis=1))
 
     def near(self, points: Mapping[str, int], many: int) -> list[dict[str, int]]:
         """The `many` choices of the lowest peaks among those that differ from `points` in one unit or in all units that
@@ -209,6 +211,9 @@ class Model(Table):
         unit_seconds = np.array([self.seconds[path][i] for path, i in columns])
         step_seconds = sum(op.seconds for op in self.trace.ops)
         usage = np.array([table[path][i] for path, i in columns]).T if columns else np.zeros((len(self.base_top), 0))
+        held = self.holding if table is self.table else nothing(len(usage))
+        added = usage + held.apart(columns)  # as if each unit held what it holds alone
+        usage = np.hstack([usage, held.usage])
         away = np.array([self.away_bytes[path][i] for path, i in columns], dtype=np.float64)
         lanes = copy_lanes(self.trace) if away.any() else ()
         host_room = np.inf if self.host_room_bytes is None else float(self.host_room_bytes)
@@ -219,12 +224,12 @@ class Model(Table):
             if (least > budget_bytes).any():
                 return None
             room = budget_bytes - self.base_top
-            worst = self.base_top + sum((table[path].max(axis=0) for path in paths), np.zeros(len(rows)))
+            worst = self.base_top + sum((table[path].max(axis=0) for path in paths), held.usage.sum(axis=1))
             rows = _undominated(usage, room, [s for s in rows if worst[s] > budget_bytes])
-        usage, room = usage[rows], room[rows]
+        usage, added, room = usage[rows], added[rows], room[rows]
 
         second_scale = float(max(unit_seconds.max(), 1e-12)) if columns else 1.0
-        costs = unit_seconds / second_scale
+        costs = np.append(unit_seconds / second_scale, np.zeros(len(held.after)))
         near = 0.0 if len(columns) <= _FEW else _GAP if table is self.table else _BOUND_GAP
         if table is self.table and usage.size:  # not for the bound, where a hair would be one too many
             costs = costs + _HAIR * (usage.mean(axis=0) - usage.mean(axis=0).min()) / max(1.0, np.ptp(usage))
@@ -233,9 +238,12 @@ class Model(Table):
         own = step_seconds / second_scale if budget_bytes is not None and near else 0.0
         top = self.base_top[rows] if budget_bytes is None else -room
 
+        def with_held(chosen: list[int]) -> list[int]:
+            return chosen + [len(columns) + c for c in held.needed(columns[c] for c in chosen)]
+
         def solved(active: list[int]) -> solver.Answer:
             """The program with these of the rows alone."""
-            program = self._program(budget_bytes, usage[active], top[active], costs, groups)
+            program = self._program(budget_bytes, usage[active], top[active], costs, groups, held.rows(columns))
             program = _with_lanes(program, away, waits, 1.0 if budget_bytes is not None else _TIE)
             program = _within_host(program, away, host_room)
             return solver.solve(
@@ -245,7 +253,7 @@ class Model(Table):
                 attainable=budget_bytes is None,
             )
 
-        answer = _by_rows(solved, usage, top, groups, many=near > 0, lowest=budget_bytes is None)
+        answer = _by_rows(solved, usage, top, groups, with_held, many=near > 0, lowest=budget_bytes is None)
         chosen, bound, how = None, max(0.0, answer.bound - own) * second_scale, answer.how
         if answer.values is not None:
             chosen = _columns(answer.values, groups)
@@ -253,13 +261,13 @@ class Model(Table):
         if answer.verdict is not Verdict.OPTIMAL and (chosen is None or known - bound > _BOUND_GAP * step_seconds):
             # the seconds as if no copy ran beside the compute
             priced = unit_seconds + sum((away / lane.bytes_per_second for lane in lanes), np.zeros(len(columns)))
-            rows_too, tops_too = _host_row(usage, top, away, host_room, lowest=budget_bytes is None)
+            rows_too, tops_too = _host_row(added, top, away, host_room, lowest=budget_bytes is None)
             ours, proven = _by_prices(priced, rows_too, tops_too, groups, answer.verdict, lowest=budget_bytes is None)
             bound = bound if lanes else max(bound, proven)
 
             def cost(columns: list[int]) -> float:
                 if budget_bytes is None:
-                    return float((top + usage[:, columns].sum(axis=1)).max())
+                    return float((top + usage[:, with_held(columns)].sum(axis=1)).max())
                 return float(priced[columns].sum())
 
             if ours is not None and (chosen is None or cost(ours) < cost(chosen)):
@@ -276,10 +284,12 @@ class Model(Table):
         top: Floats,
         costs: Floats,
         groups: Sequence[slice],
+        implied: Sequence[tuple[list[int], int]],
     ) -> MixedProgram:
         """The integer program: a column for each option and a row for each moment; one option must be chosen for each
-        unit. `top` is what a moment has before the options, from the budget up or, without a budget, from zero up.
-        Without a budget a last column stands for the peak."""
+        unit. Columns may be `implied`: each is at least the sum of some others. `top` is what a moment has before the
+        options, from the budget up or, without a budget, from zero up. Without a budget a last column stands for the
+        peak."""
         scale = solver.scale_of(float(np.abs(usage).max(initial=0.0)))
         lowest = budget_bytes is None
         count = len(costs) + lowest
@@ -293,16 +303,18 @@ class Model(Table):
             high.append(-float(top[place]) / scale)
         for group in groups:
             table.append((list(range(group.start, group.stop)), [1.0] * (group.stop - group.start)))
+        for others, column in implied:
+            table.append(([*others, column], [*(1.0 for _ in others), -1.0]))
         upper = np.ones(count)
         upper[len(costs) :] = np.inf
         return MixedProgram.of(
             table,
-            row_low=[-np.inf] * len(top) + [1.0] * len(groups),
-            row_high=high + [1.0] * len(groups),
+            row_low=[-np.inf] * len(top) + [1.0] * len(groups) + [-np.inf] * len(implied),
+            row_high=high + [1.0] * len(groups) + [0.0] * len(implied),
             costs=np.append(costs * _TIE, 1.0) if lowest else costs,
             lower=np.zeros(count),
             upper=upper,
-            integer=np.arange(count) < len(costs),
+            integer=np.arange(count) < (groups[-1].stop if groups else 0),
         )
 
     # -- the answer as data
@@ -347,11 +359,13 @@ def _by_rows(
     usage: Floats,
     top: Floats,
     groups: Sequence[slice],
+    with_held: Callable[[list[int]], list[int]],
     *,
     many: bool,
     lowest: bool,
 ) -> solver.Answer:
     """The answer of `solved` for all rows. Where options are `many`, only rows that matter are put to the solver.
+    `with_held` adds the columns that chosen ones imply.
 
     Few of the moments of a step bind. So the program is solved with the fullest of them, the rows that its answer
     breaks are added, and it is solved again. An answer that breaks no row is the whole program's. With fewer rows a
@@ -367,7 +381,7 @@ def _by_rows(
         bound = max(bound, answer.bound)
         if answer.values is None:
             return answer
-        level = top + usage[:, _columns(answer.values, groups)].sum(axis=1)
+        level = top + usage[:, with_held(_columns(answer.values, groups))].sum(axis=1)
         over = level - (level[active].max(initial=-np.inf) if lowest else 0.0)
         over[active] = 0.0
         broken = np.argsort(-over, kind="stable")[:_ROWS]

@@ -17,9 +17,9 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from tightfit.core import Lever, MicroBatch, MicroBatches, Phase, Plan, Trace
+from tightfit.plan.effort import Effort
 from tightfit.plan.planning import lowest
 from tightfit.plan.simulate import simulate
-from tightfit.plan.table import Effort
 
 __all__ = ["QUICK", "Attempt", "as_asked", "attempted", "largest_fitting", "shares", "sizes_of", "slices", "solved"]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from importlib import metadata
 
 from tightfit.core import (
@@ -39,11 +39,11 @@ from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.account import host_bytes
 from tightfit.plan.advice import advice_for
 from tightfit.plan.choose import Model
+from tightfit.plan.effort import THOROUGH, Effort
 from tightfit.plan.indexed import without_collecting
 from tightfit.plan.polish import polished
 from tightfit.plan.program import shared
 from tightfit.plan.simulate import simulate, simulate_choices
-from tightfit.plan.table import THOROUGH, Effort
 from tightfit.plan.ways import WHOLE_GAP, Refereed, Way, way_of
 
 _REFEREE_ROUNDS = 12
@@ -189,8 +189,13 @@ def _searched(
         for way in ways:
             if best is None or best.added_seconds > way.step.seconds - way.step.eases_seconds:
                 best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
+        in_vain = 0
         for way in _nested(ways, best, budget_bytes, levers):
-            best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
+            before = best
+            best = _cheaper(before, _best(trace, way, budget_bytes, unplanned, levers))
+            in_vain = in_vain + 1 if best is before else 0
+            if in_vain == _NESTINGS:
+                break
         if best is not None:
             return best, least, least_way
         lowest_way, found = _lowest(alike, levers)
@@ -380,7 +385,8 @@ _NEAR = 0.01
 _DEAR = 0.75
 
 
-#: How many nestings are planned with: the first of those that can fit, from the least sweeping to the most.
+#: Nestings are planned with from the least sweeping to the most, until so many in a row are no better. More sweeping
+#: may cost less: what it frees, units keep.
 _NESTINGS = 3
 
 
@@ -395,7 +401,7 @@ _CAREFUL_ROUNDS = 4
 _WORTH = 0.999
 
 
-def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Collection[Lever] | None) -> list[Way]:
+def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Collection[Lever] | None) -> Iterable[Way]:
     """The nestings that are worth planning with, when `found` is the best plan without one."""
     if not (ways and Grant.SWEEP | Grant.DROP in granted(levers)):
         return []
@@ -404,7 +410,7 @@ def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Coll
     if found is not None and found.recompute_seconds <= _DEAR * forward:
         return []
     possible = (way for way in frugal.nested if way.floor.peak_bytes <= budget_bytes)
-    return list(itertools.islice(possible, _NESTINGS if frugal.effort.proves else 1))
+    return possible if frugal.effort.proves else itertools.islice(possible, 1)
 
 
 @without_collecting()
@@ -471,6 +477,8 @@ def _plan(
     out, back = copy_lanes(step)
     offload_seconds = out.waiting_seconds(line.offloaded_bytes) + back.waiting_seconds(line.fetched_bytes)
     step_seconds = sum(op.seconds for op in trace.ops) + way.step.seconds + offload_seconds
+    if way.nesting is not None:  # it holds for this nesting, and another may take fewer seconds
+        bound = 0.0
     proven = line.recompute_seconds + offload_seconds <= bound * (1 + 1e-6) + 1e-12
     used = {choice.program for choice in choices if not choice.keeps_all}
     calls: dict[str, list[Program]] = {unit.path: [] for unit in step.units}

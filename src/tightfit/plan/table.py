@@ -14,14 +14,15 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tightfit.core import EventKind, Program, Saved, Trace, Unsupported
 from tightfit.plan.casts import cast_anew
-from tightfit.plan.frontier import MANY, Frontier, Input, Point, frontier
+from tightfit.plan.effort import THOROUGH, Effort
+from tightfit.plan.frontier import Frontier, Input, Point, frontier
+from tightfit.plan.holders import counted_once, holding
 from tightfit.plan.indexed import indexed
 from tightfit.plan.leaner import leaner
 from tightfit.plan.nest import Nesting
@@ -29,24 +30,8 @@ from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random,
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-#: A choice across the units normally ends by itself in less than one second, or by its nodes; on a busy machine too.
-SOLVER_SECONDS = 30.0
-
 #: Of a unit's points, so many or not many more are also looked at with what they keep off the device.
 _MOVED = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
-    """How long to look for a plan. What is found with less is as right, but recomputes more than it might."""
-
-    points: int = MANY  # of a unit's frontier, or not many more
-    solver_seconds: float = SOLVER_SECONDS  # for each choice across the units
-    proves: bool = True  # also look for the bound
-    is_estimated: bool = False  # the trace's seconds are no measurements, so they are the same on the next run
-
-
-THOROUGH = Effort()
 
 
 class Table:
@@ -101,6 +86,7 @@ class Table:
             self.options[unit.path] = points
         if lean:
             self._add_leaner()
+        self.apart = self._apart()
         self._tabulate()
 
     def _add_leaner(self) -> None:
@@ -118,6 +104,12 @@ class Table:
                 options = self.options[path]
                 more = tuple(p for p in found if p not in options and self._replays(path, p))
                 self.options[path] = options[:-1] + more + options[-1:] if options[-1] is not None else options
+
+    def _apart(self) -> frozenset[int]:
+        """Values that replays of several units may hold."""
+        made = (v for v in self.readers if self.trace.values[v].producer is not None)
+        readers = {v: len(self.readers[v] & self.programs.keys()) for v in made}
+        return counted_once([value.size_bytes for value in self.trace.values], readers)
 
     # -- the trace, indexed
 
@@ -317,9 +309,15 @@ class Table:
         dropped = dropped_slots(self.programs[path], self.trace.programs[frame], chosen)
         return [(i, self.slots[frame][i]) for i, _ in dropped]
 
-    def _effect(self, path: str, point: Point) -> tuple[Floats, list[tuple[int, float]], float]:
+    def _effect(
+        self, path: str, point: Point, apart: dict[int, tuple[int, int]] | None = None
+    ) -> tuple[Floats, list[tuple[int, float]], float]:
         """What choosing `point` does: the change of live bytes at every mark; the spikes (mark, bytes), which replays
-        add for a while on top of everything else at that mark; and the seconds of the replays."""
+        add for a while on top of everything else at that mark; and the seconds of the replays.
+
+        With `apart`, what it holds of `self.apart` is no part of the change. It is noted there instead: the values,
+        each with the first and the last mark.
+        """
         trace = self.trace
         change = np.zeros(len(self.marks) + 1)
         spikes: list[tuple[int, float]] = []
@@ -381,7 +379,11 @@ class Table:
                         held[value_id] = max(held.get(value_id, -1), runs_at.get(op_id, last_release))
             for value_id, event in held.items():
                 end = self.freed.get(value_id, end_of_step)
-                live(trace.values[value_id].size_bytes, end, event)
+                if apart is None or value_id not in self.apart:
+                    live(trace.values[value_id].size_bytes, end, event)
+                elif event > end:
+                    first, last = apart.get(value_id, (len(self.marks), -1))
+                    apart[value_id] = min(first, int(self.mark_at[end + 1])), max(last, int(self.mark_at[event]))
             for value_id in away:
                 self._waits(frame, value_id, runs_at, live)
             for event, ops in batches:
@@ -479,16 +481,18 @@ class Table:
         self.away_bytes: dict[str, list[int]] = {}  # that each option moves
         self.table: dict[str, Floats] = {}
         self.seconds: dict[str, list[float]] = {}
+        held: dict[str, list[dict[int, tuple[int, int]]]] = {}
         for path, options in self.options.items():
             rows, spent, moved = [], [], []
             own = self._own_segments(path)
-            for option in options:
+            held[path] = [{} for _ in options]
+            for option, apart in zip(options, held[path], strict=True):
                 moved.append(self._moved_bytes(path, option))
                 if option is None:
                     rows.append(np.zeros(len(self.starts) + len(sweeps)))
                     spent.append(0.0)
                     continue
-                delta, spikes, seconds = self._effect(path, option)
+                delta, spikes, seconds = self._effect(path, option, apart)
                 # in the unit's own segments the change differs from mark to mark: take the fullest mark with the change
                 row = np.maximum.reduceat(delta, self.starts)
                 together = np.maximum.reduceat(self.base + delta, self.starts) - self.base_top
@@ -503,6 +507,9 @@ class Table:
             self.seconds[path] = spent
             self.away_bytes[path] = moved
         self.base_top = np.concatenate([self.base_top, [self.base[mark] + top for mark, top in sweeps]])
+        firsts = np.concatenate([self.starts, np.array(before, dtype=np.int64)])
+        lasts = np.concatenate([self.starts[1:] - 1, [len(self.marks) - 1], np.array(before, dtype=np.int64)])
+        self.holding = holding(held, [value.size_bytes for value in self.trace.values], firsts, lasts)
 
     def _moved_bytes(self, path: str, option: Point | None) -> int:
         if option is None:
@@ -581,8 +588,6 @@ class Table:
             for start, end in self.spans[frame]:
                 own |= (self.starts >= start) & (self.starts < end)
         return own
-
-    # -- the integer program
 
 
 @functools.lru_cache(maxsize=256)

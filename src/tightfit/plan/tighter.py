@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from tightfit.core import BudgetInfeasible, Lever, Plan, Trace, format_bytes
 from tightfit.levers import allowed, exact_only, used
+from tightfit.plan.effort import Effort
 from tightfit.plan.planning import plan
-from tightfit.plan.table import Effort
 
 #: A tighter budget is this part of what the step takes now.
 PART = 0.9

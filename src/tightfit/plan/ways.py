@@ -28,12 +28,12 @@ from tightfit.device.cost import NOMINAL_CPU, retimed
 from tightfit.levers import allowed, as_recorded, every, granted, inexact
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.choose import Model, Solution
+from tightfit.plan.effort import THOROUGH, Effort
 from tightfit.plan.exact import WholeStep
 from tightfit.plan.nest import Nesting, nestings
 from tightfit.plan.polish import lowered
-from tightfit.plan.segments import LENGTHS, Segmented, segmented
+from tightfit.plan.segments import LENGTHS, LONG, Segmented, segmented
 from tightfit.plan.simulate import simulate_choices
-from tightfit.plan.table import THOROUGH, Effort
 
 #: So many choices near the model's own answer are tried for the lowest peak.
 _NEAR_TRIES = 8
@@ -114,7 +114,7 @@ class Way:
         for lever in allowed(levers):
             found += [varied for way in found for varied in way._by(lever)]
         moving = [way.moving for way in found if way.has_host_room] if Grant.MOVE in granted(levers) else []
-        return [each for way in found for each in way.in_segments or (way,)] + moving
+        return [each for way in found for each in way.cut] + moving
 
     def _by(self, lever: LeverDefinition) -> list[Way]:
         if lever.lever not in self._varied:
@@ -171,13 +171,16 @@ class Way:
         return Way(self.step, self.effort, moves=True)
 
     @functools.cached_property
-    def in_segments(self) -> tuple[Way, ...]:
-        """The same way with long units cut, once more finely and once less. There is none where no unit is long."""
-        return tuple(
-            Way(self.step, self.effort, segments=segments)
-            for length in LENGTHS
-            if (segments := segmented(self.trace, length)) is not None
-        )
+    def cut(self) -> tuple[Way, ...]:
+        """The same way with units whole, and with long ones cut, once more finely and once less.
+
+        Segments keep what they read of each other: in a layer whose loop reads one wide value all along, that value. So
+        several long units are planned whole as well. A single one is not, because its own backward is the whole step's
+        and holds all that it makes again.
+        """
+        cuts = [segments for length in LENGTHS if (segments := segmented(self.trace, length)) is not None]
+        ways = tuple(Way(self.step, self.effort, segments=segments) for segments in cuts)
+        return ways if any(len(segments.segments) == 1 for segments in cuts) else (self, *ways)
 
     @property
     def planned(self) -> Trace:
@@ -267,6 +270,8 @@ class Way:
         """The program over the whole step. There is none where a choice may be what that program does not know, and
         none in a quick search or for a step that is too large."""
         if not self.proves or self.advances or len(self.trace.events) > _WHOLE_EVENTS:
+            return None
+        if any(len(program.steps) >= LONG for program in self.trace.programs.values()):
             return None
         return WholeStep(self.trace)
 

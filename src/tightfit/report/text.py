@@ -590,7 +590,7 @@ def _proven(plan: Plan) -> str:
 def _status(plan: Plan) -> str:
     if plan.status is Status.OPTIMAL:
         return "status: optimal, proven under the planner's model"
-    if not plan.recompute_seconds:
+    if not plan.recompute_seconds or not plan.bound_seconds:  # nothing runs again, or no bound is known
         return f"status: {plan.status.value}"
     gap = 1 - plan.bound_seconds / plan.recompute_seconds
     return (
