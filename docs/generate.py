@@ -413,10 +413,30 @@ def _planning(found: dict[str, Any]) -> str:
         f"{rows[0]['plan_seconds']:.0f} s and {rows[0]['gap_of_step']:.1%})"
         for model, rows in by_model.items()
     )
-    return (
-        "Planning was tried with LoRA in bf16, 2,048 tokens and no weights in memory, at ten budgets from the lowest "
-        f"peak up, beside other work (`benchmarks/planning.py`): {told}.\n"
+    curve = [
+        f"| {row['step']} | {row['ops']:,} | {row['trace_seconds']:.0f} | {row['first_plan_seconds']:.1f} | "
+        f"{min(row['plan_seconds']):.1f} to {max(row['plan_seconds']):.1f} | {row['lowest_seconds']:.1f} |"
+        for row in found.get("curve", ())
+    ]
+    fits = "; ".join(
+        f"for {row['model']} it takes {row['fit_seconds']:.0f} s of the processor, the time of "
+        f"{row['fit_in_steps']:.1f} of the model's own steps"
+        for row in found.get("fit", ())
     )
+    lines = [
+        "Planning was tried with LoRA in bf16, 2,048 tokens and no weights in memory, at ten budgets from the lowest "
+        f"peak up, beside other work (`benchmarks/planning.py`): {told}.",
+        "",
+        "So it grows with the step (seconds of the processor, beside other work; the first plan of a trace, then plans "
+        "of the same trace at other budgets, and the lowest peak):",
+        "",
+        "| step | ops | trace | first plan | further plans | lowest peak |",
+        "|---|---|---|---|---|---|",
+        *curve,
+        "",
+        *([f"`fit` records a step and plans it: {fits}.", ""] if fits else []),
+    ]
+    return "\n".join(lines)
 
 
 def _measured_table(name: str, found: dict[str, Any]) -> str:

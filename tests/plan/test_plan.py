@@ -17,7 +17,7 @@ from torch import nn
 
 import tightfit
 from tightfit.core import Action, BudgetInfeasible, Choice, InvalidInput, PlanMismatch, Status, Trace
-from tightfit.plan import choose, every_block, solver
+from tightfit.plan import choose, every_block, one_of_each, solver
 from tightfit.plan.choose import Model
 from tightfit.plan.effort import THOROUGH
 from tightfit.plan.planning import feasible
@@ -213,8 +213,11 @@ def test_rows_that_bind_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     budgets = [low + (most - low) * tenths // 10 for tenths in range(1, 9)]
     exact = [model.solve(budget) for budget in budgets]
     proven = [model.bound_seconds(budget) for budget in budgets]
-    monkeypatch.setattr(choose, "_FEW", 0)
-    monkeypatch.setattr(choose, "_ROWS", 1)
+    monkeypatch.setattr(choose, "FEW", 0)
+    for name in ("FEW", "_EACH"):
+        monkeypatch.setattr(one_of_each, name, 0 if name == "FEW" else 1)
+    for name in ("_ROWS", "_RELAXED_ROWS"):
+        monkeypatch.setattr(one_of_each, name, 1)
     step_seconds = sum(op.seconds for op in model.trace.ops)
     put: list[int] = []
     monkeypatch.setattr(

@@ -159,8 +159,9 @@ class Program:
     values: int  # how many values the unit makes
     held: tuple[int, ...] = ()  # values that stay alive whatever the plan says (Python or a ctx holds them)
 
-    def __hash__(self) -> int:  # programs are looked up often, and hashing every step costs more than the answer
-        return hash((len(self.steps), self.values, self.slots, self.wanted, self.held))
+    def __hash__(self) -> int:  # programs are looked up often, and hashing all of a long one costs more than the answer
+        ends = self.slots[:_HASHED], self.slots[-_HASHED:], self.wanted[-_HASHED:], self.held[:_HASHED]
+        return hash((len(self.steps), self.values, len(self.slots), ends))
 
     def the_first(self) -> Program:
         """The first program that is equal to this one and is still in use.
@@ -180,6 +181,9 @@ class Program:
         """Ordinals of the unit's own values that backward reads, ascending."""
         return tuple(sorted({v for v, want in zip(self.slots, self.wanted, strict=True) if want and v >= 0}))
 
+
+#: So many of a program's saved tensors, at either end, are in its hash.
+_HASHED = 16
 
 _PROGRAMS: weakref.WeakKeyDictionary[Program, weakref.ref[Program]] = weakref.WeakKeyDictionary()
 

@@ -10,10 +10,9 @@ take the least of everything, so no plan of this kind takes fewer seconds.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,30 +22,21 @@ from tightfit.device.cost import copy_lanes
 from tightfit.plan import lagrange, solver
 from tightfit.plan.frontier import Point
 from tightfit.plan.holders import nothing
+from tightfit.plan.one_of_each import FEW, TIE, OneOfEach, columns_of, solved
 from tightfit.plan.solver import MixedProgram, Verdict
 from tightfit.plan.table import Floats, Table
 
 #: The name of the way in which options are chosen where the solver has no answer.
 LAGRANGE = "Lagrangian prices"
 
-#: Where the peak is minimised, a second weighs this much against it, so that the faster of equally low choices wins.
-_TIE = 1e-6
-
 #: Bytes weigh this much against seconds, so that every release of the solver prefers the same of equally fast choices.
 _HAIR = 1e-7
 
-#: With this many options or fewer the choice is exact. With more, the last digits would take nearly all of the time.
-_FEW = 400
-
-#: Then a choice is good enough if it is proven to be within this part of the step's seconds of the best ...
+#: Where options are many, a choice is good enough if it is proven to be this near to the best, in parts of the step ...
 _GAP = 2e-4
 
 #: ... and a bound if it is proven to be within this part of the highest that this program gives.
 _BOUND_GAP = 5e-4
-
-
-#: So many rows are put to the solver at first where options are many, and so many are added at a time.
-_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,7 +220,7 @@ class Model(Table):
 
         second_scale = float(max(unit_seconds.max(), 1e-12)) if columns else 1.0
         costs = np.append(unit_seconds / second_scale, np.zeros(len(held.after)))
-        near = 0.0 if len(columns) <= _FEW else _GAP if table is self.table else _BOUND_GAP
+        near = 0.0 if len(columns) <= FEW else _GAP if table is self.table else _BOUND_GAP
         if table is self.table and usage.size:  # not for the bound, where a hair would be one too many
             costs = costs + _HAIR * (usage.mean(axis=0) - usage.mean(axis=0).min()) / max(1.0, np.ptp(usage))
         waits = [(lane.bytes_per_second * second_scale, lane.beside_seconds / second_scale) for lane in lanes]
@@ -238,25 +228,27 @@ class Model(Table):
         own = step_seconds / second_scale if budget_bytes is not None and near else 0.0
         top = self.base_top[rows] if budget_bytes is None else -room
 
+        def more(program: MixedProgram) -> MixedProgram:
+            program = _with_lanes(program, away, waits, 1.0 if budget_bytes is not None else TIE)
+            return _within_host(program, away, host_room)
+
         def with_held(chosen: list[int]) -> list[int]:
             return chosen + [len(columns) + c for c in held.needed(columns[c] for c in chosen)]
 
-        def solved(active: list[int]) -> solver.Answer:
-            """The program with these of the rows alone."""
-            program = self._program(budget_bytes, usage[active], top[active], costs, groups, held.rows(columns))
-            program = _with_lanes(program, away, waits, 1.0 if budget_bytes is not None else _TIE)
-            program = _within_host(program, away, host_room)
-            return solver.solve(
-                program.plus(own) if own else program,
-                seconds=self.effort.solver_seconds,
-                gap=1e-4 if budget_bytes is None else near,
-                attainable=budget_bytes is None,
-            )
-
-        answer = _by_rows(solved, usage, top, groups, with_held, many=near > 0, lowest=budget_bytes is None)
+        choice = OneOfEach(
+            costs=costs, usage=usage, top=top, groups=groups, lowest=budget_bytes is None, own=own,
+            implied=held.rows(columns), with_implied=with_held,
+        )  # fmt: skip
+        moves = bool(waits) or float(away.sum()) > host_room
+        answer = solved(
+            choice,
+            seconds=self.effort.solver_seconds,
+            gap=1e-4 if budget_bytes is None else near,
+            more=more if moves else None,
+        )
         chosen, bound, how = None, max(0.0, answer.bound - own) * second_scale, answer.how
         if answer.values is not None:
-            chosen = _columns(answer.values, groups)
+            chosen = columns_of(answer.values, groups)
         known = 0.0 if chosen is None else float(unit_seconds[chosen].sum())
         if answer.verdict is not Verdict.OPTIMAL and (chosen is None or known - bound > _BOUND_GAP * step_seconds):
             # the seconds as if no copy ran beside the compute
@@ -276,46 +268,6 @@ class Model(Table):
             return None
         points = {columns[c][0]: columns[c][1] for c in chosen}
         return _Found(chosen=points, seconds=float(unit_seconds[chosen].sum()), bound=bound, how=how)
-
-    def _program(
-        self,
-        budget_bytes: int | None,
-        usage: Floats,
-        top: Floats,
-        costs: Floats,
-        groups: Sequence[slice],
-        implied: Sequence[tuple[list[int], int]],
-    ) -> MixedProgram:
-        """The integer program: a column for each option and a row for each moment; one option must be chosen for each
-        unit. Columns may be `implied`: each is at least the sum of some others. `top` is what a moment has before the
-        options, from the budget up or, without a budget, from zero up. Without a budget a last column stands for the
-        peak."""
-        scale = solver.scale_of(float(np.abs(usage).max(initial=0.0)))
-        lowest = budget_bytes is None
-        count = len(costs) + lowest
-        peak = [count - 1] if lowest else []
-        table: list[tuple[list[int], list[float]]] = []
-        high: list[float] = []
-        for place in range(len(top)):
-            nonzero = [int(column) for column in np.nonzero(usage[place])[0]]
-            amounts = [float(usage[place][column]) / scale for column in nonzero]
-            table.append(([*nonzero, *peak], [*amounts, *(-1.0 for _ in peak)]))
-            high.append(-float(top[place]) / scale)
-        for group in groups:
-            table.append((list(range(group.start, group.stop)), [1.0] * (group.stop - group.start)))
-        for others, column in implied:
-            table.append(([*others, column], [*(1.0 for _ in others), -1.0]))
-        upper = np.ones(count)
-        upper[len(costs) :] = np.inf
-        return MixedProgram.of(
-            table,
-            row_low=[-np.inf] * len(top) + [1.0] * len(groups) + [-np.inf] * len(implied),
-            row_high=high + [1.0] * len(groups) + [0.0] * len(implied),
-            costs=np.append(costs * _TIE, 1.0) if lowest else costs,
-            lower=np.zeros(count),
-            upper=upper,
-            integer=np.arange(count) < (groups[-1].stop if groups else 0),
-        )
 
     # -- the answer as data
 
@@ -347,48 +299,6 @@ class _Found:
     seconds: float
     bound: float
     how: str
-
-
-def _columns(values: Floats, groups: Sequence[slice]) -> list[int]:
-    """The column that an answer chooses of each group."""
-    return [group.start + int(np.argmax(values[group])) for group in groups]
-
-
-def _by_rows(
-    solved: Callable[[list[int]], solver.Answer],
-    usage: Floats,
-    top: Floats,
-    groups: Sequence[slice],
-    with_held: Callable[[list[int]], list[int]],
-    *,
-    many: bool,
-    lowest: bool,
-) -> solver.Answer:
-    """The answer of `solved` for all rows. Where options are `many`, only rows that matter are put to the solver.
-    `with_held` adds the columns that chosen ones imply.
-
-    Few of the moments of a step bind. So the program is solved with the fullest of them, the rows that its answer
-    breaks are added, and it is solved again. An answer that breaks no row is the whole program's. With fewer rows a
-    bound can only be too low, so the highest of all is taken.
-    """
-    if not many:
-        return solved(list(range(len(top))))
-    fullest = sum((usage[:, group].max(axis=1) for group in groups), top)
-    active = sorted(np.argsort(-fullest, kind="stable")[:_ROWS].tolist())
-    bound = -np.inf
-    while True:
-        answer = solved(active)
-        bound = max(bound, answer.bound)
-        if answer.values is None:
-            return answer
-        level = top + usage[:, with_held(_columns(answer.values, groups))].sum(axis=1)
-        over = level - (level[active].max(initial=-np.inf) if lowest else 0.0)
-        over[active] = 0.0
-        broken = np.argsort(-over, kind="stable")[:_ROWS]
-        broken = broken[over[broken] > 0]
-        if not len(broken):
-            return dataclasses.replace(answer, bound=bound)
-        active = sorted({*active, *broken.tolist()})
 
 
 def _by_prices(

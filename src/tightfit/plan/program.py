@@ -148,8 +148,7 @@ def recipe(program: Program, kept: frozenset[int], lends: frozenset[int] = froze
 @functools.lru_cache(maxsize=65536)
 def leading_to(program: Program, chosen: Recipe, value: int) -> tuple[int, ...]:
     """The live ops that make `value` from what is held and from the unit's inputs, in the order in which they run."""
-    joined, members = _joined(program, chosen)
-    return _closure(program, chosen, value, joined, members, set())
+    return _Runs(program, chosen).closure(value, set())
 
 
 @functools.lru_cache(maxsize=65536)
@@ -161,11 +160,11 @@ def demanded(program: Program, chosen: Recipe, loads: tuple[int, ...]) -> tuple[
     An op runs when something first needs what it makes. Ops that change the same value, and live ops that read it in
     between, run together.
     """
-    joined, members = _joined(program, chosen)
+    runs = _Runs(program, chosen)
     done: set[int] = set()
     found = []
     for load in loads:
-        ops = _closure(program, chosen, program.slots[load], joined, members, done)
+        ops = runs.closure(program.slots[load], done)
         if ops:
             found.append((load, ops))
     return tuple(found)
@@ -174,11 +173,11 @@ def demanded(program: Program, chosen: Recipe, loads: tuple[int, ...]) -> tuple[
 @functools.lru_cache(maxsize=65536)
 def run_for_sweeps(program: Program, chosen: Recipe) -> frozenset[int]:
     """Live ops that none of the unit's own saved tensors asks for. They run only to make what the unit lends."""
-    joined, members = _joined(program, chosen)
+    runs = _Runs(program, chosen)
     own: set[int] = set()
     done: set[int] = set()
     for value in chosen.rematerialised.intersection(program.slots):
-        own.update(_closure(program, chosen, value, joined, members, done))
+        own.update(runs.closure(value, done))
     return chosen.runs - own
 
 
@@ -188,55 +187,50 @@ def reads_copy(step: Step, chosen: Recipe, value: int) -> bool:
     return value in chosen.rematerialised or value not in step.reads
 
 
-def _joined(program: Program, chosen: Recipe) -> tuple[list[int], dict[int, list[int]]]:
-    """For each cluster, the first of the clusters that run together with it; and for each such first cluster, all that
-    run with it. Ops that change the same value, and live ops that read it in between, run together."""
-    owner, groups, demanded_by = cluster_of(program), clusters(program), demands(program)
-    leader = list(range(len(groups)))
+class _Runs:
+    """What runs again under a recipe, and what runs together: ops that change the same value, and live ops that read it
+    in between."""
 
-    def root(cluster: int) -> int:
-        while leader[cluster] != cluster:
-            cluster = leader[cluster]
-        return cluster
+    def __init__(self, program: Program, chosen: Recipe) -> None:
+        self.owner, self.groups, self.demanded_by = cluster_of(program), clusters(program), demands(program)
+        self.chosen = chosen
+        leader = list(range(len(self.groups)))
 
-    live = [c for c in range(len(groups)) if groups[c][0] in chosen.runs]
-    for cluster in live:
-        for value in demanded_by[cluster][1]:
-            other = owner[value]
-            if other is not None and groups[other][0] in chosen.runs:
-                leader[root(other)] = root(cluster)
-    members: dict[int, list[int]] = {}
-    for cluster in live:
-        members.setdefault(root(cluster), []).append(cluster)
-    return [root(cluster) for cluster in range(len(groups))], members
+        def root(cluster: int) -> int:
+            while leader[cluster] != cluster:
+                cluster = leader[cluster]
+            return cluster
 
+        self.live = [ops[0] in chosen.runs for ops in self.groups]  # by cluster
+        live = [cluster for cluster, runs in enumerate(self.live) if runs]
+        for cluster in live:
+            for value in self.demanded_by[cluster][1]:
+                other = self.owner[value]
+                if other is not None and self.live[other]:
+                    leader[root(other)] = root(cluster)
+        self.joined = [root(cluster) for cluster in range(len(self.groups))]  # the first of those that run together
+        self.members: dict[int, list[int]] = {}  # all that run together, by their first
+        for cluster in live:
+            self.members.setdefault(self.joined[cluster], []).append(cluster)
 
-def _closure(
-    program: Program,
-    chosen: Recipe,
-    value: int,
-    joined: Sequence[int],
-    members: dict[int, list[int]],
-    done: set[int],
-) -> tuple[int, ...]:
-    """The ops that must run to make `value`, except the groups in `done`, which have run. The groups that are found are
-    added to `done`."""
-    owner, groups, demanded_by = cluster_of(program), clusters(program), demands(program)
-    wanted: set[int] = set()
-    pending = [value]
-    while pending:
-        made_by = owner[pending.pop()]
-        if made_by is None or groups[made_by][0] not in chosen.runs:
-            continue
-        group = joined[made_by]
-        if group in done or group in wanted:
-            continue
-        wanted.add(group)
-        for cluster in members[group]:
-            final, early = demanded_by[cluster]
-            pending += [*(v for v in final if v in chosen.rematerialised), *early]
-    done |= wanted
-    return tuple(sorted(op for group in wanted for cluster in members[group] for op in groups[cluster]))
+    def closure(self, value: int, done: set[int]) -> tuple[int, ...]:
+        """The ops that must run to make `value`, except the groups in `done`, which have run. The groups that are found
+        are added to `done`."""
+        wanted: set[int] = set()
+        pending = [value]
+        while pending:
+            made_by = self.owner[pending.pop()]
+            if made_by is None or not self.live[made_by]:
+                continue
+            group = self.joined[made_by]
+            if group in done or group in wanted:
+                continue
+            wanted.add(group)
+            for cluster in self.members[group]:
+                final, early = self.demanded_by[cluster]
+                pending += [*(v for v in final if v in self.chosen.rematerialised), *early]
+        done |= wanted
+        return tuple(sorted(op for group in wanted for cluster in self.members[group] for op in self.groups[cluster]))
 
 
 def shared(programs: Collection[Program]) -> Program | None:

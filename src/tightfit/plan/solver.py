@@ -170,23 +170,26 @@ class Claim:
     said: str  # the solver's own word for how it ended
     values: Floats | None = None
     bound: float = float("-inf")
+    prices: Floats | None = None  # (rows,): of a program without whole numbers, what a row's limit is worth
     out_of_time: bool = False  # or out of nodes: asking again would end the same
 
     def read(self) -> Claim:
         """The claim with numbers for what should be numbers. Raises what Python does where there are none."""
         values = None if self.values is None else np.asarray(self.values).astype(np.float64, casting="safe")
-        return dataclasses.replace(self, said=str(self.said), values=values, bound=float(self.bound))
+        prices = None if self.prices is None else np.asarray(self.prices).astype(np.float64, casting="safe")
+        return dataclasses.replace(self, said=str(self.said), values=values, bound=float(self.bound), prices=prices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """A checked answer. `values` is there unless the verdict is INFEASIBLE or UNSOLVED. `how` names the solver and the
-    attempt that succeeded."""
+    attempt that succeeded. `prices` are only a claim: who uses them proves what follows from them."""
 
     verdict: Verdict
     how: str
     values: Floats | None = None
     bound: float = float("-inf")
+    prices: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,12 +244,15 @@ def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> 
     }.get(status, Verdict.FEASIBLE if info.primal_solution_status == 2 else Verdict.UNSOLVED)
     found = verdict in (Verdict.OPTIMAL, Verdict.FEASIBLE)
     limits = (highspy.HighsModelStatus.kTimeLimit, highspy.HighsModelStatus.kSolutionLimit)
+    whole = bool(program.integer.any())
+    proves = verdict is Verdict.OPTIMAL or (whole and status in limits)
     return Claim(
         verdict=verdict,
         said=str(status).rpartition(".")[2],
         values=np.array(solver.getSolution().col_value, dtype=np.float64) if found else None,
         # what a solver says of the best that is possible while it reports an error is worth nothing
-        bound=float(info.mip_dual_bound) if verdict is Verdict.OPTIMAL or status in limits else float("-inf"),
+        bound=float(info.mip_dual_bound if whole else info.objective_function_value) if proves else float("-inf"),
+        prices=np.array(solver.getSolution().row_dual, dtype=np.float64) if found and not whole else None,
         out_of_time=status in limits,
     )
 
@@ -291,7 +297,8 @@ def solve(program: MixedProgram, *, seconds: float, gap: float = 0.0, attainable
         proven = claim.verdict is Verdict.OPTIMAL and bound >= cost - slack - gap * abs(cost)
         if best is None or best.values is None or cost < program.cost(best.values):
             verdict = Verdict.OPTIMAL if proven else Verdict.FEASIBLE
-            best = Answer(verdict=verdict, how=attempt.how, values=values, bound=bound)
+            prices = None if attempt.rescaled else claim.prices
+            best = Answer(verdict=verdict, how=attempt.how, values=values, bound=bound, prices=prices)
         if proven or claim.out_of_time:
             return best
     return best or Answer(verdict=Verdict.UNSOLVED, how="; ".join(dict.fromkeys(said)) or "no time")

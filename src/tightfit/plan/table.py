@@ -13,20 +13,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from tightfit.core import EventKind, Program, Saved, Trace, Unsupported
-from tightfit.plan.casts import cast_anew
+from tightfit.core import EventKind, Program, Trace, Unsupported
+from tightfit.plan.effects import Effect, Effects
 from tightfit.plan.effort import THOROUGH, Effort
 from tightfit.plan.frontier import Frontier, Input, Point, frontier
 from tightfit.plan.holders import counted_once, holding
-from tightfit.plan.indexed import indexed
 from tightfit.plan.leaner import leaner
 from tightfit.plan.nest import Nesting
-from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, reads_copy, recipe, shared
+from tightfit.plan.program import leading_to, recipe, shared
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -34,7 +33,11 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 _MOVED = 8
 
 
-class Table:
+#: Of the option that keeps everything.
+_NOTHING = Effect(lives=(), spikes=(), apart=(), ran=(), seconds=0.0)
+
+
+class Table(Effects):
     """The options of every unit of a trace, and what each does at each moment. Nothing here depends on the budget.
 
     One thing because every effect is told on the same marks and the same index of the trace.
@@ -50,13 +53,11 @@ class Table:
         lean: bool = False,
         host_room_bytes: int | None = None,
     ) -> None:
-        self.trace, self.effort, self.offload = trace, effort, offload
+        super().__init__(trace, nesting)
+        self.effort, self.offload = effort, offload
         self.host_room_bytes = host_room_bytes  # what all units together may move; None: no limit
-        self.nesting = nesting or Nesting(links=(), advances=(), passes={})
-        self._index()
         self.base = self._base()
         self._cut()
-        self.programs: dict[str, Program] = {}  # of units that can be planned: one for all calls
         self.frontiers: dict[str, Frontier] = {}
         self.options: dict[str, tuple[Point | None, ...]] = {}  # None: keep everything, no engine in the unit
         known: dict[tuple[str, tuple[Input, ...]], Frontier] = {}
@@ -84,9 +85,9 @@ class Table:
                 if offload:  # before the plain points: the last is the one that keeps the fewest bytes
                     points = points[:1] + tuple(self._moved(unit.path)) + points[1:]
             self.options[unit.path] = points
+        self.apart = self._apart()
         if lean:
             self._add_leaner()
-        self.apart = self._apart()
         self._tabulate()
 
     def _add_leaner(self) -> None:
@@ -110,61 +111,6 @@ class Table:
         made = (v for v in self.readers if self.trace.values[v].producer is not None)
         readers = {v: len(self.readers[v] & self.programs.keys()) for v in made}
         return counted_once([value.size_bytes for value in self.trace.values], readers)
-
-    # -- the trace, indexed
-
-    def _index(self) -> None:
-        trace = self.trace
-        self.marks = [i for i, e in enumerate(trace.events) if e.what is EventKind.OP]
-        self.op_event = {trace.events[i].subject: i for i in self.marks}
-        self.mark_at = np.searchsorted(np.array(self.marks), np.arange(len(trace.events) + 1))  # first mark at or after
-        self.freed = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.FREE}
-        self.released = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.RELEASE}
-        self.load: dict[int, int] = {}
-        self.enter: dict[int, int] = {}
-        self.exit: dict[int, int] = {}
-        for i, event in enumerate(trace.events):
-            if event.what is EventKind.LOAD:
-                self.load.setdefault(event.subject, i)
-            elif event.what is EventKind.ENTER:
-                self.enter[event.subject] = i
-            elif event.what is EventKind.EXIT:
-                self.exit[event.subject] = i
-        self.frames_of: dict[str, list[int]] = defaultdict(list)
-        for frame in trace.frames:
-            self.frames_of[frame.unit].append(frame.id)
-        self.slots: dict[int, list[int]] = defaultdict(list)
-        self.saved_of: dict[int, list[Saved]] = defaultdict(list)
-        for saved in trace.saved:
-            self.saved_of[saved.value].append(saved)
-        self.kept_elsewhere: dict[int, int] = {}  # value -> last release by a saved tensor of another frame
-        for saved in trace.saved:
-            if saved.frame is not None:
-                self.slots[saved.frame].append(saved.id)
-        self.values: dict[int, dict[int, int]] = defaultdict(dict)
-        self.ops: dict[int, list[int]] = defaultdict(list)
-        for op in trace.ops:
-            if op.frame is not None and op.ordinal is not None:
-                self.ops[op.frame].append(op.id)
-        self.readers: dict[int, set[str]] = defaultdict(set)  # units whose ops read a value
-        for op in trace.ops:
-            if op.frame is not None:
-                for value_id in op.inputs:
-                    self.readers[value_id].add(trace.frames[op.frame].unit)
-        self.maker: dict[int, int] = {}
-        for value in trace.values:
-            if value.producer is not None and value.ordinal is not None:
-                frame_id = trace.ops[value.producer].frame
-                assert frame_id is not None
-                self.values[frame_id][value.ordinal] = value.id
-                self.maker[value.id] = frame_id
-        self.casts_of = indexed(trace).casts_of
-        self.maker |= {value_id: frame for frame, casts in self.casts_of.items() for value_id in casts}
-        end_of_step = len(trace.events)
-        for saved in trace.saved:
-            if saved.value in self.maker and self.maker[saved.value] != saved.frame:
-                end = self.released.get(saved.id, end_of_step)
-                self.kept_elsewhere[saved.value] = max(self.kept_elsewhere.get(saved.value, -1), end)
 
     def _base(self) -> Floats:
         """Live bytes at each mark of the step as it was recorded."""
@@ -278,180 +224,6 @@ class Table:
             )
         )
 
-    def _away(self, path: str, frame: int, point: Point) -> frozenset[int]:
-        """Value ids that wait off the device between the frame's forward and its backward."""
-        inputs = self.trace.frames[frame].inputs
-        return frozenset([*(self.values[frame][v] for v in point.away), *(inputs[k] for k in point.inputs_away)])
-
-    def _recipe(self, path: str, point: Point) -> Recipe:
-        lends = self.nesting.lends(path)
-        return recipe(self.programs[path], point.kept - lends, lends)
-
-    def _recipes(self, path: str, point: Point) -> dict[int, Recipe]:
-        """What each call of the unit does when `point` is chosen; calls in which nothing runs again are left out."""
-        found = {}
-        chosen = self._recipe(path, point)
-        for frame in self.frames_of[path]:
-            if (
-                chosen.lends
-                or point.away
-                or point.inputs_away
-                or any(s in self.load for _, s in self._dropped_slots(path, frame, chosen))
-            ):
-                found[frame] = chosen
-        return found
-
-    def _replays(self, path: str, point: Point) -> bool:
-        return bool(self._recipes(path, point))
-
-    def _dropped_slots(self, path: str, frame: int, chosen: Recipe) -> list[tuple[int, int]]:
-        """Saved tensors that autograd does not hold when `chosen` is chosen: pairs of (ordinal, saved id)."""
-        dropped = dropped_slots(self.programs[path], self.trace.programs[frame], chosen)
-        return [(i, self.slots[frame][i]) for i, _ in dropped]
-
-    def _effect(
-        self, path: str, point: Point, apart: dict[int, tuple[int, int]] | None = None
-    ) -> tuple[Floats, list[tuple[int, float]], float]:
-        """What choosing `point` does: the change of live bytes at every mark; the spikes (mark, bytes), which replays
-        add for a while on top of everything else at that mark; and the seconds of the replays.
-
-        With `apart`, what it holds of `self.apart` is no part of the change. It is noted there instead: the values,
-        each with the first and the last mark.
-        """
-        trace = self.trace
-        change = np.zeros(len(self.marks) + 1)
-        spikes: list[tuple[int, float]] = []
-        seconds = 0.0
-        end_of_step = len(trace.events)
-
-        def live(size: float, after: int, until: int) -> None:
-            """`size` more bytes at the marks between the events `after` and `until`."""
-            if until > after:
-                change[self.mark_at[after + 1]] += size
-                change[self.mark_at[until]] -= size
-
-        state_bytes = trace.random_state_bytes
-        for frame, chosen in self._recipes(path, point).items():
-            values = self.values[frame]
-            program = trace.programs[frame]
-            loads = sorted((self.load[s], i) for i, s in self._dropped_slots(path, frame, chosen) if s in self.load)
-            event_of = {i: event for event, i in loads}
-            batches = [(event_of[i], ops) for i, ops in demanded(program, chosen, tuple(i for _, i in loads))]
-            last_release = max((self.released.get(s, end_of_step) for s in self.slots[frame]), default=-1)
-            away = self._away(path, frame, point)
-            brought = self.nesting.borrowed(path) | away
-            # what dropped saved tensors held is freed at once; what is made again is freed with the last of them
-            until: dict[int, int] = {}
-            for ordinal, slot in self._dropped_slots(path, frame, chosen):
-                value = trace.values[values[program.slots[ordinal]]]
-                if trace.saved[slot].read:
-                    until[value.id] = max(until.get(value.id, -1), self.released.get(slot, end_of_step))
-                else:
-                    until.setdefault(value.id, -1)
-            for value_id in until:
-                value = trace.values[value_id]
-                end = self.freed.get(value_id, end_of_step)
-                natural = end if value.natural_end is None else value.natural_end
-                live(-value.size_bytes, max(natural, self.kept_elsewhere.get(value_id, -1)), end)
-            runs_at = {self.ops[frame][op]: event for event, ops in batches for op in ops}
-            made = {v for op in chosen.runs for v in self._made_by(self.ops[frame][op])}
-            for_ops: Mapping[int, int] = {}
-            if chosen.replays:
-                for_ops, casting = cast_anew(
-                    trace, self.programs[path], frame, self.casts_of[frame], runs_at, live,
-                    saved_of=self.saved_of, freed=self.freed, released=self.released, load=self.load,
-                )  # fmt: skip
-                seconds += casting
-            held: dict[int, int] = {}
-            last_read: dict[int, int] = {}
-            for ordinal in chosen.runs:
-                op_id = self.ops[frame][ordinal]
-                for value_id in trace.ops[op_id].inputs:
-                    own = trace.values[value_id].ordinal if value_id in made else None
-                    if own is not None and reads_copy(program.steps[ordinal], chosen, own):
-                        if op_id != trace.values[value_id].producer:
-                            last_read[value_id] = max(last_read.get(value_id, -1), runs_at.get(op_id, -1))
-                    elif (
-                        trace.values[value_id].producer is not None
-                        and value_id not in brought
-                        and value_id not in self.casts_of[frame]
-                    ):
-                        held[value_id] = max(held.get(value_id, -1), runs_at.get(op_id, last_release))
-            for value_id, event in held.items():
-                end = self.freed.get(value_id, end_of_step)
-                if apart is None or value_id not in self.apart:
-                    live(trace.values[value_id].size_bytes, end, event)
-                elif event > end:
-                    first, last = apart.get(value_id, (len(self.marks), -1))
-                    apart[value_id] = min(first, int(self.mark_at[end + 1])), max(last, int(self.mark_at[event]))
-            for value_id in away:
-                self._waits(frame, value_id, runs_at, live)
-            for event, ops in batches:
-                top, left, spent = self._run_again(frame, ops, event, until, last_read)
-                for value_id in left:
-                    end = max(until.get(value_id, -1), last_read.get(value_id, -1))
-                    live(trace.values[value_id].size_bytes, event - 1, end)
-                top += for_ops.get(event, 0) + (state_bytes if chosen.states else 0)
-                spikes.append((int(self.mark_at[event]), top))
-                seconds += spent
-            drawn = first_random(program)
-            if drawn is not None:
-                extra = len(chosen.states | {drawn}) * state_bytes
-                live(extra, self.enter[frame], self.exit[frame])
-                live(len(chosen.states) * state_bytes, self.exit[frame], batches[-1][0] if batches else last_release)
-            for lent in chosen.lends:
-                passing = leading_to(program, chosen, lent)
-                once = sum(trace.ops[self.ops[frame][op]].seconds for op in passing)
-                seconds += once * self.nesting.passes.get(path, 0)
-        return np.cumsum(change)[: len(self.marks)], spikes, seconds
-
-    def _waits(
-        self, frame: int, value_id: int, runs_at: Mapping[int, int], live: Callable[[float, int, int], None]
-    ) -> None:
-        """Tell `live` that a value is off the device until the frame's backward first wants it."""
-        trace = self.trace
-        value, end_of_step = trace.values[value_id], len(trace.events)
-        slots = [s for s in self.slots[frame] if trace.saved[s].value == value_id]
-        reads = [event for op, event in runs_at.items() if value_id in trace.ops[op].inputs]
-        first = min([*(self.load[s] for s in slots if s in self.load), *reads], default=end_of_step)
-        last = max([*(self.released.get(s, end_of_step) for s in slots if s in self.load), *reads], default=-1)
-        end = self.freed.get(value_id, end_of_step)
-        natural = end if value.natural_end is None else value.natural_end
-        others = [self.released.get(s.id, end_of_step) for s in self.saved_of.get(value_id, ()) if s.frame != frame]
-        gone = max(natural, self.exit[frame], *others, -1)
-        live(-value.size_bytes, gone, end)
-        live(value.size_bytes, max(first, gone) - 1, last)
-
-    def _made_by(self, op_id: int) -> list[int]:
-        return [v for v in self.trace.ops[op_id].outputs if v is not None and self.trace.values[v].producer == op_id]
-
-    def _run_again(
-        self, frame: int, ops: Sequence[int], event: int, until: Mapping[int, int], last_read: Mapping[int, int]
-    ) -> tuple[float, list[int], float]:
-        """What the ops do that run before `event`: (the most bytes that they add for a while beyond the values that
-        they leave, those values, the ops' seconds)."""
-        trace = self.trace
-        left: list[int] = []
-        passing: dict[int, int] = {}  # value -> last op of this batch that reads it
-        for ordinal in ops:
-            op_id = self.ops[frame][ordinal]
-            for value_id in trace.ops[op_id].inputs:
-                if value_id in passing:
-                    passing[value_id] = op_id
-            for value_id in self._made_by(op_id):
-                if max(until.get(value_id, -1), last_read.get(value_id, -1)) > event:
-                    left.append(value_id)
-                else:
-                    passing[value_id] = op_id
-        level = top = seconds = 0.0
-        for ordinal in ops:
-            op = trace.ops[self.ops[frame][ordinal]]
-            level += sum(trace.values[v].size_bytes for v in self._made_by(op.id))
-            top = max(top, level + op.rerun_scratch_bytes)
-            level -= sum(trace.values[v].size_bytes for v, last in passing.items() if last == op.id)
-            seconds += op.seconds
-        return top - level, left, seconds
-
     # -- all units, cut into segments
 
     def _cut(self) -> None:
@@ -483,33 +255,59 @@ class Table:
         self.seconds: dict[str, list[float]] = {}
         held: dict[str, list[dict[int, tuple[int, int]]]] = {}
         for path, options in self.options.items():
-            rows, spent, moved = [], [], []
-            own = self._own_segments(path)
-            held[path] = [{} for _ in options]
-            for option, apart in zip(options, held[path], strict=True):
-                moved.append(self._moved_bytes(path, option))
-                if option is None:
-                    rows.append(np.zeros(len(self.starts) + len(sweeps)))
-                    spent.append(0.0)
-                    continue
-                delta, spikes, seconds = self._effect(path, option, apart)
-                # in the unit's own segments the change differs from mark to mark: take the fullest mark with the change
-                row = np.maximum.reduceat(delta, self.starts)
-                together = np.maximum.reduceat(self.base + delta, self.starts) - self.base_top
-                row = np.where(own, together, row)
-                for mark, top in spikes:
-                    segment = int(np.searchsorted(self.starts, mark, side="right")) - 1
-                    # live just before the replay begins, plus all that it leaves, plus what it adds for a while
-                    row[segment] = max(row[segment], self._just_before(mark, delta) + top - self.base_top[segment])
-                rows.append(np.concatenate([row, delta[before]]))
-                spent.append(seconds)
-            self.table[path] = np.array(rows)
-            self.seconds[path] = spent
-            self.away_bytes[path] = moved
+            effects = [_NOTHING if option is None else self._effect(path, option) for option in options]
+            self.table[path] = self._rows(path, effects, before)
+            held[path] = [self._held_apart(effect) for effect in effects]
+            self.seconds[path] = [effect.seconds for effect in effects]
+            self.away_bytes[path] = [self._moved_bytes(path, option) for option in options]
         self.base_top = np.concatenate([self.base_top, [self.base[mark] + top for mark, top in sweeps]])
         firsts = np.concatenate([self.starts, np.array(before, dtype=np.int64)])
         lasts = np.concatenate([self.starts[1:] - 1, [len(self.marks) - 1], np.array(before, dtype=np.int64)])
         self.holding = holding(held, [value.size_bytes for value in self.trace.values], firsts, lasts)
+
+    def _held_apart(self, effect: Effect) -> dict[int, tuple[int, int]]:
+        """The values of `apart` that an option holds, with the first and the last mark."""
+        found: dict[int, tuple[int, int]] = {}
+        for value_id, after, until in effect.apart:
+            first, last = found.get(value_id, (len(self.marks), -1))
+            found[value_id] = min(first, int(self.mark_at[after + 1])), max(last, int(self.mark_at[until]))
+        return found
+
+    def _rows(self, path: str, effects: Sequence[Effect], before: Sequence[int]) -> Floats:
+        """A row for each of the effects of a unit's options.
+
+        Outside the unit's own segments the live bytes change at few marks, and in between they stay as they are. So the
+        marks at which segments begin, the unit's own, and those at which something changes are all that are looked at.
+        """
+        own = self._own_segments(path)
+        mine = [np.arange(start, end) for frame in self.frames_of[path] for start, end in self.spans[frame]]
+        ends = np.append(self.starts[1:], len(self.marks))
+        mine += [np.arange(self.starts[i], ends[i]) for i in np.nonzero(own)[0]]
+        lives = [(place, *life) for place, effect in enumerate(effects) for life in effect.lives]
+        places, sizes, after, until = np.array(lives, dtype=np.int64).reshape(-1, 4).T
+        begin, end = self.mark_at[after + 1], self.mark_at[until]
+        peaks = [self.mark_at[event] for effect in effects for event, _ in effect.spikes]
+        looked = np.unique(np.concatenate([self.starts, *mine, begin, end, peaks, before]).astype(np.int64))
+        change = np.zeros((len(effects), len(looked)))
+        np.add.at(change, (places, np.searchsorted(looked, begin)), sizes)
+        np.add.at(change, (places, np.searchsorted(looked, end)), -sizes)
+        delta = np.cumsum(change, axis=1)
+        # what is behind the last mark is nowhere
+        delta = delta[:, : int(np.searchsorted(looked, len(self.marks)))]
+        segments = np.searchsorted(looked, self.starts)
+        rows = np.maximum.reduceat(delta, segments, axis=1)
+        # in the unit's own segments the change differs from mark to mark: take the fullest mark with the change
+        base = self.base[looked[: delta.shape[1]]]
+        together = np.maximum.reduceat(base + delta, segments, axis=1) - self.base_top
+        rows = np.where(own, together, rows)
+        for place, effect in enumerate(effects):
+            for event, top in effect.spikes:
+                mark = int(self.mark_at[event])
+                segment = int(np.searchsorted(self.starts, mark, side="right")) - 1
+                # live just before the replay begins, plus all that it leaves, plus what it adds for a while
+                live = self._just_before(mark, float(delta[place, np.searchsorted(looked, mark)]))
+                rows[place, segment] = max(rows[place, segment], live + top - self.base_top[segment])
+        return np.concatenate([rows, delta[:, np.searchsorted(looked, before)]], axis=1)
 
     def _moved_bytes(self, path: str, option: Point | None) -> int:
         if option is None:
@@ -560,18 +358,25 @@ class Table:
 
         Raises `Unsupported` for a set that cannot be.
         """
-        change, spikes, seconds = self._effect(path, Point(kept=kept, kept_bytes=0, seconds=0.0, passed_bytes=1))
+        effect = self._worked_out(path, Point(kept=kept, kept_bytes=0, seconds=0.0, passed_bytes=1))
+        change = np.zeros(len(self.marks) + 1)
+        held = [(self.trace.values[value_id].size_bytes, after, until) for value_id, after, until in effect.apart]
+        for size, after, until in (*effect.lives, *held):
+            change[self.mark_at[after + 1]] += size
+            change[self.mark_at[until]] -= size
+        change = np.cumsum(change)[: len(self.marks)]
         own = np.zeros(len(self.marks), dtype=bool)
         for frame in self.frames_of[path]:
             for start, end in self.spans[frame]:
                 own[start:end] = True
         outside = float(change[~own].min(initial=0.0))
         most = float((self.base + change)[own].max(initial=0.0))
-        for mark, top in spikes:
-            most = max(most, self._just_before(mark, change) + top)
-        return most - sum(self.trace.static_bytes.values()) + others * outside, seconds
+        for event, top in effect.spikes:
+            mark = self.mark_at[event]
+            most = max(most, self._just_before(mark, change[mark]) + top)
+        return most - sum(self.trace.static_bytes.values()) + others * outside, effect.seconds
 
-    def _just_before(self, mark: int, delta: Floats) -> float:
+    def _just_before(self, mark: int, change: float) -> float:
         """Live bytes when a replay begins, with the values that it will leave behind: the live bytes of the mark that
         reads them, without what that mark's op itself makes and holds."""
         scratch = self.trace.ops[self.trace.events[self.marks[mark]].subject]
@@ -580,7 +385,7 @@ class Table:
             for v in scratch.outputs
             if v is not None and self.trace.values[v].producer == scratch.id
         )
-        return float(self.base[mark] + delta[mark] - scratch.scratch_bytes - made)
+        return float(self.base[mark] + change - scratch.scratch_bytes - made)
 
     def _own_segments(self, path: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
         own = np.zeros(len(self.starts), dtype=bool)
@@ -588,6 +393,8 @@ class Table:
             for start, end in self.spans[frame]:
                 own |= (self.starts >= start) & (self.starts < end)
         return own
+
+    # -- the integer program
 
 
 @functools.lru_cache(maxsize=256)

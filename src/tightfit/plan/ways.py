@@ -263,7 +263,7 @@ class Way:
         from run to run, so estimated ones are used here. A quick search has more options for the units in `leanest`
         alone.
         """
-        return self.leanest if self.effort.proves else self._of_frontiers[0]
+        return self.leanest if self.effort.proves else self._of_frontiers[0].found
 
     @functools.cached_property
     def whole(self) -> WholeStep | None:
@@ -278,19 +278,18 @@ class Way:
     @functools.cached_property
     def leanest(self) -> Refereed:
         """The same with more options for the units, where the fullest moment is in a unit's own backward."""
-        found, is_own_moment = self._of_frontiers
-        if self.moves or not is_own_moment:
-            return found
-        model = self._model(self._nominal, lean=True)
-        solution = model.solve(None)
-        assert solution is not None
-        return min(found, self._lowest_by(model, solution), key=lambda each: each.line.peak_bytes)
+        return self._low.found
 
     @functools.cached_property
     def lowered(self) -> Refereed:
-        """`leanest`, taken further down by the referee alone."""
-        found = self.leanest
-        if not self.effort.proves or self.moves or self.advances:
+        """`leanest`, taken further down by the referee alone: it is asked about the choices of the lowest peaks, in the
+        model's eyes, that differ from the model's answer in one unit or in all that are alike."""
+        low = self._low
+        if not self.effort.proves:
+            return low.found
+        tried = (self._asked(low.model, points, low.found.how) for points in low.model.near(low.points, _NEAR_TRIES))
+        found = min((low.found, *tried), key=self._height)
+        if self.moves or self.advances:
             return found
         found = Refereed(*lowered(self.trace, found.choices, found.line, self.fewest), found.how)
         if self.whole is None:
@@ -299,6 +298,17 @@ class Way:
         if lower.choices is None or lower.line is None:
             return found
         return Refereed(lower.choices, lower.line, found.how | lower.how)
+
+    @functools.cached_property
+    def _low(self) -> _Low:
+        """What `leanest` says, and of which model it is."""
+        low, is_own_moment = self._of_frontiers
+        if self.moves or not is_own_moment:
+            return low
+        model = self._model(self._nominal, lean=True)
+        solution = model.solve(None)
+        assert solution is not None
+        return min(low, self._lowest_by(model, solution), key=lambda each: self._height(each.found)[1:])
 
     @functools.cached_property
     def _nominal(self) -> Trace:
@@ -310,7 +320,7 @@ class Way:
         )
 
     @functools.cached_property
-    def _of_frontiers(self) -> tuple[Refereed, bool]:
+    def _of_frontiers(self) -> tuple[_Low, bool]:
         """The lowest peak by the points of the units' frontiers, and whether a unit's own backward is the fullest
         moment there."""
         model = self.model if self._nominal is self.planned else self._model(self._nominal)
@@ -318,24 +328,27 @@ class Way:
         assert solution is not None
         return self._lowest_by(model, solution), model.is_own_moment(solution.points)
 
-    def _lowest_by(self, model: Model, solution: Solution) -> Refereed:
-        """The choices of the lowest peak near `solution`, the model's own answer.
+    def _lowest_by(self, model: Model, solution: Solution) -> _Low:
+        """The choices of the lowest peak by `solution`, the model's own answer, or the least of everything: the model's
+        lowest peak is not always the referee's."""
+        fewest = {path: len(options) - 1 for path, options in model.options.items()}  # nothing of it in host memory
+        tried = [self._asked(model, points, solution.how) for points in (solution.points, fewest)]
+        return _Low(model, solution.points, min(tried, key=self._height))
 
-        The model's lowest peak is not always the referee's. So the referee is also asked about the least of everything,
-        and about the choices of the lowest peaks, in the model's eyes, that differ from its answer in one unit or in
-        all that are alike.
-        """
+    def _asked(self, model: Model, points: Mapping[str, int], how: frozenset[str]) -> Refereed:
+        return Refereed(*self.refereed(points, model), how)
 
-        def line(points: Mapping[str, int]) -> Timeline:
-            return simulate_choices(self.trace, self.choices(points, model), self.advances)
+    def _height(self, found: Refereed) -> tuple[bool, int, float]:
+        """What makes one of several choices the lowest: that it has room in host memory, its peak, then its seconds."""
+        return not self.is_in_host(found.line), found.line.peak_bytes, found.line.recompute_seconds
 
-        fewest = {path: len(options) - 1 for path, options in model.options.items()}
-        tried = [dict(solution.points), fewest]
-        if self.effort.proves:
-            tried += model.near(solution.points, _NEAR_TRIES)
-        lines = [(points, line(points)) for points in tried]  # the least of everything has nothing in host memory
-        best, found = min(lines, key=lambda each: (not self.is_in_host(each[1]), each[1].peak_bytes))
-        return Refereed(choices=self.choices(best, model), line=found, how=solution.how)
+
+class _Low(NamedTuple):
+    """A model, its own answer for the lowest peak, and what the referee says near it."""
+
+    model: Model
+    points: Mapping[str, int]
+    found: Refereed
 
 
 #: The latest ways, of one trace, by effort and host budget: a plan may be looked for with the limit and without.

@@ -1,0 +1,388 @@
+"""What each option of a unit does to the live bytes of the step, in the step's events.
+
+Idea: an option drops saved tensors, holds what its replays read, and makes values again before the events of backward
+that ask for them. Each of these is some bytes between two events. Blocks that are alike do the same at other places of
+the step, so it is worked out for one of them and moved to the others. Whether they are alike is not taken from their
+digests: all that an effect is made of is compared, with the events counted from the unit's own forward and backward.
+
+Invariant: written without the referee (`plan.simulate`), which walks the same step in its own way. Refused: nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tightfit.core import EventKind, Program, Saved, Trace
+from tightfit.plan.casts import cast_anew
+from tightfit.plan.frontier import Point
+from tightfit.plan.indexed import indexed
+from tightfit.plan.nest import Nesting
+from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, reads_copy, recipe
+
+__all__ = ["Effect", "Effects"]
+
+#: Whether an event belongs to a unit's forward or to its backward must be clear by so many events on either side.
+_UNCLEAR = 3
+
+#: Where in a unit's part of the step an event is that comes after all of its own.
+_LATER = (3, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What an option does."""
+
+    lives: Sequence[tuple[float, int, int]]  # so many more bytes after one event and until another
+    spikes: Sequence[tuple[int, float]]  # what replays before an event add for a while on top of everything else there
+    apart: Sequence[tuple[int, int, int]]  # of values that several units may hold: one that this holds, after and until
+    ran: Sequence[Sequence[int]]  # which ops of the unit run again together; ordinals
+    seconds: float  # of the replays
+
+
+class Effects:
+    """The trace, indexed for all that an option does in it.
+
+    One thing because every effect is told by the same index of the trace.
+    """
+
+    def __init__(self, trace: Trace, nesting: Nesting | None) -> None:
+        self.trace = trace
+        self.nesting = nesting or Nesting(links=(), advances=(), passes={})
+        self.programs: dict[str, Program] = {}  # of units that can be planned: one for all calls
+        self._shapes: dict[str, tuple[int, tuple[int, int, float]] | None] = {}
+        self._kinds: dict[Hashable, int] = {}
+        self._known: dict[tuple[int, Point], tuple[str, Effect]] = {}  # with the unit that it was worked out for
+        self._numbers: dict[str, tuple[int, ...]] = {}  # value ids of a unit, in an order that alike units share
+        self.apart: frozenset[int] = frozenset()  # values that replays of several units may hold
+        self.marks = [i for i, e in enumerate(trace.events) if e.what is EventKind.OP]
+        self.op_event = {trace.events[i].subject: i for i in self.marks}
+        self.mark_at = np.searchsorted(np.array(self.marks), np.arange(len(trace.events) + 1))  # first mark at or after
+        self.freed = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.FREE}
+        self.released = {e.subject: i for i, e in enumerate(trace.events) if e.what is EventKind.RELEASE}
+        self.load: dict[int, int] = {}
+        self.enter: dict[int, int] = {}
+        self.exit: dict[int, int] = {}
+        for i, event in enumerate(trace.events):
+            if event.what is EventKind.LOAD:
+                self.load.setdefault(event.subject, i)
+            elif event.what is EventKind.ENTER:
+                self.enter[event.subject] = i
+            elif event.what is EventKind.EXIT:
+                self.exit[event.subject] = i
+        self.frames_of: dict[str, list[int]] = defaultdict(list)
+        for frame in trace.frames:
+            self.frames_of[frame.unit].append(frame.id)
+        self.slots: dict[int, list[int]] = defaultdict(list)
+        self.saved_of: dict[int, list[Saved]] = defaultdict(list)
+        for saved in trace.saved:
+            self.saved_of[saved.value].append(saved)
+        self.kept_elsewhere: dict[int, int] = {}  # value -> last release by a saved tensor of another frame
+        for saved in trace.saved:
+            if saved.frame is not None:
+                self.slots[saved.frame].append(saved.id)
+        self.values: dict[int, dict[int, int]] = defaultdict(dict)
+        self.ops: dict[int, list[int]] = defaultdict(list)
+        for op in trace.ops:
+            if op.frame is not None and op.ordinal is not None:
+                self.ops[op.frame].append(op.id)
+        self.readers: dict[int, set[str]] = defaultdict(set)  # units whose ops read a value
+        for op in trace.ops:
+            if op.frame is not None:
+                for value_id in op.inputs:
+                    self.readers[value_id].add(trace.frames[op.frame].unit)
+        self.maker: dict[int, int] = {}
+        for value in trace.values:
+            if value.producer is not None and value.ordinal is not None:
+                frame_id = trace.ops[value.producer].frame
+                assert frame_id is not None
+                self.values[frame_id][value.ordinal] = value.id
+                self.maker[value.id] = frame_id
+        self.casts_of = indexed(trace).casts_of
+        self.maker |= {value_id: frame for frame, casts in self.casts_of.items() for value_id in casts}
+        end_of_step = len(trace.events)
+        for saved in trace.saved:
+            if saved.value in self.maker and self.maker[saved.value] != saved.frame:
+                end = self.released.get(saved.id, end_of_step)
+                self.kept_elsewhere[saved.value] = max(self.kept_elsewhere.get(saved.value, -1), end)
+
+    def _away(self, path: str, frame: int, point: Point) -> frozenset[int]:
+        """Value ids that wait off the device between the frame's forward and its backward."""
+        inputs = self.trace.frames[frame].inputs
+        return frozenset([*(self.values[frame][v] for v in point.away), *(inputs[k] for k in point.inputs_away)])
+
+    def _recipe(self, path: str, point: Point) -> Recipe:
+        lends = self.nesting.lends(path)
+        return recipe(self.programs[path], point.kept - lends, lends)
+
+    def _recipes(self, path: str, point: Point) -> dict[int, Recipe]:
+        """What each call of the unit does when `point` is chosen; calls in which nothing runs again are left out."""
+        found = {}
+        chosen = self._recipe(path, point)
+        for frame in self.frames_of[path]:
+            if (
+                chosen.lends
+                or point.away
+                or point.inputs_away
+                or any(s in self.load for _, s in self._dropped_slots(path, frame, chosen))
+            ):
+                found[frame] = chosen
+        return found
+
+    def _replays(self, path: str, point: Point) -> bool:
+        return bool(self._recipes(path, point))
+
+    def _dropped_slots(self, path: str, frame: int, chosen: Recipe) -> list[tuple[int, int]]:
+        """Saved tensors that autograd does not hold when `chosen` is chosen: pairs of (ordinal, saved id)."""
+        dropped = dropped_slots(self.programs[path], self.trace.programs[frame], chosen)
+        return [(i, self.slots[frame][i]) for i, _ in dropped]
+
+    def _effect(self, path: str, point: Point) -> Effect:
+        """What choosing `point` does. Worked out once for units that are alike in all that it is made of."""
+        if path not in self._shapes:
+            self._shapes[path] = self._shape(path)
+        shape = self._shapes[path]
+        if shape is None or point.away or point.inputs_away:
+            return self._worked_out(path, point)
+        kind, place = shape
+        known = self._known.get((kind, point))
+        if known is None:
+            found = self._worked_out(path, point)
+            self._known[kind, point] = path, found
+            return found
+        other, found = known
+        if other == path:
+            return found
+        theirs = self._shapes[other]
+        assert theirs is not None
+        enter, first, turn = theirs[1]
+        end_of_step, forward, backward = len(self.trace.events), place[0] - enter, place[1] - first
+
+        def there(event: int) -> int:
+            """Where in this unit's part of the step the event of the known one is."""
+            if event < 0 or event >= end_of_step:
+                return event
+            return event + (forward if event < turn else backward)
+
+        (frame,) = self.frames_of[path]
+        return Effect(
+            lives=[(size, there(after), there(until)) for size, after, until in found.lives],
+            spikes=[(there(event), top) for event, top in found.spikes],
+            apart=[
+                (self._numbers[path][self._numbers[other].index(value_id)], there(after), there(until))
+                for value_id, after, until in found.apart
+            ],
+            ran=found.ran,
+            seconds=self._spent(path, frame, self._recipe(path, point), found.ran),
+        )
+
+    def _shape(self, path: str) -> tuple[int, tuple[int, int, float]] | None:
+        """A number that the unit has in common with those that are like it in everything that an effect is made of but
+        for seconds; and where the unit is: the event at which its forward begins, the one at which its backward does,
+        and the middle between the two. None: it is called several times, or it casts weights.
+
+        Events count from where the unit's forward begins, or from where its backward does, whichever is nearer.
+        """
+        trace, frames = self.trace, self.frames_of[path]
+        (frame, *others) = frames
+        loads = [self.load[slot] for slot in self.slots[frame] if slot in self.load]
+        if others or not loads or self.casts_of[frame] or path not in self.programs:
+            return None
+        end_of_step, enter, leave, first = len(trace.events), self.enter[frame], self.exit[frame], min(loads)
+        turn = (leave + first) / 2
+        latest = max(max(self.load.get(slot, -1), self.released.get(slot, end_of_step)) for slot in self.slots[frame])
+        unclear = False
+
+        def place(event: int) -> tuple[int, int]:
+            nonlocal unclear
+            if event < 0 or event >= end_of_step:
+                return (2, min(event, 0))
+            unclear = unclear or abs(event - turn) < _UNCLEAR
+            return (0, event - enter) if event < turn else (1, event - first)
+
+        numbers: dict[int, int] = {}  # of values, in the order in which the unit has to do with them
+        ops = []
+        for ordinal in range(len(self.ops[frame])):
+            op = trace.ops[self.ops[frame][ordinal]]
+            own = tuple(
+                (numbers.setdefault(v, len(numbers)), trace.values[v].producer == op.id)
+                for v in op.outputs
+                if v is not None
+            )
+            reads = tuple(numbers.setdefault(v, len(numbers)) for v in op.inputs)
+            ops.append((reads, own, op.rerun_scratch_bytes))
+        ordinals = tuple((v, numbers.setdefault(value_id, len(numbers))) for v, value_id in self.values[frame].items())
+        slots = []
+        for slot in self.slots[frame]:
+            saved = trace.saved[slot]
+            times = place(self.load.get(slot, end_of_step)), place(self.released.get(slot, end_of_step))
+            slots.append((numbers.setdefault(saved.value, len(numbers)), saved.read, slot in self.load, times))
+        borrowed = self.nesting.borrowed(path)
+        values = []
+        for value_id in numbers:
+            value = trace.values[value_id]
+            is_own, end = self.maker.get(value_id) == frame, self.freed.get(value_id, end_of_step)
+            # what stays until the unit is through is not held by its replays
+            ends = [_LATER if not is_own and end > latest else place(end)]
+            if is_own:
+                natural = end if value.natural_end is None else value.natural_end
+                ends += [place(natural), place(self.kept_elsewhere.get(value_id, -1))]
+            born = value.producer is None
+            kinds = born, is_own, value_id in borrowed, value_id in self.apart
+            values.append((value.size_bytes, value.ordinal, kinds, tuple(ends)))
+        self._numbers[path] = tuple(numbers)
+        kind = (
+            id(self.programs[path]), id(trace.programs[frame]), self.nesting.lends(path), place(leave),
+            tuple(ops), ordinals, tuple(slots), tuple(values),
+        )  # fmt: skip
+        return None if unclear else (self._kinds.setdefault(kind, len(self._kinds)), (enter, first, turn))
+
+    def _worked_out(self, path: str, point: Point) -> Effect:
+        trace = self.trace
+        lives: list[tuple[float, int, int]] = []
+        spikes: list[tuple[int, float]] = []
+        apart: list[tuple[int, int, int]] = []
+        ran: list[Sequence[int]] = []
+        seconds = 0.0
+        end_of_step = len(trace.events)
+
+        def live(size: float, after: int, until: int) -> None:
+            """`size` more bytes between the events `after` and `until`."""
+            if until > after:
+                lives.append((size, after, until))
+
+        state_bytes = trace.random_state_bytes
+        for frame, chosen in self._recipes(path, point).items():
+            values = self.values[frame]
+            program = trace.programs[frame]
+            loads = sorted((self.load[s], i) for i, s in self._dropped_slots(path, frame, chosen) if s in self.load)
+            event_of = {i: event for event, i in loads}
+            batches = [(event_of[i], ops) for i, ops in demanded(program, chosen, tuple(i for _, i in loads))]
+            last_release = max((self.released.get(s, end_of_step) for s in self.slots[frame]), default=-1)
+            away = self._away(path, frame, point)
+            brought = self.nesting.borrowed(path) | away
+            # what dropped saved tensors held is freed at once; what is made again is freed with the last of them
+            until: dict[int, int] = {}
+            for ordinal, slot in self._dropped_slots(path, frame, chosen):
+                value = trace.values[values[program.slots[ordinal]]]
+                if trace.saved[slot].read:
+                    until[value.id] = max(until.get(value.id, -1), self.released.get(slot, end_of_step))
+                else:
+                    until.setdefault(value.id, -1)
+            for value_id in until:
+                value = trace.values[value_id]
+                end = self.freed.get(value_id, end_of_step)
+                natural = end if value.natural_end is None else value.natural_end
+                live(-value.size_bytes, max(natural, self.kept_elsewhere.get(value_id, -1)), end)
+            runs_at = {self.ops[frame][op]: event for event, ops in batches for op in ops}
+            made = {v for op in chosen.runs for v in self._made_by(self.ops[frame][op])}
+            for_ops: Mapping[int, int] = {}
+            if chosen.replays:
+                for_ops, casting = cast_anew(
+                    trace, self.programs[path], frame, self.casts_of[frame], runs_at, live,
+                    saved_of=self.saved_of, freed=self.freed, released=self.released, load=self.load,
+                )  # fmt: skip
+                seconds += casting
+            held: dict[int, int] = {}
+            last_read: dict[int, int] = {}
+            for ordinal in chosen.runs:
+                op_id = self.ops[frame][ordinal]
+                for value_id in trace.ops[op_id].inputs:
+                    own = trace.values[value_id].ordinal if value_id in made else None
+                    if own is not None and reads_copy(program.steps[ordinal], chosen, own):
+                        if op_id != trace.values[value_id].producer:
+                            last_read[value_id] = max(last_read.get(value_id, -1), runs_at.get(op_id, -1))
+                    elif (
+                        trace.values[value_id].producer is not None
+                        and value_id not in brought
+                        and value_id not in self.casts_of[frame]
+                    ):
+                        held[value_id] = max(held.get(value_id, -1), runs_at.get(op_id, last_release))
+            for value_id, event in held.items():
+                end = self.freed.get(value_id, end_of_step)
+                if value_id not in self.apart:
+                    live(trace.values[value_id].size_bytes, end, event)
+                elif event > end:
+                    apart.append((value_id, end, event))
+            for value_id in away:
+                self._waits(frame, value_id, runs_at, live)
+            for event, ops in batches:
+                top, left = self._run_again(frame, ops, event, until, last_read)
+                for value_id in left:
+                    end = max(until.get(value_id, -1), last_read.get(value_id, -1))
+                    live(trace.values[value_id].size_bytes, event - 1, end)
+                top += for_ops.get(event, 0) + (state_bytes if chosen.states else 0)
+                spikes.append((event, top))
+            drawn = first_random(program)
+            if drawn is not None:
+                extra = len(chosen.states | {drawn}) * state_bytes
+                live(extra, self.enter[frame], self.exit[frame])
+                live(len(chosen.states) * state_bytes, self.exit[frame], batches[-1][0] if batches else last_release)
+            seconds = self._spent(path, frame, chosen, [ops for _, ops in batches], seconds)
+            ran += [ops for _, ops in batches]
+        return Effect(lives=lives, spikes=spikes, apart=apart, ran=ran, seconds=seconds)
+
+    def _spent(
+        self, path: str, frame: int, chosen: Recipe, ran: Sequence[Sequence[int]], seconds: float = 0.0
+    ) -> float:
+        """`seconds` and those of what runs again."""
+        ops = self.ops[frame]
+        for batch in ran:
+            spent = 0.0
+            for ordinal in batch:
+                spent += self.trace.ops[ops[ordinal]].seconds
+            seconds += spent
+        for lent in chosen.lends:
+            passing = leading_to(self.trace.programs[frame], chosen, lent)
+            once = sum(self.trace.ops[ops[op]].seconds for op in passing)
+            seconds += once * self.nesting.passes.get(path, 0)
+        return seconds
+
+    def _waits(
+        self, frame: int, value_id: int, runs_at: Mapping[int, int], live: Callable[[float, int, int], None]
+    ) -> None:
+        """Tell `live` that a value is off the device until the frame's backward first wants it."""
+        trace = self.trace
+        value, end_of_step = trace.values[value_id], len(trace.events)
+        slots = [s for s in self.slots[frame] if trace.saved[s].value == value_id]
+        reads = [event for op, event in runs_at.items() if value_id in trace.ops[op].inputs]
+        first = min([*(self.load[s] for s in slots if s in self.load), *reads], default=end_of_step)
+        last = max([*(self.released.get(s, end_of_step) for s in slots if s in self.load), *reads], default=-1)
+        end = self.freed.get(value_id, end_of_step)
+        natural = end if value.natural_end is None else value.natural_end
+        others = [self.released.get(s.id, end_of_step) for s in self.saved_of.get(value_id, ()) if s.frame != frame]
+        gone = max(natural, self.exit[frame], *others, -1)
+        live(-value.size_bytes, gone, end)
+        live(value.size_bytes, max(first, gone) - 1, last)
+
+    def _made_by(self, op_id: int) -> list[int]:
+        return [v for v in self.trace.ops[op_id].outputs if v is not None and self.trace.values[v].producer == op_id]
+
+    def _run_again(
+        self, frame: int, ops: Sequence[int], event: int, until: Mapping[int, int], last_read: Mapping[int, int]
+    ) -> tuple[float, list[int]]:
+        """What the ops do that run before `event`: (the most bytes that they add for a while beyond the values that
+        they leave, those values)."""
+        trace = self.trace
+        left: list[int] = []
+        passing: dict[int, int] = {}  # value -> last op of this batch that reads it
+        for ordinal in ops:
+            op_id = self.ops[frame][ordinal]
+            for value_id in trace.ops[op_id].inputs:
+                if value_id in passing:
+                    passing[value_id] = op_id
+            for value_id in self._made_by(op_id):
+                if max(until.get(value_id, -1), last_read.get(value_id, -1)) > event:
+                    left.append(value_id)
+                else:
+                    passing[value_id] = op_id
+        level = top = 0.0
+        for ordinal in ops:
+            op = trace.ops[self.ops[frame][ordinal]]
+            level += sum(trace.values[v].size_bytes for v in self._made_by(op.id))
+            top = max(top, level + op.rerun_scratch_bytes)
+            level -= sum(trace.values[v].size_bytes for v, last in passing.items() if last == op.id)
+        return top - level, left
