@@ -21,6 +21,8 @@ from tightfit.core import Device, InvalidInput, Unsupported
 from tightfit.forecast import Setup, lengths, recording, search
 from tightfit.forecast.advice import ERROR_CASES, WORST_ERROR
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, room_bytes
+from tightfit.levers import exact_only
+from tightfit.plan import lowest, solver
 from tightfit.plan.simulate import allocations
 from tightfit.report import forecast_report
 
@@ -124,7 +126,13 @@ def test_few_sizes_tell_the_largest(room: int, waste: float, fixed: int) -> None
 
     def answer(size: int) -> search.Least:
         peak = static + max(fixed, 90 + 40 * size)
-        return search.Least(peak * (1 + waste / 2) <= room, int(peak * (1 + waste)), peak)
+        needed = peak * (1 + waste / 2)
+        return search.Least(
+            runs=needed <= room,
+            peak_bytes=peak,
+            reserved_bytes=int(peak * (1 + waste)),
+            fits_in=lambda given: needed <= given,
+        )
 
     largest = max((size for size in range(1, sizes) if answer(size).runs), default=0)
     for asked in (1, 3, 300):
@@ -136,7 +144,46 @@ def test_few_sizes_tell_the_largest(room: int, waste: float, fixed: int) -> None
             tried[guess] = answer(guess)
             low, high = (guess, high) if tried[guess].runs else (low, guess)
         assert low == largest
-        assert len(tried) <= (16 if waste or fixed else 6), (asked, tried)
+        assert len(tried) <= (16 if waste or fixed else 7), (asked, tried)
+
+
+def test_on_the_way_a_plan_from_nearby_is_enough_and_the_ends_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[int] = []
+    planned: list[search.Least] = []
+    trace_for, least = search.trace_for, search.least
+
+    def counted_trace(setup: Setup, *args: Any, **kwargs: Any) -> Any:
+        traced.append(setup.batch)
+        return trace_for(setup, *args, **kwargs)
+
+    def counted_plan(*args: Any, **kwargs: Any) -> search.Least:
+        planned.append(least(*args, **kwargs))
+        return planned[-1]
+
+    monkeypatch.setattr(search, "trace_for", counted_trace)
+    monkeypatch.setattr(search, "least", counted_plan)
+    device, room = card(0), 160 * 2**20
+    here = least(trace_for(TINY, device), room)
+    static = sum(trace_for(TINY, device).static_bytes.values())
+    found = search.largest_fitting(TINY, device, room, lambda _: None, "batch", here, static, exact_only(None))
+    assert found > 8 and {found, found + 1} <= set(traced)
+    assert [each.runs for each in planned].count(True) >= 1 and not all(each.runs for each in planned)
+    assert len(planned) < len(set(traced))
+
+
+def test_quick_searches_do_not_end_by_the_clock_of_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    engine = solver.engine
+
+    def noted(program: Any, seconds: float, gap: float, presolve: bool) -> Any:
+        asked.append(seconds)
+        return engine(program, seconds, gap, presolve)
+
+    monkeypatch.setattr(solver, "engine", noted)
+    recorded = forecast.trace_for(TINY, card(2**30))
+    for effort in (search.QUICK, search.SHOWN):
+        lowest(recorded, effort=effort)
+    assert asked and min(asked) > 2  # nodes end a search; on an idle machine it takes half a second at most
 
 
 @pytest.mark.parametrize("trainer", ["model", "dpo"])

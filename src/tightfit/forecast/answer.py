@@ -95,7 +95,11 @@ def check(
         largest = longest = 0
     elif search:
         may_use = _levers_of(made) if levers is None else levers
-        here = least(recorded, room, may_use, limit)._replace(runs=fits)
+        if may_use is None and recorded.tiled:  # as for the sizes that are looked at
+            here = least(recorded.tiled[-1], room, exact_only(None), limit)
+        else:
+            here = least(recorded, room, may_use, limit)
+        here = dataclasses.replace(here, runs=fits)
         static_bytes = sum(recorded.static_bytes.values())
         asked = (here, static_bytes, may_use, limit)
         largest = largest_fitting(setup, device, room, progress, "batch", *asked)

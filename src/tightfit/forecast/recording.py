@@ -103,11 +103,11 @@ def trace_setup(
     units: UnitsAsked = None,
     *,
     tiles: bool = False,
-    all_tilings: bool = True,
+    tiles_alone: bool = False,
 ) -> Trace:
     """The step of `setup` on fake tensors, with the kernels of `device` (`None`: this machine's CPU).
 
-    `tiles`, `all_tilings`: as in `trace`.
+    `tiles`, `tiles_alone`: as in `trace`.
 
     Raises `InvalidInput` for more tokens than the model has positions, `Unsupported` for a step that fake tensors
     cannot run.
@@ -130,7 +130,7 @@ def trace_setup(
         autocast = compute is not None and not spread.shards  # FSDP2 casts what it gathers instead
         step_loss = loss if autocast else own_loss
         twice = setup.trainer == "dpo" and not dict(setup.settings).get("precompute_ref_log_probs")
-        recorded = _traced(model, batch, step_loss, device, units, (tiles, all_tilings), spread, shortened=not twice)
+        recorded = _traced(model, batch, step_loss, device, units, (tiles, tiles_alone), spread, shortened=not twice)
     recorded = spread.with_buckets(model, recorded, FakeStep(device).granule_bytes)
     if spread.strategy is not Strategy.ONE:  # whose weights are not streamed yet
         tiled = tuple(dataclasses.replace(variant, frozen=()) for variant in recorded.tiled)
@@ -266,14 +266,14 @@ def _traced(
     *,
     shortened: bool,
 ) -> Trace:
-    """The whole model's trace, by way of a few of its blocks where these are alike. `tiles`: whether, and whether all
-    tilings.
+    """The whole model's trace, by way of a few of its blocks where these are alike. `tiles`: whether, and whether
+    alone.
 
     `shortened`: each block runs once, so that a few may stand for all. DPO's reference runs them a second time.
     """
     stack = _stack(model) if units is None and shortened else None
-    in_tiles, all_tilings = tiles
-    record = functools.partial(trace, fake=True, device=device, tiles=in_tiles, all_tilings=all_tilings)
+    in_tiles, alone = tiles
+    record = functools.partial(trace, fake=True, device=device, tiles=in_tiles, tiles_alone=alone)
     blocks = LEAST_BLOCKS + 2 * spread.shards  # sharded, a block reaches into the time of its neighbours
     if stack is not None and len(find_units(model)) < (blocks + 2) * stack.period:
         stack = None
@@ -356,9 +356,9 @@ def reached(device: Device) -> Device:
     )
 
 
-def trace_for(setup: Setup, device: Device, *, tiles: bool = False, all_tilings: bool = True) -> Trace:
+def trace_for(setup: Setup, device: Device, *, tiles: bool = False, tiles_alone: bool = False) -> Trace:
     """The trace that `check` plans: that of `trace_setup` with the seconds that `device` reaches."""
-    return retimed(trace_setup(setup, device, tiles=tiles, all_tilings=all_tilings), reached(device))
+    return retimed(trace_setup(setup, device, tiles=tiles, tiles_alone=tiles_alone), reached(device))
 
 
 def sent_bytes(recorded: Trace, setup: Setup) -> tuple[int, int]:

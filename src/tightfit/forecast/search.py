@@ -6,30 +6,37 @@ Invariant: what is said to fit has been planned and laid out by the caching allo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from tightfit.core import (
     Device,
     Lever,
     Plan,
+    PlanMismatch,
+    Program,
     Trace,
+    Unsupported,
 )
 from tightfit.forecast.recording import trace_for
 from tightfit.forecast.setup import MOST_TOKENS, Progress, Setup, build_model, positions_in
 from tightfit.levers import allowed, exact_only
 from tightfit.plan import Effort, lowest
-from tightfit.plan.account import bytes_reserved
+from tightfit.plan.account import bytes_reserved, has_caching_allocator, host_bytes, laid_out
 from tightfit.plan.planning import feasible
+from tightfit.plan.program import shared
+from tightfit.plan.simulate import allocations, simulate
 
 SEQ_STEP = 64
 
 
 #: For the plan that is shown, and for the many that only have to be possible.
-SHOWN = Effort(points=48, solver_seconds=0.4, proves=False, is_estimated=True)
+SHOWN = Effort(points=48, solver_seconds=5.0, proves=False, is_estimated=True)
 
 
-QUICK = Effort(points=12, solver_seconds=0.3, proves=False, is_estimated=True)
+QUICK = Effort(points=12, solver_seconds=5.0, proves=False, is_estimated=True)
 
 
 def can_hold_floor(levers: frozenset[Lever] | None) -> bool:
@@ -67,25 +74,84 @@ def fitted(
     return dataclasses.replace(made, budget_bytes=room) if fits else None
 
 
-class Least(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Least:
     """What is known of a step by its plan of the lowest peak."""
 
     runs: bool  # some plan is laid out in the room
-    reserved_bytes: int  # by the plan of the lowest peak, where there is no limit
-    peak_bytes: int  # of that plan
+    peak_bytes: int  # of the plan of the lowest peak
+    reserved_bytes: int  # by it, where there is no limit
+    fits_in: Callable[[int], bool] = bool  # is it laid out in so many bytes?
+    made: Plan | None = None  # it
+    is_settled: bool = True  # by plans that were looked for at this size; else by the one of another size
+
+    @functools.cached_property
+    def needed_bytes(self) -> int:
+        """The least room in which it is laid out, or nearly so: under a limit free segments are given back."""
+        low, needed = self.peak_bytes, self.reserved_bytes
+        for _ in range(_HALVINGS):
+            middle = (low + needed) // 2
+            low, needed = (low, middle) if self.fits_in(middle) else (middle, needed)
+        return needed
+
+
+#: The room that a plan needs is found to one part in so many powers of two of what the allocator may add to its peak.
+_HALVINGS = 4
 
 
 def least(recorded: Trace, room: int, levers: frozenset[Lever] | None = None, host_budget: int | None = None) -> Least:
     """Whether some plan runs within `room`, and what the one of the lowest peak takes."""
     made = lowest(recorded, effort=QUICK, levers=levers, host_budget=host_budget)
-    reserved = bytes_reserved(recorded, made)
-    assert reserved is not None
-    runs = reserved <= room
-    if not runs and made.peak_bytes <= room:
+    found = _laid_out(recorded, made, room)
+    if not found.runs and made.peak_bytes <= room:
         # within the allocator's slack the lowest peak need not be the plan that is laid out best
-        runs = bytes_reserved(recorded, made, room) is not None
-        runs = runs or fitted(recorded, room, QUICK, levers, host_budget) is not None
-    return Least(runs, reserved, made.peak_bytes)
+        found = dataclasses.replace(found, runs=fitted(recorded, room, QUICK, levers, host_budget) is not None)
+    return found
+
+
+def _laid_out(recorded: Trace, made: Plan, room: int) -> Least:
+    """What is known by `made` alone."""
+    if not has_caching_allocator(recorded):
+        peak = made.peak_bytes
+        return Least(runs=peak <= room, peak_bytes=peak, reserved_bytes=peak, made=made)
+    blocks = allocations(recorded, made)
+    reserved = laid_out(recorded, *blocks)
+    assert reserved is not None
+
+    def fits_in(room: int) -> bool:
+        return laid_out(recorded, *blocks, room) is not None
+
+    runs = reserved <= room or (made.peak_bytes <= room and fits_in(room))
+    return Least(runs=runs, peak_bytes=made.peak_bytes, reserved_bytes=reserved, fits_in=fits_in, made=made)
+
+
+def _carried(made: Plan, recorded: Trace, host_budget: int | None) -> Plan | None:
+    """`made`, the plan of a step of another size, for `recorded`; None where it does not go with it. Its seconds and
+    its bound are those of the other step."""
+    calls: dict[str, list[Program]] = {unit.path: [] for unit in recorded.units}
+    for frame in recorded.frames:
+        calls[frame.unit].append(recorded.programs[frame.id])
+    digests = {unit.path: unit.digest for unit in recorded.units}
+    if calls.keys() != {choice.unit for choice in made.choices} or (made.tiling is None) != (recorded.tiling is None):
+        return None
+    for choice in made.choices:
+        if not choice.keeps_all and made.programs.get(choice.program) != shared(calls[choice.unit]):
+            return None
+    choices = tuple(dataclasses.replace(choice, program=digests[choice.unit]) for choice in made.choices)
+    programs = {
+        digests[choice.unit]: made.programs[choice.program]
+        for choice in made.choices
+        if choice.program in made.programs
+    }
+    found = dataclasses.replace(
+        made, choices=choices, programs=programs, tiling=recorded.tiling, trace_digest=recorded.digest
+    )
+    try:
+        found = dataclasses.replace(found, peak_bytes=simulate(recorded, found).peak_bytes)
+    except (PlanMismatch, Unsupported):  # its levers have no such part there
+        return None
+    within = host_budget is None or sum(host_bytes(recorded, found).values()) <= host_budget
+    return found if within else None
 
 
 def largest_fitting(
@@ -101,59 +167,135 @@ def largest_fitting(
 ) -> int:
     """The largest batch, or the longest sequence in steps of 64 tokens, whose step some plan fits into `room`.
 
-    Bytes are nearly affine in both, so the lines through two answers say where to look next; every answer is a step,
-    traced, planned and laid out. `here`: the answer for the size that was asked for. `static_bytes`: what does not
-    depend on the size. 0: not even the smallest fits.
+    Bytes are nearly affine in both, so a line through the rooms that two sizes need says where to look next. On the way
+    the plan of a size nearby is tried, which takes a tenth of the time of a plan. The ends are told by plans of their
+    own: what is said to fit, and that the next size does not. `here`: the answer for the size that was asked for.
+    `static_bytes`: what does not depend on the size. 0: not even the smallest fits.
     """
     step = 1 if what == "batch" else SEQ_STEP
     positions = positions_in(build_model(setup))
     most = max(1, MOST_TOKENS // setup.seq) if what == "batch" else (positions or MOST_TOKENS // setup.batch) // step
     asked = getattr(setup, what)
-    tried: dict[int, Least] = {}
+    sizes = _Sizes(setup, device, room, progress, what, step, levers, host_budget)
+    tried = sizes.tried
     if asked % step == 0:
         tried[asked // step] = here
     low, high = 0, most + 1  # low fits (or is nothing), high does not
     guess = min(max(1, asked // step), most)
-    while low < high - 1:
-        if guess not in tried:
-            amount = guess * step
-            progress(f"looking for the {'largest batch' if what == 'batch' else 'longest sequence'}: {amount}")
-            tried[guess] = _least_of(_resized(setup, what, amount), device, room, levers, host_budget, amount >= asked)
-        low, high = (guess, high) if tried[guess].runs else (low, guess)
-        guess = _guess(tried, static_bytes, room, low, high)
-    return max(low * step, asked if here.runs else 0)
+    stride = 0  # once a plan of a size's own fits where one from nearby did not: how far the next is, each settled
+    while True:
+        if low < high - 1:
+            if guess not in tried:
+                tried[guess] = sizes.settled(guess) if stride else sizes.looked_at(guess)
+            low, high = (guess, high) if tried[guess].runs else (low, guess)
+        elif high in tried and not tried[high].is_settled:
+            tried[high] = sizes.settled(high)
+            if tried[high].runs:
+                stride, low = 1, high
+                for size in [size for size, found in tried.items() if size > low and not found.is_settled]:
+                    del tried[size]
+                high = min((size for size in tried if size > low), default=most + 1)
+        elif low in tried and not tried[low].is_settled:
+            tried[low] = sizes.settled(low)
+            if not tried[low].runs:
+                low, high = max((size for size in tried if size < low and tried[size].runs), default=0), low
+        else:
+            return max(low * step, asked if here.runs else 0)
+        sizes.keep(low, high)
+        if stride:
+            guess, stride = min(low + stride, max(low + 1, (low + high) // 2)), 2 * stride
+        else:
+            guess = _guess(tried, static_bytes, room, low, high)
 
+
+class _Sizes:
+    """What is known of the sizes that were tried, and the way to try one more.
+
+    One thing because plans of one size are tried at others, and the traces of the ends are kept.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        device: Device,
+        room: int,
+        progress: Progress,
+        what: str,
+        step: int,
+        levers: frozenset[Lever] | None,
+        host_budget: int | None,
+    ) -> None:
+        self.setup, self.device, self.room, self.progress = setup, device, room, progress
+        self.what, self.step, self.levers, self.host_budget = what, step, levers, host_budget
+        self.tried: dict[int, Least] = {}
+        self._traces: dict[int, Trace] = {}
+
+    def keep(self, *sizes: int) -> None:
+        """Forget the traces of others."""
+        self._traces = {size: recorded for size, recorded in self._traces.items() if size in sizes}
+
+    def looked_at(self, size: int) -> Least:
+        """By the plan of a size nearby, if there is one; else settled."""
+        if self._may_be_exact(size):
+            return self.settled(size)
+        settled = [each for each, known in self.tried.items() if known.is_settled]
+        nearest = min(settled, key=lambda each: abs(each - size), default=0)
+        if nearest and (made := self.tried[nearest].made) is not None:
+            recorded = self._trace(size)
+            carried = _carried(made, recorded, self.host_budget)
+            if carried is not None:
+                found = dataclasses.replace(_laid_out(recorded, carried, self.room), is_settled=False)
+                if found.runs or (nearest <= size * _NEARBY and size <= nearest * _NEARBY):
+                    return found
+        return self.settled(size)
+
+    def settled(self, size: int) -> Least:
+        """By plans of its own."""
+        if self._may_be_exact(size):
+            self._say(size)
+            return _least_of(self._resized(size), self.device, self.room, self.host_budget)
+        recorded = self._trace(size)
+        levers = exact_only(None) if self.levers is None and recorded.tiling is not None else self.levers
+        return least(recorded, self.room, levers, self.host_budget)
+
+    def _trace(self, size: int) -> Trace:
+        """Without `levers` in tiles: the size that was asked for, which is no larger, had to be."""
+        if size not in self._traces:
+            self._say(size)
+            in_tiles = self.levers is None
+            self._traces[size] = trace_for(self._resized(size), self.device, tiles=in_tiles, tiles_alone=in_tiles)
+        return self._traces[size]
+
+    def _may_be_exact(self, size: int) -> bool:
+        """May it be that nothing has to be in tiles, though it may be?"""
+        return self.levers is None and size * self.step < getattr(self.setup, self.what)
+
+    def _say(self, size: int) -> None:
+        noun = "largest batch" if self.what == "batch" else "longest sequence"
+        self.progress(f"looking for the {noun}: {size * self.step}")
+
+    def _resized(self, size: int) -> Setup:
+        amount = size * self.step
+        if self.what == "batch":
+            return dataclasses.replace(self.setup, batch=amount)
+        return dataclasses.replace(self.setup, seq=amount)
+
+
+#: Within so many times its size the plan of a step tells what another step cannot do.
+_NEARBY = 1.5
 
 #: Tiles are not tried where a plan without them takes this many times the room.
 _TILES_CAN = 3
 
 
-def _least_of(
-    setup: Setup,
-    device: Device,
-    room: int,
-    levers: frozenset[Lever] | None,
-    host_budget: int | None,
-    is_in_tiles: bool,
-) -> Least:
-    """`least` for a step that is not traced yet. Without `levers` tiles are tried where nothing exact fits, and nothing
-    exact is tried where `is_in_tiles`: a smaller step had to be in tiles already."""
-    if levers is not None:
-        return least(trace_for(setup, device), room, levers, host_budget)
-    found = Least(False, room, room)
-    if not is_in_tiles:
-        found = least(trace_for(setup, device), room, exact_only(None), host_budget)
+def _least_of(setup: Setup, device: Device, room: int, host_budget: int | None) -> Least:
+    """`least` for a step that may use all levers: tiles are tried where nothing exact fits."""
+    found = least(trace_for(setup, device), room, exact_only(None), host_budget)
     if not found.runs and found.reserved_bytes <= _TILES_CAN * room:
-        recorded = trace_for(setup, device, tiles=True, all_tilings=False)
-        if recorded.tiled:  # what holds the least: of all tiles, and with the levers that plans in tiles may use
-            found = least(recorded.tiled[-1], room, exact_only(None), host_budget)
-        elif is_in_tiles:
-            found = least(recorded, room, None, host_budget)
+        recorded = trace_for(setup, device, tiles=True, tiles_alone=True)
+        if recorded.tiling is not None:  # what holds the least, with the levers that plans in tiles may use
+            found = least(recorded, room, exact_only(None), host_budget)
     return found
-
-
-def _resized(setup: Setup, what: str, amount: int) -> Setup:
-    return dataclasses.replace(setup, batch=amount) if what == "batch" else dataclasses.replace(setup, seq=amount)
 
 
 #: From one answer to the next a size grows by so many times at most, where nothing is known to be too large.
@@ -161,36 +303,31 @@ _GROWTH = 16
 
 
 def _guess(tried: Mapping[int, Least], static_bytes: int, room: int, low: int, high: int) -> int:
-    """Where to look next, strictly between `low` and `high` if anything is.
+    """Where to look next, strictly between `low` and `high` if anything is: where the line through the rooms that two
+    sizes need reaches the room that there is.
 
-    The largest size lies between two others, by lines through what is known: where the allocator would have reserved
-    all of the room, and where the lowest peak is that high. Between them it depends on the layout.
+    Near the end another plan than that of the line may be laid out better, so where the line leads no further it is
+    left by strides, and behind many sizes for halves.
     """
-    known = sorted(tried)
-    if high in tried:
-        pair = (low if low in tried else 0, high)
-    else:
-        pair = (max((count for count in known if count < low), default=0), low)
-    if high in tried and len(known) > _LINES_HELP and len(known) % 2:
-        guess = (low + high) / 2
-    else:
-        nothing = Least(True, static_bytes, static_bytes)
-        first, second = (tried.get(count, nothing) for count in pair)
-        by_layout = _where(pair, first.reserved_bytes, second.reserved_bytes, room)
-        by_peak = _where(pair, first.peak_bytes, second.peak_bytes, room)
-        if by_layout is None or by_peak is None:  # what does not grow with the size owns the peak of small ones
-            guess = (low + high) / 2 if high in tried else low * 4
-        else:
-            guess = (max(low, by_layout) + min(high, max(low, by_peak))) / 2
-        guess = guess if high in tried else min(guess, low * _GROWTH)
-    return min(max(int(guess), low + 1), max(high - 1, low + 1))
+    known = [0, *(size for size in sorted(tried) if size)]
+    lower = [size for size in known if size <= low][-2:]
+    first, second = (lower[-1], high) if high in tried else (lower[0], lower[-1])
+    if first == second or (high in tried and len(known) > _LINES_HELP):
+        return max(low + 1, min(high - 1, (low + high) // 2))
+    needed, more = (tried[size].needed_bytes if size else static_bytes for size in (first, second))
+    if more > needed:
+        guess = int(first + (room - needed) * (second - first) / (more - needed))
+    else:  # what does not grow with the size owns the peak of small ones
+        guess = (low + high) // 2 if high in tried else low * 4
+    if high not in tried:
+        last = low - lower[0]
+        stride = 2 * last if last <= low // _NEAR else 1 + low // _FIRST  # each twice the one before
+        guess = min(max(guess, low + stride), low * _GROWTH)
+    return min(max(guess, low + 1), max(high - 1, low + 1))
 
 
-def _where(sizes: tuple[int, int], first_bytes: int, second_bytes: int, room: int) -> float | None:
-    """Where the line through the bytes of two sizes reaches the room; none: they do not grow."""
-    slope = (second_bytes - first_bytes) / (sizes[1] - sizes[0])
-    return sizes[0] + (room - first_bytes) / slope if slope > 0 else None
+#: A stride is at most one part of a size in so many, and the first one part in so many.
+_NEAR, _FIRST = 64, 256
 
-
-#: After so many answers every other question halves what is left: where layouts differ much, lines are of little help.
-_LINES_HELP = 4
+#: Behind so many sizes halves are tried: layouts differ so much that lines do not help.
+_LINES_HELP = 7

@@ -102,10 +102,6 @@ class RecordedStep(Protocol):
     def modules(self) -> Mapping[str, Any]:
         """The units by path."""
 
-    @property
-    def all_tilings(self) -> bool:
-        """Is every way to have it in tiles wanted, or that of the most tiles alone?"""
-
     def again(self, opened: AbstractContextManager[Any], is_refused: Callable[[], bool]) -> Trace | None:
         """The step recorded with `opened` around it; None where `is_refused` says so after its forward."""
 
@@ -154,6 +150,11 @@ class LeverDefinition:
         """`trace` with what the lever needs to know of the step. `seen`: what `watching` yielded; None where the step
         has no units. Of an inexact lever it is only called where it may be needed, since recording takes long."""
         return trace
+
+    def recorded_alone(self, step: RecordedStep, seen: Any) -> Trace | None:
+        """The step recorded with the lever in force wherever it can be, and in no other way; None: it can be nowhere,
+        or recording tells the lever nothing."""
+        return None
 
     # -------------------------------------------------------------------- planner and referee
 

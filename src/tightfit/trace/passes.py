@@ -113,7 +113,6 @@ class StepRecording:
     restart: Callable[[], None]
     fake: FakeStep | None
     tail: OptimizerRecord | None
-    all_tilings: bool
 
     def dry(self) -> Recorder:
         self.restart()

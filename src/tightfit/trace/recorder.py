@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tightfit.core import (
@@ -279,7 +280,8 @@ class Recorder(TorchDispatchMode):
                 self.fake.learn(func, args, kwargs, out)
             return out
         if func in _QUERIES or func.namespace == "profiler":
-            return func(*args, **kwargs)
+            # half of all calls ask for a device, which a fake tensor knows without another dispatch
+            return args[0].fake_device if type(args[0]) is FakeTensor else func(*args, **kwargs)
         uncounted = is_uncounted(func, args, kwargs)
         frame = None if uncounted else self.open
         schema = func._schema
@@ -350,10 +352,12 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.fake is None and not self.marks:
-            return func(*args, **kwargs)
+        if self.fake is not None:
+            # the mark of `record_function` is two ops more, which the fake mode would run
+            with torch._C._profiler._RecordFunctionFast(MARK) if self.marks else contextlib.nullcontext():
+                return self.fake.run(func, args, kwargs)
         with torch.profiler.record_function(MARK) if self.marks else contextlib.nullcontext():
-            return func(*args, **kwargs) if self.fake is None else self.fake.run(func, args, kwargs)
+            return func(*args, **kwargs)
 
     @property
     def dispatched(self) -> list[Call]:

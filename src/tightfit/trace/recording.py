@@ -37,6 +37,7 @@ from tightfit.device.cost import NOMINAL_CUDA
 from tightfit.levers.loss_in_place.by_rows import whole
 from tightfit.levers.loss_in_place.loss import out_of_place
 from tightfit.levers.step_in_backward.hooks import nothing_stepped
+from tightfit.plan.indexed import without_collecting
 from tightfit.step.environment import calibrated_here
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.optimizers import bare
@@ -80,7 +81,7 @@ def trace(
     fake: bool = False,
     device: Device | torch.device | str | None = None,
     tiles: bool = True,
-    all_tilings: bool = True,
+    tiles_alone: bool = False,
 ) -> Trace:
     """Record one step of `model` on `batch`.
 
@@ -95,7 +96,8 @@ def trace(
 
     `tiles`: where the loss, or the largest unit, is a large part of what cannot be recomputed, the step is recorded
     again with tiles in force, for plans that need them. A recording takes as long as a step, so this takes up to three
-    times as long; without `all_tilings` it is recorded once more, with all in tiles that can be.
+    times as long. With `tiles_alone` it is recorded once, with all in tiles that can be (`Trace.tiling` says what), or
+    as it is where nothing can.
 
     The model's own checkpointing (`gradient_checkpointing_enable`) is off meanwhile, as it is under a plan.
 
@@ -133,6 +135,7 @@ def trace(
     if fake:
         step = FakeStep(target)
         with (
+            without_collecting(),  # fake tensors are many small objects, and what they are of takes no bytes
             _by_no_other_plan(),
             own_checkpointing_off(model),
             refusals_named(f"the {type(model).__name__}"),
@@ -142,7 +145,7 @@ def trace(
             no_key_value_cache(model),
         ):
             found = _trace(
-                model, fake_batch, loss, optimizer, modules, step.restart, step, tiles, units is None, all_tilings
+                model, fake_batch, loss, optimizer, modules, step.restart, step, tiles, units is None, tiles_alone
             )
         return found if target is None or target is device else _said_of(target, found)
     with (
@@ -153,7 +156,7 @@ def trace(
         undisturbed(model, batch) as restart,
         no_key_value_cache(model),
     ):
-        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles, units is None, all_tilings)
+        return _trace(model, batch, loss, optimizer, modules, restart, None, tiles, units is None, tiles_alone)
 
 
 @contextlib.contextmanager
@@ -195,7 +198,7 @@ def _trace(
     fake: FakeStep | None,
     tiles: bool,
     by_bytes: bool,
-    all_tilings: bool,
+    tiles_alone: bool,
 ) -> Trace:
     """Record the step with `modules` as units. `by_bytes`: the first pass may show better units than `modules`."""
     if strategy_of(model) is Strategy.FSDP2:
@@ -219,7 +222,10 @@ def _trace(
     target = fake.target if fake is not None else None
     refused = "" if strategy_of(model) is Strategy.ONE else "several processes share the step"
     tail = None if optimizer is None else record_optimizer(optimizer, target, refused=refused)
-    step = StepRecording(model, batch, loss, modules, restart, fake, tail, all_tilings)
+    step = StepRecording(model, batch, loss, modules, restart, fake, tail)
+    for each in levers.every() if tiles and tiles_alone else ():
+        if (alone := each.recorded_alone(step, seen.get(each.lever))) is not None:
+            return alone
     recorded = step.first(dry)
     for each in levers.every():
         if tiles or each.is_exact:

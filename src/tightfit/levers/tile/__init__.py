@@ -41,6 +41,11 @@ class Tile(LeverDefinition):
 
         return trace if seen is None else with_tiled(step, trace, *seen)
 
+    def recorded_alone(self, step: RecordedStep, seen: Any) -> Trace | None:
+        from tightfit.levers.tile.recording import all_tiled
+
+        return None if seen is None else all_tiled(step, *seen)
+
     def variants(self, step: Variant) -> Iterator[Variant]:
         if step.levers:  # the recordings are of the step without any other lever
             return

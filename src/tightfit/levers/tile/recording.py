@@ -133,11 +133,7 @@ def with_tiled(step: RecordedStep, recorded: Trace, sought: Sought, token_wise: 
     head = Tiling()
     if loss_bytes >= _WORTH * max(1, floor_bytes):
         if sought.path is not None:
-            tiling = Tiling(head=sought.path, rows=rows_of_tile(sought.rows, sought.row_bytes))
-            if token_wise and not step.all_tilings:
-                variant, _ = _tiled(step, dataclasses.replace(tiling, modules=tuple(token_wise)))
-                if variant is not None:
-                    return dataclasses.replace(recorded, tiled=(variant,))
+            tiling = _of_head(sought)
             variant, asked_by = _tiled(step, tiling)
             if variant is None:
                 reasons = (f"the head and the loss cannot be tiled: the logits are asked for whole, by {asked_by}",)
@@ -151,6 +147,22 @@ def with_tiled(step: RecordedStep, recorded: Trace, sought: Sought, token_wise: 
         if variant is not None:
             found.append(variant)
     return dataclasses.replace(recorded, tiled=tuple(found), notes=(*recorded.notes, *reasons))
+
+
+def all_tiled(step: RecordedStep, sought: Sought, token_wise: Sequence[TiledModule]) -> Trace | None:
+    """The step with its head and its modules in tiles, as far as they can be; None where neither can."""
+    head, modules = _of_head(sought), Tiling(modules=tuple(token_wise))
+    for tiling in dict.fromkeys((dataclasses.replace(head, modules=modules.modules), head, modules)):
+        if tiling != Tiling() and (variant := _tiled(step, tiling)[0]) is not None:
+            return variant
+    return None
+
+
+def _of_head(sought: Sought) -> Tiling:
+    """The head alone in tiles; nothing where there is none that can be."""
+    return (
+        Tiling() if sought.path is None else Tiling(head=sought.path, rows=rows_of_tile(sought.rows, sought.row_bytes))
+    )
 
 
 def _tiled(step: RecordedStep, tiling: Tiling) -> tuple[Trace | None, str]:
