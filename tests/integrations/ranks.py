@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tightfit
 from tightfit.core import TightfitError
+from tightfit.fitting import planning
 from tightfit.integrations.peft import add_lora
 from tightfit.step.parallel import local_of
 from tightfit.verify.peak import PeakMeter, static_bytes
@@ -191,6 +193,18 @@ def other_budgets(_: str) -> dict[str, Any]:
     asked = int(needs * (0.9 if dist.get_rank() else 0.75))
     applied = tightfit.fit(model, batch(0), asked)
     return {"asked": asked, "budget": applied.plan.budget_bytes, "peak": applied.plan.peak_bytes}
+
+
+def smaller_share(_: str) -> dict[str, Any]:
+    """Rank 1 may take less of its card than the budget that all ask for."""
+    model = spread("ddp")
+    needs = tightfit.simulate(tightfit.trace(model, batch(0))).peak_bytes
+    share = int(needs * 0.8) if dist.get_rank() else None
+    with warnings.catch_warnings(record=True) as said, mock.patch.object(planning, "share_of_card", lambda _: share):
+        warnings.simplefilter("always")
+        applied = tightfit.fit(model, batch(0), "95%")
+    lines = [str(line.message) for line in said if "of its card" in str(line.message)]
+    return {"needs": needs, "budget": applied.plan.budget_bytes, "peak": applied.plan.peak_bytes, "said": lines}
 
 
 def uneven(_: str) -> dict[str, Any]:
@@ -363,6 +377,7 @@ def killed(case: str) -> dict[str, Any]:
 CASES: dict[str, Callable[[str], dict[str, Any]]] = {
     "proven": proven, "longer": longer, "another": another_plan, "toolittle": too_little, "late": late,
     "waiting": waiting, "trainer": trainer, "inside": sharded_inside, "killed": killed, "budgets": other_budgets,
+    "share": smaller_share,
     "uneven": uneven, "fails": fails, "given": given_plan,
 }  # fmt: skip
 

@@ -54,7 +54,7 @@ def launched(
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    return launched(tmp_path_factory.mktemp("two"), 2, (*TWENTY_STEPS, "given", *(OTHERS if FSDP2 else ())))
+    return launched(tmp_path_factory.mktemp("two"), 2, (*TWENTY_STEPS, "given", "share", *(OTHERS if FSDP2 else ())))
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +153,12 @@ def test_the_least_of_the_ranks_budgets_holds(two: dict[str, Any]) -> None:
     least = min(rank["asked"] for rank in two["budgets"])
     for rank in two["budgets"]:
         assert rank["peak"] <= rank["budget"] == least
+
+
+def test_the_smallest_share_of_a_card_holds_on_all_ranks(two: dict[str, Any]) -> None:
+    for rank in two["share"]:
+        assert rank["peak"] <= rank["budget"] == int(rank["needs"] * 0.8)
+        assert len(rank["said"]) == 1 and "and rank 1 may take" in rank["said"][0]
 
 
 @slow

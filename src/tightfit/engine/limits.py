@@ -22,7 +22,7 @@ from tightfit.engine.offload import held_bytes
 from tightfit.plan import simulate
 from tightfit.plan.account import host_bytes
 
-__all__ = ["planned_here", "room_in_host"]
+__all__ = ["planned_here", "room_in_host", "share_of_card"]
 
 #: What lies on the device before a step, in the process already.
 _THERE = (Category.PARAMETERS, Category.QUANTISED, Category.BUFFERS)
@@ -71,9 +71,14 @@ def planned_here(
         ) from None  # fmt: skip
 
 
+def share_of_card(device: torch.device) -> int | None:
+    """What this process may take of its card, in bytes. None: it has no card, or may take all of it."""
+    return accelerator.limit_bytes(device) if accelerator.is_card(device) else None
+
+
 def _within_device(trace: Trace, budget: str | int, device: torch.device) -> str | int:
     """`budget`, or what this process may take of the card where that is less."""
-    limit_bytes = accelerator.limit_bytes(device) if accelerator.is_card(device) else None
+    limit_bytes = share_of_card(device)
     if limit_bytes is None:
         return budget
     asked_bytes = parse_bytes(budget, whole_bytes=simulate(trace).peak_bytes)

@@ -7,6 +7,7 @@ plan that was given, and is not one of this step or takes more than its budget (
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from tightfit.core import (
     Unsupported,
     dumps,
     format_apart,
+    format_bytes,
     loads,
     parse_bytes,
     percentage,
 )
-from tightfit.engine.limits import planned_here
+from tightfit.engine.limits import planned_here, share_of_card
 from tightfit.levers import allowed, inexact, used
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
@@ -97,7 +99,7 @@ def planned(
             )
         return _given_together(record, budget, model, host_budget, there)
     if are_several(model):
-        return _planned_together(record, budget, levers, exact, host_budget)
+        return _planned_together(record, budget, levers, exact, host_budget, there or device_of(model))
     recorded = record(levers is not None and bool(inexact(levers)))
 
     def made(recorded: Trace) -> Plan:
@@ -174,6 +176,7 @@ def _planned_together(
     levers: Collection[Lever] | None,
     exact: bool,
     host_budget: int | None,
+    device: torch.device,
 ) -> tuple[Trace, Plan]:
     def planned_text(asked: int) -> str:
         return dumps(make_plan(recorded, asked, levers=levers, exact=exact, host_budget=host_budget))
@@ -186,8 +189,11 @@ def _planned_together(
         raise
     own_peak = simulate(recorded).peak_bytes
     all_said = meeting.gathered(
-        {"peak": own_peak, "budget": str(budget), "units": [unit.path for unit in recorded.units]}
-    )
+        {
+            "peak": own_peak, "budget": str(budget), "units": [unit.path for unit in recorded.units],
+            "share": share_of_card(device),
+        }
+    )  # fmt: skip
     for rank, other in enumerate(all_said):
         if other is None or "error" in other:
             raise Unsupported(
@@ -204,6 +210,15 @@ def _planned_together(
         raise InvalidInput(f"the ranks ask for different budgets ({', '.join(budgets)}): give all the same, or bytes")
     else:  # one plan for all has to hold the least of them
         budget_bytes = min(map(parse_bytes, budgets))
+    shares = [other["share"] for other in all_said]
+    least = min((share for share in shares if share is not None), default=budget_bytes)
+    if least < budget_bytes:
+        warnings.warn(
+            f"a budget of {format_bytes(budget_bytes)} was asked for, and rank {shares.index(least)} may take "
+            f"{format_bytes(least)} of its card: planned for that on all ranks",
+            stacklevel=3,
+        )
+        budget_bytes = least
     target = budget_bytes
     for turn in range(_ROUNDS):
         asked = target
