@@ -4,7 +4,9 @@
     python benchmarks/random_modules.py 2000 7     # cases, first seed; printed only
 
 A module is a random graph of linear layers (some frozen), norms, dropout, views, in-place ops, loops over a shared
-recurrent cell, branches and several outputs; a case is one such module with one random choice of what its units keep.
+recurrent cell, narrow places that one tensor passes, branches and several outputs. A case is one such module with one
+random choice of what its units keep. In every third case its units are cut into segments, as the planner cuts long
+ones, and the choices are for the segments.
 Gradients, buffers and the random state afterwards are compared bit by bit with the plain step; once per module the
 allocator's count is compared with `simulate`.
 """
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import drawn
 
@@ -31,7 +34,9 @@ from torch.nn import functional as F
 
 import tightfit
 from tightfit.core import Action, Choice, Plan, Program, Status, Trace, Unit, Unsupported
+from tightfit.plan import segments
 from tightfit.plan.program import kept_values, recipe, shared
+from tightfit.plan.segments import Segmented
 from tightfit.plan.simulate import simulate_choices
 from tightfit.step.environment import environment
 from tightfit.step.snapshot import undisturbed
@@ -104,6 +109,14 @@ def _mask_in_place(unit: RandomUnit, a: torch.Tensor, _: torch.Tensor) -> torch.
     return a * mask
 
 
+def _narrow(_: RandomUnit, pool: list[torch.Tensor], own: list[bool], a: int, __: int) -> tuple[torch.Tensor, bool]:
+    """One tensor passes; nothing after reads what was before."""
+    passed = torch.tanh(pool[a])
+    pool.clear()
+    own.clear()
+    return passed, True
+
+
 def _copied_halves(unit: RandomUnit, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     whole = a.new_empty(a.shape)
     whole[:, : WIDTH // 2].copy_(a[:, : WIDTH // 2])
@@ -132,6 +145,7 @@ KINDS: dict[str, Any] = {
     "mask": _pure(_mask_in_place),
     "rows": _pure(lambda u, a, b: a.chunk(2)[1].repeat(2, 1)),
     "transposed": _pure(lambda u, a, b: (a.t() @ b).sum(0, keepdim=True).expand(ROWS, WIDTH) * a),
+    "narrow": _narrow,
     "cell": _pure(lambda u, a, b: u.cell(a, b)),
     "loop": _pure(_loop),
     "heads": _pure(lambda u, a, b: a.view(ROWS, 2, -1).transpose(0, 1).transpose(0, 1).reshape(ROWS, WIDTH)),
@@ -181,6 +195,7 @@ class Tally:
     cases: int = 0
     replays: int = 0
     fallbacks: int = 0
+    in_segments: int = 0  # cases
     impossible: int = 0  # keep sets whose values cannot be made again
     refused: int = 0  # modules that `trace` refuses
     untrained: int = 0  # modules whose loss reaches no parameter
@@ -213,8 +228,12 @@ def one_module(seed: int, tally: Tally) -> None:
     reference = _observe(model, batch)
     draw = random.Random(seed)
     measured = False
-    for _ in range(KEEP_SETS):
-        choices = _random_choices(trace, draw, tally)
+    for case in range(KEEP_SETS):
+        cut = _cut(trace, draw) if case % 3 == 2 else None
+        choices = _random_choices(trace if cut is None else cut.trace, draw, tally)
+        if choices is not None and cut is not None:
+            choices = cut.joined(choices)
+            tally.in_segments += 1
         if choices is None:
             continue
         tally.cases += 1
@@ -267,6 +286,12 @@ def _random_choices(trace: Trace, draw: random.Random, tally: Tally) -> tuple[Ch
             return None
         choices.append(Choice(unit=unit.path, actions=actions, signature=unit.signature, program=unit.digest))
     return tuple(choices)
+
+
+def _cut(trace: Trace, draw: random.Random) -> Segmented | None:
+    """The trace in segments of a few ops; None: none of its units can be cut."""
+    with mock.patch.object(segments, "LONG", 4), mock.patch.object(segments, "_PART", 0.0):
+        return segments.segmented(trace, draw.choice((3, 4, 6)))
 
 
 def _program(trace: Trace, unit: Unit) -> Program:
