@@ -189,6 +189,19 @@ class Model(Table):
                     change[self.mark_at[stop]] += value.size_bytes
         return np.asarray(np.cumsum(change)[: len(self.marks)])
 
+    @functools.cached_property
+    def _least_seconds(self) -> dict[str, list[float]]:
+        """For the bound: of each option, seconds that no kept set between it and the next one is below. The frontier's
+        points are apart in the seconds of ops. What autocast's casts take is not counted, because a set that takes
+        longer by its ops may cast less."""
+        return {
+            path: [
+                0.0 if point is None else min(spent, point.seconds)
+                for point, spent in zip(options, self.seconds[path], strict=True)
+            ]
+            for path, options in self.options.items()
+        }
+
     def _solve(self, budget_bytes: int | None, table: Mapping[str, Floats]) -> _Found | None:
         """The cheapest options by `table`; without a budget, the options of the lowest peak. The answer is None when
         nothing fits, or when nothing was found in time."""
@@ -198,7 +211,8 @@ class Model(Table):
         for path in paths:
             start = groups[-1].stop if groups else 0
             groups.append(slice(start, start + len(self.options[path])))
-        unit_seconds = np.array([self.seconds[path][i] for path, i in columns])
+        spent = self.seconds if table is self.table else self._least_seconds
+        unit_seconds = np.array([spent[path][i] for path, i in columns])
         step_seconds = sum(op.seconds for op in self.trace.ops)
         usage = np.array([table[path][i] for path, i in columns]).T if columns else np.zeros((len(self.base_top), 0))
         held = self.holding if table is self.table else nothing(len(usage))

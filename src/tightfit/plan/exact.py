@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,9 +35,18 @@ Kept = Mapping[str, frozenset[int]]
 _ROWS = 16
 _ROUNDS = 8
 
-#: A search ends after so many nodes, on a busy machine too. The seconds are for a solver that does not come so far.
-_NODES = 40
-_SECONDS = 30.0
+#: After the first round the search ends where the program has more rows than this.
+_MOST_ROWS = 5000
+
+#: So many rounds in a row that neither find nor prove anything are the last.
+_IN_VAIN = 2
+
+#: A search ends after so many nodes, times the program's columns, on a busy machine too. On small programs that is
+#: enough for a proof. Large ones gain most before their first node, so they get few. The seconds are for a solver that
+#: does not come so far.
+_NODES_TIMES_COLUMNS = 60_000
+_FEWEST_NODES = 4
+_SECONDS = 10.0
 
 #: Where the lowest peak is looked for, a second weighs this much against it, so that the faster of equally low wins.
 _TIE = 1e-6
@@ -63,15 +72,20 @@ class _Noted(Walk):
 
     def timeline(self) -> Timeline:
         self.moments: list[Moment] = []
-        self._again: Iterator[Moment] = iter(())
+        self._again: list[Moment] = []  # of the ops that are about to run again, the last first
         return super().timeline()
 
     def _run_again(self, replayed: Replayed, ops: tuple[int, ...], index: int) -> None:
-        self._again = iter([Moment(index, replayed.frame, ordinal) for ordinal in ops])
+        self._again = [Moment(index, replayed.frame, ordinal) for ordinal in reversed(ops)]
         super()._run_again(replayed, ops, index)
 
+    def _cast(self, value_id: int) -> None:
+        again, self._again = self._again, self._again[-1:]  # a cast is part of the op for which it is made
+        super()._cast(value_id)
+        self._again = again
+
     def _mark(self, label: str, scratch_bytes: int) -> None:
-        self.moments.append(next(self._again, Moment(self.at)))
+        self.moments.append(self._again.pop() if self._again else Moment(self.at))
         super()._mark(label, scratch_bytes)
 
 
@@ -116,9 +130,13 @@ class WholeStep:
         wanted: dict[Moment, None] = {}
         for each in (self._walked(())[0], moments):
             wanted |= dict.fromkeys(_fullest(each, wanted))
-        for _ in range(_ROUNDS):
-            answer = _Assembled(self, list(wanted), kept, budget_bytes, cost < math.inf).solved(gap)
-            bound = max(bound, answer.bound)
+        in_vain = 0
+        for turn in range(_ROUNDS):
+            program = _Assembled(self, list(wanted), kept, budget_bytes, cost < math.inf)
+            if turn and len(program.rows) > _MOST_ROWS:
+                break
+            answer = program.solved(gap)
+            before, bound = (cost, bound), max(bound, answer.bound)
             if answer.kept is None:
                 break
             choices = self._choices(answer.kept)
@@ -133,7 +151,8 @@ class WholeStep:
                 break
             limit = bound if budget_bytes is None else budget_bytes
             fresh = _fullest([each for each in moments if each[1] > limit], wanted)
-            if not fresh:
+            in_vain = in_vain + 1 if before == (cost, bound) and cost < math.inf else 0
+            if not fresh or in_vain == _IN_VAIN:
                 break
             wanted |= dict.fromkeys(fresh)
         return Found(choices=best[0], line=best[1], bound=min(bound, cost), how=frozenset(how))
@@ -222,7 +241,7 @@ class _Assembled:
             high.append(((budget_bytes or 0) - level.constant) / scale)
         program = MixedProgram.of(
             table, row_low=[-np.inf] * len(table), row_high=high, costs=costs, lower=lower, upper=upper,
-            integer=integer, start=start, nodes=_NODES,
+            integer=integer, start=start, nodes=max(_FEWEST_NODES, _NODES_TIMES_COLUMNS // len(costs)),
         )  # fmt: skip
         # the step's own seconds count too, so that the gap is a part of the whole step
         own = 0.0 if budget_bytes is None else self.step.step_seconds / unit

@@ -236,6 +236,7 @@ def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> 
     if program.start is not None:
         known = np.nonzero(~np.isnan(program.start))[0].astype(np.int32)
         solver.setSolution(len(known), known, program.start[known])
+        solver.setOptionValue("mip_allow_restart", False)  # which makes little of what is near the best already
     solver.run()
     status, info = solver.getModelStatus(), solver.getInfo()
     verdict = {
