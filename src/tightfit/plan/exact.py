@@ -46,7 +46,7 @@ _IN_VAIN = 2
 #: does not come so far.
 _NODES_TIMES_COLUMNS = 60_000
 _FEWEST_NODES = 4
-_SECONDS = 10.0
+_SECONDS = 20.0
 
 #: Where the lowest peak is looked for, a second weighs this much against it, so that the faster of equally low wins.
 _TIE = 1e-6
@@ -57,8 +57,8 @@ class Found:
     """What a search found, and what it proved.
 
     `choices` and the referee's `line` of them: the best that were found; None: none better than the known ones.
-    `bound`: no choices take fewer seconds within the budget or, where the lowest peak is looked for, have a lower peak
-    in bytes.
+    `bound`: no choices take fewer seconds within the budget. Where the lowest peak is looked for: no choices by which
+    units that are alike keep the same have a lower one, in bytes.
     """
 
     choices: tuple[Choice, ...] | None
