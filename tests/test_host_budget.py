@@ -324,8 +324,8 @@ def test_the_searches_of_a_forecast_obey() -> None:
     trace, allowed = recorded(), levers("offload")  # of the CPU: reserved bytes are the peak
     assert search.fitted(trace, budget_bytes, search.QUICK, allowed) is not None
     assert search.fitted(trace, budget_bytes, search.QUICK, allowed, free_bytes // 50) is None
-    assert search.least(trace, budget_bytes, allowed)[0]
-    assert not search.least(trace, budget_bytes, allowed, free_bytes // 50)[0]
+    assert search.least(trace, budget_bytes, allowed).runs
+    assert not search.least(trace, budget_bytes, allowed, free_bytes // 50).runs
     (said,) = more_in_host(trace, budget_bytes, allowed, free_bytes // 50)
     assert "is what binds: with " in said and said.endswith("in host memory it fits")
     assert not list(more_in_host(trace, budget_bytes, allowed, None))

@@ -217,6 +217,7 @@ class Scans(nn.Module):
         return inputs.square().mean()
 
 
+@pytest.mark.slow  # a minute
 def test_long_layers_are_planned_whole_as_well() -> None:
     """Between segments a wide value that all of them read is kept, in every layer. A checkpoint around a layer keeps
     none."""
