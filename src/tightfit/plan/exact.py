@@ -35,7 +35,7 @@ Kept = Mapping[str, frozenset[int]]
 _ROWS = 16
 _ROUNDS = 8
 
-#: After the first round the search ends where the program has more rows than this.
+#: After the second round the search ends where the program has more rows than this.
 _MOST_ROWS = 5000
 
 #: So many rounds in a row that neither find nor prove anything are the last.
@@ -133,7 +133,7 @@ class WholeStep:
         in_vain = 0
         for turn in range(_ROUNDS):
             program = _Assembled(self, list(wanted), kept, budget_bytes, cost < math.inf)
-            if turn and len(program.rows) > _MOST_ROWS:
+            if turn > 1 and len(program.rows) > _MOST_ROWS:
                 break
             answer = program.solved(gap)
             before, bound = (cost, bound), max(bound, answer.bound)
