@@ -273,7 +273,7 @@ class Model(Table):
 
             def cost(columns: list[int]) -> float:
                 if budget_bytes is None:
-                    return float((top + usage[:, with_held(columns)].sum(axis=1)).max())
+                    return float(choice.level(columns).max())
                 return float(priced[columns].sum())
 
             if ours is not None and (chosen is None or cost(ours) < cost(chosen)):

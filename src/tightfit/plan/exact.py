@@ -226,7 +226,7 @@ class _Assembled:
         scale = scale_of(max((abs(amount) for level in self.levels for _, amount in level.columns), default=1.0))
         if budget_bytes is None:
             unit = scale
-            costs *= _TIE * sum(level.constant for level in self.levels[:1]) / scale / max(costs.sum(), 1e-12)
+            costs *= _TIE * self.levels[0].constant / scale / max(costs.sum(), 1e-12)
             costs[peak], upper[peak] = 1.0, np.inf
         else:
             unit = max(float(costs.max()), 1e-12) / 1000

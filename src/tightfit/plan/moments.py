@@ -16,7 +16,7 @@ from __future__ import annotations
 import bisect
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,9 +67,10 @@ def total(*parts: tuple[Linear, float]) -> Linear:
 
 @functools.lru_cache(maxsize=4096)
 def _cluster_of_op(program: Program) -> tuple[int | None, ...]:
+    """Of each op the cluster with which it may run again; None: it must not."""
     found: list[int | None] = [None] * len(program.steps)
     for cluster, ops in enumerate(clusters(program)):
-        for op in ops:
+        for op in ops if rerunnable(program)[cluster] else ():
             found[op] = cluster
     return tuple(found)
 
@@ -93,7 +94,7 @@ class _Call:
 
     def loads_before(self, event: int, *, itself: bool) -> int:
         """How many loads there are before an event, or up to it with the event `itself`."""
-        return sum(at < event + itself for at, _ in self.loads)
+        return bisect.bisect_left(self.loads, (event + itself,))
 
 
 class LiveBytes:
@@ -103,7 +104,7 @@ class LiveBytes:
     """
 
     def __init__(self, trace: Trace, programs: dict[str, Program]) -> None:
-        self.trace, self.index, self.programs = trace, indexed(trace), programs
+        self.trace, self.index = trace, indexed(trace)
         self.costs: list[float] = []  # seconds, by column
         self.upper: list[float] = []
         self.keeps: dict[tuple[str, int], Linear] = {}  # by unit and value ordinal
@@ -165,11 +166,14 @@ class LiveBytes:
         for cluster, ops in enumerate(groups):
             seconds = sum(self.index.ops_of[frames[0]][op].seconds for op in ops) + _HAIR_SECONDS if alone else 0.0
             self.reruns[path, cluster] = self._column(seconds, float(may_run[cluster]))
-        for value in program.needed:
-            self._there(path, program, value, ONE, self.rows)
-        for cluster, (final, early) in enumerate(demands(program)):
-            for value in (*final, *early):
-                self._there(path, program, value, self.reruns[path, cluster], self.rows, early=value in early)
+
+        def again(cluster: int) -> Linear:
+            return self.reruns[path, cluster]
+
+        there = (self._there(path, program, value, again) for value in program.needed)
+        self.rows += [ONE - each for each in there if each != ONE]
+        for cluster in range(len(groups)):
+            self.rows += self._demanded(path, program, cluster, again)
         for frame in frames:
             self.calls[frame] = self._call(path, program, frame, alone)
         if not alone:
@@ -178,13 +182,22 @@ class LiveBytes:
                 self.rows.append(total((self.reruns[path, cluster], 1.0), *((each, -1.0) for each in asked)))
 
     def _there(
-        self, path: str, program: Program, value: int, wanted: Linear, rows: list[Linear], *, early: bool = False
-    ) -> None:
-        """What is `wanted` is kept or made again. `early`: an earlier state than the kept one."""
+        self, path: str, program: Program, value: int, ran: Callable[[int], Linear], *, early: bool = False
+    ) -> Linear:
+        """Is a value kept, or made again, as `ran` says of its cluster? `early`: an earlier state, never kept."""
         maker = cluster_of(program)[value]
-        if maker is not None and (early or value not in program.held):
-            made = self.reruns[path, maker]
-            rows.append(wanted - (made if early else self.keeps[path, value] + made))
+        if maker is None or (value in program.held and not early):
+            return ONE
+        return ran(maker) if early else self.keeps[path, value] + ran(maker)
+
+    def _demanded(self, path: str, program: Program, cluster: int, ran: Callable[[int], Linear]) -> Iterator[Linear]:
+        """The rows that say that what a cluster reads is there when it runs."""
+        final, early = demands(program)[cluster]
+        for values, is_early in ((final, False), (early, True)):
+            for value in values:
+                there = self._there(path, program, value, ran, early=is_early)
+                if there != ONE:
+                    yield ran(cluster) - there
 
     def _call(self, path: str, program: Program, frame: int, alone: bool) -> _Call:
         own, owner, index = self.trace.programs[frame], cluster_of(program), self.index
@@ -220,21 +233,14 @@ class LiveBytes:
         rows = []
         for before, load in zip((-1, *loads), loads, strict=False):
             read = [value for _, value in call.loads[before + 1 : load + 1] if value not in program.held]
-            for value in read:
-                maker = owner[value]
-                assert maker is not None
-                rows.append(ONE - (self.keeps[path, value] + call.ran(maker, load)))
-            for cluster, (final, early) in enumerate(demanded):
+            by_now = functools.partial(call.ran, load=load)
+            rows += [ONE - self._there(path, program, value, by_now) for value in read]
+            for cluster in range(len(demanded)):
                 now, earlier = call.ran(cluster, load), call.ran(cluster, before)
                 if earlier.columns:
                     rows.append(earlier - now)
                 rows.append(now - self.reruns[path, cluster])
-                for value in (*final, *early):
-                    is_early = value in early
-                    maker = owner[value]
-                    if maker is not None and (is_early or value not in program.held):
-                        made = call.ran(maker, load)
-                        rows.append(now - (made if is_early else self.keeps[path, value] + made))
+                rows += self._demanded(path, program, cluster, by_now)
                 if cluster in joined:
                     continue
                 # nothing runs before something asks for it
@@ -280,7 +286,7 @@ class LiveBytes:
     def _state(self, call: _Call, ordinal: int, moment: Moment, *, done: bool) -> Linear:
         """Has this op run again? `done`: entirely, or is it running at least?"""
         cluster = _cluster_of_op(call.program)[ordinal]
-        if cluster is None or not rerunnable(call.program)[cluster]:
+        if cluster is None:
             return NOTHING
         if moment.frame == call.frame:
             loads = call.loads_before(moment.event, itself=True)
@@ -301,7 +307,7 @@ class LiveBytes:
         """Does this op run again, and has it not been done yet?"""
         call = self.calls.get(frame)
         cluster = None if call is None else _cluster_of_op(call.program)[ordinal]
-        if call is None or cluster is None or not rerunnable(call.program)[cluster]:
+        if call is None or cluster is None:
             return NOTHING
         return self._at_last(call, cluster) - self._state(call, ordinal, moment, done=True)
 
