@@ -51,6 +51,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "rounding": ("verify/rounding.py", "verify/float64.py", "levers/tile"),
     "scaling": _FORECAST,
     "several_gpus": (*_FORECAST, "engine", "fitting", "verify"),
+    "seconds": _APPLIED,
     "step": _APPLIED,
     "streaming": (*_APPLIED, "integrations/peft.py", "integrations/bitsandbytes.py"),
     "switches": (*_APPLIED, "doctor/traps"),

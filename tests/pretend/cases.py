@@ -151,6 +151,21 @@ def the_card_is_hard_on_who_does_not_wait() -> None:
 
 
 @case
+def an_ops_seconds_are_those_of_its_kernel() -> None:
+    """What an op has queued is waited for before its time is read. A launch alone takes next to nothing."""
+    wait = 5e-3
+
+    def waiting(device: torch.device) -> None:
+        time.sleep(wait)
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1)).to("pretend")
+    with replaced(accelerator, "synchronize", waiting):
+        trace = tightfit.trace(model, torch.ones(8, 16, device="pretend"), loss=lambda m, x: m(x).sum())
+    seconds = [op.seconds for op in trace.ops]
+    assert min(seconds) > 0.9 * wait, seconds
+
+
+@case
 def backward_runs_in_a_thread_of_the_card() -> None:
     threads: list[int] = []
     saved = Frame.saved

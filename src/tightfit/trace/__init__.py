@@ -7,6 +7,7 @@
 | `recording` | the verb `trace`: a step of a real model, or of a fake one |
 | `passes`, `recorder` | the passes over the step, and the dispatch mode that records one pass |
 | `profiler` | bytes by the allocator's own count |
+| `timing` | an op's seconds, from timings that other processes disturb |
 | `programs`, `assembly` | from a recorded pass to the programs of units, and to a `Trace` |
 | `optimizer` | the optimizer's step, behind the trace |
 | `units` | which modules are units, by the bytes that autograd saves in them |

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -48,6 +47,7 @@ from tightfit.step.signature import signature_of
 from tightfit.trace.fake import FakeStep
 from tightfit.trace.programs import program_of
 from tightfit.trace.recorder import Call, Recorder
+from tightfit.trace.timing import fitted
 from tightfit.trace.unroll import trace_digest
 
 
@@ -90,11 +90,11 @@ class Assembly:
         needed = {full.saved[s][0] for s in full.read}
         units = self._units(programs)
         loss = self._loss_values()
-        seconds = self._pooled(units)
+        seconds = fitted(full.equals())
         ops = tuple(
             Op(
                 id=c.id, unit=c.unit, ordinal=c.ordinal, name=c.name, inputs=tuple(v for v, _ in c.reads),
-                outputs=tuple(c.outputs), seconds=seconds[c.id], flops=c.flops, kind=c.kind, phase=c.phase,
+                outputs=tuple(c.outputs), seconds=seconds.get(c.id, 0.0), flops=c.flops, kind=c.kind, phase=c.phase,
                 frame=c.frame, scratch_bytes=c.scratch_bytes,
             )
             for c in full.calls
@@ -247,23 +247,3 @@ class Assembly:
                 )
             )
         return tuple(units)
-
-    def _pooled(self, units: tuple[Unit, ...]) -> dict[int, float]:
-        """Seconds of each op: the median over the passes, and over the equal ops of equal units, so that one noisy
-        measurement does no harm."""
-        digest = {unit.path: unit.digest for unit in units}
-        samples: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-        keys: dict[int, tuple[Any, ...]] = {}
-        calls_before: dict[str, int] = {}
-        position: dict[int, int] = {}
-        for frame in self.full.frames:
-            position[frame.id] = calls_before.get(frame.unit, 0)
-            calls_before[frame.unit] = position[frame.id] + 1
-        for call in self.full.calls:
-            if call.frame is None:
-                keys[call.id] = ("op", call.id)
-            else:
-                keys[call.id] = (digest[self.full.frames[call.frame].unit], position[call.frame], call.ordinal)
-            samples[keys[call.id]] += call.seconds
-        medians = {key: statistics.median(values) for key, values in samples.items() if values}
-        return {call: medians.get(key, 0.0) for call, key in keys.items()}

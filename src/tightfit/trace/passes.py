@@ -53,6 +53,7 @@ from tightfit.trace.fake import FakeStep
 from tightfit.trace.optimizer import OptimizerRecord, behind
 from tightfit.trace.profiler import Timer, risen_bytes, run_by
 from tightfit.trace.recorder import Recorder, as_without_mode
+from tightfit.trace.timing import Stopwatch, in_doubt, is_disturbed, on_one_thread, spread
 from tightfit.trace.units import Census
 from tightfit.trace.weights import WeightsWatch, watches_weights
 
@@ -161,7 +162,7 @@ class StepRecording:
             _into_buckets(full, gradients)
         _same_ops("the dry pass", [c.name for c in dry.calls], [c.name for c in full.calls if c.phase is Phase.FORWARD])
         for call, other in zip(full.calls, dry.calls, strict=False):
-            call.seconds += other.seconds
+            call.samples += other.samples
         notes = _custom_note(full.custom)
         if fake is not None:
             for number, size_bytes in fake.scratch_bytes().items():
@@ -171,6 +172,7 @@ class StepRecording:
         elif not at_once:
             self.restart()
             _measure(model, self.batch, self.loss, full)
+            self._time_again(full)
             if line := accelerator.peak_unknown(device_of(model)):
                 notes += (f"bytes that kernels use inside are taken to be none: {line}",)
         assembly = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes)
@@ -178,6 +180,27 @@ class StepRecording:
         if fake is not None:
             trace = retimed(trace, assembly.target)
         return trace if self.tail is None else behind(trace, self.tail)
+
+    def _time_again(self, full: Recorder) -> None:
+        """Run the step for its ops' seconds alone, as often as their timings ask for. Timings that other processes
+        disturbed are made anew, on one thread."""
+        alone = is_disturbed(full.equals())
+        for call in full.calls if alone else ():
+            call.samples.clear()
+        for _ in range(_MORE_PASSES):
+            if not in_doubt(full.equals()):
+                break
+            self.restart()
+            with on_one_thread() if alone else contextlib.nullcontext(), Timer(device_of(self.model)) as timer:
+                compute_loss(self.model, self.batch, self.loss).backward()
+            names = list(compress(timer.names, timer.finished))
+            _same_ops("a timed pass", names, [c.name for c in full.dispatched])
+            for call, sample in zip(full.dispatched, timer.samples, strict=True):
+                call.samples.append(spread(sample) if alone else sample)
+
+
+#: So many runs more at most, where timings scatter.
+_MORE_PASSES = 4
 
 
 def record_pass(
@@ -196,6 +219,8 @@ def record_pass(
     told of every value."""
     recorder = Recorder(dry=dry, fake=fake)
     recorder.census = census
+    if fake is None and accelerator.is_host(device_of(model)):  # on a card ops are timed alone, by `_measure`
+        recorder.stopwatch = Stopwatch(device_of(model))
     recorder.restart = restart if isinstance(restart, Snapshot) else None
     for tensor in [*model.parameters(), *model.buffers(), *batch_tensors(batch)]:
         recorder.value_of(tensor._values() if tensor.layout is torch.sparse_coo else tensor)
@@ -284,8 +309,8 @@ def _measure(model: nn.Module, batch: Any, loss: LossFunction | None, full: Reco
     risen = timer.risen_bytes if timer.has_queue else compress(risen_bytes(profiler, len(finished)), finished)
     nodes = list(compress(run_by(profiler, len(finished)), finished))
     as_without_mode(full, nodes, on_host=not timer.has_queue)
-    for call, seconds, rise in zip(calls, timer.seconds, risen, strict=True):
-        call.seconds.append(seconds)
+    for call, sample, rise in zip(calls, timer.samples, risen, strict=True):
+        call.samples.append(sample)
         call.scratch_bytes = max(0, rise - call.out_bytes)
 
 

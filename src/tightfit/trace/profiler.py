@@ -5,7 +5,6 @@ Invariant: where the profiler lost events, the answer is zero or nothing. It is 
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit import accelerator
 from tightfit.step.ops import op_name
+from tightfit.trace.timing import Sample, Stopwatch
 
 _aten = torch.ops.aten
 
@@ -24,7 +24,8 @@ class Timer(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.names: list[str] = []
-        self.seconds: list[float] = []
+        self.samples: list[Sample] = []
+        self.stopwatch = Stopwatch(device)
         self.finished: list[bool] = []  # an op that raised is no op of the step, but has left its mark
         self.device = device
         self.has_queue = accelerator.is_card(device)
@@ -41,20 +42,13 @@ class Timer(TorchDispatchMode):
         return out
 
     def _timed(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.has_queue:
-            with torch.profiler.record_function(MARK):
-                accelerator.synchronize(self.device)
-                before = accelerator.peak_begun(self.device) if self.counts else 0
-                started = time.perf_counter()
-                out = func(*args, **kwargs)
-                accelerator.synchronize(self.device)
-                self.seconds.append(time.perf_counter() - started)
-                self.risen_bytes.append(accelerator.peak_risen_bytes(self.device, before) if self.counts else 0)
-                return out
         with torch.profiler.record_function(MARK):
-            started = time.perf_counter()
+            before = accelerator.peak_begun(self.device) if self.has_queue and self.counts else 0
+            self.stopwatch.start()
             out = func(*args, **kwargs)
-            self.seconds.append(time.perf_counter() - started)
+            self.samples.append(self.stopwatch.stop())
+            if self.has_queue:
+                self.risen_bytes.append(accelerator.peak_risen_bytes(self.device, before) if self.counts else 0)
         return out
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +40,7 @@ from tightfit.step.saved import without_history
 from tightfit.step.snapshot import Snapshot
 from tightfit.trace.fake import FakeStep
 from tightfit.trace.profiler import ENGINE, MARK, risen_bytes, run_by
+from tightfit.trace.timing import Equal, Sample, Stopwatch
 from tightfit.trace.units import Census
 
 _aten = torch.ops.aten
@@ -78,7 +79,7 @@ class Call:
     unit: str | None
     flops: int
     out_bytes: int
-    seconds: list[float] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     scratch_bytes: int = 0
     rerunnable: bool = True
     adds_to_view: bool = False  # its first argument is a view, whose base keeps autograd from summing into it
@@ -150,6 +151,7 @@ class Recorder(TorchDispatchMode):
             tuple[int, int]
         ] = []  # calls that a plain cross entropy made, bytes of a chunk of rows
         self.rowwise: list[RowwiseOps] = []
+        self.stopwatch: Stopwatch | None = None  # none: ops are not timed
 
     @contextlib.contextmanager
     def working_by_rows(self, rows: int, rows_at_once: int, tile: torch.Tensor, columns: int) -> Iterator[None]:
@@ -237,7 +239,7 @@ class Recorder(TorchDispatchMode):
             call = Call(
                 id=len(self.calls), name=_FILLED, reads=[], writes=[], outputs=[content.id], fresh=[content.id],
                 kind=Kind.OPAQUE, phase=self.phase, frame=None, ordinal=None, unit=None, flops=0,
-                out_bytes=content.size_bytes, seconds=[0.0],
+                out_bytes=content.size_bytes, samples=[],
             )  # fmt: skip
             self.calls.append(call)
             self.events += [(EventKind.ALLOC, content.id), (EventKind.OP, call.id)]
@@ -294,9 +296,10 @@ class Recorder(TorchDispatchMode):
                     self._read_unwritten(value)
         if self.restart is not None:
             self.restart.before(func, args, kwargs)
-        started = time.perf_counter()
+        if self.stopwatch is not None:
+            self.stopwatch.start()
         out = self._result(func, args, kwargs)
-        seconds = time.perf_counter() - started
+        samples = [] if self.stopwatch is None else [self.stopwatch.stop()]
         if self.restart is not None:
             self.restart.after(args, kwargs, out)
         name = op_name(func)
@@ -309,7 +312,7 @@ class Recorder(TorchDispatchMode):
             else self.reading_unit
             if self.phase is Phase.BACKWARD
             else None,
-            flops=op_flops(func, args, kwargs, out), out_bytes=0, seconds=[seconds],
+            flops=op_flops(func, args, kwargs, out), out_bytes=0, samples=samples,
         )  # fmt: skip
         if self.fake is not None and not self.dry:
             self.fake.note(call.id, func, args, kwargs, call.flops)
@@ -363,6 +366,20 @@ class Recorder(TorchDispatchMode):
     def dispatched(self) -> list[Call]:
         """The calls that went through the dispatcher, in the order in which a profile numbers them."""
         return [call for call in self.calls if call.name != _FILLED]
+
+    def equals(self) -> list[Equal]:
+        """The calls, by the work that they do."""
+        found: dict[tuple[Phase, str, int, int, int], list[Call]] = defaultdict(list)
+        for call in self.calls:
+            moved_bytes = sum(self.storages[v].size_bytes for v in {v for v, _ in call.reads}.union(call.fresh))
+            found[call.phase, call.name, call.flops, call.out_bytes, moved_bytes].append(call)
+        return [
+            Equal(
+                name, flops, moved_bytes, tuple(call.id for call in calls),
+                tuple(sample for call in calls for sample in call.samples),
+            )
+            for (_, name, flops, _, moved_bytes), calls in found.items()
+        ]  # fmt: skip
 
     def scratch_from(self, profiler: Any) -> None:
         """Take two things from a profile of this pass: each op's scratch bytes, and what would be added in place."""

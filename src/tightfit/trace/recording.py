@@ -7,8 +7,9 @@ Three passes run over the same step, from the same random state, buffers and gra
 1. *dry*: forward only, and every saved tensor is thrown away at once. A storage that dies here dies when Python lets go
    of it. This is how long a value lives in forward when it is not kept for backward.
 2. *full*: forward and backward, recorded in order.
-3. *measured*: the same once more under the allocator's own recording, for seconds and for the bytes that kernels use
-   inside.
+3. *measured*: the same once more under the allocator's own recording, for the bytes that kernels use inside.
+
+Each pass on the CPU times every op, and on a card the third. Where the timings scatter, more passes follow (`timing`).
 
 The optimizer's step is recorded on fake copies of the parameters, so nothing is updated and nothing is copied.
 

@@ -1,0 +1,113 @@
+"""What an op's seconds are, from timings that were made up: what they should say is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tightfit.trace import timing
+from tightfit.trace.timing import Equal, Sample, Stopwatch, fitted, in_doubt, is_disturbed, on_one_thread, spread
+
+
+def made(name: str, number: int, *seconds: float, flops: int = 0, moved_bytes: int = 10**7) -> Equal:
+    return Equal(name, flops, moved_bytes, (number,), tuple(Sample(each) for each in seconds))
+
+
+def products(count: int, *, slow: int | None = None) -> list[Equal]:
+    """Matrix products at 1e-11 seconds a FLOP, timed three times each; all timings of one are `slow` ... too slow."""
+    found = []
+    for number in range(count):
+        flops = (number + 1) * 10**8
+        factor = 4.0 if number == slow else 1.0
+        found.append(
+            made("aten.mm", number, *(factor * flops * 1e-11 * each for each in (1.0, 1.01, 1.02)), flops=flops)
+        )
+    return found
+
+
+def test_timings_that_agree_are_believed() -> None:
+    groups = [*products(6, slow=3), made("aten.gelu", 6, 2e-3, 2.01e-3, 2.02e-3), made("aten.add", 7, 1e-3, 1e-3, 1e-3)]
+    found = fitted(groups)
+    for group in groups:
+        (call,) = group.calls
+        assert found[call] == pytest.approx(min(sample.seconds for sample in group.samples), rel=0.02)
+
+
+def test_timings_that_scatter_are_weighed_against_what_such_ops_take() -> None:
+    """The fourth product was disturbed each time it ran. As all are disturbed, it is not believed."""
+    noise = ((1.0, 2.5, 4.0), (1.1, 1.9, 6.0), (0.9, 2.2, 3.0), (3.5, 8.0, 9.0), (1.0, 3.0, 3.5), (1.2, 2.0, 5.0))
+    groups = []
+    for number, factors in enumerate(noise):
+        flops = (number + 1) * 10**8
+        groups.append(made("aten.mm", number, *(flops * 1e-11 * each for each in factors), flops=flops))
+    found = fitted(groups)
+    off = [math.log(found[number] / ((number + 1) * 1e-3)) for number in range(len(noise))]
+    assert off[3] < math.log(3.5) / 2
+    assert max(abs(each) for each in (*off[:3], *off[4:])) < math.log(1.5)
+    assert in_doubt(groups) and not in_doubt(products(6))
+
+
+def test_one_long_timing_among_several_does_not_count() -> None:
+    groups = products(6)
+    disturbed = made("aten.mm", 2, 3e-3, 3.02e-3, 60e-3, flops=3 * 10**8)
+    assert fitted([*groups[:2], disturbed, *groups[3:]])[2] == pytest.approx(3e-3, rel=0.02)
+
+
+def test_ops_of_equal_work_take_the_same() -> None:
+    group = Equal("aten.add", 0, 10**6, (4, 9), (Sample(1e-3), Sample(2e-3), Sample(1.5e-3)))
+    found = fitted([group])
+    assert found.keys() == {4, 9} and found[4] == found[9] > 0
+
+
+def test_an_op_without_a_timing_has_no_seconds() -> None:
+    assert fitted([Equal("aten.add", 0, 10**6, (0,), ())]) == {}
+    assert fitted([]) == {}
+
+
+def test_memory_that_was_new_by_chance_costs_nothing_and_that_is_always_new_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timing, "_fault_seconds_per_byte", lambda threads: 1e-9)
+    new = 10**8
+    once = Equal("aten.add", 0, 10**8, (0,), (Sample(0.12, new), Sample(0.02), Sample(0.02)))
+    always = Equal("aten.mul", 0, 10**8, (1,), (Sample(0.15, new), Sample(0.15, new), Sample(0.15, new)))
+    found = fitted([once, always])
+    assert found[0] == pytest.approx(0.02, rel=0.02)
+    assert found[1] == pytest.approx(0.15, rel=0.02)
+
+
+def test_where_threads_waited_the_step_is_timed_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = [Equal("aten.add", 0, 10**6, (0,), (Sample(1e-3, 0, 2e-3),))]
+    quiet = [Equal("aten.add", 0, 10**6, (0,), (Sample(1e-3, 0, 1e-5),))]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert is_disturbed(waited) and not is_disturbed(quiet)
+    assert spread(Sample(1e-3)).seconds == 0.5e-3
+    assert spread(Sample(1e-5)).seconds == 1e-5  # too short to be divided
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert not is_disturbed(waited)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert not is_disturbed(waited)
+
+
+def test_the_number_of_threads_is_put_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), on_one_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_new_pages_are_counted() -> None:
+    """A block of 64 MiB is always mapped anew."""
+    pytest.importorskip("resource")
+    watch = Stopwatch(torch.device("cpu"))
+    watch.start()
+    block = torch.empty(2**24)
+    block.fill_(1.0)
+    sample = watch.stop()
+    assert sample.faulted_bytes >= 0.9 * block.nbytes and sample.seconds > 0
+    watch.start()
+    block.fill_(2.0)
+    assert watch.stop().faulted_bytes < 0.1 * block.nbytes
