@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from tightfit.trace import timing
+import tightfit
+from tightfit.trace import passes, timing
 from tightfit.trace.timing import Equal, Sample, Stopwatch, fitted, in_doubt, is_disturbed, on_one_thread, spread
 
 
@@ -111,3 +113,31 @@ def test_new_pages_are_counted() -> None:
     watch.start()
     block.fill_(2.0)
     assert watch.stop().faulted_bytes < 0.1 * block.nbytes
+
+
+def test_a_step_that_others_disturb_is_timed_anew_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            threads.append(torch.get_num_threads())
+            self.calls.add_(1)
+            return self.inner(torch.dropout(x, 0.5, True)).relu()
+
+    model = nn.Sequential(Block(), Block())
+    samples: list[list[int]] = []
+    monkeypatch.setattr(passes, "is_disturbed", lambda groups: True)
+    monkeypatch.setattr(passes, "in_doubt", lambda groups: samples.append([len(g.samples) for g in groups]) or True)
+    state = torch.get_rng_state()
+    trace = tightfit.trace(model, torch.ones(3, 4), loss=lambda m, x: m(x).sum(), tiles=False)
+    assert len(threads) == 2 * (3 + 4) and set(threads[2 * 3 :]) == {1}
+    assert max(samples[0]) == 0  # those that were disturbed are gone
+    assert min(samples[-1]) == 3
+    assert torch.equal(torch.get_rng_state(), state) and int(model[0].calls) == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert min(op.seconds for op in trace.ops) > 0
