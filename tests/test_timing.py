@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,8 +10,21 @@ import torch
 from torch import nn
 
 import tightfit
+from tightfit.device.cost import fresh_seconds
+from tightfit.plan import every_block
 from tightfit.trace import passes, timing
-from tightfit.trace.timing import Equal, Sample, Stopwatch, fitted, in_doubt, is_disturbed, on_one_thread, spread
+from tightfit.trace.timing import (
+    Equal,
+    Sample,
+    Stopwatch,
+    fitted,
+    fresh_seconds_per_byte,
+    in_doubt,
+    is_disturbed,
+    on_one_thread,
+    paced,
+    spread,
+)
 
 
 def made(name: str, number: int, *seconds: float, flops: int = 0, moved_bytes: int = 10**7) -> Equal:
@@ -131,6 +145,7 @@ def test_a_step_that_others_disturb_is_timed_anew_on_one_thread(monkeypatch: pyt
 
     model = nn.Sequential(Block(), Block())
     samples: list[list[int]] = []
+    monkeypatch.setattr(passes, "is_short", lambda groups: False)
     monkeypatch.setattr(passes, "is_disturbed", lambda groups: True)
     monkeypatch.setattr(passes, "in_doubt", lambda groups: samples.append([len(g.samples) for g in groups]) or True)
     state = torch.get_rng_state()
@@ -141,3 +156,36 @@ def test_a_step_that_others_disturb_is_timed_anew_on_one_thread(monkeypatch: pyt
     assert torch.equal(torch.get_rng_state(), state) and int(model[0].calls) == 0
     assert all(parameter.grad is None for parameter in model.parameters())
     assert min(op.seconds for op in trace.ops) > 0
+
+
+def test_what_lies_between_ops_is_theirs() -> None:
+    """A call takes up to 20 microseconds; what is more goes with the ops' own seconds."""
+    assert paced({0: 1e-3, 1: 3e-3}, Sample(4e-3 + 2e-5)) == pytest.approx({0: 1e-3 + 1e-5, 1: 3e-3 + 1e-5})
+    found = paced({0: 1e-3, 1: 3e-3}, Sample(5e-3))
+    assert sum(found.values()) == pytest.approx(5e-3) and found[1] == pytest.approx(3 * (found[0] - 2e-5) + 2e-5)
+    assert paced({0: 1e-3}, Sample(0.5e-3)) == {0: 1e-3}  # timings may be longer than the step, and are believed
+    assert paced({}, Sample(1.0)) == {}
+
+
+def test_new_memory_is_in_proportion_to_what_the_step_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_fault_seconds_per_byte", lambda threads: 1e-9)
+    always = Equal("aten.mm", 1, 1, (0, 1), (Sample(1.0, 5 * 10**7), Sample(1.0, 6 * 10**7)))
+    rate = fresh_seconds_per_byte([always], Sample(4.0, 5 * 10**8), 8 * 10**8)
+    assert rate == pytest.approx(0.5e-9)  # 400 of 800 million bytes were met anew, beside those that always are
+    assert fresh_seconds_per_byte([always], Sample(4.0, 10**8), 8 * 10**8) == 0.0
+    trace = tightfit.trace(nn.Linear(2, 2), torch.ones(1, 2), loss=lambda m, x: m(x).sum())
+    known = dataclasses.replace(trace, fresh_seconds_per_byte=rate)
+    assert fresh_seconds(known, 10**9, 6 * 10**8) == pytest.approx(-0.2) and fresh_seconds(trace, 10**9, 1) == 0.0
+    assert fresh_seconds(known, 10**9, 2 * 10**9) == 0.0
+
+
+def test_a_plan_says_what_its_lower_peak_saves() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)))
+    trace = tightfit.trace(model, torch.ones(512, 64), loss=lambda m, x: m(x).sum())
+    plain = every_block(trace)
+    made = every_block(dataclasses.replace(trace, fresh_seconds_per_byte=1e-9))
+    saved = 1e-9 * (made.unplanned_peak_bytes - made.peak_bytes)
+    assert saved > 0 and plain.fresh_seconds == 0.0
+    assert made.fresh_seconds == pytest.approx(-saved)
+    assert made.step_seconds == pytest.approx(plain.step_seconds - saved)
+    assert made.slowdown < plain.slowdown

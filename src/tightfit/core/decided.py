@@ -89,12 +89,14 @@ class Plan:
     offloaded_bytes: int = 0  # that wait off the device
     offload_seconds: float = 0.0  # that the step waits for copies, estimated
     solved_by: tuple[str, ...] = ()  # the solver and the ways that found the points and chose among them
+    fresh_seconds: float = 0.0  # that the step takes less, below zero, for new memory that it does not touch
     host_budget_bytes: int | None = None  # the most that was to wait in host memory; none: no limit was set
 
     @property
     def added_seconds(self) -> float:
         """What the plan adds to the step without it."""
-        return self.recompute_seconds + self.tile_seconds + self.offload_seconds + self.other_seconds
+        costs = self.recompute_seconds + self.tile_seconds + self.offload_seconds + self.other_seconds
+        return costs + self.fresh_seconds
 
     @property
     def slowdown(self) -> float:

@@ -319,6 +319,7 @@ class Trace:
     optimizer: OptimizerStep | None = None  # none: the trace has no optimizer's step
     expandable_segments: bool = False  # of the allocator that the step runs on
     calibration: str = ""  # one line: where rates that were measured on the device come from
+    fresh_seconds_per_byte: float = 0.0  # that a byte less at the peak saves, of touching new memory; 0: not known
     frozen: tuple[FrozenWeights, ...] = ()  # those that need not be on the device all the time
 
     def __post_init__(self) -> None:

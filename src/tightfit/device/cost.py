@@ -79,6 +79,11 @@ def copy_lanes(trace: Trace) -> tuple[Lane, ...]:
     )
 
 
+def fresh_seconds(trace: Trace, unplanned_peak_bytes: int, peak_bytes: int) -> float:
+    """What a step with a lower peak takes longer, for new memory that it touches: below zero, as it touches less."""
+    return trace.fresh_seconds_per_byte * min(0, peak_bytes - unplanned_peak_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What an op does, whatever it runs on."""

@@ -33,7 +33,7 @@ from tightfit.core import (
     parse_bytes,
     parse_host_budget,
 )
-from tightfit.device.cost import copy_lanes
+from tightfit.device.cost import copy_lanes, fresh_seconds
 from tightfit.levers import allowed, every, granted, inexact
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.account import host_bytes
@@ -266,11 +266,15 @@ def _eased(trace: Trace, made: Plan) -> Plan:
         if eased is made:
             continue
         line = simulate(trace, eased)
+        less_fresh = fresh_seconds(trace, eased.unplanned_peak_bytes, line.peak_bytes)
         made = dataclasses.replace(
             eased,
             peak_bytes=line.peak_bytes,
-            step_seconds=eased.step_seconds + line.recompute_seconds - eased.recompute_seconds,
+            step_seconds=eased.step_seconds
+            + (line.recompute_seconds - eased.recompute_seconds)
+            + (less_fresh - eased.fresh_seconds),
             recompute_seconds=line.recompute_seconds,
+            fresh_seconds=less_fresh,
             bound_seconds=min(eased.bound_seconds, line.recompute_seconds),
         )
     return made
@@ -477,6 +481,7 @@ def _plan(
     out, back = copy_lanes(step)
     offload_seconds = out.waiting_seconds(line.offloaded_bytes) + back.waiting_seconds(line.fetched_bytes)
     step_seconds = sum(op.seconds for op in trace.ops) + way.step.seconds + offload_seconds
+    less_fresh = fresh_seconds(trace, unplanned.peak_bytes, line.peak_bytes)
     if way.nesting is not None:  # it holds for this nesting, and another may take fewer seconds
         bound = 0.0
     proven = line.recompute_seconds + offload_seconds <= bound * (1 + 1e-6) + 1e-12
@@ -494,7 +499,7 @@ def _plan(
         choices=choices,
         status=Status.OPTIMAL if proven else Status.FEASIBLE,
         peak_bytes=line.peak_bytes,
-        step_seconds=step_seconds + line.recompute_seconds,
+        step_seconds=step_seconds + line.recompute_seconds + less_fresh,
         recompute_seconds=line.recompute_seconds,
         bound_seconds=min(bound, line.recompute_seconds),
         recompute_flops=line.recompute_flops,
@@ -512,6 +517,7 @@ def _plan(
         advances=way.advances,
         offloaded_bytes=line.offloaded_bytes,
         offload_seconds=offload_seconds,
+        fresh_seconds=less_fresh,
         solved_by=tuple(sorted(how)),
         inexact=tuple(each.lever.value for each in inexact(way.step.levers)),
         host_budget_bytes=way.step.host_budget_bytes,

@@ -7,6 +7,7 @@ Invariant: every pass starts from the same state and runs the same ops. Refused:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
@@ -53,7 +54,16 @@ from tightfit.trace.fake import FakeStep
 from tightfit.trace.optimizer import OptimizerRecord, behind
 from tightfit.trace.profiler import Timer, risen_bytes, run_by
 from tightfit.trace.recorder import Recorder, as_without_mode
-from tightfit.trace.timing import Stopwatch, in_doubt, is_disturbed, on_one_thread, spread
+from tightfit.trace.timing import (
+    Sample,
+    Stopwatch,
+    fresh_seconds_per_byte,
+    in_doubt,
+    is_disturbed,
+    is_short,
+    on_one_thread,
+    spread,
+)
 from tightfit.trace.units import Census
 from tightfit.trace.weights import WeightsWatch, watches_weights
 
@@ -172,18 +182,25 @@ class StepRecording:
         elif not at_once:
             self.restart()
             _measure(model, self.batch, self.loss, full)
-            self._time_again(full)
             if line := accelerator.peak_unknown(device_of(model)):
                 notes += (f"bytes that kernels use inside are taken to be none: {line}",)
+        if fake is None:
+            self._time_again(full)
         assembly = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes)
         trace = assembly.trace()
         if fake is not None:
             trace = retimed(trace, assembly.target)
+        elif full.whole is not None:
+            risen_bytes = self.unplanned(trace).peak_bytes - sum(trace.static_bytes.values())
+            rate = fresh_seconds_per_byte(full.equals(), full.whole, risen_bytes)
+            trace = dataclasses.replace(trace, fresh_seconds_per_byte=rate)
         return trace if self.tail is None else behind(trace, self.tail)
 
     def _time_again(self, full: Recorder) -> None:
         """Run the step for its ops' seconds alone, as often as their timings ask for. Timings that other processes
         disturbed are made anew, on one thread."""
+        if is_short(full.equals()):
+            return
         alone = is_disturbed(full.equals())
         for call in full.calls if alone else ():
             call.samples.clear()
@@ -197,10 +214,23 @@ class StepRecording:
             _same_ops("a timed pass", names, [c.name for c in full.dispatched])
             for call, sample in zip(full.dispatched, timer.samples, strict=True):
                 call.samples.append(spread(sample) if alone else sample)
+        if accelerator.is_host(device_of(self.model)) and not alone:
+            full.whole = min((self._whole() for _ in range(_WHOLE)), key=lambda sample: sample.seconds)
+
+    def _whole(self) -> Sample:
+        """A timing of the whole step, in which nothing is watched."""
+        self.restart()
+        watch = Stopwatch(device_of(self.model))
+        watch.start()
+        compute_loss(self.model, self.batch, self.loss).backward()
+        return watch.stop()
 
 
 #: So many runs more at most, where timings scatter.
 _MORE_PASSES = 4
+
+#: So many timings of the whole step, of which the shortest counts.
+_WHOLE = 2
 
 
 def record_pass(

@@ -31,7 +31,7 @@ import mmap
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,19 @@ try:
 except ImportError:  # Windows has no such count; there all pages are taken to be used ones
     resource = None  # type: ignore[assignment]
 
-__all__ = ["Equal", "Sample", "Stopwatch", "fitted", "in_doubt", "is_disturbed", "on_one_thread", "spread"]
+__all__ = [
+    "Equal",
+    "Sample",
+    "Stopwatch",
+    "fitted",
+    "fresh_seconds_per_byte",
+    "in_doubt",
+    "is_disturbed",
+    "is_short",
+    "on_one_thread",
+    "paced",
+    "spread",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +170,12 @@ _SMALL_FLOPS = 4096
 _DOUBT = 0.1
 
 
+#: A step below this is timed in the passes that are needed anyway, and no more.
+_SHORT_SECONDS = 0.02
+
+#: What calling an op takes the host at most, beside the op: Python, and autograd's node.
+_CALL_SECONDS = 2e-5
+
 #: Where threads waited for this part of what they took, other processes took the processors.
 _DISTURBED = 0.15
 
@@ -175,6 +193,46 @@ def fitted(groups: Iterable[Equal]) -> dict[int, float]:
     for group, seconds in zip(fit.groups, fit.seconds(), strict=True):
         found.update((call, seconds) for call in group.calls)
     return found
+
+
+def paced(seconds: Mapping[int, float], whole: Sample) -> dict[int, float]:
+    """`seconds`, with what the step took between its ops: each op has its part, as an op that runs again has too.
+
+    `whole`: the step in one timing. A call takes the host some time, so each op gets an equal part up to
+    `_CALL_SECONDS`. The rest goes with the ops' own seconds: it is memory given back, and what a cache no longer has.
+    """
+    rate = _fault_seconds_per_byte(torch.get_num_threads()) if whole.faulted_bytes > _FEW_BYTES else 0.0
+    own_seconds = math.fsum(seconds.values())
+    between = max(0.0, math.exp(whole.log_without_faults(rate)) - own_seconds)
+    if not own_seconds:
+        return dict(seconds)
+    each = min(_CALL_SECONDS, between / len(seconds))
+    factor = 1 + (between - each * len(seconds)) / own_seconds
+    return {call: factor * own + each for call, own in seconds.items()}
+
+
+def fresh_seconds_per_byte(groups: Iterable[Equal], whole: Sample, risen_bytes: int) -> float:
+    """What a step whose live bytes rise by a byte less takes less, since it touches less new memory.
+
+    `risen_bytes`: by how much those of the step in `whole` rose. What ops meet each time they run is in their seconds.
+    The rest is taken to be in proportion to the rise: the system's allocator gives back what is free at the top of its
+    heap, and that is most when a step has ended.
+    """
+    always_bytes = sum(
+        len(group.calls) * min(sample.faulted_bytes for sample in group.samples) for group in groups if group.samples
+    )
+    by_chance_bytes = whole.faulted_bytes - always_bytes
+    if by_chance_bytes < _FEW_BYTES or risen_bytes <= 0:
+        return 0.0
+    return _fault_seconds_per_byte(torch.get_num_threads()) * min(1.0, by_chance_bytes / risen_bytes)
+
+
+def is_short(groups: Iterable[Equal]) -> bool:
+    """Does the step take so little that what it is planned by is not worth more runs?"""
+    total = math.fsum(
+        len(group.calls) * min(sample.seconds for sample in group.samples) for group in groups if group.samples
+    )
+    return total < _SHORT_SECONDS
 
 
 def is_disturbed(groups: Iterable[Equal]) -> bool:
