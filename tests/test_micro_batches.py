@@ -270,6 +270,21 @@ def test_the_whole_backward_of_a_plain_loop() -> None:
     applied.remove()
 
 
+def test_rows_that_are_compared_are_no_longer_batch() -> None:
+    """What the loss divides by, a later batch may have to show, by three rows. Their step is none to plan anew for."""
+    model, ids = gpt2(n_layer=1), torch.arange(6 * 16).reshape(6, 16) % 40
+    applied = tightfit.fit(model, {"input_ids": ids, "labels": ids}, "100MiB", micro_batch=2)
+    plan, compared = applied.plan, []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: compared.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    applied.backward(uneven(6, 16))
+    hook.remove()
+    assert 3 in compared  # or nothing was compared, and this says nothing
+    assert applied.plan is plan
+    applied.remove()
+
+
 def test_what_does_not_go_together() -> None:
     model, batch = gpt2(n_layer=1), uneven(4)
     with pytest.raises(InvalidInput, match="exact=True asks for the bits of the whole batch"):

@@ -232,7 +232,7 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
         rows, budget, plan_for, levers, beside, asked, launch_seconds, host_budget=guard.host_budget
     )
     chosen = found.chosen
-    cut = micro_batches.Cut(model, loss, chosen.size)
+    cut = micro_batches.Cut(model, loss, chosen.size, guard.aside)
     if chosen.accumulation > 1:
         cut.weigher.divisors, check = cut.compared(batch)
         chosen = micro_batches.weighed(chosen, cut.weigher.divisors[0], check)
@@ -387,6 +387,7 @@ class _Guard:
         self.started = {id(p) for p in model.parameters() if p.grad is not None}  # gradients that are planned for
         self.accumulates = bool(self.started)  # steps may find gradients, whether or not one does that is planned anew
         self.plans: dict[_Kind, _InForce] = {}
+        self.looks = True
         # the model is not shown the whole of a loss function's batch; it is planned anew while the user has it still
         leaves, self.structure = pytree.tree_flatten(batch)
         self.leaves = [weakref.ref(x) if isinstance(x, torch.Tensor) else functools.partial(_same, x) for x in leaves]
@@ -434,6 +435,15 @@ class _Guard:
         accumulates = any(p.grad is not None and id(p) not in self.started for p in self.model.parameters())
         return _Kind(accumulates, trained_names(self.model))
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Batches are not looked at meanwhile: they are none of the training's."""
+        self.looks = False
+        try:
+            yield
+        finally:
+            self.looks = True
+
     def remove(self) -> None:
         self.handle.remove()
         self.switches.close()
@@ -449,7 +459,7 @@ class _Guard:
             if self.extent is None:
                 self.extent = _Extent.of((args, kwargs))
             return
-        if not self.plans or not (torch.is_grad_enabled() and module.training):
+        if not self.plans or not (self.looks and torch.is_grad_enabled() and module.training):
             return
         extent = _Extent.of((args, kwargs))
         kind = self._kind()
