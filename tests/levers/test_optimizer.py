@@ -611,7 +611,7 @@ def test_fit_uses_them_and_leaves_nothing_behind() -> None:
 
 def test_what_would_fit_is_said() -> None:
     model, optimizer = heavy()
-    with pytest.raises(BudgetInfeasible, match=r"beside=.state_in_host,step_in_backward. would take"):
+    with pytest.raises(BudgetInfeasible, match=r"beside=.state_in_host,gradients_in_host. would take"):
         tightfit.fit(model, IDS, "45%", optimizer=optimizer, exact=True)
 
 

@@ -33,11 +33,13 @@ from tightfit.device.allocator import peaks
 from tightfit.engine import Applied, offload
 from tightfit.engine.frame import Frame
 from tightfit.engine.offload import Pool
+from tightfit.levers.gradients_in_host.host import HostGradients
 from tightfit.levers.state_in_host.host import HostState, loaded_on_host, settled
 from tightfit.plan import every_block, simulate
 from tightfit.plan.account import account
 from tightfit.plan.simulate import allocations
 from tightfit.step.optimizers import Cut, stepping_in_chunks
+from tightfit.step.snapshot import undisturbed
 
 CASES: dict[str, Callable[[], None]] = {}
 ORDERS = (("late", 0), ("early", 0), ("rush", 0), ("any", 1))
@@ -702,6 +704,64 @@ def state_without_room_on_the_card_stays_in_host_memory() -> None:
     assert same(expected[-len(state) :], [v.cpu() for v in state])
     settled(optimizer)  # there is room again
     assert _state_bytes(optimizer, "cpu") == 0
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def _accumulated(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, kept: list[int]) -> list[torch.Tensor]:
+    """Steps of two micro-batches each, clipped. `kept`: what gradients take of the card before each step."""
+    norms = []
+    for _ in range(count):
+        torch.manual_seed(1)
+        for _ in range(2):
+            model(**tokens()).loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1).cpu())
+        kept.append(sum(p.grad.nbytes for p in model.parameters() if p.grad.device.type == "pretend"))
+        optimizer.step()
+        optimizer.zero_grad()
+    state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
+    return [*norms, *(p.detach().cpu().clone() for p in model.parameters()), *(v.cpu().clone() for v in state)]
+
+
+@case
+def gradients_wait_in_host_memory() -> None:
+    """The same bits, accumulated and clipped; nothing of them is on the card but what is added to or stepped with."""
+    plain = gpt2()
+    kept: list[int] = []
+    expected = _accumulated(plain, _adamw(plain), 3, kept)
+    assert min(kept) > 0
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        model, pool = gpt2(), Pool()
+        optimizer = _adamw(model)
+        kept.clear()
+        with HostGradients(model, optimizer, 1, pool), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+            assert same(expected, _accumulated(model, optimizer, 3, kept)), order
+            assert max(kept) == 0
+            torch.manual_seed(1)
+            model(**tokens()).loss.backward()
+            waiting = [p.grad.clone() for p in model.parameters()]
+        assert all(p.grad.device.type == "pretend" for p in model.parameters())
+        assert same(waiting, [p.grad.cpu() for p in model.parameters()])
+        assert pool.stored_bytes == 0
+
+
+@case
+def gradients_in_host_memory_are_put_back_by_whoever_sets_them_aside() -> None:
+    """Steps of somebody else in between, with gradients of zero, find room of their own; the real ones come back."""
+    model, pool = gpt2(), Pool()
+    optimizer = _adamw(model)
+    with HostGradients(model, optimizer, 1, pool), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+        model(**tokens()).loss.backward()
+        before = [p.grad.clone() for p in model.parameters()]
+        with undisturbed(model, tokens()) as restart:
+            for _ in range(2):
+                restart()
+                assert all(p.grad.device.type == "cpu" and not p.grad.any() for p in model.parameters())
+                model(**tokens()).loss.backward()
+        assert all(p.grad.device.type == "cpu" for p in model.parameters())
+        assert same(before, [p.grad for p in model.parameters()])
 
 
 # ------------------------------------------------------------------------------------------------ streamed weights

@@ -6,8 +6,8 @@ Invariant: forward and backward keep their ops and values, and what other levers
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 
 from tightfit.core import (
     Category,
@@ -135,6 +135,84 @@ def state_in_host(trace: Trace, least_bytes: int) -> Trace:
     return in_chunks(moved_out)
 
 
+# -- which gradients wait in host memory: those of at least so many bytes
+
+
+def gradients_stay(trace: Trace) -> str:
+    """Why no gradient of `trace` can wait in host memory; empty: all can."""
+    at = trace.optimizer
+    if at is None:
+        return "the trace has no optimizer's step"
+    if at.refused or not at.in_chunks:
+        return at.refused or "the optimizer's step cannot be taken a few parameters at a time"
+    return _not_told(trace, at)
+
+
+def _not_told(trace: Trace, at: OptimizerStep) -> str:
+    """Why the trace does not say of each trained parameter when its gradient is there; empty: it does."""
+    ready = [trace.values[e.subject] for e in trace.events[: at.events] if e.what is EventKind.READY]
+    if not ready:
+        return "the trace does not say when gradients are there"
+    came = Counter((value.dtype, value.size_bytes) for value in ready)
+    if came - Counter((p.dtype, p.size_bytes) for part in at.in_chunks for p in part.parameters):
+        return "the model has trained parameters that the optimizer does not hold"
+    return ""
+
+
+def waiting_gradients(trace: Trace, least_bytes: int) -> tuple[int, int]:
+    """Bytes of the gradients of at least `least_bytes`, and those that backward of this trace adds to."""
+    at = trace.optimizer
+    assert at is not None
+    there = {v.id for v in trace.values[: at.values] if v.category is Category.GRADIENTS and v.producer is None}
+    ready = {event.subject for event in trace.events[: at.events] if event.what is EventKind.READY}
+    sizes = {v: trace.values[v].size_bytes for v in there | ready}
+    sizes = {v: size_bytes for v, size_bytes in sizes.items() if size_bytes >= least_bytes}
+    return sum(sizes.values()), sum(size_bytes for v, size_bytes in sizes.items() if v in there & ready)
+
+
+def gradients_in_host(trace: Trace, least_bytes: int) -> Trace:
+    """`trace` with gradients of at least `least_bytes` in host memory, but while backward adds to one, or makes it, and
+    for their own step, which is taken in chunks."""
+    at = trace.optimizer
+    assert at is not None
+    values, events = list(trace.values[: at.values]), list(trace.events[: at.events])
+    there = [v for v in values if v.category is Category.GRADIENTS and v.producer is None]
+    left_bytes = sum(v.size_bytes for v in there if v.size_bytes >= least_bytes)
+    written: dict[int, int] = {}  # by value, the event of the op that changed it last
+    comes: dict[int, list[int]] = defaultdict(list)  # before an event
+    goes: dict[int, list[int]] = defaultdict(list)  # after one
+    last = {event.subject: i for i, event in enumerate(events) if event.what is EventKind.READY}
+    for index, event in enumerate(events):
+        if event.what is EventKind.OP:
+            written.update((v, index) for v in trace.ops[event.subject].outputs if v is not None)
+        if event.what is not EventKind.READY or values[event.subject].size_bytes < least_bytes:
+            continue
+        gradient = values[event.subject]
+        if gradient.producer is not None:
+            if last[gradient.id] == index:
+                goes[index].append(gradient.id)
+        elif gradient.id in written:  # it is brought for what backward adds to it
+            added_at = written[gradient.id]
+            values.append(dataclasses.replace(gradient, id=len(values), producer=events[added_at].subject))
+            comes[added_at].append(values[-1].id)
+            goes[index].append(values[-1].id)
+    told: list[Event] = []
+    for index, event in enumerate(events):
+        told += [Event(what=EventKind.ALLOC, subject=value_id) for value_id in comes.get(index, ())]
+        told.append(event)
+        told += [Event(what=EventKind.FREE, subject=value_id) for value_id in goes.get(index, ())]
+    gradients = Category.GRADIENTS.value
+    moved_out = dataclasses.replace(
+        trace,
+        ops=trace.ops[: at.ops], values=tuple(values), events=tuple(told),
+        static_bytes={**trace.static_bytes, gradients: trace.static_bytes.get(gradients, 0) - left_bytes},
+        optimizer=dataclasses.replace(
+            at, values=len(values), events=len(told), gradients_wait_from_bytes=least_bytes
+        ),
+    )  # fmt: skip
+    return in_chunks(moved_out)
+
+
 class _Retold:
     """A trace without its optimizer's step, to which parts of the step are put."""
 
@@ -144,24 +222,32 @@ class _Retold:
         self.events: list[Event] = []
 
     def put(self, part: OptimizerPart) -> None:
-        """The step of `part`, with the state that waits elsewhere there meanwhile."""
+        """The step of `part`, with the state and the gradients that wait elsewhere there meanwhile."""
         stretch = moved(part.stretch, len(self.ops), len(self.values))
         if not stretch.ops:
             return
         self.values += stretch.values
         brought = []
-        for parameter in part.parameters:
-            if _waits(parameter, self.at.waits_from_bytes):
-                brought.append(len(self.values))
-                value = Value(
-                    id=len(self.values), size_bytes=parameter.state_bytes, dtype=parameter.dtype,
-                    shape=(), producer=stretch.ops[0].id, unit=None, needed=False, category=Category.OPTIMIZER_STATE,
-                )  # fmt: skip
-                self.values.append(value)
+        for category, size_bytes, dtype in self._waiting(part):
+            brought.append(len(self.values))
+            value = Value(
+                id=len(self.values), size_bytes=size_bytes, dtype=dtype, shape=(), producer=stretch.ops[0].id,
+                unit=None, needed=False, category=category,
+            )  # fmt: skip
+            self.values.append(value)
         self.ops += stretch.ops
         self.events += [Event(what=EventKind.ALLOC, subject=value_id) for value_id in brought]
         self.events += stretch.events
         self.events += [Event(what=EventKind.FREE, subject=value_id) for value_id in brought]
+
+    def _waiting(self, part: OptimizerPart) -> Iterator[tuple[Category, int, str]]:
+        """What the step of `part` needs and waits elsewhere: what it is, its bytes and its dtype."""
+        gradients_from = self.at.gradients_wait_from_bytes
+        for parameter in part.parameters:
+            if gradients_from is not None and parameter.size_bytes >= gradients_from:
+                yield Category.GRADIENTS, parameter.size_bytes, parameter.dtype
+            if _waits(parameter, self.at.waits_from_bytes):
+                yield Category.OPTIMIZER_STATE, parameter.state_bytes, parameter.dtype
 
     def made(self) -> Trace:
         return dataclasses.replace(
@@ -189,13 +275,7 @@ def not_in_backward(trace: Trace) -> str:
         return at.refused
     if trace.static_bytes.get(Category.GRADIENTS.value, 0):
         return "there are gradients before the step: accumulated ones are stepped when all are there"
-    ready = [trace.values[e.subject] for e in trace.events[: at.events] if e.what is EventKind.READY]
-    if not ready:
-        return "the trace does not say when gradients are there"
-    came = Counter((value.dtype, value.size_bytes) for value in ready)
-    if came - Counter((p.dtype, p.size_bytes) for part in at.in_chunks for p in part.parameters):
-        return "the model has trained parameters that the optimizer does not hold"
-    return ""
+    return _not_told(trace, at)
 
 
 def in_backward(trace: Trace) -> Trace:

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from tightfit.step.geometry import alone
-from tightfit.step.optimizers import AROUND, Part, bytes_of, is_movable, movable_state
+from tightfit.step.geometry import laid_out_like
+from tightfit.step.optimizers import Part, around_parts, bytes_of, is_movable, movable_state
 from tightfit.step.run import elsewhere
 
 __all__ = ["HostState", "loaded_on_host", "settled"]
@@ -45,7 +45,7 @@ class HostState:
         self._rooms: dict[torch.Tensor, dict[Any, torch.Tensor]] = {}
         self._buffers: dict[torch.Tensor, list[torch.Tensor]] = defaultdict(list)
         self._from_host: set[torch.Tensor] = set()  # parameters whose state was in host memory before
-        self._loading = contextlib.ExitStack()
+        self._undo = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def _there(self, part: Part) -> Iterator[None]:
@@ -96,12 +96,12 @@ class HostState:
         if buffer is None:
             return None
         self._buffers[parameter].append(buffer)
-        room: torch.Tensor = alone(buffer[:size_bytes]).view(value.dtype).as_strided(value.shape, value.stride())
+        room = laid_out_like(value, buffer)
         elsewhere[room] = True
         return room
 
     def __enter__(self) -> HostState:
-        setattr(self.optimizer, AROUND, self._there)
+        self._undo.enter_context(around_parts(self.optimizer, self._there))
         for parameter in list(self.optimizer.state):
             if isinstance(parameter, torch.Tensor) and self._waits(parameter):
                 state = movable_state(self.optimizer, parameter).values()
@@ -109,14 +109,13 @@ class HostState:
                     self._from_host.add(parameter)
                 self._send(parameter)
         _settle(self.optimizer, lambda parameter: not self._waits(parameter))
-        self._loading.enter_context(_taken_at_loading(self.optimizer, self._waits, self._sent))
+        self._undo.enter_context(_taken_at_loading(self.optimizer, self._waits, self._sent))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._loading.close()
-        delattr(self.optimizer, AROUND)
+        self._undo.close()
         left = 0
         for parameter in list(self._rooms):
             if parameter in self._from_host:
