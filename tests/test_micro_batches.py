@@ -285,6 +285,21 @@ def test_rows_that_are_compared_are_no_longer_batch() -> None:
     applied.remove()
 
 
+def test_rows_are_compared_under_a_plan_that_streams_weights() -> None:
+    blocks = [nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(6)]
+    model = nn.Sequential(nn.Linear(64, 64), *blocks, nn.Linear(64, 8))
+    model[1:-1].requires_grad_(False)
+    rows = torch.randn(48, 64)
+    applied = tightfit.fit(
+        model, rows, 450_000, loss=lambda model, rows: model(rows).square().mean(), beside="stream_weights",
+        micro_batch=16,
+    )  # fmt: skip
+    assert "stream_weights" in applied.plan.settings and applied._cut is not None
+    divisors, check = applied._cut.compared(rows)  # as where a later batch has to show what the loss divides by
+    assert Divisor.ROWS in divisors and check.passed
+    applied.remove()
+
+
 def test_what_does_not_go_together() -> None:
     model, batch = gpt2(n_layer=1), uneven(4)
     with pytest.raises(InvalidInput, match="exact=True asks for the bits of the whole batch"):

@@ -955,6 +955,52 @@ def weights_wait_in_the_file_that_they_were_loaded_from() -> None:
 
 
 @case
+def micro_batches_of_a_model_that_never_was_on_the_card() -> None:
+    """They are chosen and planned before the model is there, and compared when it is, under the plan."""
+    plain, rows = _half_frozen("pretend"), _numbers(48)
+    for part in rows.split(16):
+        (_shifted(plain, part) / 3).backward()
+    expected = [p.grad.cpu() for p in plain.parameters() if p.grad is not None]
+    whole_bytes = sum(p.nbytes for p in plain.parameters())
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        model = _half_frozen("cpu")
+        before = _allocated()
+        torch.accelerator.reset_peak_memory_stats()
+        with tightfit.fit(
+            model, _numbers(48, "cpu"), 450_000, loss=_shifted, beside="stream_weights", device="pretend",
+            micro_batch=16, longer="allow",
+        ) as applied:  # fmt: skip
+            chosen = applied.micro_batches
+            assert chosen is not None and (chosen.size, chosen.accumulation) == (16, 3) and chosen.check is not None
+            assert chosen.check.passed and "float64" not in chosen.check.expected
+            assert _kinds(model) == {"cpu", "pretend"}
+            assert torch.accelerator.max_memory_allocated() - before < whole_bytes / 2
+            applied.backward(rows)
+            assert same(expected, [p.grad.cpu() for p in model.parameters() if p.grad is not None]), order
+        del model, applied
+
+
+@case
+def a_loss_that_cannot_be_cut_leaves_the_model_where_it_was() -> None:
+    model, batch = _half_frozen("cpu"), _numbers(48, "cpu")
+    before = [(t.device.type, t.detach().clone()) for t in [*model.parameters(), model.shift]]
+
+    def spread(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        return model(rows).std()  # of all rows together
+
+    try:
+        tightfit.fit(model, batch, 450_000, loss=spread, beside="stream_weights", device="pretend", micro_batch=16)
+    except tightfit.Unsupported as error:
+        assert "cannot be cut" in str(error)
+    else:
+        raise AssertionError("nothing was raised")
+    now = [*model.parameters(), model.shift]
+    assert all(t.device.type == kind and torch.equal(t, value) for t, (kind, value) in zip(now, before, strict=True))
+    assert not model._forward_pre_hooks
+
+
+@case
 def what_the_model_holds_goes_with_it() -> None:
     """Gradients of frozen weights, an optimizer's state, tensors in lists; and all is as it was where it fails."""
     model = _half_frozen("cpu")
@@ -1005,8 +1051,6 @@ def what_cannot_be_put_on_the_card_is_refused() -> None:
     assert "lies on pretend:0" in said(lambda: tightfit.fit(on_card, batch, "80%", loss=_shifted, device="cpu"))
     compiled = torch.compile(_half_frozen("cpu"))
     assert "compiled" in said(lambda: tightfit.fit(compiled, batch, "80%", loss=_shifted, device="pretend"))
-    parts = {"loss": _shifted, "device": "pretend", "micro_batch": "auto"}
-    assert "micro-batches" in said(lambda: tightfit.fit(_half_frozen("cpu"), batch, "80%", **parts))
     later = _half_frozen("cpu")
     later[1][0].weight.bnb_quantized = False
     assert "device_map={'': 'cpu'}" in said(lambda: tightfit.fit(later, batch, "80%", loss=_shifted, device="pretend"))

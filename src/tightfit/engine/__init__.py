@@ -89,6 +89,7 @@ class Applied:
         self._switches, self._optimizer_switches = contextlib.ExitStack(), contextlib.ExitStack()
         self._optimizer_is_open = False
         self._on_remove: list[Callable[[], None]] = []
+        self._placed: Callable[[], None] | None = None  # puts the model where it was before it came to `device`
         self._tighter: tuple[Plan, str] | None = None  # looked for when it is first shown
         self.resume(plan, trace)
 
@@ -116,6 +117,7 @@ class Applied:
             if self.device is not None:
                 left = {path for lever in used(plan) for path in lever.left_in_host(plan)}
                 placed = place(self.model, self.device, left, None if kept else self.optimizer)
+                self._placed = self._placed or placed
             for lever in used(plan):
                 if lever.steps_optimizer and kept:
                     continue
@@ -248,6 +250,12 @@ class Applied:
         self._known.clear()  # they know this handle, and nobody should have to look for the cycle
         while self._on_remove:
             self._on_remove.pop()()
+
+    def put_back(self) -> None:
+        """`remove`, and have the model where it was before `device` was asked for."""
+        self.remove()
+        if self._placed is not None:
+            self._placed()
 
     def __enter__(self) -> Applied:
         return self

@@ -191,9 +191,12 @@ class Cut:
         loss: LossFunction | None,
         size: int,
         aside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        *,
+        in_float64: bool = True,
     ) -> None:
-        """`aside`: rows are compared within it, which are no batch to plan for."""
-        self.model, self.loss, self.size, self.aside = model, loss, size, aside
+        """`aside`: rows are compared within it, which are no batch to plan for. `in_float64`: there too, which takes
+        eight bytes for each parameter."""
+        self.model, self.loss, self.size, self.aside, self.in_float64 = model, loss, size, aside, in_float64
         self.weigher = Weigher(self.compared)
         self._batches = 0  # that were cut
 
@@ -221,7 +224,9 @@ class Cut:
         whole = rows_taken(batch, [one, *others])
         divisors = self.weigher.divisors
         with self.aside():
-            held, check = compared_cut(self.model, whole, parts, (1, len(others)), self.loss, divisors)
+            held, check = compared_cut(
+                self.model, whole, parts, (1, len(others)), self.loss, divisors, in_float64=self.in_float64
+            )
         if not held:
             raise Unsupported(not_additive(check.measured, check.tolerance))
         rows = range(row_count(batch))
