@@ -562,6 +562,19 @@ def test_verify_proves_a_plan(recorded: Trace, levers: str, part: float) -> None
     assert_same(everything(model, optimizer), before)
 
 
+@pytest.mark.parametrize("name", ["nadam", "adagrad", "rmsprop"])
+def test_steps_that_read_numbers_of_their_state_are_recorded(name: str) -> None:
+    """NAdam divides by what one is more than a number of its state."""
+    torch.manual_seed(0)
+    model = Tied(words=400, width=64)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    trace = tightfit.trace(model, IDS, optimizer=optimizer, tiles=False)
+    assert trace.optimizer is not None and not trace.optimizer.refused
+    plan = lowest(trace, levers="recompute,state_in_host")
+    checks = {check.name: check for check in tightfit.verify(model, IDS, plan, optimizer=optimizer).checks}
+    assert checks["prediction"].passed and checks["optimizer"].passed, checks
+
+
 def test_a_wrong_step_is_found(recorded: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of the optimizer is not one that passes whatever is stepped."""
     model, optimizer = heavy()
