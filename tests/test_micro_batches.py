@@ -15,6 +15,7 @@ from torch import nn
 import tightfit
 from tightfit.core import InvalidInput, MicroBatch, Unsupported, dumps, from_json, loads, to_json
 from tightfit.core import MicroBatches as Chosen
+from tightfit.fitting.measuring import measure_micro_batches
 from tightfit.fitting.micro_batches import Weigher
 from tightfit.plan.micro_batches import largest_fitting, shares, sizes_of, solved
 from tightfit.step.rows import Divisor, row_count, rows_taken, weights_of
@@ -298,6 +299,17 @@ def test_rows_are_compared_under_a_plan_that_streams_weights() -> None:
     divisors, check = applied._cut.compared(rows)  # as where a later batch has to show what the loss divides by
     assert Divisor.ROWS in divisors and check.passed
     applied.remove()
+
+
+def test_measure_records_the_uncut_step_once() -> None:
+    model, ids = gpt2(n_layer=1), torch.arange(4 * 16).reshape(4, 16) % 40
+    told: list[str] = []
+    measured = measure_micro_batches(
+        model, {"input_ids": ids, "labels": ids}, budget="90%", repeats=1, progress=told.append
+    )
+    assert measured.micro_batches is not None and measured.rows[0].predicted_peak_bytes > 0
+    assert "tracing one step" not in told  # a percentage is of the uncut step, which was recorded for it
+    assert abs(measured.rows[0].peak_bytes / measured.rows[0].predicted_peak_bytes - 1) < 5e-3
 
 
 def test_what_does_not_go_together() -> None:

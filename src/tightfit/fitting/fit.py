@@ -206,8 +206,10 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
     levers = None if guard.levers is None else frozenset(guard.levers)
     beside, several = frozenset(guard.beside or ()), rows > 1
     extents: dict[int, _Extent | None] = {}
+    uncut: Trace | None = None
 
     def plan_for(size: int, budget: str | int, exact: bool) -> micro_batches.Planned:
+        nonlocal uncut
         cut = size < rows
         guard.levers, guard.beside = allowed = micro_batches.cut_levers(levers, beside, cut)
         guard.extent = None
@@ -223,6 +225,7 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
                 )  # fmt: skip
                 found = micro_batches.exactly(recorded, budget, *allowed, guard.host_budget)
         extents[size] = guard.extent
+        uncut = uncut if cut else found[0]
         return found
 
     launch_seconds = micro_batches.launch_seconds(there or device_of(model))
@@ -253,6 +256,7 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
     # what waits in host memory has the dtype that it was planned with
     cut.in_float64 = cut.in_float64 and not any(lever.left_in_host(found.plan) for lever in used(found.plan))
     applied.cut_by(cut, loss, chosen)
+    applied.uncut = uncut
     guard.in_force(applied, found.trace)
     return applied
 

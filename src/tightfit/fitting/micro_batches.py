@@ -84,6 +84,7 @@ class Fitted(Applied):
     micro_batches: MicroBatches | None = None
     max_norm: float | None = None
     total_norm: torch.Tensor | None = None
+    uncut: Trace | None = None  # the step of the whole batch, where it was recorded to choose micro-batches
     _cut: Cut | None = None
     loss: LossFunction | None = None
 
