@@ -113,9 +113,10 @@ def planned(
         return recorded, made(recorded)
     except BudgetInfeasible as error:
         may_lower = any(each.lowers_floor for each in allowed(beside or ()))
-        if levers is not None or (error.budget_bytes <= sum(recorded.static_bytes.values()) and not may_lower):
+        hopeless = error.budget_bytes <= sum(recorded.static_bytes.values()) and not may_lower
+        if levers is not None or (exact and hopeless):
             raise  # what is there before the step is too much already
-        recorded = record(True)
+        recorded = record(True)  # where that is so too: the least that is named is the least
         return recorded, made(recorded)
 
 
