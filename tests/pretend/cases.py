@@ -34,6 +34,7 @@ from tightfit.engine import Applied, offload
 from tightfit.engine.frame import Frame
 from tightfit.engine.offload import Pool
 from tightfit.levers.gradients_in_host.host import HostGradients
+from tightfit.levers.optimizer_step import Waiting
 from tightfit.levers.state_in_host.host import HostState, loaded_on_host, settled
 from tightfit.plan import every_block, simulate
 from tightfit.plan.account import account
@@ -645,7 +646,7 @@ def state_waits_in_host_memory() -> None:
         control().order(order, seed)
         model, pool = llama(), Pool()
         optimizer = _adamw(model)
-        with HostState(optimizer, 1, pool), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+        with HostState(optimizer, Waiting(1), pool), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
             _steps(model, optimizer, 2)
             assert _state_bytes(optimizer, "pretend") == 0 < _state_bytes(optimizer, "cpu")
             saved = copy.deepcopy(optimizer.state_dict())
@@ -675,11 +676,11 @@ def state_that_is_loaded_before_a_plan_is_not_on_the_card() -> None:
         optimizer.load_state_dict(saved)
     assert _allocated() == before
     for _ in range(2):  # the first is the proof's
-        with HostState(optimizer, 1000, Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+        with HostState(optimizer, Waiting(1000), Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
             small = _state_bytes(optimizer, "pretend")
             assert 0 < small < _state_bytes(optimizer, "cpu")
         assert _state_bytes(optimizer, "pretend") == small  # the rest stays where it came from
-    with HostState(optimizer, 1000, Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+    with HostState(optimizer, Waiting(1000), Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
         assert same(expected, _steps(model, optimizer, 2))
     settled(optimizer)
     assert _state_bytes(optimizer, "cpu") == 0
@@ -692,7 +693,7 @@ def state_without_room_on_the_card_stays_in_host_memory() -> None:
     optimizer = _adamw(model)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        with HostState(optimizer, 1, Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+        with HostState(optimizer, Waiting(1), Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
             expected = _steps(model, optimizer, 2)
             gc.collect()
             torch.accelerator.empty_cache()

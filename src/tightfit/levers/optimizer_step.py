@@ -6,8 +6,10 @@ Invariant: forward and backward keep their ops and values, and what other levers
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from tightfit.core import (
     Category,
@@ -108,30 +110,86 @@ def added_seconds(trace: Trace, before: Trace) -> float:
     return max(1, counts[0] - counts[1]) * _CALL_SECONDS
 
 
-# -- which parameters' state waits in host memory: those of at least so many bytes
+# -- which parameters' state waits in host memory
 
 
-def _waits(parameter: ParameterBytes, least_bytes: int | None) -> bool:
-    return least_bytes is not None and parameter.size_bytes >= least_bytes and parameter.state_bytes > 0
+class Waiting(NamedTuple):
+    """Parameters of at least `from_bytes`, and the first `some` of those that are smaller, but not than
+    `some_from_bytes`: in a stack of equal blocks, parameters have few sizes."""
+
+    from_bytes: int
+    some: int = 0
+    some_from_bytes: int = 0
+
+    @classmethod
+    def of(cls, text: str) -> Waiting:
+        """What `str` wrote."""
+        from_bytes, _, more = text.partition("+")
+        some, _, some_from = more.partition("x")
+        return cls(int(from_bytes), int(some or 0), int(some_from or 0))
+
+    def __str__(self) -> str:
+        return f"{self.from_bytes}+{self.some}x{self.some_from_bytes}" if self.some else str(self.from_bytes)
+
+    def chosen(self, sizes: Iterable[int]) -> Iterator[bool]:
+        """Is it this one? Asked of the bytes of all trained parameters, in the optimizer's order."""
+        left = self.some
+        for size_bytes in sizes:
+            is_among_some = left > 0 and self.some_from_bytes <= size_bytes < self.from_bytes
+            left -= is_among_some
+            yield is_among_some or size_bytes >= self.from_bytes
 
 
-def waiting_bytes(at: OptimizerStep, least_bytes: int) -> int:
-    """Bytes of the state of parameters of at least `least_bytes`."""
-    return sum(p.state_bytes for part in at.in_chunks for p in part.parameters if _waits(p, least_bytes))
+def waiting_of(at: OptimizerStep) -> Waiting | None:
+    """Whose state waits elsewhere in `at`."""
+    return (
+        None if at.waits_from_bytes is None else Waiting(at.waits_from_bytes, at.waits_some, at.waits_some_from_bytes)
+    )
 
 
-def state_in_host(trace: Trace, least_bytes: int) -> Trace:
-    """`trace` with the state of parameters of at least `least_bytes` in host memory but for their own step, and the
-    step in chunks."""
+def _parameters(at: OptimizerStep) -> list[ParameterBytes]:
+    return [parameter for part in at.in_chunks for parameter in part.parameters]
+
+
+def waiting_bytes(at: OptimizerStep, waiting: Waiting) -> int:
+    """Bytes of the state that waits elsewhere."""
+    parameters = _parameters(at)
+    chosen = waiting.chosen(parameter.size_bytes for parameter in parameters)
+    return sum(parameter.state_bytes for parameter, waits in zip(parameters, chosen, strict=True) if waits)
+
+
+def by_size(at: OptimizerStep) -> list[tuple[Waiting, int]]:
+    """From one parameter to all of them, the largest first and of equal ones the first: one more each time, and the
+    bytes of their state."""
+    alike: dict[int, list[int]] = defaultdict(list)
+    for parameter in _parameters(at):
+        alike[parameter.size_bytes].append(parameter.state_bytes)
+    distinct = sorted(alike, reverse=True)
+    found, moved_bytes = [], 0
+    for place, size_bytes in enumerate(distinct):
+        # the least that tells these from smaller ones, whatever the device rounds sizes to; the last are all
+        from_bytes = distinct[place + 1] + 1 if place + 1 < len(distinct) else 1
+        for some, state_bytes in enumerate(alike[size_bytes], start=1):
+            moved_bytes += state_bytes
+            is_all = some == len(alike[size_bytes])
+            found.append((Waiting(from_bytes) if is_all else Waiting(size_bytes + 1, some, from_bytes), moved_bytes))
+    return found
+
+
+def state_in_host(trace: Trace, waiting: Waiting) -> Trace:
+    """`trace` with the state of these parameters in host memory but for their own step, and the step in chunks."""
     at = trace.optimizer
     assert at is not None
     state = Category.OPTIMIZER_STATE.value
-    left = trace.static_bytes[state] - waiting_bytes(at, least_bytes)
+    left = trace.static_bytes[state] - waiting_bytes(at, waiting)
     moved_out = dataclasses.replace(
         trace,
         static_bytes={**trace.static_bytes, state: left},
-        optimizer=dataclasses.replace(at, waits_from_bytes=least_bytes),
-    )
+        optimizer=dataclasses.replace(
+            at, waits_from_bytes=waiting.from_bytes, waits_some=waiting.some,
+            waits_some_from_bytes=waiting.some_from_bytes,
+        ),
+    )  # fmt: skip
     return in_chunks(moved_out)
 
 
@@ -221,14 +279,15 @@ class _Retold:
         self.ops, self.values = list(trace.ops[: at.ops]), list(trace.values[: at.values])
         self.events: list[Event] = []
 
-    def put(self, part: OptimizerPart) -> None:
-        """The step of `part`, with the state and the gradients that wait elsewhere there meanwhile."""
+    def put(self, part: OptimizerPart, state_waits: Iterable[bool]) -> None:
+        """The step of `part`, with the gradients that wait elsewhere there meanwhile, and the state that does
+        (`state_waits`: of each parameter)."""
         stretch = moved(part.stretch, len(self.ops), len(self.values))
         if not stretch.ops:
             return
         self.values += stretch.values
         brought = []
-        for category, size_bytes, dtype in self._waiting(part):
+        for category, size_bytes, dtype in self._waiting(part, state_waits):
             brought.append(len(self.values))
             value = Value(
                 id=len(self.values), size_bytes=size_bytes, dtype=dtype, shape=(), producer=stretch.ops[0].id,
@@ -240,13 +299,13 @@ class _Retold:
         self.events += stretch.events
         self.events += [Event(what=EventKind.FREE, subject=value_id) for value_id in brought]
 
-    def _waiting(self, part: OptimizerPart) -> Iterator[tuple[Category, int, str]]:
+    def _waiting(self, part: OptimizerPart, state_waits: Iterable[bool]) -> Iterator[tuple[Category, int, str]]:
         """What the step of `part` needs and waits elsewhere: what it is, its bytes and its dtype."""
         gradients_from = self.at.gradients_wait_from_bytes
-        for parameter in part.parameters:
+        for parameter, waits in zip(part.parameters, state_waits, strict=True):
             if gradients_from is not None and parameter.size_bytes >= gradients_from:
                 yield Category.GRADIENTS, parameter.size_bytes, parameter.dtype
-            if _waits(parameter, self.at.waits_from_bytes):
+            if waits and parameter.state_bytes:
                 yield Category.OPTIMIZER_STATE, parameter.state_bytes, parameter.dtype
 
     def made(self) -> Trace:
@@ -261,9 +320,16 @@ def in_chunks(trace: Trace) -> Trace:
     assert at is not None
     told = _Retold(trace, at)
     told.events += trace.events[: at.events]
+    waits = _state_waits(at, _parameters(at))
     for part in at.in_chunks:
-        told.put(part)
+        told.put(part, list(itertools.islice(waits, len(part.parameters))))
     return told.made()
+
+
+def _state_waits(at: OptimizerStep, parameters: Sequence[ParameterBytes]) -> Iterator[bool]:
+    """Does the state of each of `parameters`, all or one, wait elsewhere?"""
+    waiting = waiting_of(at)
+    return iter([False] * len(parameters)) if waiting is None else waiting.chosen(p.size_bytes for p in parameters)
 
 
 def not_in_backward(trace: Trace) -> str:
@@ -273,6 +339,8 @@ def not_in_backward(trace: Trace) -> str:
         return "the trace has no optimizer's step"
     if at.refused:
         return at.refused
+    if at.waits_some:
+        return "state of some of several equal parameters waits elsewhere, and the trace does not tell these apart"
     if trace.static_bytes.get(Category.GRADIENTS.value, 0):
         return "there are gradients before the step: accumulated ones are stepped when all are there"
     return _not_told(trace, at)
@@ -289,7 +357,8 @@ def in_backward(trace: Trace) -> Trace:
         told.events.append(event)
         if event.what is EventKind.READY:
             gradient = trace.values[event.subject]
-            told.put(alone[gradient.dtype, gradient.size_bytes])
+            part = alone[gradient.dtype, gradient.size_bytes]
+            told.put(part, _state_waits(at, part.parameters))
             if last[gradient.id] == index:
                 told.events.append(Event(what=EventKind.FREE, subject=gradient.id))
     return told.made()

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from tightfit.levers.optimizer_step import Waiting
 from tightfit.step.geometry import laid_out_like
 from tightfit.step.optimizers import Part, around_parts, bytes_of, is_movable, movable_state
 from tightfit.step.run import elsewhere
@@ -36,11 +37,12 @@ Take = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 
 
 class HostState:
-    """While it is open, the state of parameters of at least `least_bytes` waits in room of `pool`. What finds no room
+    """While it is open, the state of the parameters that `waiting` chooses waits in room of `pool`. What finds no room
     there stays on the device."""
 
-    def __init__(self, optimizer: Optimizer, least_bytes: int, pool: Any) -> None:
-        self.optimizer, self.least_bytes, self.pool = optimizer, least_bytes, pool
+    def __init__(self, optimizer: Optimizer, waiting: Waiting, pool: Any) -> None:
+        self.optimizer, self.waiting, self.pool = optimizer, waiting, pool
+        self._chosen: dict[torch.Tensor, bool] = {}
         # by parameter and name: room in host memory, which is used again in every step
         self._rooms: dict[torch.Tensor, dict[Any, torch.Tensor]] = {}
         self._buffers: dict[torch.Tensor, list[torch.Tensor]] = defaultdict(list)
@@ -60,7 +62,11 @@ class HostState:
                 self._send(parameter)
 
     def _waits(self, parameter: torch.Tensor) -> bool:
-        return bytes_of(parameter) >= self.least_bytes
+        if parameter not in self._chosen:  # a group may have come
+            trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+            self._chosen |= zip(trained, self.waiting.chosen(map(bytes_of, trained)), strict=True)
+            self._chosen.setdefault(parameter, bytes_of(parameter) >= self.waiting.from_bytes)  # trained no longer
+        return self._chosen[parameter]
 
     def _bring(self, parameter: torch.Tensor, *, waits: bool = False) -> None:
         rooms = self._rooms.get(parameter, {})
