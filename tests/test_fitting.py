@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from tests.levers.test_optimizer import heavy
 from torch import nn
 
 import tightfit
@@ -328,3 +329,20 @@ def test_an_adapter_that_no_plan_fits_is_told_before_it_runs() -> None:
         model.set_adapter("a")
         outcome(model, batch)
         assert applied.plan is before and applied.stats().fallbacks == 0
+
+
+def test_the_least_that_is_named_is_the_least_whatever_was_asked_for() -> None:
+    """Weights and state alone may be more than the budget: even then it is a budget that works, in tiles where these
+    are allowed."""
+    model, optimizer = heavy()
+    ids = torch.randint(0, 400, (32, 64))
+    least = []
+    for exact in (False, True):
+        with pytest.raises(tightfit.BudgetInfeasible) as caught:
+            tightfit.fit(model, ids, 1000, optimizer=optimizer, exact=exact)
+        least.append(caught.value.least_bytes)
+    assert least[0] < least[1]
+    with pytest.warns(UserWarning, match="tiles"):
+        applied = tightfit.fit(model, ids, least[0], optimizer=optimizer)
+    assert not applied.plan.exact
+    applied.remove()

@@ -347,6 +347,23 @@ def test_a_forecast_says_that_the_host_budget_binds(monkeypatch: pytest.MonkeyPa
     assert answers[1].advice[0].startswith("the host budget of 1000 B is what binds: with ")
 
 
+def test_all_cards_are_asked_with_the_levers_and_the_limit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tightfit.forecast.answer.gpu_names", lambda: ("rtx-4090",))
+    setup = forecast.Setup(model="tightfit-demo", method="full", batch=1, seq=64, dtype="bf16", optimizer="adamw")
+    allowed = levers("state_in_host", "optimizer_chunks")
+    trace = forecast.trace_setup(setup, forecast.device_asked("rtx-4090"))
+    monkeypatch.setattr("tightfit.forecast.answer.trace_setup", lambda *_, **__: trace)
+    room = (lowest(trace, levers=allowed).peak_bytes + lowest(trace, levers=levers()).peak_bytes) // 2
+    asked = ["check", setup.model, "--seq", "64", "--dtype", "bf16", "--gpu", "all", "--budget", str(room), "--levers"]
+    asked.append(",".join(sorted(each.value for each in allowed)))
+    assert main(asked) == 0 and "in host" in capsys.readouterr().out
+    assert main([*asked, "--host-budget", "1000", "--json"]) == 1
+    (answer,) = json.loads(capsys.readouterr().out)["gpus"]
+    assert not answer["fits"] and answer["host_budget_bytes"] == 1000
+
+
 def test_the_command_line_obeys(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 import tightfit
 from tightfit.core import InvalidInput, MicroBatch, Unsupported, dumps, from_json, loads, to_json
 from tightfit.core import MicroBatches as Chosen
+from tightfit.fitting.measuring import measure_micro_batches
 from tightfit.fitting.micro_batches import Weigher
 from tightfit.plan.micro_batches import largest_fitting, shares, sizes_of, solved
 from tightfit.step.rows import Divisor, row_count, rows_taken, weights_of
@@ -268,6 +269,47 @@ def test_the_whole_backward_of_a_plain_loop() -> None:
         reference.zero_grad()
     assert applied.plan.settings.get("step_in_backward") is None
     applied.remove()
+
+
+def test_rows_that_are_compared_are_no_longer_batch() -> None:
+    """What the loss divides by, a later batch may have to show, by three rows. Their step is none to plan anew for."""
+    model, ids = gpt2(n_layer=1), torch.arange(6 * 16).reshape(6, 16) % 40
+    applied = tightfit.fit(model, {"input_ids": ids, "labels": ids}, "100MiB", micro_batch=2)
+    plan, compared = applied.plan, []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: compared.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    applied.backward(uneven(6, 16))
+    hook.remove()
+    assert 3 in compared  # or nothing was compared, and this says nothing
+    assert applied.plan is plan
+    applied.remove()
+
+
+def test_rows_are_compared_under_a_plan_that_streams_weights() -> None:
+    blocks = [nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(6)]
+    model = nn.Sequential(nn.Linear(64, 64), *blocks, nn.Linear(64, 8))
+    model[1:-1].requires_grad_(False)
+    rows = torch.randn(48, 64)
+    applied = tightfit.fit(
+        model, rows, 450_000, loss=lambda model, rows: model(rows).square().mean(), beside="stream_weights",
+        micro_batch=16,
+    )  # fmt: skip
+    assert "stream_weights" in applied.plan.settings and applied._cut is not None
+    divisors, check = applied._cut.compared(rows)  # as where a later batch has to show what the loss divides by
+    assert Divisor.ROWS in divisors and check.passed
+    applied.remove()
+
+
+def test_measure_records_the_uncut_step_once() -> None:
+    model, ids = gpt2(n_layer=1), torch.arange(4 * 16).reshape(4, 16) % 40
+    told: list[str] = []
+    measured = measure_micro_batches(
+        model, {"input_ids": ids, "labels": ids}, budget="90%", repeats=1, progress=told.append
+    )
+    assert measured.micro_batches is not None and measured.rows[0].predicted_peak_bytes > 0
+    assert "tracing one step" not in told  # a percentage is of the uncut step, which was recorded for it
+    assert abs(measured.rows[0].peak_bytes / measured.rows[0].predicted_peak_bytes - 1) < 5e-3
 
 
 def test_what_does_not_go_together() -> None:

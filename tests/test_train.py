@@ -957,6 +957,13 @@ def test_what_the_optimizer_refuses_is_said_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("decay", ["-1", "nan", "inf"])
+def test_a_weight_decay_that_makes_weights_grow_is_refused(decay: str, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=f"expected a weight_decay of at least 0, not {decay}"):
+        train(options(place, tmp_path / "run", steps=1, arguments=("--weight_decay", decay)))
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------ wrong resuming
 
 

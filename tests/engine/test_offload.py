@@ -144,14 +144,23 @@ def test_prefetching_has_the_unit_before_on_its_way(monkeypatch: pytest.MonkeyPa
         assert order.index(("copy", place)) < order.index(("take", place))
 
 
-def test_a_pool_without_room_leaves_tensors_where_they_are() -> None:
+@pytest.mark.parametrize(("asked", "limit"), [("1MiB", 2**20), (0, 0), ("0", 0)])
+def test_a_pool_without_room_leaves_tensors_where_they_are(asked: str | int, limit: int) -> None:
     model, batch = llama(), tokens()
     plan = offloaded(tightfit.trace(model, batch), kept=True, inputs=True)
     expected = gradients(model, batch)
-    with tightfit.apply(model, plan, host_bytes="1MiB") as applied:
+    with tightfit.apply(model, plan, host_bytes=asked) as applied:
         assert same(expected, gradients(model, batch))
-        assert applied.pool.taken_bytes <= 2**20
+        assert applied.pool.taken_bytes <= limit
         assert applied.stats().held > 0
+
+
+@pytest.mark.parametrize("asked", [-1, "50%", "much"])
+def test_what_is_no_size_of_host_memory_is_refused(asked: str | int) -> None:
+    model = llama()
+    plan = offloaded(tightfit.trace(model, tokens()), kept=True, inputs=True)
+    with pytest.raises(tightfit.InvalidInput, match="host budget"):
+        tightfit.apply(model, plan, host_bytes=asked)
 
 
 def test_a_graph_that_is_kept_can_be_walked_again() -> None:

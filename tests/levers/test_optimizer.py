@@ -29,11 +29,20 @@ from tightfit.engine import apply
 from tightfit.engine.offload import Pool
 from tightfit.levers.interface import Given
 from tightfit.levers.optimizer_chunks import DEFINITION as CHUNKS
-from tightfit.levers.optimizer_step import in_backward, in_chunks, not_in_backward, state_in_host
+from tightfit.levers.optimizer_step import (
+    Waiting,
+    by_size,
+    in_backward,
+    in_chunks,
+    not_in_backward,
+    state_in_host,
+    waiting_bytes,
+)
 from tightfit.levers.state_in_host import DEFINITION as STATE
 from tightfit.levers.step_in_backward import DEFINITION as BACKWARD
 from tightfit.levers.step_in_backward.hooks import gradient_norms_kept, is_half_taken
 from tightfit.plan import lowest, planning, simulate
+from tightfit.plan.account import host_bytes
 from tightfit.plan.ways import Way
 from tightfit.step.optimizers import Part, _most_slices, _places, refusal, step_parts
 from tightfit.step.run import elsewhere
@@ -534,7 +543,7 @@ def test_the_referee_walks_each_way(recorded: Trace) -> None:
     assert simulate(backward).peak_bytes < simulate(parts).peak_bytes
     gradients = simulate(backward).by_category[Category.GRADIENTS.value]
     assert max(gradients) < max(whole.by_category[Category.GRADIENTS.value])
-    host = simulate(state_in_host(recorded, 1)).by_category[Category.OPTIMIZER_STATE.value]
+    host = simulate(state_in_host(recorded, Waiting(1))).by_category[Category.OPTIMIZER_STATE.value]
     assert min(host) < whole.by_category[Category.OPTIMIZER_STATE.value][-1] / 10
 
 
@@ -560,6 +569,70 @@ def test_verify_proves_a_plan(recorded: Trace, levers: str, part: float) -> None
     assert proof.passed, proof
     assert proof["optimizer"].passed and proof["prediction"].passed
     assert_same(everything(model, optimizer), before)
+
+
+@pytest.mark.parametrize("name", ["nadam", "adagrad", "rmsprop"])
+def test_steps_that_read_numbers_of_their_state_are_recorded(name: str) -> None:
+    """NAdam divides by what one is more than a number of its state."""
+    torch.manual_seed(0)
+    model = Tied(words=400, width=64)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    trace = tightfit.trace(model, IDS, optimizer=optimizer, tiles=False)
+    assert trace.optimizer is not None and not trace.optimizer.refused
+    plan = lowest(trace, levers="recompute,state_in_host")
+    checks = {check.name: check for check in tightfit.verify(model, IDS, plan, optimizer=optimizer).checks}
+    assert checks["prediction"].passed and checks["optimizer"].passed, checks
+
+
+def equal_blocks() -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(6)))
+    return model, torch.optim.AdamW(model.parameters(), 1e-2), torch.randn(4, 128)
+
+
+@pytest.fixture(scope="module")
+def of_equal_blocks() -> Trace:
+    model, optimizer, batch = equal_blocks()
+    return tightfit.trace(model, batch, loss=_mean_square, optimizer=optimizer)
+
+
+def _mean_square(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch).square().mean()
+
+
+def test_whose_state_waits_is_told_of_equal_parameters_too(of_equal_blocks: Trace) -> None:
+    at = of_equal_blocks.optimizer
+    assert at is not None
+    sizes = [p.size_bytes for part in at.in_chunks for p in part.parameters]
+    steps = by_size(at)
+    assert len(steps) == len(sizes) == 12
+    for count, (waiting, moved_bytes) in enumerate(steps, start=1):
+        assert sum(waiting.chosen(sizes)) == count and waiting_bytes(at, waiting) == moved_bytes
+        assert Waiting.of(str(waiting)) == waiting
+    assert Waiting.of("65") == Waiting(65)  # as plans of before have it
+    assert list(Waiting(100, 2, 50).chosen([60, 100, 40, 70, 80])) == [True, True, False, True, False]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+def test_state_of_some_of_several_equal_parameters_waits(of_equal_blocks: Trace, share: float) -> None:
+    allowed = "recompute,state_in_host"
+    low, most = lowest(of_equal_blocks, levers=allowed), lowest(of_equal_blocks, levers="recompute,optimizer_chunks")
+    budget = int(low.peak_bytes + share * (most.peak_bytes - low.peak_bytes))
+    plan = tightfit.plan(of_equal_blocks, budget, levers=allowed)
+    waits, all_waits = (host_bytes(of_equal_blocks, each)["state_in_host"] for each in (plan, low))
+    assert 0 < waits < all_waits and of_equal_blocks.optimizer is not None
+    fewer = [waiting for waiting, moved_bytes in by_size(of_equal_blocks.optimizer) if moved_bytes < waits]
+    assert len(fewer) in (2, 3, 4)  # of six blocks; and one block less would be too much for the device
+    assert simulate(state_in_host(of_equal_blocks, fewer[-1])).peak_bytes > budget
+    assert plan.other_seconds == pytest.approx(low.other_seconds * waits / all_waits)
+    model, optimizer, batch = equal_blocks()
+    proof = tightfit.verify(model, batch, plan, loss=_mean_square, optimizer=optimizer)
+    assert proof["optimizer"].passed and proof["peak"].passed, proof
+    measured_bytes = int(proof["prediction"].measured.split("(")[1].split(" ")[0])
+    assert abs(measured_bytes / plan.peak_bytes - 1) < 1e-3
+    limit = all_waits // 2 + 1  # half of them, and no more
+    limited = lowest(of_equal_blocks, levers=allowed, host_budget=limit)
+    assert all_waits / 3 < host_bytes(of_equal_blocks, limited)["state_in_host"] <= limit
 
 
 def test_a_wrong_step_is_found(recorded: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -611,7 +684,7 @@ def test_fit_uses_them_and_leaves_nothing_behind() -> None:
 
 def test_what_would_fit_is_said() -> None:
     model, optimizer = heavy()
-    with pytest.raises(BudgetInfeasible, match=r"beside=.state_in_host,step_in_backward. would take"):
+    with pytest.raises(BudgetInfeasible, match=r"beside=.state_in_host,gradients_in_host. would take"):
         tightfit.fit(model, IDS, "45%", optimizer=optimizer, exact=True)
 
 

@@ -28,7 +28,12 @@ from tightfit.report import forecast_document, forecast_report, forecast_table
 from tightfit.report.text import explain
 
 WIDTH, ROWS = 256, 2048
-MOVING = [("stream_weights", "frozen weights"), ("state_in_host", "optimizer state"), ("offload", "kept values")]
+MOVING = [
+    ("stream_weights", "frozen weights"),
+    ("state_in_host", "optimizer state"),
+    ("gradients_in_host", "gradients"),
+    ("offload", "kept values"),
+]
 BUFFERS = 4096 * 16  # each is rounded up to a page; there are fewer than 16
 
 

@@ -33,11 +33,14 @@ from tightfit.device.allocator import peaks
 from tightfit.engine import Applied, offload
 from tightfit.engine.frame import Frame
 from tightfit.engine.offload import Pool
+from tightfit.levers.gradients_in_host.host import HostGradients
+from tightfit.levers.optimizer_step import Waiting
 from tightfit.levers.state_in_host.host import HostState, loaded_on_host, settled
 from tightfit.plan import every_block, simulate
 from tightfit.plan.account import account
 from tightfit.plan.simulate import allocations
 from tightfit.step.optimizers import Cut, stepping_in_chunks
+from tightfit.step.snapshot import undisturbed
 
 CASES: dict[str, Callable[[], None]] = {}
 ORDERS = (("late", 0), ("early", 0), ("rush", 0), ("any", 1))
@@ -658,7 +661,7 @@ def state_waits_in_host_memory() -> None:
         control().order(order, seed)
         model, pool = llama(), Pool()
         optimizer = _adamw(model)
-        with HostState(optimizer, 1, pool), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+        with HostState(optimizer, Waiting(1), pool), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
             _steps(model, optimizer, 2)
             assert _state_bytes(optimizer, "pretend") == 0 < _state_bytes(optimizer, "cpu")
             saved = copy.deepcopy(optimizer.state_dict())
@@ -688,11 +691,11 @@ def state_that_is_loaded_before_a_plan_is_not_on_the_card() -> None:
         optimizer.load_state_dict(saved)
     assert _allocated() == before
     for _ in range(2):  # the first is the proof's
-        with HostState(optimizer, 1000, Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+        with HostState(optimizer, Waiting(1000), Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
             small = _state_bytes(optimizer, "pretend")
             assert 0 < small < _state_bytes(optimizer, "cpu")
         assert _state_bytes(optimizer, "pretend") == small  # the rest stays where it came from
-    with HostState(optimizer, 1000, Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+    with HostState(optimizer, Waiting(1000), Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
         assert same(expected, _steps(model, optimizer, 2))
     settled(optimizer)
     assert _state_bytes(optimizer, "cpu") == 0
@@ -705,7 +708,7 @@ def state_without_room_on_the_card_stays_in_host_memory() -> None:
     optimizer = _adamw(model)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        with HostState(optimizer, 1, Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+        with HostState(optimizer, Waiting(1), Pool()), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
             expected = _steps(model, optimizer, 2)
             gc.collect()
             torch.accelerator.empty_cache()
@@ -717,6 +720,64 @@ def state_without_room_on_the_card_stays_in_host_memory() -> None:
     assert same(expected[-len(state) :], [v.cpu() for v in state])
     settled(optimizer)  # there is room again
     assert _state_bytes(optimizer, "cpu") == 0
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def _accumulated(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, kept: list[int]) -> list[torch.Tensor]:
+    """Steps of two micro-batches each, clipped. `kept`: what gradients take of the card before each step."""
+    norms = []
+    for _ in range(count):
+        torch.manual_seed(1)
+        for _ in range(2):
+            model(**tokens()).loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1).cpu())
+        kept.append(sum(p.grad.nbytes for p in model.parameters() if p.grad.device.type == "pretend"))
+        optimizer.step()
+        optimizer.zero_grad()
+    state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
+    return [*norms, *(p.detach().cpu().clone() for p in model.parameters()), *(v.cpu().clone() for v in state)]
+
+
+@case
+def gradients_wait_in_host_memory() -> None:
+    """The same bits, accumulated and clipped; nothing of them is on the card but what is added to or stepped with."""
+    plain = gpt2()
+    kept: list[int] = []
+    expected = _accumulated(plain, _adamw(plain), 3, kept)
+    assert min(kept) > 0
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        model, pool = gpt2(), Pool()
+        optimizer = _adamw(model)
+        kept.clear()
+        with HostGradients(model, optimizer, 1, pool), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+            assert same(expected, _accumulated(model, optimizer, 3, kept)), order
+            assert max(kept) == 0
+            torch.manual_seed(1)
+            model(**tokens()).loss.backward()
+            waiting = [p.grad.clone() for p in model.parameters()]
+        assert all(p.grad.device.type == "pretend" for p in model.parameters())
+        assert same(waiting, [p.grad.cpu() for p in model.parameters()])
+        assert pool.stored_bytes == 0
+
+
+@case
+def gradients_in_host_memory_are_put_back_by_whoever_sets_them_aside() -> None:
+    """Steps of somebody else in between, with gradients of zero, find room of their own; the real ones come back."""
+    model, pool = gpt2(), Pool()
+    optimizer = _adamw(model)
+    with HostGradients(model, optimizer, 1, pool), stepping_in_chunks(optimizer, Cut(1 << 14, False)):
+        model(**tokens()).loss.backward()
+        before = [p.grad.clone() for p in model.parameters()]
+        with undisturbed(model, tokens()) as restart:
+            for _ in range(2):
+                restart()
+                assert all(p.grad.device.type == "cpu" and not p.grad.any() for p in model.parameters())
+                model(**tokens()).loss.backward()
+        assert all(p.grad.device.type == "cpu" for p in model.parameters())
+        assert same(before, [p.grad for p in model.parameters()])
 
 
 # ------------------------------------------------------------------------------------------------ streamed weights
@@ -910,6 +971,52 @@ def weights_wait_in_the_file_that_they_were_loaded_from() -> None:
 
 
 @case
+def micro_batches_of_a_model_that_never_was_on_the_card() -> None:
+    """They are chosen and planned before the model is there, and compared when it is, under the plan."""
+    plain, rows = _half_frozen("pretend"), _numbers(48)
+    for part in rows.split(16):
+        (_shifted(plain, part) / 3).backward()
+    expected = [p.grad.cpu() for p in plain.parameters() if p.grad is not None]
+    whole_bytes = sum(p.nbytes for p in plain.parameters())
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        model = _half_frozen("cpu")
+        before = _allocated()
+        torch.accelerator.reset_peak_memory_stats()
+        with tightfit.fit(
+            model, _numbers(48, "cpu"), 450_000, loss=_shifted, beside="stream_weights", device="pretend",
+            micro_batch=16, longer="allow",
+        ) as applied:  # fmt: skip
+            chosen = applied.micro_batches
+            assert chosen is not None and (chosen.size, chosen.accumulation) == (16, 3) and chosen.check is not None
+            assert chosen.check.passed and "float64" not in chosen.check.expected
+            assert _kinds(model) == {"cpu", "pretend"}
+            assert torch.accelerator.max_memory_allocated() - before < whole_bytes / 2
+            applied.backward(rows)
+            assert same(expected, [p.grad.cpu() for p in model.parameters() if p.grad is not None]), order
+        del model, applied
+
+
+@case
+def a_loss_that_cannot_be_cut_leaves_the_model_where_it_was() -> None:
+    model, batch = _half_frozen("cpu"), _numbers(48, "cpu")
+    before = [(t.device.type, t.detach().clone()) for t in [*model.parameters(), model.shift]]
+
+    def spread(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        return model(rows).std()  # of all rows together
+
+    try:
+        tightfit.fit(model, batch, 450_000, loss=spread, beside="stream_weights", device="pretend", micro_batch=16)
+    except tightfit.Unsupported as error:
+        assert "cannot be cut" in str(error)
+    else:
+        raise AssertionError("nothing was raised")
+    now = [*model.parameters(), model.shift]
+    assert all(t.device.type == kind and torch.equal(t, value) for t, (kind, value) in zip(now, before, strict=True))
+    assert not model._forward_pre_hooks
+
+
+@case
 def what_the_model_holds_goes_with_it() -> None:
     """Gradients of frozen weights, an optimizer's state, tensors in lists; and all is as it was where it fails."""
     model = _half_frozen("cpu")
@@ -960,8 +1067,6 @@ def what_cannot_be_put_on_the_card_is_refused() -> None:
     assert "lies on pretend:0" in said(lambda: tightfit.fit(on_card, batch, "80%", loss=_shifted, device="cpu"))
     compiled = torch.compile(_half_frozen("cpu"))
     assert "compiled" in said(lambda: tightfit.fit(compiled, batch, "80%", loss=_shifted, device="pretend"))
-    parts = {"loss": _shifted, "device": "pretend", "micro_batch": "auto"}
-    assert "micro-batches" in said(lambda: tightfit.fit(_half_frozen("cpu"), batch, "80%", **parts))
     later = _half_frozen("cpu")
     later[1][0].weight.bnb_quantized = False
     assert "device_map={'': 'cpu'}" in said(lambda: tightfit.fit(later, batch, "80%", loss=_shifted, device="pretend"))

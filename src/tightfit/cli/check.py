@@ -153,14 +153,13 @@ def check(
         if budget is not None and guarded == "tightfit":
             raise InvalidInput("--max is the budget of the plan that it judges: leave --budget out, or say --max-of")
     if gpu.strip().lower() == "all":
-        if allowed is not None:
-            raise InvalidInput("--levers is about one device: give it with one --gpu")
-        if most_waiting is not None:
-            raise InvalidInput("--host-budget is about one device: give it with one --gpu")
         if several is not None:
-            raise InvalidInput("--batch auto is about one device: give it with one --gpu")
+            raise InvalidInput(
+                "--batch auto has each card run another step, and --gpu all compares cards by one: give --batch a "
+                "number, or one --gpu"
+            )
         with progress_shown() as say:
-            answers = forecast.which_gpus(setup, budget=budget, progress=say)
+            answers = forecast.which_gpus(setup, budget=budget, levers=allowed, progress=say, host_budget=most_waiting)
         answers = [dataclasses.replace(a, notes=(*told, *a.notes)) for a in answers]
         if as_json:
             emit(json.dumps({**forecast_report(answers[0]), "gpus": [forecast_report(a) for a in answers]}))

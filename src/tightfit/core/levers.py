@@ -20,6 +20,7 @@ class Lever(enum.Enum):
     NEST = "nest"  # units grouped, so that only some unit inputs are kept
     OFFLOAD = "offload"  # kept values moved to host memory
     STATE_IN_HOST = "state_in_host"  # what the optimizer keeps of large parameters waits in host memory
+    GRADIENTS_IN_HOST = "gradients_in_host"  # gradients wait in host memory until they are added to, or stepped with
     OPTIMIZER_CHUNKS = "optimizer_chunks"  # the optimizer steps a few parameters at a time
     STEP_IN_BACKWARD = "step_in_backward"  # each parameter is stepped when its gradient is there, which goes at once
     STREAM_WEIGHTS = "stream_weights"  # frozen weights wait in host memory, and are on the device while they are read

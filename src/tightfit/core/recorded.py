@@ -276,6 +276,9 @@ class OptimizerStep:
     alone: tuple[OptimizerPart, ...] = ()  # one parameter each: one for each dtype and shape
     refused: str = ""  # why there are no other ways; empty: there may be
     waits_from_bytes: int | None = None  # state of parameters of so many bytes waits in host memory; none: nobody's
+    waits_some: int = 0  # and that of so many smaller ones, the first
+    waits_some_from_bytes: int = 0  # that are not smaller than this
+    gradients_wait_from_bytes: int | None = None  # gradients of so many bytes do; none: nobody's
     clipped: bool = False  # gradients are clipped by their total norm, which has to be known before the first is used
 
 

@@ -29,7 +29,7 @@ from tightfit.core import (
     Trace,
     Unsupported,
     format_bytes,
-    parse_bytes,
+    parse_host_budget,
 )
 from tightfit.engine.ambient import is_active
 from tightfit.engine.chain import Chain
@@ -89,6 +89,7 @@ class Applied:
         self._switches, self._optimizer_switches = contextlib.ExitStack(), contextlib.ExitStack()
         self._optimizer_is_open = False
         self._on_remove: list[Callable[[], None]] = []
+        self._placed: Callable[[], None] | None = None  # puts the model where it was before it came to `device`
         self._tighter: tuple[Plan, str] | None = None  # looked for when it is first shown
         self.resume(plan, trace)
 
@@ -116,6 +117,7 @@ class Applied:
             if self.device is not None:
                 left = {path for lever in used(plan) for path in lever.left_in_host(plan)}
                 placed = place(self.model, self.device, left, None if kept else self.optimizer)
+                self._placed = self._placed or placed
             for lever in used(plan):
                 if lever.steps_optimizer and kept:
                     continue
@@ -249,6 +251,12 @@ class Applied:
         while self._on_remove:
             self._on_remove.pop()()
 
+    def put_back(self) -> None:
+        """`remove`, and have the model where it was before `device` was asked for."""
+        self.remove()
+        if self._placed is not None:
+            self._placed()
+
     def __enter__(self) -> Applied:
         return self
 
@@ -283,14 +291,14 @@ def apply(
     """Put `plan` in force on `model`. Raises `PlanMismatch`, which names the first unit that differs, for a plan of
     another model.
 
-    What the plan offloads goes to host memory, of which it takes at most `host_bytes`; what finds no room stays on the
-    device. With `spill` it goes to a file in that folder. A plan that changes how the optimizer steps needs the
-    `optimizer`, which steps as before after `remove()`.
+    What the plan offloads goes to host memory, of which it takes at most `host_bytes`, a size or 0 as `host_budget` of
+    `plan` is; what finds no room stays on the device. With `spill` it goes to a file in that folder. A plan that
+    changes how the optimizer steps needs the `optimizer`, which steps as before after `remove()`.
 
     `device`: the model is put there from host memory, all but the frozen weights that the plan streams, which need not
     find room on the device. After `remove()` they are in host memory still, and the rest is on the device.
     """
-    capacity = None if host_bytes is None else parse_bytes(host_bytes)
+    capacity = parse_host_budget(host_bytes)
     pool = Pool(capacity, None if spill is None else Path(spill))
     return Applied(model, plan, pool=pool, optimizer=optimizer, device=destination(model, device))
 

@@ -22,7 +22,7 @@ from tightfit.engine.offload import held_bytes
 from tightfit.plan import simulate
 from tightfit.plan.account import host_bytes
 
-__all__ = ["planned_here", "room_in_host", "share_of_card"]
+__all__ = ["lowered", "planned_here", "room_in_host", "share_of_card"]
 
 #: What lies on the device before a step, in the process already.
 _THERE = (Category.PARAMETERS, Category.QUANTISED, Category.BUFFERS)
@@ -84,10 +84,15 @@ def _within_device(trace: Trace, budget: str | int, device: torch.device) -> str
     asked_bytes = parse_bytes(budget, whole_bytes=simulate(trace).peak_bytes)
     if asked_bytes <= limit_bytes:
         return budget
+    return lowered(asked_bytes, limit_bytes, "this process", accelerator.name_of(device), stacklevel=6)
+
+
+def lowered(asked_bytes: int, limit_bytes: int, who: str, card: str, *, stacklevel: int) -> int:
+    """The budget where `who` may take less of `card` than was asked for, which a warning says."""
     warnings.warn(
-        f"a budget of {format_bytes(asked_bytes)} was asked for, and this process may take {format_bytes(limit_bytes)} "
-        f"of {accelerator.name_of(device)}: planned for that",
-        stacklevel=5,
+        f"a budget of {format_bytes(asked_bytes)} was asked for, and {who} may take {format_bytes(limit_bytes)} of "
+        f"{card}: planned for that",
+        stacklevel=stacklevel,
     )
     return limit_bytes
 

@@ -45,7 +45,7 @@ from tightfit.engine.compiled import doors
 from tightfit.fitting import micro_batches
 from tightfit.fitting.micro_batches import Fitted
 from tightfit.fitting.planning import caveats_of, planned, what_is_given
-from tightfit.levers import every, inexact
+from tightfit.levers import every, inexact, used
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
 from tightfit.step.modules import UnitsAsked
@@ -146,7 +146,8 @@ def fit(
     `device`: the model is in host memory and is to run there. Its step is recorded on fake tensors of that device, so
     that nothing need fit before there is a plan. Then the model is put there, but for the frozen weights that the plan
     streams (`beside="stream_weights"`), which never are on the device all at once. Give it batches that are on the
-    device. After `remove()` those weights are in host memory still, and the rest is on the device.
+    device. After `remove()` those weights are in host memory still, and the rest is on the device. With `micro_batch`
+    the few rows that show what the loss divides by run under the plan.
 
     `max_norm`: the loop clips gradients to this total norm, and leaves that to `applied.backward(batch)`, as above. A
     plan may then step parameters in backward all the same, which runs forward and backward twice, at that price;
@@ -167,10 +168,6 @@ def fit(
     if max_norm is not None and not (is_number and 0 < max_norm < math.inf):
         raise InvalidInput(f"max_norm={max_norm!r} is no norm to clip to: give a number above 0")
     there = destination(model, device)
-    if there is not None and micro_batch is not None:
-        raise Unsupported(
-            "micro-batches are chosen by running some on the device, where the model is not yet: leave out one"
-        )
     guard = _Guard(model, batch, policy, loss, optimizer, units, *allowed, there)
     guard.clips = max_norm is not None
     if own_checkpointing(model):
@@ -201,7 +198,7 @@ def fit(
 
 def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | int) -> Fitted:
     """The best micro-batches of `batch`, their plan in force."""
-    model, loss = guard.model, guard.loss
+    model, loss, there = guard.model, guard.loss, guard.there
     micro_batches.refuse_exact(guard.exact)
     micro_batches.refuse(model)
     asked = micro_batches.micro_batch_asked(asked)
@@ -209,8 +206,10 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
     levers = None if guard.levers is None else frozenset(guard.levers)
     beside, several = frozenset(guard.beside or ()), rows > 1
     extents: dict[int, _Extent | None] = {}
+    uncut: Trace | None = None
 
     def plan_for(size: int, budget: str | int, exact: bool) -> micro_batches.Planned:
+        nonlocal uncut
         cut = size < rows
         guard.levers, guard.beside = allowed = micro_batches.cut_levers(levers, beside, cut)
         guard.extent = None
@@ -221,28 +220,43 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
                 found: micro_batches.Planned = recorded, made, made.budget_bytes
             else:
                 recorded = _record(
-                    model, part, loss, guard.optimizer, guard.units, tiles=micro_batches.needs_tiles(levers)
-                )
+                    model, part, loss, guard.optimizer, guard.units, tiles=micro_batches.needs_tiles(levers),
+                    there=there,
+                )  # fmt: skip
                 found = micro_batches.exactly(recorded, budget, *allowed, guard.host_budget)
         extents[size] = guard.extent
+        uncut = uncut if cut else found[0]
         return found
 
-    launch_seconds = micro_batches.launch_seconds(device_of(model))
+    launch_seconds = micro_batches.launch_seconds(there or device_of(model))
     found = micro_batches.solve(
         rows, budget, plan_for, levers, beside, asked, launch_seconds, host_budget=guard.host_budget
     )
     chosen = found.chosen
-    cut = micro_batches.Cut(model, loss, chosen.size)
+    cut = micro_batches.Cut(model, loss, chosen.size, guard.aside, in_float64=there is None)
+    applied = None
+    if there is not None:  # it runs nowhere else, and may have room there only under the plan
+        batch = pytree.tree_map(lambda t: t.to(there) if isinstance(t, torch.Tensor) else t, batch)
+        applied = Fitted(model, found.plan, trace=found.trace, optimizer=guard.optimizer, device=there)
     if chosen.accumulation > 1:
-        cut.weigher.divisors, check = cut.compared(batch)
+        try:
+            cut.weigher.divisors, check = cut.compared(batch)
+        except BaseException:
+            if applied is not None:
+                applied.put_back()
+            raise
         chosen = micro_batches.weighed(chosen, cut.weigher.divisors[0], check)
         # later parts find gradients, which the plan is for; none of them is a reason to plan anew
         guard.started = {id(p) for p in model.parameters()}
         guard.accumulates = True
     guard.levers, guard.beside = micro_batches.cut_levers(levers, beside, chosen.accumulation > 1)
     guard.extent = extents[chosen.size]
-    applied = Fitted(model, found.plan, trace=found.trace, optimizer=guard.optimizer)
+    if applied is None:
+        applied = Fitted(model, found.plan, trace=found.trace, optimizer=guard.optimizer)
+    # what waits in host memory has the dtype that it was planned with
+    cut.in_float64 = cut.in_float64 and not any(lever.left_in_host(found.plan) for lever in used(found.plan))
     applied.cut_by(cut, loss, chosen)
+    applied.uncut = uncut
     guard.in_force(applied, found.trace)
     return applied
 
@@ -387,6 +401,7 @@ class _Guard:
         self.started = {id(p) for p in model.parameters() if p.grad is not None}  # gradients that are planned for
         self.accumulates = bool(self.started)  # steps may find gradients, whether or not one does that is planned anew
         self.plans: dict[_Kind, _InForce] = {}
+        self.looks = True
         # the model is not shown the whole of a loss function's batch; it is planned anew while the user has it still
         leaves, self.structure = pytree.tree_flatten(batch)
         self.leaves = [weakref.ref(x) if isinstance(x, torch.Tensor) else functools.partial(_same, x) for x in leaves]
@@ -434,6 +449,15 @@ class _Guard:
         accumulates = any(p.grad is not None and id(p) not in self.started for p in self.model.parameters())
         return _Kind(accumulates, trained_names(self.model))
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Batches are not looked at meanwhile: they are none of the training's."""
+        self.looks = False
+        try:
+            yield
+        finally:
+            self.looks = True
+
     def remove(self) -> None:
         self.handle.remove()
         self.switches.close()
@@ -449,7 +473,7 @@ class _Guard:
             if self.extent is None:
                 self.extent = _Extent.of((args, kwargs))
             return
-        if not self.plans or not (torch.is_grad_enabled() and module.training):
+        if not self.plans or not (self.looks and torch.is_grad_enabled() and module.training):
             return
         extent = _Extent.of((args, kwargs))
         kind = self._kind()

@@ -68,5 +68,6 @@ def measure_micro_batches(
     return measure(
         model, batch, budget=budget, loss=loss, optimizer=optimizer, repeats=repeats, progress=progress,
         described=described, traced=traced,
-        cut=CutStep(chosen=chosen, trace=applied.trace, plan=applied.plan, part=parts[0][0], backward=backward),
+        cut=CutStep(chosen=chosen, trace=applied.trace, plan=applied.plan, part=parts[0][0], backward=backward,
+                    whole=applied.uncut),
     )  # fmt: skip

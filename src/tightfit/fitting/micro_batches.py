@@ -84,6 +84,7 @@ class Fitted(Applied):
     micro_batches: MicroBatches | None = None
     max_norm: float | None = None
     total_norm: torch.Tensor | None = None
+    uncut: Trace | None = None  # the step of the whole batch, where it was recorded to choose micro-batches
     _cut: Cut | None = None
     loss: LossFunction | None = None
 
@@ -185,8 +186,18 @@ class Weigher:
 class Cut:
     """How batches are cut into micro-batches of at most `size` rows, and their losses weighed."""
 
-    def __init__(self, model: nn.Module, loss: LossFunction | None, size: int) -> None:
-        self.model, self.loss, self.size = model, loss, size
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction | None,
+        size: int,
+        aside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        *,
+        in_float64: bool = True,
+    ) -> None:
+        """`aside`: rows are compared within it, which are no batch to plan for. `in_float64`: there too, which takes
+        eight bytes for each parameter."""
+        self.model, self.loss, self.size, self.aside, self.in_float64 = model, loss, size, aside, in_float64
         self.weigher = Weigher(self.compared)
         self._batches = 0  # that were cut
 
@@ -213,7 +224,10 @@ class Cut:
         parts = [rows_taken(batch, [one]), rows_taken(batch, others)]
         whole = rows_taken(batch, [one, *others])
         divisors = self.weigher.divisors
-        held, check = compared_cut(self.model, whole, parts, (1, len(others)), self.loss, divisors)
+        with self.aside():
+            held, check = compared_cut(
+                self.model, whole, parts, (1, len(others)), self.loss, divisors, in_float64=self.in_float64
+            )
         if not held:
             raise Unsupported(not_additive(check.measured, check.tolerance))
         rows = range(row_count(batch))
@@ -227,11 +241,12 @@ class Cut:
         A loss may leave out rows or labels in a way of its own, which the rows that were compared first did not show.
         """
         parts = [rows_taken(batch, [row]) for row in rows]
-        apart = [
-            loss_apart(self.model, rows_taken(batch, list(rows)), parts, weights, self.loss)
-            for each in divisors or self.weigher.divisors
-            if len(rows) > 1 and (weights := weights_of(each, parts, (1,) * len(rows))) is not None
-        ]
+        with self.aside():
+            apart = [
+                loss_apart(self.model, rows_taken(batch, list(rows)), parts, weights, self.loss)
+                for each in divisors or self.weigher.divisors
+                if len(rows) > 1 and (weights := weights_of(each, parts, (1,) * len(rows))) is not None
+            ]
         if apart and not any(distance <= limit for distance, limit in apart):  # the mean of nothing is no number
             distance, limit = apart[0]
             measured = f"{distance:.2g} apart in rows {', '.join(map(str, rows))} of a batch"

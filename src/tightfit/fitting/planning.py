@@ -7,7 +7,6 @@ plan that was given, and is not one of this step or takes more than its budget (
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,11 @@ from tightfit.core import (
     Unsupported,
     dumps,
     format_apart,
-    format_bytes,
     loads,
     parse_bytes,
     percentage,
 )
-from tightfit.engine.limits import planned_here, share_of_card
+from tightfit.engine.limits import lowered, planned_here, share_of_card
 from tightfit.levers import allowed, inexact, used
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
@@ -115,9 +113,10 @@ def planned(
         return recorded, made(recorded)
     except BudgetInfeasible as error:
         may_lower = any(each.lowers_floor for each in allowed(beside or ()))
-        if levers is not None or (error.budget_bytes <= sum(recorded.static_bytes.values()) and not may_lower):
+        hopeless = error.budget_bytes <= sum(recorded.static_bytes.values()) and not may_lower
+        if levers is not None or (exact and hopeless):
             raise  # what is there before the step is too much already
-        recorded = record(True)
+        recorded = record(True)  # where that is so too: the least that is named is the least
         return recorded, made(recorded)
 
 
@@ -213,12 +212,7 @@ def _planned_together(
     shares = [other["share"] for other in all_said]
     least = min((share for share in shares if share is not None), default=budget_bytes)
     if least < budget_bytes:
-        warnings.warn(
-            f"a budget of {format_bytes(budget_bytes)} was asked for, and rank {shares.index(least)} may take "
-            f"{format_bytes(least)} of its card: planned for that on all ranks",
-            stacklevel=3,
-        )
-        budget_bytes = least
+        budget_bytes = lowered(budget_bytes, least, f"rank {shares.index(least)}", "its card", stacklevel=4)
     target = budget_bytes
     for turn in range(_ROUNDS):
         asked = target

@@ -209,9 +209,19 @@ def _flops(recorded: Trace) -> int:
     return sum(op.flops for op in recorded.ops)
 
 
-def which_gpus(setup: Setup, *, budget: str | int | None = None, progress: Progress = lambda _: None) -> list[Forecast]:
-    """A forecast, without searches, for every GPU of the catalog: those that run it first, fastest first."""
+def which_gpus(
+    setup: Setup,
+    *,
+    budget: str | int | None = None,
+    levers: frozenset[Lever] | None = None,
+    progress: Progress = lambda _: None,
+    host_budget: str | int | None = None,
+) -> list[Forecast]:
+    """A forecast, without searches, for every GPU of the catalog: those that run it first, fastest first. `levers` and
+    `host_budget`: as in `check`, for each of them."""
     setup.checked()
+    limit = parse_host_budget(host_budget)
+    tiles = levers is not None and bool(inexact(levers))
     if budget is not None:
         require_part(budget, "a device")
     traces: dict[tuple[str, bool, int, str], Trace] = {}
@@ -227,15 +237,20 @@ def which_gpus(setup: Setup, *, budget: str | int | None = None, progress: Progr
             device.calibration,
         )  # devices that take the same share a trace
         if kernels not in traces:
-            traces[kernels] = trace_setup(setup, device)
+            traces[kernels] = trace_setup(setup, device, tiles=tiles)
         recorded = retimed(traces[kernels], reached(device))
         room = room_bytes(device, budget)
         base = simulate(recorded)
         modes = [_mode("none", recorded, base, None, room)]
-        made = plan(recorded, base.peak_bytes) if modes[0].fits else fitted(recorded, room, QUICK)
+        made = (
+            plan(recorded, base.peak_bytes, levers=levers, host_budget=limit)
+            if modes[0].fits
+            else fitted(recorded, room, QUICK, levers, limit)
+        )
         if made is not None:
             modes.append(_mode("tightfit", recorded, simulate(recorded, made), made, room))
         modes = _compared(modes, setup)
+        waiting = {} if made is None else host_bytes(recorded, made)
         found.append(
             Forecast(
                 model=setup.model, method=setup.method, batch=setup.batch, seq=setup.seq, dtype=setup.dtype,
@@ -243,6 +258,7 @@ def which_gpus(setup: Setup, *, budget: str | int | None = None, progress: Progr
                 fits=made is not None, modes=tuple(modes), plan=made, essence=(), largest_batch=None, longest_seq=None,
                 advice=(), error_bar=error_bar(device), notes=(*kept_whole(recorded), *notes(setup, device)),
                 environment=environment(), calibration=device.calibration,
+                streamed_bytes=waiting.get(Lever.STREAM_WEIGHTS.value, 0), host_bytes=waiting, host_budget_bytes=limit,
                 account=None if made is None else account(recorded, made, reserved_bytes=modes[-1].reserved_bytes),
             )
         )  # fmt: skip

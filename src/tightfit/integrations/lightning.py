@@ -51,7 +51,7 @@ from tightfit.levers import inexact
 from tightfit.step.environment import environment
 from tightfit.step.optimizers import bare
 from tightfit.step.patches import compiled_entries, no_key_value_cache
-from tightfit.step.run import device_of, tensors_in, unique_bytes
+from tightfit.step.run import device_of, is_elsewhere, tensors_in, unique_bytes
 from tightfit.verify.peak import PEAK_TOLERANCE, PeakMeter, peak_checks, require_counted, static_bytes
 from tightfit.verify.proving import gradient_checks
 
@@ -473,7 +473,9 @@ def _trained(trainer: Any, module: Any) -> tuple[int, ...]:
 
 
 def _gradient_bytes(module: Any) -> int:
-    return unique_bytes(tensors_in([p.grad for p in module.parameters() if p.grad is not None]))
+    """What gradients take of the device."""
+    there = [p.grad for p in module.parameters() if p.grad is not None and not is_elsewhere(p.grad)]
+    return unique_bytes(tensors_in(there))
 
 
 def _package(trainer: Any) -> str:

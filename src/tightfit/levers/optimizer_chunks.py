@@ -29,7 +29,8 @@ class OptimizerChunks(LeverDefinition):
 
     def variants(self, step: Variant) -> Iterator[Variant]:
         at = step.trace.optimizer
-        if at is None or not at.in_chunks or Lever.STATE_IN_HOST in step.levers:  # which steps in chunks anyway
+        in_chunks_anyway = {Lever.STATE_IN_HOST, Lever.GRADIENTS_IN_HOST}
+        if at is None or not at.in_chunks or in_chunks_anyway & step.levers:
             return
         whole = whole_step(step.trace, at)
         if highest_bytes(part.stretch for part in at.in_chunks) < highest_bytes([whole]):

@@ -6,8 +6,10 @@ Invariant: forward and backward keep their ops and values, and what other levers
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterable
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from tightfit.core import (
     Category,
@@ -108,30 +110,164 @@ def added_seconds(trace: Trace, before: Trace) -> float:
     return max(1, counts[0] - counts[1]) * _CALL_SECONDS
 
 
-# -- which parameters' state waits in host memory: those of at least so many bytes
+# -- which parameters' state waits in host memory
 
 
-def _waits(parameter: ParameterBytes, least_bytes: int | None) -> bool:
-    return least_bytes is not None and parameter.size_bytes >= least_bytes and parameter.state_bytes > 0
+class Waiting(NamedTuple):
+    """Parameters of at least `from_bytes`, and the first `some` of those that are smaller, but not than
+    `some_from_bytes`: in a stack of equal blocks, parameters have few sizes."""
+
+    from_bytes: int
+    some: int = 0
+    some_from_bytes: int = 0
+
+    @classmethod
+    def of(cls, text: str) -> Waiting:
+        """What `str` wrote."""
+        from_bytes, _, more = text.partition("+")
+        some, _, some_from = more.partition("x")
+        return cls(int(from_bytes), int(some or 0), int(some_from or 0))
+
+    def __str__(self) -> str:
+        return f"{self.from_bytes}+{self.some}x{self.some_from_bytes}" if self.some else str(self.from_bytes)
+
+    def chosen(self, sizes: Iterable[int]) -> Iterator[bool]:
+        """Is it this one? Asked of the bytes of all trained parameters, in the optimizer's order."""
+        left = self.some
+        for size_bytes in sizes:
+            is_among_some = left > 0 and self.some_from_bytes <= size_bytes < self.from_bytes
+            left -= is_among_some
+            yield is_among_some or size_bytes >= self.from_bytes
 
 
-def waiting_bytes(at: OptimizerStep, least_bytes: int) -> int:
-    """Bytes of the state of parameters of at least `least_bytes`."""
-    return sum(p.state_bytes for part in at.in_chunks for p in part.parameters if _waits(p, least_bytes))
+def waiting_of(at: OptimizerStep) -> Waiting | None:
+    """Whose state waits elsewhere in `at`."""
+    return (
+        None if at.waits_from_bytes is None else Waiting(at.waits_from_bytes, at.waits_some, at.waits_some_from_bytes)
+    )
 
 
-def state_in_host(trace: Trace, least_bytes: int) -> Trace:
-    """`trace` with the state of parameters of at least `least_bytes` in host memory but for their own step, and the
-    step in chunks."""
+def _parameters(at: OptimizerStep) -> list[ParameterBytes]:
+    return [parameter for part in at.in_chunks for parameter in part.parameters]
+
+
+def waiting_bytes(at: OptimizerStep, waiting: Waiting) -> int:
+    """Bytes of the state that waits elsewhere."""
+    parameters = _parameters(at)
+    chosen = waiting.chosen(parameter.size_bytes for parameter in parameters)
+    return sum(parameter.state_bytes for parameter, waits in zip(parameters, chosen, strict=True) if waits)
+
+
+def by_size(at: OptimizerStep) -> list[tuple[Waiting, int]]:
+    """From one parameter to all of them, the largest first and of equal ones the first: one more each time, and the
+    bytes of their state."""
+    alike: dict[int, list[int]] = defaultdict(list)
+    for parameter in _parameters(at):
+        alike[parameter.size_bytes].append(parameter.state_bytes)
+    distinct = sorted(alike, reverse=True)
+    found, moved_bytes = [], 0
+    for place, size_bytes in enumerate(distinct):
+        # the least that tells these from smaller ones, whatever the device rounds sizes to; the last are all
+        from_bytes = distinct[place + 1] + 1 if place + 1 < len(distinct) else 1
+        for some, state_bytes in enumerate(alike[size_bytes], start=1):
+            moved_bytes += state_bytes
+            is_all = some == len(alike[size_bytes])
+            found.append((Waiting(from_bytes) if is_all else Waiting(size_bytes + 1, some, from_bytes), moved_bytes))
+    return found
+
+
+def state_in_host(trace: Trace, waiting: Waiting) -> Trace:
+    """`trace` with the state of these parameters in host memory but for their own step, and the step in chunks."""
     at = trace.optimizer
     assert at is not None
     state = Category.OPTIMIZER_STATE.value
-    left = trace.static_bytes[state] - waiting_bytes(at, least_bytes)
+    left = trace.static_bytes[state] - waiting_bytes(at, waiting)
     moved_out = dataclasses.replace(
         trace,
         static_bytes={**trace.static_bytes, state: left},
-        optimizer=dataclasses.replace(at, waits_from_bytes=least_bytes),
-    )
+        optimizer=dataclasses.replace(
+            at, waits_from_bytes=waiting.from_bytes, waits_some=waiting.some,
+            waits_some_from_bytes=waiting.some_from_bytes,
+        ),
+    )  # fmt: skip
+    return in_chunks(moved_out)
+
+
+# -- which gradients wait in host memory: those of at least so many bytes
+
+
+def gradients_stay(trace: Trace) -> str:
+    """Why no gradient of `trace` can wait in host memory; empty: all can."""
+    at = trace.optimizer
+    if at is None:
+        return "the trace has no optimizer's step"
+    if at.refused or not at.in_chunks:
+        return at.refused or "the optimizer's step cannot be taken a few parameters at a time"
+    return _not_told(trace, at)
+
+
+def _not_told(trace: Trace, at: OptimizerStep) -> str:
+    """Why the trace does not say of each trained parameter when its gradient is there; empty: it does."""
+    ready = [trace.values[e.subject] for e in trace.events[: at.events] if e.what is EventKind.READY]
+    if not ready:
+        return "the trace does not say when gradients are there"
+    came = Counter((value.dtype, value.size_bytes) for value in ready)
+    if came - Counter((p.dtype, p.size_bytes) for part in at.in_chunks for p in part.parameters):
+        return "the model has trained parameters that the optimizer does not hold"
+    return ""
+
+
+def waiting_gradients(trace: Trace, least_bytes: int) -> tuple[int, int]:
+    """Bytes of the gradients of at least `least_bytes`, and those that backward of this trace adds to."""
+    at = trace.optimizer
+    assert at is not None
+    there = {v.id for v in trace.values[: at.values] if v.category is Category.GRADIENTS and v.producer is None}
+    ready = {event.subject for event in trace.events[: at.events] if event.what is EventKind.READY}
+    sizes = {v: trace.values[v].size_bytes for v in there | ready}
+    sizes = {v: size_bytes for v, size_bytes in sizes.items() if size_bytes >= least_bytes}
+    return sum(sizes.values()), sum(size_bytes for v, size_bytes in sizes.items() if v in there & ready)
+
+
+def gradients_in_host(trace: Trace, least_bytes: int) -> Trace:
+    """`trace` with gradients of at least `least_bytes` in host memory, but while backward adds to one, or makes it, and
+    for their own step, which is taken in chunks."""
+    at = trace.optimizer
+    assert at is not None
+    values, events = list(trace.values[: at.values]), list(trace.events[: at.events])
+    there = [v for v in values if v.category is Category.GRADIENTS and v.producer is None]
+    left_bytes = sum(v.size_bytes for v in there if v.size_bytes >= least_bytes)
+    written: dict[int, int] = {}  # by value, the event of the op that changed it last
+    comes: dict[int, list[int]] = defaultdict(list)  # before an event
+    goes: dict[int, list[int]] = defaultdict(list)  # after one
+    last = {event.subject: i for i, event in enumerate(events) if event.what is EventKind.READY}
+    for index, event in enumerate(events):
+        if event.what is EventKind.OP:
+            written.update((v, index) for v in trace.ops[event.subject].outputs if v is not None)
+        if event.what is not EventKind.READY or values[event.subject].size_bytes < least_bytes:
+            continue
+        gradient = values[event.subject]
+        if gradient.producer is not None:
+            if last[gradient.id] == index:
+                goes[index].append(gradient.id)
+        elif gradient.id in written:  # it is brought for what backward adds to it
+            added_at = written[gradient.id]
+            values.append(dataclasses.replace(gradient, id=len(values), producer=events[added_at].subject))
+            comes[added_at].append(values[-1].id)
+            goes[index].append(values[-1].id)
+    told: list[Event] = []
+    for index, event in enumerate(events):
+        told += [Event(what=EventKind.ALLOC, subject=value_id) for value_id in comes.get(index, ())]
+        told.append(event)
+        told += [Event(what=EventKind.FREE, subject=value_id) for value_id in goes.get(index, ())]
+    gradients = Category.GRADIENTS.value
+    moved_out = dataclasses.replace(
+        trace,
+        ops=trace.ops[: at.ops], values=tuple(values), events=tuple(told),
+        static_bytes={**trace.static_bytes, gradients: trace.static_bytes.get(gradients, 0) - left_bytes},
+        optimizer=dataclasses.replace(
+            at, values=len(values), events=len(told), gradients_wait_from_bytes=least_bytes
+        ),
+    )  # fmt: skip
     return in_chunks(moved_out)
 
 
@@ -143,25 +279,34 @@ class _Retold:
         self.ops, self.values = list(trace.ops[: at.ops]), list(trace.values[: at.values])
         self.events: list[Event] = []
 
-    def put(self, part: OptimizerPart) -> None:
-        """The step of `part`, with the state that waits elsewhere there meanwhile."""
+    def put(self, part: OptimizerPart, state_waits: Iterable[bool]) -> None:
+        """The step of `part`, with the gradients that wait elsewhere there meanwhile, and the state that does
+        (`state_waits`: of each parameter)."""
         stretch = moved(part.stretch, len(self.ops), len(self.values))
         if not stretch.ops:
             return
         self.values += stretch.values
         brought = []
-        for parameter in part.parameters:
-            if _waits(parameter, self.at.waits_from_bytes):
-                brought.append(len(self.values))
-                value = Value(
-                    id=len(self.values), size_bytes=parameter.state_bytes, dtype=parameter.dtype,
-                    shape=(), producer=stretch.ops[0].id, unit=None, needed=False, category=Category.OPTIMIZER_STATE,
-                )  # fmt: skip
-                self.values.append(value)
+        for category, size_bytes, dtype in self._waiting(part, state_waits):
+            brought.append(len(self.values))
+            value = Value(
+                id=len(self.values), size_bytes=size_bytes, dtype=dtype, shape=(), producer=stretch.ops[0].id,
+                unit=None, needed=False, category=category,
+            )  # fmt: skip
+            self.values.append(value)
         self.ops += stretch.ops
         self.events += [Event(what=EventKind.ALLOC, subject=value_id) for value_id in brought]
         self.events += stretch.events
         self.events += [Event(what=EventKind.FREE, subject=value_id) for value_id in brought]
+
+    def _waiting(self, part: OptimizerPart, state_waits: Iterable[bool]) -> Iterator[tuple[Category, int, str]]:
+        """What the step of `part` needs and waits elsewhere: what it is, its bytes and its dtype."""
+        gradients_from = self.at.gradients_wait_from_bytes
+        for parameter, waits in zip(part.parameters, state_waits, strict=True):
+            if gradients_from is not None and parameter.size_bytes >= gradients_from:
+                yield Category.GRADIENTS, parameter.size_bytes, parameter.dtype
+            if waits and parameter.state_bytes:
+                yield Category.OPTIMIZER_STATE, parameter.state_bytes, parameter.dtype
 
     def made(self) -> Trace:
         return dataclasses.replace(
@@ -175,9 +320,16 @@ def in_chunks(trace: Trace) -> Trace:
     assert at is not None
     told = _Retold(trace, at)
     told.events += trace.events[: at.events]
+    waits = _state_waits(at, _parameters(at))
     for part in at.in_chunks:
-        told.put(part)
+        told.put(part, list(itertools.islice(waits, len(part.parameters))))
     return told.made()
+
+
+def _state_waits(at: OptimizerStep, parameters: Sequence[ParameterBytes]) -> Iterator[bool]:
+    """Does the state of each of `parameters`, all or one, wait elsewhere?"""
+    waiting = waiting_of(at)
+    return iter([False] * len(parameters)) if waiting is None else waiting.chosen(p.size_bytes for p in parameters)
 
 
 def not_in_backward(trace: Trace) -> str:
@@ -187,15 +339,11 @@ def not_in_backward(trace: Trace) -> str:
         return "the trace has no optimizer's step"
     if at.refused:
         return at.refused
+    if at.waits_some:
+        return "state of some of several equal parameters waits elsewhere, and the trace does not tell these apart"
     if trace.static_bytes.get(Category.GRADIENTS.value, 0):
         return "there are gradients before the step: accumulated ones are stepped when all are there"
-    ready = [trace.values[e.subject] for e in trace.events[: at.events] if e.what is EventKind.READY]
-    if not ready:
-        return "the trace does not say when gradients are there"
-    came = Counter((value.dtype, value.size_bytes) for value in ready)
-    if came - Counter((p.dtype, p.size_bytes) for part in at.in_chunks for p in part.parameters):
-        return "the model has trained parameters that the optimizer does not hold"
-    return ""
+    return _not_told(trace, at)
 
 
 def in_backward(trace: Trace) -> Trace:
@@ -209,7 +357,8 @@ def in_backward(trace: Trace) -> Trace:
         told.events.append(event)
         if event.what is EventKind.READY:
             gradient = trace.values[event.subject]
-            told.put(alone[gradient.dtype, gradient.size_bytes])
+            part = alone[gradient.dtype, gradient.size_bytes]
+            told.put(part, _state_waits(at, part.parameters))
             if last[gradient.id] == index:
                 told.events.append(Event(what=EventKind.FREE, subject=gradient.id))
     return told.made()

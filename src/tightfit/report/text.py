@@ -285,12 +285,12 @@ def calibration_table(made: Calibration) -> RenderableType:
 
 def gpus_table(forecasts: Sequence[Forecast]) -> RenderableType:
     """One row per GPU, those that run it first, fastest first."""
-    first = forecasts[0]
+    first, waits = forecasts[0], any(each.host_bytes for each in forecasts)
     table = Table(
         title=f"{first.model}, {first.method}, {first.dtype}, batch {first.batch} x {first.seq}", title_justify="left"
     )
     table.add_column("GPU")
-    for name in ("memory", "fits", "step (estimated)", "slowdown", "recompute"):
+    for name in ("memory", "fits", "step (estimated)", "slowdown", "recompute", *["in host memory"] * waits):
         table.add_column(name, justify="right")
     for each in forecasts:
         best = each.modes[-1]
@@ -302,6 +302,7 @@ def gpus_table(forecasts: Sequence[Forecast]) -> RenderableType:
             f"{best.step_seconds:.2f} s" if each.fits else "-",
             f"{best.slowdown:.2f} x" if each.fits else "-",
             f"{best.recompute_flops / forward:.0%} of forward" if each.fits and forward else "-",
+            *[format_bytes(sum(each.host_bytes.values())) if each.fits else "-"] * waits,
         )
     bars = [f"error bar: {first.error_bar}"]
     bars += [f"calibration of {each.gpu}: {each.calibration}" for each in forecasts if each.calibration]

@@ -56,3 +56,9 @@ def alone(buffer: torch.Tensor) -> torch.Tensor:
     beside it. torch's cache of pinned memory does not know of copies out of it: they are to be waited for before
     `buffer` goes."""
     return torch.from_numpy(buffer.numpy())
+
+
+def laid_out_like(tensor: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """A tensor like `tensor`, which has no gaps, on the host memory of `buffer`, as a storage of its own."""
+    size_bytes = tensor.numel() * tensor.element_size()
+    return alone(buffer[:size_bytes]).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())

@@ -26,7 +26,7 @@ from tightfit.step.geometry import is_dense
 from tightfit.step.parallel import local_of
 
 __all__ = [
-    "AROUND", "MARK", "Cut", "Part", "bare", "bytes_of", "chunks", "close_door", "cut_for", "door", "is_movable",
+    "MARK", "Cut", "Part", "around_parts", "bare", "bytes_of", "chunks", "close_door", "cut_for", "door", "is_movable",
     "movable_state",
     "narrowed", "not_torchs_own", "refusal", "replaced_step", "step_parts", "stepping_in_chunks",
 ]  # fmt: skip
@@ -118,9 +118,8 @@ def narrowed(optimizer: Optimizer, part: Part) -> Iterator[None]:
         optimizer.param_groups = groups
 
 
-#: Attribute of an optimizer: what is around the step of a part, as whoever has its state elsewhere brings it. An
-#: attribute, so that it goes with the optimizer.
-AROUND = "_tightfit_around"
+#: Attribute of an optimizer: what is around the step of a part. An attribute, so that it goes with the optimizer.
+_AROUND = "_tightfit_around"
 _DOOR = "_tightfit_door"
 
 
@@ -135,14 +134,32 @@ def movable_state(optimizer: Optimizer, parameter: torch.Tensor) -> dict[Any, to
     return {name: value for name, value in optimizer.state.get(parameter, {}).items() if is_movable(value)}
 
 
+@contextlib.contextmanager
+def around_parts(
+    optimizer: Optimizer, there: Callable[[Part], contextlib.AbstractContextManager[None]]
+) -> Iterator[None]:
+    """`there(part)` is around the step of each part meanwhile, as whoever has its state or its gradients elsewhere
+    brings them."""
+    listed = vars(optimizer).setdefault(_AROUND, [])
+    listed.append(there)
+    try:
+        yield
+    finally:
+        listed.remove(there)
+        if not listed:
+            delattr(optimizer, _AROUND)
+
+
 def step_parts(optimizer: Optimizer, parts: Iterable[Part]) -> None:
     """Step each part in its turn, without the optimizer's hooks."""
-    beside = vars(optimizer).get(AROUND)
+    around = vars(optimizer).get(_AROUND, ())
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):  # torch wraps each class's step so that hooks run
         step = step.__wrapped__
     for part in parts:
-        with beside(part) if beside is not None else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            for there in around:
+                stack.enter_context(there(part))
             if part.slices > 1 and _can_be_sliced(part.parameters[0]):
                 _step_slices(optimizer, part, step)
             else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,29 @@ def undisturbed(model: nn.Module, batch: Any = None) -> Iterator[Snapshot]:
         yield restart
     finally:
         restart.give_back()
+
+
+#: Called with each parameter that is given a gradient here.
+_placed: list[Callable[[torch.Tensor], None]] = []
+
+
+@contextlib.contextmanager
+def gradients_placed(told: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """`told` is called meanwhile with each parameter that is given another gradient for a pass: where gradients wait
+    off the device, that one does too."""
+    _placed.append(told)
+    try:
+        yield
+    finally:
+        _placed.remove(told)
+
+
+def _place(parameter: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    if gradient is not None and gradient.device != parameter.device:  # it waits elsewhere, and torch takes none so
+        gradient.data = gradient.data.to(parameter.device)
+    parameter.grad = gradient
+    for told in _placed if gradient is not None else ():
+        told(parameter)
 
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.Tensor)
@@ -105,14 +128,14 @@ class Snapshot:
         for parameter, gradient in self._gradients:
             parameter.grad = None
             if gradient is not None:
-                parameter.grad = torch.zeros_like(gradient)
+                _place(parameter, torch.zeros_like(gradient, device=parameter.device))
         self._put_back()
 
     def give_back(self) -> None:
         """As it was before the first pass, gradients included."""
         self._forget()
         for parameter, gradient in self._gradients:
-            parameter.grad = gradient
+            _place(parameter, gradient)
         self._put_back()
 
     def _put_back(self) -> None:

@@ -104,11 +104,11 @@ class FakeStep:
     One thing because known values, scratch and refusals are found in one look at each op.
     """
 
-    def __init__(self, target: Device | None = None, *, guesses: bool = False) -> None:
+    def __init__(self, target: Device | None = None, *, guess: float | None = None) -> None:
         self.target = target
         self.cuda = target is not None and not target.is_host  # CUDA's kernels stand for those of every card
         self.granule_bytes = MIN_BLOCK_BYTES if self.cuda else 1
-        self.guesses = guesses  # an optimizer reads its step count; only its control flow could depend on it
+        self.guess = guess  # an optimizer reads its step count; only its control flow could depend on it
         self._known: Any = WeakIdKeyDictionary()
         self._constants: dict[int, weakref.ref[torch.Tensor]] = {}  # real ones, by storage; gone when written to
         self._draws: Any = WeakIdKeyDictionary()  # single numbers from 0 up to 1
@@ -209,7 +209,9 @@ class FakeStep:
         if value is not None:
             with _disable_current_modes():
                 return value.item()
-        if self.guesses or (_logs.get() and tensor.is_floating_point()):
+        if self.guess is not None:
+            return self.guess
+        if _logs.get() and tensor.is_floating_point():
             return 1.0
         raise Unsupported(
             f"the model asks for the value of a {str(tensor.dtype).removeprefix('torch.')} tensor "

@@ -8,6 +8,7 @@ Invariant: no parameter is updated, and no data is copied.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ class OptimizerRecord:
     refused: str
 
 
+#: What numbers in the state are taken to be: one, as ASGD's weight of the mean is for long, or another number where a
+#: step divides by what is left of one (NAdam).
+_GUESSES = (1.0, 2.0)
+
+
 def record_optimizer(
     optimizer: torch.optim.Optimizer, target: Device | None = None, *, refused: str = ""
 ) -> OptimizerRecord:
@@ -78,8 +84,16 @@ def record_optimizer(
     Whether the step is `foreach` is decided as torch decides it for the real parameters, or for the target's. For fake
     parameters torch would silently switch it off.
     """
-    optimizer = bare(optimizer)
-    step = FakeStep(target, guesses=True)
+    for guess in _GUESSES[:-1]:
+        with contextlib.suppress(ZeroDivisionError):
+            return _recorded_by(guess, bare(optimizer), target, refused)
+    return _recorded_by(_GUESSES[-1], bare(optimizer), target, refused)
+
+
+def _recorded_by(
+    guess: float, optimizer: torch.optim.Optimizer, target: Device | None, refused: str
+) -> OptimizerRecord:
+    step = FakeStep(target, guess=guess)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     groups = []
     parameters: list[torch.Tensor] = []
@@ -121,6 +135,8 @@ def record_optimizer(
                 kinds = {(p.dtype, p.shape): cut.of(g, p) for g in twin.param_groups for p in g["params"]}
                 alone = [_recorded_part(step, twin, part) for part in kinds.values()]
     except Exception as error:
+        if isinstance(error, ZeroDivisionError) and guess != _GUESSES[-1]:
+            raise
         raise Unsupported(
             f"the step of {type(optimizer).__name__} cannot be run on fake tensors ({type(error).__name__}: {error}); "
             "trace without an optimizer and leave room for its state"

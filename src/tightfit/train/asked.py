@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -154,6 +155,9 @@ def as_asked(options: TrainOptions) -> tuple[Asked, Path, dict[str, Any] | None]
         parse_bytes(budget, whole_bytes=2**40)
     parse_levers(recipe.fit.levers)
     parse_host_budget(recipe.fit.host_budget)
+    decay = recipe.args.weight_decay
+    if not 0 <= decay < math.inf:  # the Trainer gives it to torch with the groups, where nobody looks at it
+        raise InvalidInput(f"expected a weight_decay of at least 0, not {decay}")
     if recipe.fit.plan is not None and recipe.fit.batch == AUTO:
         raise InvalidInput("a plan is for one size of batch, and batch: auto looks for another: leave one of them out")
     if base is not None and recipe.model.model_name_or_path is not None:

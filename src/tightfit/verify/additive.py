@@ -53,11 +53,13 @@ def compared_cut(
     loss: LossFunction | None = None,
     divisors: Sequence[Divisor] = tuple(Divisor),
     beside: Sequence[nn.Module] = (),
+    *,
+    in_float64: bool = True,
 ) -> tuple[tuple[Divisor, ...], Check]:
     """Those of `divisors` by which the parts add up to the whole, and the check that says so.
 
     `rows`: of each part. `beside`: other modules that the loss runs. The nearest comes first; more than one is left
-    where they weigh these parts alike.
+    where they weigh these parts alike. `in_float64`: in float64 too, where that can be.
     """
     weights = {each: found for each in divisors if (found := weights_of(each, parts, rows)) is not None}
     with contextlib.ExitStack() as stack:
@@ -71,7 +73,7 @@ def compared_cut(
             return (), Check(
                 name=_NAME, expected=_EXPECTED, measured=f"not alike: {refused}", tolerance="", passed=False
             )
-        exact = _steps_in_float64((model, *beside), (whole, *parts), loss, restart)
+        exact = _steps_in_float64((model, *beside), (whole, *parts), loss, restart) if in_float64 else None
         again = _reordered(model, whole, sum(rows), loss, restart) if exact is None else None
     unit = max(_unit(tensor.dtype) for tensor in own[0].values())
     if again is not None:

@@ -71,6 +71,7 @@ class CutStep:
     plan: Plan
     part: Any  # a micro-batch
     backward: Callable[[Any], None]  # forward and backward of all of the batch
+    whole: Trace | None = None  # the step of the batch uncut; none: nobody has recorded it yet
 
 
 def measure(
@@ -104,8 +105,10 @@ def measure(
             "the model is compiled, and measure counts the ops of uncompiled steps; tightfit.verify compares "
             "the compiled step with and without a plan"
         )
-    progress("tracing one step")
-    recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
+    recorded = None if cut is None else cut.whole
+    if recorded is None:
+        progress("tracing one step")
+        recorded = trace(model, batch, loss=loss, optimizer=optimizer, units=units)
     traced(recorded if cut is None else cut.trace)
     progress("planning")
     if cut is None:

@@ -3,8 +3,9 @@
 Needs from the trace: the step in chunks and of each parameter alone, with the bytes of state of each parameter
 (`Trace.optimizer`).
 Offers the planner: the state of the largest parameters elsewhere, for the seconds of copying it there and back, in a
-few sizes. Walked by the referee like any step. Carried out by `host`, around the step of each part. The arithmetic
-stays on the device, so it is proven bit by bit: parameters and state after a step.
+few sizes; a plan that has room left then moves that of fewer (`eased`). Of equal parameters the first are moved. Walked
+by the referee like any step. Carried out by `host`, around the step of each part. The arithmetic stays on the device,
+so it is proven bit by bit: parameters and state after a step.
 
 It is no default: it needs room elsewhere, and it has not been measured on a GPU.
 """
@@ -12,12 +13,13 @@ It is no default: it needs room elsewhere, and it has not been measured on a GPU
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from tightfit.core import InvalidInput, Lever, Plan, PlanMismatch, Trace, format_bytes
+from tightfit.core import InvalidInput, Lever, OptimizerStep, Plan, PlanMismatch, Status, Trace, format_bytes
 from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
-from tightfit.levers.optimizer_step import cut_of, cut_text, state_in_host, waiting_bytes
+from tightfit.levers.optimizer_step import Waiting, by_size, cut_of, cut_text, state_in_host, waiting_bytes
 
 __all__ = ["DEFINITION"]
 
@@ -38,24 +40,47 @@ class StateInHost(LeverDefinition):
         at = step.trace.optimizer
         if at is None or not at.in_chunks:
             return
-        sizes = sorted({p.size_bytes for part in at.in_chunks for p in part.parameters if p.state_bytes}, reverse=True)
-        # the least that tells these from smaller ones, whatever the device rounds sizes to; the last are all
-        divisions = [smaller + 1 for smaller in sizes[1:]] + [1] * bool(sizes)
         room_bytes = step.host_room_bytes
-        if room_bytes is not None:
-            divisions = [least for least in divisions if waiting_bytes(at, least) <= room_bytes]
-        told = set()
-        for least_bytes in [*divisions[:-1][: _DIVISIONS - 1], *divisions[-1:]]:
-            bytes_moved = waiting_bytes(at, least_bytes)
+        fitting = [each for each in by_size(at) if room_bytes is None or each[1] <= room_bytes]
+        divisions = [each for each in fitting[:-1] if not each[0].some]
+        told, before = {0}, 0.0
+        for waiting, bytes_moved in [*divisions[: _DIVISIONS - 1], *fitting[-1:]]:
             if bytes_moved in told:
                 continue
             told.add(bytes_moved)
-            trace = step.trace
-            rates = (trace.out_bytes_per_second, trace.back_bytes_per_second)
-            seconds = sum(bytes_moved / rate for rate in rates if rate)
-            setting = f"{least_bytes} {cut_text(at)}"
-            told_trace = state_in_host(trace, least_bytes)
-            yield step.with_setting(self, told_trace, setting, seconds=seconds, host_bytes=bytes_moved)
+            seconds = _seconds(step.trace, bytes_moved)
+            made = step.with_setting(
+                self, state_in_host(step.trace, waiting), f"{waiting} {cut_text(at)}", seconds=seconds,
+                host_bytes=bytes_moved,
+            )  # fmt: skip
+            yield dataclasses.replace(made, eases_seconds=made.eases_seconds + seconds - before)
+            before = seconds
+
+    def eased(self, trace: Trace, plan: Plan, peak_bytes: Callable[[Plan], int]) -> Plan:
+        at = trace.optimizer
+        if not self.is_used(plan) or at is None:
+            return plan
+        asked_bytes = waiting_bytes(at, self._waiting(plan))
+        fewer = [each for each, moved_bytes in by_size(at) if 0 < moved_bytes < asked_bytes]
+        if Lever.STEP_IN_BACKWARD.value in plan.settings:  # equal parameters are not told apart there
+            fewer = [each for each in fewer if not each.some]
+        enough, too_few = len(fewer), -1  # places in `fewer`; the last place is what the plan has
+        while enough - too_few > 1:
+            middle = (enough + too_few) // 2
+            if peak_bytes(self._with(at, trace, plan, fewer[middle])) <= plan.budget_bytes:
+                enough = middle
+            else:
+                too_few = middle
+        return plan if enough == len(fewer) else self._with(at, trace, plan, fewer[enough])
+
+    def _with(self, at: OptimizerStep, trace: Trace, plan: Plan, waiting: Waiting) -> Plan:
+        """`plan` with this state elsewhere and no other."""
+        before, now = (_seconds(trace, waiting_bytes(at, each)) for each in (self._waiting(plan), waiting))
+        return dataclasses.replace(
+            plan, settings={**plan.settings, self.lever.value: f"{waiting} {cut_text(at)}"},
+            other_seconds=max(0.0, plan.other_seconds + now - before), step_seconds=plan.step_seconds + now - before,
+            status=Status.FEASIBLE,
+        )  # fmt: skip
 
     def under(self, trace: Trace, plan: Plan) -> Trace:
         if not self.is_used(plan):
@@ -65,7 +90,7 @@ class StateInHost(LeverDefinition):
                 "the plan keeps optimizer state in host memory, and this trace has no such step: trace with the "
                 "optimizer"
             )
-        return state_in_host(trace, self._least_bytes(plan))
+        return state_in_host(trace, self._waiting(plan))
 
     @contextlib.contextmanager
     def in_force(self, model: Any, plan: Plan, given: Given) -> Iterator[None]:
@@ -77,7 +102,7 @@ class StateInHost(LeverDefinition):
                 "the plan keeps optimizer state in host memory, and no optimizer was given: pass optimizer="
             )
         cut = Cut(*cut_of(plan.settings[self.lever.value].partition(" ")[2]))
-        waiting = HostState(given.optimizer, self._least_bytes(plan), given.pool)
+        waiting = HostState(given.optimizer, self._waiting(plan), given.pool)
         with waiting, stepping_in_chunks(given.optimizer, cut):
             yield
 
@@ -94,20 +119,27 @@ class StateInHost(LeverDefinition):
         )
 
     def host_bytes(self, planned: Trace, plan: Plan) -> int:
-        return 0 if planned.optimizer is None else waiting_bytes(planned.optimizer, self._least_bytes(plan))
+        return 0 if planned.optimizer is None else waiting_bytes(planned.optimizer, self._waiting(plan))
 
     def how(self, plan: Plan) -> str:
         return "with optimizer state in host memory"
 
     def said(self, plan: Plan) -> str:
-        least = format_bytes(self._least_bytes(plan))
-        return f"optimizer state of parameters from {least} waits in host memory: the same bits"
+        waiting = self._waiting(plan)
+        more = f", and of {waiting.some} from {format_bytes(waiting.some_from_bytes)}," if waiting.some else ""
+        least = format_bytes(waiting.from_bytes)
+        return f"optimizer state of parameters from {least}{more} waits in host memory: the same bits"
 
     def fact(self, plan: Plan) -> tuple[str, str | None]:
         return "optimizer state", self.said(plan) if self.is_used(plan) else None
 
-    def _least_bytes(self, plan: Plan) -> int:
-        return int(plan.settings[self.lever.value].partition(" ")[0])
+    def _waiting(self, plan: Plan) -> Waiting:
+        return Waiting.of(plan.settings[self.lever.value].partition(" ")[0])
+
+
+def _seconds(trace: Trace, size_bytes: int) -> float:
+    """What it takes to copy so many bytes there and back."""
+    return sum(size_bytes / rate for rate in (trace.out_bytes_per_second, trace.back_bytes_per_second) if rate)
 
 
 DEFINITION = StateInHost()

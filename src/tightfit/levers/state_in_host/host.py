@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from tightfit.step.geometry import alone
-from tightfit.step.optimizers import AROUND, Part, bytes_of, is_movable, movable_state
+from tightfit.levers.optimizer_step import Waiting
+from tightfit.step.geometry import laid_out_like
+from tightfit.step.optimizers import Part, around_parts, bytes_of, is_movable, movable_state
 from tightfit.step.run import elsewhere
 
 __all__ = ["HostState", "loaded_on_host", "settled"]
@@ -36,16 +37,17 @@ Take = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 
 
 class HostState:
-    """While it is open, the state of parameters of at least `least_bytes` waits in room of `pool`. What finds no room
+    """While it is open, the state of the parameters that `waiting` chooses waits in room of `pool`. What finds no room
     there stays on the device."""
 
-    def __init__(self, optimizer: Optimizer, least_bytes: int, pool: Any) -> None:
-        self.optimizer, self.least_bytes, self.pool = optimizer, least_bytes, pool
+    def __init__(self, optimizer: Optimizer, waiting: Waiting, pool: Any) -> None:
+        self.optimizer, self.waiting, self.pool = optimizer, waiting, pool
+        self._chosen: dict[torch.Tensor, bool] = {}
         # by parameter and name: room in host memory, which is used again in every step
         self._rooms: dict[torch.Tensor, dict[Any, torch.Tensor]] = {}
         self._buffers: dict[torch.Tensor, list[torch.Tensor]] = defaultdict(list)
         self._from_host: set[torch.Tensor] = set()  # parameters whose state was in host memory before
-        self._loading = contextlib.ExitStack()
+        self._undo = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def _there(self, part: Part) -> Iterator[None]:
@@ -60,7 +62,11 @@ class HostState:
                 self._send(parameter)
 
     def _waits(self, parameter: torch.Tensor) -> bool:
-        return bytes_of(parameter) >= self.least_bytes
+        if parameter not in self._chosen:  # a group may have come
+            trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+            self._chosen |= zip(trained, self.waiting.chosen(map(bytes_of, trained)), strict=True)
+            self._chosen.setdefault(parameter, bytes_of(parameter) >= self.waiting.from_bytes)  # trained no longer
+        return self._chosen[parameter]
 
     def _bring(self, parameter: torch.Tensor, *, waits: bool = False) -> None:
         rooms = self._rooms.get(parameter, {})
@@ -96,12 +102,12 @@ class HostState:
         if buffer is None:
             return None
         self._buffers[parameter].append(buffer)
-        room: torch.Tensor = alone(buffer[:size_bytes]).view(value.dtype).as_strided(value.shape, value.stride())
+        room = laid_out_like(value, buffer)
         elsewhere[room] = True
         return room
 
     def __enter__(self) -> HostState:
-        setattr(self.optimizer, AROUND, self._there)
+        self._undo.enter_context(around_parts(self.optimizer, self._there))
         for parameter in list(self.optimizer.state):
             if isinstance(parameter, torch.Tensor) and self._waits(parameter):
                 state = movable_state(self.optimizer, parameter).values()
@@ -109,14 +115,13 @@ class HostState:
                     self._from_host.add(parameter)
                 self._send(parameter)
         _settle(self.optimizer, lambda parameter: not self._waits(parameter))
-        self._loading.enter_context(_taken_at_loading(self.optimizer, self._waits, self._sent))
+        self._undo.enter_context(_taken_at_loading(self.optimizer, self._waits, self._sent))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._loading.close()
-        delattr(self.optimizer, AROUND)
+        self._undo.close()
         left = 0
         for parameter in list(self._rooms):
             if parameter in self._from_host:

@@ -33,7 +33,8 @@ class StepInBackward(LeverDefinition):
     steps_optimizer = True
 
     def variants(self, step: Variant) -> Iterator[Variant]:
-        if not_in_backward(step.trace) or Lever.OPTIMIZER_CHUNKS in step.levers:
+        otherwise = {Lever.OPTIMIZER_CHUNKS, Lever.GRADIENTS_IN_HOST}  # they step when all gradients are there
+        if not_in_backward(step.trace) or otherwise & step.levers:
             return
         trace = in_backward(step.trace)
         assert trace.optimizer is not None

@@ -310,7 +310,7 @@ class _Guard:
 
     def __init__(self) -> None:
         self.steps: list[_Step] = []
-        self.before: list[tuple[Any, str, Any]] = []
+        self.replaced: list[tuple[Any, str, Any, Any]] = []
 
     def add(self, step: _Step) -> None:
         if not self.steps:
@@ -324,15 +324,17 @@ class _Guard:
 
     def discard(self, step: _Step) -> None:
         self.steps.remove(step)
-        while not self.steps and self.before:
-            owner, name, original = self.before.pop()
-            setattr(owner, name, original)
+        while not self.steps and self.replaced:
+            owner, name, ours, original = self.replaced.pop()
+            if vars(owner).get(name) is ours:  # else somebody has replaced it since; without a step it does as torch's
+                setattr(owner, name, original)
 
     def _replace(self, owner: Any, name: str, make: Callable[[str, Any], Any]) -> None:
         original = getattr(owner, name, None)
         if original is not None:
-            self.before.append((owner, name, original))
-            setattr(owner, name, make(name, original))
+            ours = make(name, original)
+            self.replaced.append((owner, name, ours, original))
+            setattr(owner, name, ours)
 
     def _of_parameters(self, name: str, original: Any) -> Any:
         def clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:

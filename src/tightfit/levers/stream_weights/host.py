@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tightfit import accelerator
 from tightfit.core import InvalidInput, PlanMismatch, ReplayDiverged, Unsupported
@@ -41,7 +40,7 @@ from tightfit.step.mapped import Mapped
 from tightfit.step.parallel import Strategy, strategy_of
 from tightfit.step.patches import MethodPatch
 from tightfit.step.run import comes_back, is_elsewhere, stays_elsewhere
-from tightfit.step.saved import without_history
+from tightfit.step.saved import quietly, without_history
 from tightfit.step.weights import FrozenModule, Lender, frozen_modules, lend, lender_of, nodes_of_its_own
 
 __all__ = ["Streamed", "streaming"]
@@ -99,7 +98,7 @@ class _Weight:
     def send(self) -> None:
         """Copy what the tensor has to the room, and put the tensor there."""
         if not self.is_home():
-            with _quietly():
+            with quietly():
                 self.room.copy_(self.tensor.detach())
                 self.tensor.data = self.room
         self.changes += 1
@@ -110,7 +109,7 @@ class _Weight:
     def bring_back(self) -> None:
         """Put the tensor on the device for good."""
         if self.is_home():
-            with _quietly():
+            with quietly():
                 self.tensor.data = self._on(_copied(self.buffer, self.device))
 
     def leave(self) -> None:
@@ -123,7 +122,7 @@ class _Weight:
 
     def only_moves(self, function: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         """Does `function` give a tensor of this kind, on the weight's device or in host memory?"""
-        with _quietly():
+        with quietly():
             given = torch.empty(0, dtype=self.tensor.dtype)
             found = function(given)
         return found.dtype is given.dtype and found.device in (self.device, given.device)
@@ -134,7 +133,7 @@ class _Weight:
 
     def fresh(self) -> torch.Tensor:
         """A copy on the device."""
-        with _quietly():
+        with quietly():
             copy = self._on(_copied(self.buffer, self.device))
             if self.to_compare > 0:
                 self.compare(copy)
@@ -164,7 +163,7 @@ class _Weight:
 
 def _are_alike(room: torch.Tensor, copy: torch.Tensor) -> bool:
     """Bit by bit; across devices by checksum, so that nothing large is copied."""
-    with _quietly():
+    with quietly():
         if room.device == copy.device:
             return torch.equal(_as_bytes(room), _as_bytes(copy))
         one, other = checksum(room), checksum(copy)
@@ -173,13 +172,6 @@ def _are_alike(room: torch.Tensor, copy: torch.Tensor) -> bool:
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """No dispatch mode sees what runs inside, no history is made, and tensors are ordinary ones."""
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def _copied(room: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -197,7 +189,7 @@ class _Away:
 
     def tensor(self) -> torch.Tensor:
         copy = self.lender.copy(self.version)
-        with _quietly():
+        with quietly():
             return self.geometry.on_storage(copy.untyped_storage())
 
 
@@ -260,7 +252,7 @@ class _Module:
     def _take(self, tensor: torch.Tensor) -> None:
         if is_elsewhere(tensor):
             raise InvalidInput("the model's weights are streamed by a plan that is in force already; remove it first")
-        with _quietly():  # a frame around this module compares its ops with those of the replay
+        with quietly():  # a frame around this module compares its ops with those of the replay
             device = self.device or tensor.device
             in_file = tensor in self.mapped
             buffer = None if in_file else self.pool.room_for(tensor, device)
@@ -276,13 +268,13 @@ class _Module:
     def there(self) -> Iterator[dict[_Weight, torch.Tensor]]:
         """The weights are on the device."""
         copies = {weight: weight.fresh() for weight in self.weights if weight.is_home()}
-        with _quietly():
+        with quietly():
             for weight, copy in copies.items():
                 weight.tensor.data = copy
         try:
             yield copies
         finally:
-            with _quietly():
+            with quietly():
                 for weight, copy in copies.items():
                     if weight.tensor.untyped_storage()._cdata == copy.untyped_storage()._cdata:  # else replaced
                         weight.tensor.data = weight.room
@@ -324,7 +316,7 @@ class _Module:
         """`node` holds, or may reach, weights of this module: they are on the device while its backward runs."""
         held = [(t, weight, Geometry.of(t)) for t in _tensors_on(node) if isinstance(weight := lender_of(t), _Weight)]
         versions = {weight: weight.version for weight in self.weights}
-        with _quietly():
+        with quietly():
             for tensor, weight, geometry in held:
                 tensor.data = geometry.on_storage(weight.room.untyped_storage())
         opened: list[contextlib.ExitStack] = []
@@ -332,7 +324,7 @@ class _Module:
         def before(*_: Any) -> None:
             copies = {weight: weight.copy(version) for weight, version in versions.items()}
             undo = contextlib.ExitStack()
-            with _quietly():
+            with quietly():
                 targets = [(t, geometry, weight) for t, weight, geometry in held if weight in copies]
                 # a parameter's own tensor is read by nobody in backward; the others are what quantised ones carry
                 targets += [(w.tensor, w.geometry, w) for w in copies if not isinstance(w.tensor, nn.Parameter)]
@@ -350,7 +342,7 @@ class _Module:
 
 
 def _put(tensor: torch.Tensor, data: torch.Tensor) -> None:
-    with _quietly():
+    with quietly():
         tensor.data = data
 
 

@@ -1,0 +1,348 @@
+"""Gradients that wait in host memory, and are on the device while something is added to them or they are stepped with.
+
+Idea: `p.grad` stays the tensor that it is, and its data lies on room in host memory. So whoever reads gradients between
+backward and step (a log, a hook before the step) reads the right numbers, there. Before autograd adds to a gradient it
+is brought back, and autograd itself adds, as ever; when a gradient is whole it is sent. For the step of its parameter
+it is brought once more.
+
+torch's own clipping would compute with the host's arithmetic, in another order. So meanwhile its functions bring one
+gradient at a time, and add up the norms in the order in which torch does on the device.
+
+On the CPU the room lies outside torch's allocator, as what is offloaded does: it stands for another device. Copies are
+waited for when they leave; on the way back the device's own queue has them in order.
+
+Invariant: on leaving, gradients are on the device (where it has no room for one, a warning says so). Room is only
+written again when nobody else holds what lay on it. What cannot be moved stays: sparse gradients, those with gaps or a
+history, and what finds no room. Refused: `GradScaler`, which looks at all gradients at once, and several processes
+(`Unsupported`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils._foreach_utils import _device_has_foreach_support, _has_foreach_support
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype as _by_kind
+
+from tightfit.core import Unsupported
+from tightfit.step.geometry import is_dense, laid_out_like
+from tightfit.step.optimizers import Part, around_parts, bytes_of
+from tightfit.step.parallel import Strategy, strategy_of
+from tightfit.step.run import comes_back, is_elsewhere, stays_elsewhere
+from tightfit.step.saved import quietly
+from tightfit.step.snapshot import gradients_placed
+
+__all__ = ["HostGradients"]
+
+
+class HostGradients:
+    """While it is open, gradients of parameters of at least `least_bytes` wait in room of `pool`."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, least_bytes: int, pool: Any) -> None:
+        self.model, self.optimizer, self.least_bytes, self.pool = model, optimizer, least_bytes, pool
+        self._rooms: dict[torch.Tensor, _Room] = {}
+        self.hooked: set[torch.Tensor] = set()
+        self._brought: set[torch.Tensor] = set()  # for an addition that is not done
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> HostGradients:
+        if strategy_of(self.model) is not Strategy.ONE:
+            raise Unsupported(
+                "gradients are reduced over several processes, and those cannot wait in host memory: leave "
+                "gradients_in_host out of the levers"
+            )
+        with contextlib.ExitStack() as undo:
+            for parameter in self.model.parameters():
+                self._hook(parameter)
+            undo.push(self._undo)
+            undo.enter_context(around_parts(self.optimizer, self._there))
+            undo.enter_context(gradients_placed(self._place))
+            undo.enter_context(_functions.for_(self))
+            self._undo = undo.pop_all()
+        for each in self.hooked:
+            self._send(each)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._undo.close()
+        left = 0
+        for parameter in self.hooked:
+            try:
+                self._bring(parameter, waits=True)  # the room may be gone before the device has read it
+            except torch.OutOfMemoryError:
+                left += 1
+        for parameter, room in self._rooms.items():
+            if not room.is_held():
+                comes_back(room.tensor)
+                self.pool.room_is_free(room.buffer, parameter.device)
+        self._rooms.clear()
+        if left:
+            warnings.warn(
+                f"the device has no room for the gradients of {left} parameters: they stay in host memory, where "
+                "nothing can be added to them; let them go (zero_grad) before the next backward",
+                stacklevel=2,
+            )
+
+    def _hook(self, parameter: torch.Tensor) -> None:
+        if parameter in self.hooked or not parameter.requires_grad or not parameter.is_leaf:
+            return
+        if bytes_of(parameter) < self.least_bytes:
+            return
+        self.hooked.add(parameter)
+        self._undo.callback(parameter.register_hook(functools.partial(self._before_adding, parameter)).remove)
+        self._undo.callback(parameter.register_post_accumulate_grad_hook(self._is_whole).remove)
+
+    # -- in backward
+
+    def _before_adding(self, parameter: torch.Tensor, _: torch.Tensor) -> None:
+        """Autograd is about to add to the gradient. `torch.autograd.grad` asks too, and adds nothing."""
+        for other in self._brought - {parameter}:
+            self._send(other)
+        self._brought = {parameter}
+        self._bring(parameter)
+
+    def _is_whole(self, parameter: torch.Tensor) -> None:
+        self._brought.discard(parameter)
+        self._send(parameter)
+
+    def _place(self, parameter: torch.Tensor) -> None:
+        """`parameter` was given another gradient."""
+        if parameter in self.hooked:
+            self._send(parameter)
+
+    # -- in the step, and where gradients are clipped
+
+    @contextlib.contextmanager
+    def _there(self, part: Part) -> Iterator[None]:
+        """The gradients of `part` are on the device."""
+        for parameter in part.parameters:
+            self._hook(parameter)  # one that came later, or is trained only now
+        with self.on_device(part.parameters):
+            yield
+
+    @contextlib.contextmanager
+    def on_device(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Those gradients of `parameters` that wait are there meanwhile, and what is changed in them is kept."""
+        moved = []
+        for parameter in parameters:
+            if self.has(parameter):
+                gradient = parameter.grad
+                assert gradient is not None
+                home = gradient.data
+                self._bring(parameter)
+                moved.append((parameter, gradient, home, gradient._version))
+        try:
+            yield
+        finally:
+            while moved:
+                parameter, gradient, home, version = moved.pop()
+                if parameter.grad is gradient and gradient._version == version:
+                    with quietly():
+                        gradient.data = home  # as it was: nothing to copy
+                else:
+                    del home  # or its room would seem to be held by somebody
+                    self._send(parameter)
+
+    def has(self, parameter: torch.Tensor) -> bool:
+        """Does the gradient of `parameter` wait here?"""
+        return parameter in self.hooked and parameter.grad is not None and is_elsewhere(parameter.grad)
+
+    # -- there and back
+
+    def _bring(self, parameter: torch.Tensor, *, waits: bool = False) -> None:
+        gradient = parameter.grad
+        if gradient is None or not is_elsewhere(gradient):
+            return
+        with quietly():
+            fresh = torch.empty_strided(
+                gradient.shape, gradient.stride(), dtype=gradient.dtype, device=parameter.device
+            )
+            gradient.data = fresh.copy_(gradient.detach(), non_blocking=not waits)
+
+    def _send(self, parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None or is_elsewhere(gradient) or not _can_wait(gradient):
+            return
+        room = self._room(parameter, gradient)
+        if room is None:
+            return
+        with quietly():
+            room.tensor.copy_(gradient.detach())  # done when it returns: anyone may read the host's numbers at once
+            gradient.data = room.tensor
+
+    def _room(self, parameter: torch.Tensor, gradient: torch.Tensor) -> _Room | None:
+        room = self._rooms.get(parameter)
+        if room is not None and room.suits(gradient) and not room.is_held():
+            return room
+        buffer = self.pool.room(gradient.numel() * gradient.element_size(), parameter.device)
+        if buffer is None:
+            return None
+        if room is not None and not room.is_held():
+            comes_back(room.tensor)
+            self.pool.room_is_free(room.buffer, parameter.device)
+        self._rooms[parameter] = _Room(buffer, laid_out_like(gradient, buffer))
+        return self._rooms[parameter]
+
+
+class _Room:
+    """Room in host memory for one gradient."""
+
+    def __init__(self, buffer: torch.Tensor, tensor: torch.Tensor) -> None:
+        self.buffer, self.tensor = buffer, tensor
+        stays_elsewhere(tensor)
+        self._holders = self._count()
+
+    def _count(self) -> int:
+        return torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata)
+
+    def is_held(self) -> bool:
+        """Does anyone else hold what lies here: a gradient that waits, or one that a loop has kept for itself?"""
+        return self._count() > self._holders
+
+    def suits(self, gradient: torch.Tensor) -> bool:
+        known = self.tensor
+        same = known.shape == gradient.shape and known.stride() == gradient.stride()
+        return same and known.dtype == gradient.dtype
+
+
+def _can_wait(gradient: torch.Tensor) -> bool:
+    return (
+        gradient.layout is torch.strided and not gradient.requires_grad and gradient.numel() > 0 and is_dense(gradient)
+    )
+
+
+# ------------------------------------------------------------------------------ functions that look at all gradients
+
+
+class _Functions:
+    """torch's functions that clip gradients, and the one that scales losses, while gradients wait somewhere.
+
+    A function is put back by the last who needs it, unless somebody has replaced it since: then it stays, and does what
+    torch's does.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[HostGradients] = []
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def for_(self, gradients: HostGradients) -> Iterator[None]:
+        if not self.waiting:
+            clip = torch.nn.utils.clip_grad
+            for module, names in ((clip, ("_get_total_norm",)), (torch.nn.utils, ("get_total_norm",))):
+                self._replace(module, names, self._total_norm)
+            each = ("_clip_grads_with_norm_", "clip_grads_with_norm_", "clip_grad_value_")
+            for module in (clip, torch.nn.utils):
+                self._replace(module, each, self._one_at_a_time)
+            self._replace(torch.amp.GradScaler, ("scale",), self._scaling)
+        self.waiting.append(gradients)
+        try:
+            yield
+        finally:
+            self.waiting.remove(gradients)
+            while not self.waiting and self._replaced:
+                owner, name, ours, original = self._replaced.pop()
+                if vars(owner).get(name) is ours:
+                    setattr(owner, name, original)
+
+    def _replace(self, owner: Any, names: Sequence[str], make: Callable[[Any], Any]) -> None:
+        for name in names:
+            original = vars(owner).get(name)
+            if original is not None:
+                self._replaced.append((owner, name, make(original), original))
+                setattr(owner, *self._replaced[-1][1:3])
+
+    def _holder(self, parameter: torch.Tensor) -> HostGradients | None:
+        return next((each for each in self.waiting if each.has(parameter)), None)
+
+    def _total_norm(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def total_norm(
+            tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+        ) -> torch.Tensor:
+            given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+            owners = {id(p.grad): (p, each) for each in self.waiting for p in each.hooked if each.has(p)}
+            if not any(id(tensor) in owners for tensor in given):
+                return original(given, norm_type, error_if_nonfinite, foreach)  # type: ignore[no-any-return]
+            with torch.no_grad():
+                total = _added_up(given, owners, float(norm_type), foreach)
+            if error_if_nonfinite and not total.isfinite():
+                raise RuntimeError(
+                    f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it "
+                    "cannot be clipped. To disable this error and scale the gradients by the non-finite norm anyway, "
+                    "set `error_if_nonfinite=False`"
+                )
+            return total
+
+        return total_norm
+
+    def _one_at_a_time(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def clip(parameters: Any, *args: Any, **kwargs: Any) -> None:
+            given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            here = []
+            for parameter in given:
+                holder = self._holder(parameter)
+                if holder is None:
+                    here.append(parameter)
+                    continue
+                with holder.on_device([parameter]):
+                    original([parameter], *args, **kwargs)
+            if here:
+                original(here, *args, **kwargs)
+
+        return clip
+
+    def _scaling(self, original: Any) -> Any:
+        waiting = self.waiting
+
+        @functools.wraps(original)
+        def scale(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if waiting and self.is_enabled():
+                raise Unsupported(
+                    "GradScaler looks at all gradients at once, and they wait in host memory: leave gradients_in_host "
+                    "out of the levers"
+                )
+            return original(self, *args, **kwargs)
+
+        return scale
+
+
+def _added_up(
+    given: Sequence[torch.Tensor],
+    owners: dict[int, tuple[torch.Tensor, HostGradients]],
+    norm_type: float,
+    foreach: bool | None,
+) -> torch.Tensor:
+    """The norm that torch finds of these gradients on the device, with one of them there at a time."""
+    devices = [owners[id(t)][0].device if id(t) in owners else t.device for t in given]
+    stand_ins = [torch.empty(0, dtype=t.dtype, device=d) for t, d in zip(given, devices, strict=True)]
+    norms: list[torch.Tensor] = []
+    groups = _by_kind([stand_ins], with_indices=True)  # type: ignore[list-item]
+    for (device, _), (_, places) in groups.items():
+        supported = _has_foreach_support(stand_ins, device) if foreach is None else _device_has_foreach_support(device)
+        if foreach and not supported:
+            raise RuntimeError(f"foreach=True was passed, but can't use the foreach API on {device.type} tensors")
+        for place in places:
+            tensor = given[place]
+            parameter, holder = owners.get(id(tensor), (None, None))
+            with contextlib.nullcontext() if holder is None else holder.on_device([parameter]):  # type: ignore[list-item]
+                if supported and foreach is not False:
+                    norms += torch._foreach_norm([tensor], norm_type)
+                else:
+                    norms.append(torch.linalg.vector_norm(tensor, norm_type))
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack([each.to(devices[0]) for each in norms]), norm_type)
+    return total
+
+
+_functions = _Functions()
