@@ -199,12 +199,11 @@ class StepRecording:
     def _time_again(self, full: Recorder) -> None:
         """Run the step for its ops' seconds alone, as often as their timings ask for. Timings that other processes
         disturbed are made anew, on one thread."""
-        if is_short(full.equals()):
-            return
-        alone = is_disturbed(full.equals())
+        short = is_short(full.equals())
+        alone = not short and is_disturbed(full.equals())
         for call in full.calls if alone else ():
             call.samples.clear()
-        for _ in range(_MORE_PASSES):
+        for _ in range(0 if short else _MORE_PASSES):
             if not in_doubt(full.equals()):
                 break
             self.restart()
@@ -215,7 +214,8 @@ class StepRecording:
             for call, sample in zip(full.dispatched, timer.samples, strict=True):
                 call.samples.append(spread(sample) if alone else sample)
         if accelerator.is_host(device_of(self.model)) and not alone:
-            full.whole = min((self._whole() for _ in range(_WHOLE)), key=lambda sample: sample.seconds)
+            runs = (self._whole() for _ in range(1 if short else _WHOLE))
+            full.whole = min(runs, key=lambda sample: sample.seconds)
 
     def _whole(self) -> Sample:
         """A timing of the whole step, in which nothing is watched."""

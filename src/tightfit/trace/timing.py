@@ -170,7 +170,7 @@ _SMALL_FLOPS = 4096
 _DOUBT = 0.1
 
 
-#: A step below this is timed in the passes that are needed anyway, and no more.
+#: A step below this is timed in the passes that are needed anyway, and once as a whole.
 _SHORT_SECONDS = 0.02
 
 #: What calling an op takes the host at most, beside the op: Python, and autograd's node.
