@@ -185,7 +185,7 @@ class StepRecording:
             if line := accelerator.peak_unknown(device_of(model)):
                 notes += (f"bytes that kernels use inside are taken to be none: {line}",)
         if fake is None:
-            self._time_again(full)
+            self._time_again(full, anew)
         assembly = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes)
         trace = assembly.trace()
         if fake is not None:
@@ -196,7 +196,7 @@ class StepRecording:
             trace = dataclasses.replace(trace, fresh_seconds_per_byte=rate)
         return trace if self.tail is None else behind(trace, self.tail)
 
-    def _time_again(self, full: Recorder) -> None:
+    def _time_again(self, full: Recorder, anew: bool) -> None:
         """Run the step for its ops' seconds alone, as often as their timings ask for. Timings that other processes
         disturbed are made anew, on one thread."""
         short = is_short(full.equals())
@@ -214,7 +214,7 @@ class StepRecording:
             for call, sample in zip(full.dispatched, timer.samples, strict=True):
                 call.samples.append(spread(sample) if alone else sample)
         if accelerator.is_host(device_of(self.model)) and not alone:
-            runs = (self._whole() for _ in range(1 if short else _WHOLE))
+            runs = (self._whole() for _ in range(1 if short or anew else _WHOLE))
             full.whole = min(runs, key=lambda sample: sample.seconds)
 
     def _whole(self) -> Sample:
