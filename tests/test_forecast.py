@@ -165,7 +165,7 @@ def test_on_the_way_a_plan_from_nearby_is_enough_and_the_ends_have_their_own(mon
     device, room = card(0), 160 * 2**20
     here = least(trace_for(TINY, device), room)
     static = sum(trace_for(TINY, device).static_bytes.values())
-    found = search.largest_fitting(TINY, device, room, lambda _: None, "batch", here, static, exact_only(None))
+    found = search.largest_fitting(TINY, device, room, lambda _: None, "batch", here, static, exact_only(None)).size
     assert found > 8 and {found, found + 1} <= set(traced)
     assert [each.runs for each in planned].count(True) >= 1 and not all(each.runs for each in planned)
     assert len(planned) < len(set(traced))

@@ -154,6 +154,14 @@ def _carried(made: Plan, recorded: Trace, host_budget: int | None) -> Plan | Non
     return found if within else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Largest:
+    """The end of a search."""
+
+    size: int  # that fits; 0: none does
+    tokens: float  # of a step that just fills the room, by the line between the two sizes at the end
+
+
 def largest_fitting(
     setup: Setup,
     device: Device,
@@ -164,13 +172,15 @@ def largest_fitting(
     static_bytes: int,
     levers: frozenset[Lever] | None,
     host_budget: int | None = None,
-) -> int:
+    tokens: float | None = None,
+) -> Largest:
     """The largest batch, or the longest sequence in steps of 64 tokens, whose step some plan fits into `room`.
 
     Bytes are nearly affine in both, so a line through the rooms that two sizes need says where to look next. On the way
     the plan of a size nearby is tried, which takes a tenth of the time of a plan. The ends are told by plans of their
     own: what is said to fit, and that the next size does not. `here`: the answer for the size that was asked for.
-    `static_bytes`: what does not depend on the size. 0: not even the smallest fits.
+    `static_bytes`: what does not depend on the size. `tokens`: about so many were found to fit in another shape, so
+    that size is looked at first. Size 0: not even the smallest fits.
     """
     step = 1 if what == "batch" else SEQ_STEP
     positions = positions_in(build_model(setup))
@@ -182,6 +192,7 @@ def largest_fitting(
         tried[asked // step] = here
     low, high = 0, most + 1  # low fits (or is nothing), high does not
     guess = min(max(1, asked // step), most)
+    first = None if tokens is None else int(tokens * asked / (setup.batch * setup.seq * step))
     stride = 0  # once a plan of a size's own fits where one from nearby did not: how far the next is, each settled
     while True:
         if low < high - 1:
@@ -200,9 +211,13 @@ def largest_fitting(
             if not tried[low].runs:
                 low, high = max((size for size in tried if size < low and tried[size].runs), default=0), low
         else:
-            return max(low * step, asked if here.runs else 0)
-        sizes.keep(low, high)
-        if stride:
+            found = max(low * step, asked if here.runs else 0)
+            return Largest(size=found, tokens=_reached(tried, room, low, high) * setup.batch * setup.seq * step / asked)
+        below = max((size for size in tried if size < low and tried[size].runs), default=low)
+        sizes.keep(below, low, high)
+        if first is not None and low < high - 1:
+            guess, first = min(max(first, low + 1), high - 1), None
+        elif stride:
             guess, stride = min(low + stride, max(low + 1, (low + high) // 2)), 2 * stride
         else:
             guess = _guess(tried, static_bytes, room, low, high)
@@ -300,6 +315,16 @@ def _least_of(setup: Setup, device: Device, room: int, host_budget: int | None) 
 
 #: From one answer to the next a size grows by so many times at most, where nothing is known to be too large.
 _GROWTH = 16
+
+
+def _reached(tried: Mapping[int, Least], room: int, low: int, high: int) -> float:
+    """Where the line from `low`, which fits, to `high`, which does not, reaches the room."""
+    if low not in tried or high not in tried:
+        return low
+    needed, more = tried[low].needed_bytes, tried[high].needed_bytes
+    if not needed < room < more:
+        return low
+    return low + (room - needed) * (high - low) / (more - needed)
 
 
 def _guess(tried: Mapping[int, Least], static_bytes: int, room: int, low: int, high: int) -> int:
