@@ -25,6 +25,7 @@ from tightfit.forecast.setup import MOST_TOKENS, Progress, Setup, build_model, p
 from tightfit.levers import allowed, exact_only
 from tightfit.plan import Effort, lowest
 from tightfit.plan.account import bytes_reserved, has_caching_allocator, host_bytes, laid_out
+from tightfit.plan.indexed import without_collecting
 from tightfit.plan.planning import feasible
 from tightfit.plan.program import shared
 from tightfit.plan.simulate import allocations, simulate
@@ -44,6 +45,7 @@ def can_hold_floor(levers: frozenset[Lever] | None) -> bool:
     return any(each.lowers_floor for each in allowed(levers))
 
 
+@without_collecting()
 def fitted(
     recorded: Trace,
     room: int,
@@ -99,6 +101,7 @@ class Least:
 _HALVINGS = 4
 
 
+@without_collecting()
 def least(recorded: Trace, room: int, levers: frozenset[Lever] | None = None, host_budget: int | None = None) -> Least:
     """Whether some plan runs within `room`, and what the one of the lowest peak takes."""
     made = lowest(recorded, effort=QUICK, levers=levers, host_budget=host_budget)
@@ -125,6 +128,7 @@ def _laid_out(recorded: Trace, made: Plan, room: int) -> Least:
     return Least(runs=runs, peak_bytes=made.peak_bytes, reserved_bytes=reserved, fits_in=fits_in, made=made)
 
 
+@without_collecting()
 def _carried(made: Plan, recorded: Trace, host_budget: int | None) -> Plan | None:
     """`made`, the plan of a step of another size, for `recorded`; None where it does not go with it. Its seconds and
     its bound are those of the other step."""
@@ -249,6 +253,7 @@ class _Sizes:
         """Forget the traces of others."""
         self._traces = {size: recorded for size, recorded in self._traces.items() if size in sizes}
 
+    @without_collecting()
     def looked_at(self, size: int) -> Least:
         """By the plan of a size nearby, if there is one; else settled."""
         if self._may_be_exact(size):
@@ -264,6 +269,7 @@ class _Sizes:
                     return found
         return self.settled(size)
 
+    @without_collecting()
     def settled(self, size: int) -> Least:
         """By plans of its own."""
         if self._may_be_exact(size):
