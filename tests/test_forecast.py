@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tightfit
 from tightfit import forecast
@@ -25,6 +26,7 @@ from tightfit.levers import exact_only
 from tightfit.plan import lowest, solver
 from tightfit.plan.simulate import allocations
 from tightfit.report import forecast_report
+from tightfit.trace.fake import FakeStep
 
 ROOT = Path(__file__).parents[1]
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "forecast.py"))
@@ -165,10 +167,42 @@ def test_on_the_way_a_plan_from_nearby_is_enough_and_the_ends_have_their_own(mon
     device, room = card(0), 160 * 2**20
     here = least(trace_for(TINY, device), room)
     static = sum(trace_for(TINY, device).static_bytes.values())
-    found = search.largest_fitting(TINY, device, room, lambda _: None, "batch", here, static, exact_only(None))
+    found = search.largest_fitting(TINY, device, room, lambda _: None, "batch", here, static, exact_only(None)).size
     assert found > 8 and {found, found + 1} <= set(traced)
     assert [each.runs for each in planned].count(True) >= 1 and not all(each.runs for each in planned)
     assert len(planned) < len(set(traced))
+
+
+def test_the_largest_batch_tells_where_to_look_for_the_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens in another shape need about the same bytes, so fewer sizes are looked at, and the end is an end.
+    Where they need more or fewer, the end is the same."""
+    setup, static, room = dataclasses.replace(TINY, model="qwen2.5-0.5b", seq=256), 2000, 60_000
+    looked_at: list[int] = []
+
+    def answer(tokens: float, each: float) -> search.Least:
+        needed = int(static + max(900, each * tokens))
+        return search.Least(
+            runs=needed <= room, peak_bytes=needed, reserved_bytes=needed, fits_in=lambda given: needed <= given
+        )
+
+    def looked(sizes: Any, size: int) -> search.Least:
+        looked_at.append(size)
+        return answer(size * sizes.step * 256 / getattr(setup, sizes.what), of_length if sizes.what == "seq" else 3.1)
+
+    monkeypatch.setattr(search._Sizes, "looked_at", looked)
+    monkeypatch.setattr(search._Sizes, "settled", looked)
+    for of_length, fewer in ((3.1, 1), (3.0, 0), (2.5, 0), (6.0, -1)):
+        asked = (setup, card(0), room, lambda _: None)
+        here = answer(256, 3.1)
+        by_batch = search.largest_fitting(*asked, "batch", here, static, None)
+        assert by_batch.size <= by_batch.tokens / setup.seq < by_batch.size + 1
+        counts = []
+        for tokens in (None, by_batch.tokens):
+            looked_at.clear()
+            found = search.largest_fitting(*asked, "seq", here, static, None, None, tokens)
+            assert found.size == int((room - static) / of_length) // 64 * 64
+            counts.append(len(looked_at))
+        assert counts[0] - counts[1] >= fewer, (of_length, counts)
 
 
 def test_quick_searches_do_not_end_by_the_clock_of_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +299,35 @@ def test_control_flow_on_unknown_values_is_unsupported_and_known_values_are_know
     assert "aten.mul.Tensor" in names and "aten.sum.default" in names and "aten.mean.default" not in names
     with pytest.raises(Unsupported, match="_local_scalar_dense"):
         tightfit.trace(AsksTooMuch(), batch, fake=True)
+
+
+def test_what_torchs_fake_mode_does_not_remember_is_worked_out_once() -> None:
+    """And only where the result is new tensors: what shares bytes with an argument is made each time."""
+
+    class Counted:
+        """An op of another library, which counts its calls."""
+
+        def __init__(self, op: Any) -> None:
+            self.op, self._schema, self.calls = op, op._schema, 0
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return self.op(*args, **kwargs)
+
+    aten, step = torch.ops.aten, FakeStep()
+    loss, view = Counted(aten.nll_loss_forward.default), Counted(aten.view.default)
+    with FakeTensorMode():
+        for rows in (6, 6, 7, 6):
+            scores, target = torch.randn(rows, 10).t().contiguous().t(), torch.zeros(rows, dtype=torch.long)
+            given = (scores, target, None, 0, -100)
+            made, plain = step._made_like(loss, given, {}), aten.nll_loss_forward.default(*given)
+            assert [(t.shape, t.stride(), t.dtype, t.device) for t in made] == [
+                (t.shape, t.stride(), t.dtype, t.device) for t in plain
+            ]
+            assert step._made_like(view, (target, [1, rows]), {})._is_view()
+        other = step._made_like(loss, given, {})
+        assert other[0].untyped_storage()._cdata != made[0].untyped_storage()._cdata
+    assert loss.calls == 2 and view.calls == 4
 
 
 def test_a_fake_step_leaves_the_model_as_it_was() -> None:

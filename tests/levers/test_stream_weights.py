@@ -223,6 +223,18 @@ def test_what_is_there_throughout_may_be_too_much_already() -> None:
     assert any("model" in vars(way) for way in ways)
 
 
+def test_the_lowest_peak_is_looked_for_where_it_can_be() -> None:
+    """A step that begins with more than another way's peak is not planned: parts of the weights, where all of them may
+    be streamed."""
+    model, ids = adapted()
+    trace, levers = tightfit.trace(model, ids[:1, :2]), frozenset({Lever.RECOMPUTE, Lever.STREAM_WEIGHTS})
+    found = lowest(trace, levers=levers)
+    ways = way_of(trace, THOROUGH).ways(levers)
+    too_much = [way for way in ways if way.static_bytes >= found.peak_bytes]
+    assert too_much and not any("_low" in vars(way) or "model" in vars(way) for way in too_much)
+    assert min(way.lowered.line.peak_bytes for way in ways) == found.peak_bytes
+
+
 @pytest.mark.slow
 def test_verify_proves_a_plan_that_recomputes_what_it_streams() -> None:
     model, batch = adapted()

@@ -102,8 +102,9 @@ def check(
         here = dataclasses.replace(here, runs=fits)
         static_bytes = sum(recorded.static_bytes.values())
         asked = (here, static_bytes, may_use, limit)
-        largest = largest_fitting(setup, device, room, progress, "batch", *asked)
-        longest = largest_fitting(setup, device, room, progress, "seq", *asked)
+        by_batch = largest_fitting(setup, device, room, progress, "batch", *asked)
+        by_length = largest_fitting(setup, device, room, progress, "seq", *asked, by_batch.tokens)
+        largest, longest = by_batch.size, by_length.size
     waiting = {} if made is None else host_bytes(recorded, made)
     advice: tuple[str, ...] = ()
     if not fits:

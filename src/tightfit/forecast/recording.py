@@ -29,6 +29,7 @@ from tightfit.core import (
 from tightfit.device.cost import retimed
 from tightfit.forecast.setup import DTYPES, Setup, build_model
 from tightfit.integrations.fsdp import shard_bytes
+from tightfit.plan.indexed import without_collecting
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.parallel import Strategy
 from tightfit.step.run import LossFunction, compute_loss, static_bytes_by_category
@@ -97,6 +98,7 @@ class _AdamW8bit(torch.optim.Optimizer):
                         state[f"absmax_{moment}"] = torch.zeros(-(-parameter.numel() // 256), dtype=torch.float32)
 
 
+@without_collecting()
 def trace_setup(
     setup: Setup,
     device: Device | None = None,
@@ -356,6 +358,7 @@ def reached(device: Device) -> Device:
     )
 
 
+@without_collecting()
 def trace_for(setup: Setup, device: Device, *, tiles: bool = False, tiles_alone: bool = False) -> Trace:
     """The trace that `check` plans: that of `trace_setup` with the seconds that `device` reaches."""
     return retimed(trace_setup(setup, device, tiles=tiles, tiles_alone=tiles_alone), reached(device))

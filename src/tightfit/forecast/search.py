@@ -25,6 +25,7 @@ from tightfit.forecast.setup import MOST_TOKENS, Progress, Setup, build_model, p
 from tightfit.levers import allowed, exact_only
 from tightfit.plan import Effort, lowest
 from tightfit.plan.account import bytes_reserved, has_caching_allocator, host_bytes, laid_out
+from tightfit.plan.indexed import without_collecting
 from tightfit.plan.planning import feasible
 from tightfit.plan.program import shared
 from tightfit.plan.simulate import allocations, simulate
@@ -44,6 +45,7 @@ def can_hold_floor(levers: frozenset[Lever] | None) -> bool:
     return any(each.lowers_floor for each in allowed(levers))
 
 
+@without_collecting()
 def fitted(
     recorded: Trace,
     room: int,
@@ -99,6 +101,7 @@ class Least:
 _HALVINGS = 4
 
 
+@without_collecting()
 def least(recorded: Trace, room: int, levers: frozenset[Lever] | None = None, host_budget: int | None = None) -> Least:
     """Whether some plan runs within `room`, and what the one of the lowest peak takes."""
     made = lowest(recorded, effort=QUICK, levers=levers, host_budget=host_budget)
@@ -125,6 +128,7 @@ def _laid_out(recorded: Trace, made: Plan, room: int) -> Least:
     return Least(runs=runs, peak_bytes=made.peak_bytes, reserved_bytes=reserved, fits_in=fits_in, made=made)
 
 
+@without_collecting()
 def _carried(made: Plan, recorded: Trace, host_budget: int | None) -> Plan | None:
     """`made`, the plan of a step of another size, for `recorded`; None where it does not go with it. Its seconds and
     its bound are those of the other step."""
@@ -154,6 +158,14 @@ def _carried(made: Plan, recorded: Trace, host_budget: int | None) -> Plan | Non
     return found if within else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Largest:
+    """The end of a search."""
+
+    size: int  # that fits; 0: none does
+    tokens: float  # of a step that just fills the room, by the line between the two sizes at the end
+
+
 def largest_fitting(
     setup: Setup,
     device: Device,
@@ -164,13 +176,15 @@ def largest_fitting(
     static_bytes: int,
     levers: frozenset[Lever] | None,
     host_budget: int | None = None,
-) -> int:
+    tokens: float | None = None,
+) -> Largest:
     """The largest batch, or the longest sequence in steps of 64 tokens, whose step some plan fits into `room`.
 
     Bytes are nearly affine in both, so a line through the rooms that two sizes need says where to look next. On the way
     the plan of a size nearby is tried, which takes a tenth of the time of a plan. The ends are told by plans of their
     own: what is said to fit, and that the next size does not. `here`: the answer for the size that was asked for.
-    `static_bytes`: what does not depend on the size. 0: not even the smallest fits.
+    `static_bytes`: what does not depend on the size. `tokens`: about so many were found to fit in another shape, so
+    that size is looked at first. Size 0: not even the smallest fits.
     """
     step = 1 if what == "batch" else SEQ_STEP
     positions = positions_in(build_model(setup))
@@ -182,6 +196,7 @@ def largest_fitting(
         tried[asked // step] = here
     low, high = 0, most + 1  # low fits (or is nothing), high does not
     guess = min(max(1, asked // step), most)
+    first = None if tokens is None else int(tokens * asked / (setup.batch * setup.seq * step))
     stride = 0  # once a plan of a size's own fits where one from nearby did not: how far the next is, each settled
     while True:
         if low < high - 1:
@@ -200,9 +215,13 @@ def largest_fitting(
             if not tried[low].runs:
                 low, high = max((size for size in tried if size < low and tried[size].runs), default=0), low
         else:
-            return max(low * step, asked if here.runs else 0)
-        sizes.keep(low, high)
-        if stride:
+            found = max(low * step, asked if here.runs else 0)
+            return Largest(size=found, tokens=_reached(tried, room, low, high) * setup.batch * setup.seq * step / asked)
+        below = max((size for size in tried if size < low and tried[size].runs), default=low)
+        sizes.keep(below, low, high)
+        if first is not None and low < high - 1:
+            guess, first = min(max(first, low + 1), high - 1), None
+        elif stride:
             guess, stride = min(low + stride, max(low + 1, (low + high) // 2)), 2 * stride
         else:
             guess = _guess(tried, static_bytes, room, low, high)
@@ -234,6 +253,7 @@ class _Sizes:
         """Forget the traces of others."""
         self._traces = {size: recorded for size, recorded in self._traces.items() if size in sizes}
 
+    @without_collecting()
     def looked_at(self, size: int) -> Least:
         """By the plan of a size nearby, if there is one; else settled."""
         if self._may_be_exact(size):
@@ -249,6 +269,7 @@ class _Sizes:
                     return found
         return self.settled(size)
 
+    @without_collecting()
     def settled(self, size: int) -> Least:
         """By plans of its own."""
         if self._may_be_exact(size):
@@ -300,6 +321,16 @@ def _least_of(setup: Setup, device: Device, room: int, host_budget: int | None) 
 
 #: From one answer to the next a size grows by so many times at most, where nothing is known to be too large.
 _GROWTH = 16
+
+
+def _reached(tried: Mapping[int, Least], room: int, low: int, high: int) -> float:
+    """Where the line from `low`, which fits, to `high`, which does not, reaches the room."""
+    if low not in tried or high not in tried:
+        return low
+    needed, more = tried[low].needed_bytes, tried[high].needed_bytes
+    if not needed < room < more:
+        return low
+    return low + (room - needed) * (high - low) / (more - needed)
 
 
 def _guess(tried: Mapping[int, Least], static_bytes: int, room: int, low: int, high: int) -> int:

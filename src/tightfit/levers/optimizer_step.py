@@ -23,6 +23,7 @@ from tightfit.core import (
     Trace,
     Value,
 )
+from tightfit.core.by_trace import once_for_a_trace
 
 #: Seconds that a call of one more op takes: Python, dispatcher, launch. An estimate, so that of two ways that both fit
 #: the one with fewer calls is taken.
@@ -314,6 +315,7 @@ class _Retold:
         )
 
 
+@once_for_a_trace
 def in_chunks(trace: Trace) -> Trace:
     """`trace` with the optimizer's step a few parameters at a time."""
     at = trace.optimizer

@@ -17,6 +17,7 @@ from collections.abc import Hashable, Mapping
 from tightfit.core import Account, Backing, Plan, Trace, format_bytes
 from tightfit.device.allocator import OutOfMemory, reserved_peak_bytes
 from tightfit.levers import every, used
+from tightfit.plan.indexed import without_collecting
 from tightfit.plan.simulate import allocations, simulate, under
 
 __all__ = [
@@ -73,6 +74,7 @@ def bytes_reserved(trace: Trace, plan: Plan | None, room_bytes: int | None = Non
     return laid_out(trace, *allocations(trace, plan), room_bytes)
 
 
+@without_collecting()
 def laid_out(
     trace: Trace, static: list[int], step: list[tuple[Hashable, int]], room_bytes: int | None = None
 ) -> int | None:

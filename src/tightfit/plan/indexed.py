@@ -10,18 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 
 from tightfit.core import Category, EventKind, Op, Phase, Program, Saved, Trace, Value
+from tightfit.core.by_trace import once_for_a_trace
 from tightfit.plan.casts import casts_of
 from tightfit.plan.program import shared
 
-__all__ = ["PLACE", "IndexedStep", "indexed", "without_collecting"]
+__all__ = ["PLACE", "STATIC", "IndexedStep", "indexed", "without_collecting"]
 
 #: Where a category stands in a row of live bytes.
 PLACE = {category: place for place, category in enumerate(Category)}
+
+#: Whose bytes are there when the step begins.
+STATIC = (
+    Category.PARAMETERS,
+    Category.QUANTISED,
+    Category.WORKSPACE,
+    Category.GRADIENTS,
+    Category.OPTIMIZER_STATE,
+    Category.BUFFERS,
+    Category.INPUTS,
+    Category.COLLECTIVES,
+)
 
 
 class IndexedStep:
@@ -90,15 +102,10 @@ def _label(op: Op) -> str:
     return f"{op.phase.value} of {op.unit or 'outside the units'}: {op.name}"
 
 
-_KNOWN: dict[int, tuple[weakref.ref[Trace], IndexedStep]] = {}  # by the trace's id, as long as it lives
-
-
+@once_for_a_trace
 def indexed(trace: Trace) -> IndexedStep:
-    """The index of `trace`. Traces are compared by identity: to compare their parts would take longer than a walk."""
-    key = id(trace)
-    if key not in _KNOWN:
-        _KNOWN[key] = weakref.ref(trace, lambda _: _KNOWN.pop(key, None)), IndexedStep(trace)
-    return _KNOWN[key][1]
+    """The index of `trace`."""
+    return IndexedStep(trace)
 
 
 @contextlib.contextmanager

@@ -285,7 +285,7 @@ def _best(
 ) -> Plan | None:
     """The best plan for `trace` by `way`, whose step is the trace's own or a variant of it. None: this way finds no
     plan."""
-    if sum(way.trace.static_bytes.values()) > budget_bytes:  # which are there when the step begins
+    if way.static_bytes > budget_bytes:
         return None
     model = way.model
     if way.nesting is None:
@@ -447,6 +447,9 @@ def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Ref
     if Grant.DROP not in granted(levers):
         kept = [(way, Refereed((), simulate_choices(way.trace, ()), frozenset())) for way in ways]
         return min(kept, key=lambda each: each[1].line.peak_bytes)
+    # a step holds what is there when it begins, so a way with as much of that as another way's peak is not the lowest
+    leanest = min((way for way in ways if way.named == way.in_one_step), key=lambda way: way.static_bytes)
+    ways = [way for way in ways if way is leanest or way.static_bytes < leanest.lowest.line.peak_bytes]
     ways = _that_matter(ways, lambda plain: plain.lowest.line.peak_bytes <= plain.optimizer_bytes)
     best = min(ways, key=lambda way: way.lowest.line.peak_bytes)
     if Grant.SWEEP in granted(levers):

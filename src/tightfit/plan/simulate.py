@@ -29,9 +29,10 @@ from tightfit.core import (
     Timeline,
     Trace,
 )
+from tightfit.core.by_trace import LatestOfTraces
 from tightfit.levers import every, require_known
 from tightfit.plan.casts import dropped_casts
-from tightfit.plan.indexed import PLACE, indexed, without_collecting
+from tightfit.plan.indexed import PLACE, STATIC, indexed, without_collecting
 from tightfit.plan.program import (
     Recipe,
     demanded,
@@ -45,16 +46,6 @@ from tightfit.plan.program import (
 )
 from tightfit.plan.shipping import Shipments
 
-_STATIC = (
-    Category.PARAMETERS,
-    Category.QUANTISED,
-    Category.WORKSPACE,
-    Category.GRADIENTS,
-    Category.OPTIMIZER_STATE,
-    Category.BUFFERS,
-    Category.INPUTS,
-    Category.COLLECTIVES,
-)
 _SAVED, _TEMPORARIES = PLACE[Category.SAVED], PLACE[Category.TEMPORARIES]
 
 
@@ -81,7 +72,7 @@ def under(trace: Trace, plan: Plan | None) -> Trace:
     return trace
 
 
-def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list[tuple[Hashable, int]]]:
+def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], _Blocks]:
     """What an allocator sees of the step: the sizes of the blocks that live throughout, and (name, bytes) for each
     block that is taken later, in order. Where a block is given back, the bytes are negative.
 
@@ -90,8 +81,7 @@ def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list
     gradients) is divided into blocks of the sizes of the trainable parameters' gradients.
     """
     trace = under(trace, plan)
-    walk = Walk(trace, *(((),) if plan is None else (plan.choices, plan.advances)))
-    walk.timeline()
+    _, blocks = _walked(trace, *(((), ()) if plan is None else (plan.choices, plan.advances)))
     total = sum(trace.static_bytes.values())
     workspace = trace.static_bytes.get(Category.WORKSPACE.value, 0)
     static = []
@@ -108,13 +98,24 @@ def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], list
             if rest <= 0:
                 break
     static += [size for size in (rest, workspace - workspace // 2, workspace // 2) if size > 0]
-    return static, walk.blocks
+    return static, blocks
 
 
 def simulate_choices(trace: Trace, choices: tuple[Choice, ...], advances: tuple[Advance, ...] = ()) -> Timeline:
     """`simulate` for choices of which no `Plan` is made yet."""
+    return _walked(trace, choices, advances)[0]
+
+
+_Blocks = list[tuple[Hashable, int]]
+
+#: A search asks again about the step without a plan, and about the plan that it has just found.
+_WALKED: LatestOfTraces[tuple[Timeline, _Blocks]] = LatestOfTraces(6)
+
+
+def _walked(trace: Trace, choices: tuple[Choice, ...], advances: tuple[Advance, ...]) -> tuple[Timeline, _Blocks]:
+    """What a walk says, and the blocks that it sees."""
     with without_collecting():
-        return Walk(trace, choices, advances).timeline()
+        return _WALKED.of(trace, (choices, advances), lambda: Walk(trace, choices, advances).whole())
 
 
 @dataclass
@@ -308,6 +309,10 @@ class Walk:
 
     # -- the walk
 
+    def whole(self) -> tuple[Timeline, _Blocks]:
+        """The timeline, and what an allocator sees."""
+        return self.timeline(), self.blocks
+
     def timeline(self) -> Timeline:
         trace, index = self.trace, self.index
         after = self._lives()
@@ -329,7 +334,7 @@ class Walk:
                 if saved.value in replayed.casts and saved.id in index.first_load:
                     cast_for[index.first_load[saved.id]].append(saved.value)
         # a list by place: this is the innermost loop of the planner and of the searches, and a list is fast
-        self.level = [int(trace.static_bytes.get(c.value, 0)) if c in _STATIC else 0 for c in Category]
+        self.level = [int(trace.static_bytes.get(c.value, 0)) if c in STATIC else 0 for c in Category]
         self.total = sum(self.level)
         self.totals: list[int] = []
         self.labels: list[str] = []

@@ -143,6 +143,11 @@ class Way:
             segments=0 if self.segments is None else len(self.segments.trace.units),
         )
 
+    @property
+    def static_bytes(self) -> int:
+        """What is there when the step begins, whatever the units' choices."""
+        return sum(self.trace.static_bytes.values())
+
     @functools.cached_property
     def optimizer_bytes(self) -> int:
         """The most that is there while the optimizer steps, whatever the units' choices: what they keep is gone by

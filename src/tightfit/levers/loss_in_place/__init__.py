@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from tightfit.core import Event, EventKind, Lever, Plan, Trace
+from tightfit.core.by_trace import once_for_a_trace
 from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
 
 __all__ = ["DEFINITION", "with_loss_in_place"]
@@ -79,6 +80,7 @@ def reaches(trace: Trace) -> bool:
     return bool(trace.losses or trace.rowwise)
 
 
+@once_for_a_trace
 def with_loss_in_place(trace: Trace) -> Trace:
     """`trace` as it would be with the loss in place: one tensor of the logits' size instead of three."""
     values, ops, events = list(trace.values), list(trace.ops), list(trace.events)
