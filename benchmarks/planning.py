@@ -34,7 +34,7 @@ from torch import nn
 
 import tightfit
 from tightfit.integrations.peft import add_lora
-from tightfit.plan import lowest, nest, program, table, ways
+from tightfit.plan import effects, lowest, nest, program, table, ways
 
 RESULTS = Path(__file__).parent / "results" / "planning.json"
 SHAPES = {
@@ -144,7 +144,7 @@ FITS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], str]] = {
 
 def forget() -> None:
     """What the planner knows of programs and traces that it has seen."""
-    for module in (program, table, nest):
+    for module in (program, table, nest, effects):
         for each in vars(module).values():
             if hasattr(each, "cache_clear"):
                 each.cache_clear()

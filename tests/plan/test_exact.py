@@ -172,6 +172,24 @@ def test_a_search_that_ends_early_claims_no_more_than_it_proved(shape: tuple[Any
     assert found.bound <= best + 1e-9 < every_block.recompute_seconds
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_runs_for_nothing_costs_is_no_part_of_a_bound(
+    shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each cluster costs in addition is here as much as the seconds of a large one."""
+    monkeypatch.setattr(exact, "_HAIR", 300.0)
+    trace, every = traced(*shape), brute_force(*shape)
+    least, unplanned = min(peak for peak, _ in every), tightfit.simulate(trace).peak_bytes
+    step = WholeStep(trace)
+    moments = [moment for moment, _ in step._walked(())[0]]
+    for share in (0.1, 0.5):
+        budget = least + int(share * (unplanned - least))
+        best = min(seconds for peak, seconds in every if peak <= budget)
+        answer = exact._Assembled(step, moments, step._kept(()), budget, is_attainable=True).solved(1e-6)
+        assert answer.kept is not None
+        assert answer.bound <= best * (1 + 1e-6)
+
+
 def test_moments_that_an_answer_fills_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """One moment is added in each round, so the first answers are above the budget."""
     monkeypatch.setattr(exact, "_ROWS", 1)

@@ -15,6 +15,7 @@ from torch import nn
 import tightfit
 from tightfit.core import Status
 from tightfit.device.cost import NOMINAL_CPU, retimed
+from tightfit.plan import nest
 from tightfit.plan.nest import Sweep, _reversed, _Tables, nestings, schedule
 from tightfit.plan.planning import _best
 from tightfit.plan.simulate import simulate_choices
@@ -33,13 +34,15 @@ def revolve_count(steps: int, snapshots: int) -> int:
 @pytest.mark.parametrize("slots", range(7))
 @pytest.mark.parametrize("units", range(2, 26))
 def test_equal_units_take_the_published_number_of_steps(units: int, slots: int) -> None:
-    tables = _Tables((1.0,) * (units - 1), slots)
-    assert tables.cost[slots, 0, units] == revolve_count(units, slots + 1)
+    tables = _Tables((1.0,) * (units - 1))
+    tables.reach(slots)
+    assert tables.cost[slots][0, units] == revolve_count(units, slots + 1)
 
 
 def test_ten_steps_with_three_snapshots() -> None:
     """The first state and two slots: 15 steps, and the targets fall."""
-    tables = _Tables((1.0,) * 9, 2)
+    tables = _Tables((1.0,) * 9)
+    tables.reach(2)
     assert [(s.base, s.target, s.stores) for s in _reversed(tables, 0, 10, 2)] == [
         (0, 9, (4, 7)),
         (7, 8, ()),
@@ -111,6 +114,17 @@ def test_no_schedule_takes_less(seed: int) -> None:
     kept, sweeps = schedule(tuple(seconds), slots)
     found = carried_out(units, slots, kept, sweeps, seconds)
     assert found == pytest.approx(least_seconds(units, slots, seconds), rel=1e-12)
+
+
+def test_tables_of_many_slots_say_all_of_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All nestings of a chain look into the same tables, and each number of slots is worked out once."""
+    seconds, made = tuple(1.0 + place / 100 for place in range(11)), []
+    alone = {slots: schedule.__wrapped__(seconds, slots) for slots in (1, 3, 9)}
+    nest._tables.cache_clear()
+    reach = _Tables.reach
+    monkeypatch.setattr(_Tables, "reach", lambda self, slots: (made.append(len(self.cost)), reach(self, slots)))
+    assert {slots: schedule.__wrapped__(seconds, slots) for slots in (9, 3, 1)} == alone
+    assert made == [1, 10, 10]
 
 
 @pytest.mark.parametrize("units", [5, 17, 80])

@@ -12,7 +12,7 @@ from tests.plan.stacks import Lean, steady, traced
 import tightfit
 from tightfit.core import Trace
 from tightfit.device.cost import NOMINAL_CPU, retimed
-from tightfit.plan import Effort, every_block, lowest, table, ways
+from tightfit.plan import Effort, effects, every_block, lowest, table, ways
 from tightfit.plan.polish import lowered, polished
 from tightfit.plan.simulate import simulate_choices
 
@@ -37,8 +37,10 @@ def test_options_of_a_lower_moment_lower_the_peak(llama: Trace, monkeypatch: pyt
     quick = lowest(llama, levers=("recompute",), effort=effort)
     monkeypatch.setattr(ways, "_latest", {})
     monkeypatch.setattr(table, "leaner", lambda *_, **__: [])
+    effects.alike.cache_clear()  # what was found for these units before
     without, quick_without = lowest(llama, levers=("recompute",)), lowest(llama, levers=("recompute",), effort=effort)
     monkeypatch.setattr(ways, "_latest", {})
+    effects.alike.cache_clear()
     assert with_them.peak_bytes < 0.98 * without.peak_bytes
     assert quick.peak_bytes < 0.99 * quick_without.peak_bytes  # forecasts are made in quick searches
     assert tightfit.simulate(llama, with_them).peak_bytes == with_them.peak_bytes

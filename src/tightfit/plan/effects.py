@@ -10,6 +10,8 @@ Invariant: written without the referee (`plan.simulate`), which walks the same s
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from tightfit.plan.indexed import indexed
 from tightfit.plan.nest import Nesting
 from tightfit.plan.program import Recipe, demanded, dropped_slots, first_random, leading_to, reads_copy, recipe
 
-__all__ = ["Effect", "Effects"]
+__all__ = ["Alike", "Effect", "Effects", "Where", "alike"]
 
 #: Whether an event belongs to a unit's forward or to its backward must be clear by so many events on either side.
 _UNCLEAR = 3
@@ -43,6 +45,94 @@ class Effect:
     seconds: float  # of the replays
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """Where in a step a unit is: the event at which its forward begins, the one at which its backward does, the middle
+    between the two, and the end of the step; and ids of the values that it has to do with, in an order that alike units
+    share."""
+
+    enter: int
+    first: int
+    turn: float
+    end: int
+    numbers: tuple[int, ...]
+
+    def moved(self, found: Effect, there: Where, seconds: float) -> Effect:
+        """`found`, the effect of a unit `there`, as that of a unit here."""
+        if self == there:
+            return dataclasses.replace(found, seconds=seconds)
+        forward, backward, end = self.enter - there.enter, self.first - there.first, self.end - there.end
+        turn, last = there.turn, there.end
+
+        def here(event: int) -> int:
+            if event < 0:
+                return event
+            return event + (forward if event < turn else backward if event < last else end)
+
+        numbers = self.numbers
+        return Effect(
+            lives=[(size, here(after), here(until)) for size, after, until in found.lives],
+            spikes=[(here(event), top) for event, top in found.spikes],
+            apart=[
+                (numbers[there.numbers.index(value_id)], here(after), here(until))
+                for value_id, after, until in found.apart
+            ],
+            ran=found.ran,
+            seconds=seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alike:
+    """What is known of all units that are alike, in whatever step, and grows as it is asked for."""
+
+    effects: dict[frozenset[int], tuple[Where, Effect]]  # by what is kept, with the unit that it was worked out for
+    leaner: dict[Hashable, Sequence[Point]]  # by all else that `plan.leaner` is told
+
+
+@functools.lru_cache(maxsize=256)
+def alike(kind: Hashable) -> Alike:
+    """Of the units of one kind. The variants of a step that levers make have the same units, and so have the steps that
+    differ in seconds alone."""
+    return Alike(effects={}, leaner={})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """What is asked of the ops of one frame for every option, by their ordinals."""
+
+    reads: Sequence[tuple[int, ...]]  # value ids
+    made: Sequence[tuple[int, ...]]
+    sizes: Mapping[int, int]  # bytes of what is made
+    made_bytes: Sequence[int]
+    scratch_bytes: Sequence[int]
+    last_release: int
+
+    def run_again(self, ops: Sequence[int], event: int, until: Mapping[int, int]) -> tuple[float, list[int]]:
+        """What the ops do that run before `event`: (the most bytes that they add for a while beyond the values that
+        they leave, those values). What they make is left if it is wanted `until` a later event."""
+        left: list[int] = []
+        passing: dict[int, int] = {}  # value -> last op of this batch that reads it
+        for op in ops:
+            for value_id in self.reads[op]:
+                if value_id in passing:
+                    passing[value_id] = op
+            for value_id in self.made[op]:
+                if until.get(value_id, -1) > event:
+                    left.append(value_id)
+                else:
+                    passing[value_id] = op
+        goes: dict[int, int] = {}  # bytes, by the op after which they go
+        for value_id, op in passing.items():
+            goes[op] = goes.get(op, 0) + self.sizes[value_id]
+        level = top = 0.0
+        for op in ops:
+            level += self.made_bytes[op]
+            top = max(top, level + self.scratch_bytes[op])
+            level -= goes.get(op, 0)
+        return top - level, left
+
+
 class Effects:
     """The trace, indexed for all that an option does in it.
 
@@ -53,10 +143,8 @@ class Effects:
         self.trace = trace
         self.nesting = nesting or Nesting(links=(), advances=(), passes={})
         self.programs: dict[str, Program] = {}  # of units that can be planned: one for all calls
-        self._shapes: dict[str, tuple[int, tuple[int, int, float]] | None] = {}
-        self._kinds: dict[Hashable, int] = {}
-        self._known: dict[tuple[int, Point], tuple[str, Effect]] = {}  # with the unit that it was worked out for
-        self._numbers: dict[str, tuple[int, ...]] = {}  # value ids of a unit, in an order that alike units share
+        self._shapes: dict[str, tuple[Alike, Where] | None] = {}
+        self._calls: dict[int, _Call] = {}  # by frame
         self.apart: frozenset[int] = frozenset()  # values that replays of several units may hold
         self.marks = [i for i, e in enumerate(trace.events) if e.what is EventKind.OP]
         self.op_event = {trace.events[i].subject: i for i in self.marks}
@@ -142,47 +230,26 @@ class Effects:
 
     def _effect(self, path: str, point: Point) -> Effect:
         """What choosing `point` does. Worked out once for units that are alike in all that it is made of."""
-        if path not in self._shapes:
-            self._shapes[path] = self._shape(path)
-        shape = self._shapes[path]
+        shape = self._shape_of(path)
         if shape is None or point.away or point.inputs_away:
             return self._worked_out(path, point)
-        kind, place = shape
-        known = self._known.get((kind, point))
-        if known is None:
+        alike, where = shape
+        if point.kept not in alike.effects:
             found = self._worked_out(path, point)
-            self._known[kind, point] = path, found
+            alike.effects[point.kept] = where, found
             return found
-        other, found = known
-        if other == path:
-            return found
-        theirs = self._shapes[other]
-        assert theirs is not None
-        enter, first, turn = theirs[1]
-        end_of_step, forward, backward = len(self.trace.events), place[0] - enter, place[1] - first
-
-        def there(event: int) -> int:
-            """Where in this unit's part of the step the event of the known one is."""
-            if event < 0 or event >= end_of_step:
-                return event
-            return event + (forward if event < turn else backward)
-
+        there, found = alike.effects[point.kept]
         (frame,) = self.frames_of[path]
-        return Effect(
-            lives=[(size, there(after), there(until)) for size, after, until in found.lives],
-            spikes=[(there(event), top) for event, top in found.spikes],
-            apart=[
-                (self._numbers[path][self._numbers[other].index(value_id)], there(after), there(until))
-                for value_id, after, until in found.apart
-            ],
-            ran=found.ran,
-            seconds=self._spent(path, frame, self._recipe(path, point), found.ran),
-        )
+        return where.moved(found, there, self._spent(path, frame, self._recipe(path, point), found.ran))
 
-    def _shape(self, path: str) -> tuple[int, tuple[int, int, float]] | None:
-        """A number that the unit has in common with those that are like it in everything that an effect is made of but
-        for seconds; and where the unit is: the event at which its forward begins, the one at which its backward does,
-        and the middle between the two. None: it is called several times, or it casts weights.
+    def _shape_of(self, path: str) -> tuple[Alike, Where] | None:
+        if path not in self._shapes:
+            self._shapes[path] = self._shape(path)
+        return self._shapes[path]
+
+    def _shape(self, path: str) -> tuple[Alike, Where] | None:
+        """What the unit has in common with those that are like it in everything that an effect is made of but for
+        seconds; and where it is. None: it is called several times, or it casts weights.
 
         Events count from where the unit's forward begins, or from where its backward does, whichever is nearer.
         """
@@ -233,15 +300,16 @@ class Effects:
             born = value.producer is None
             kinds = born, is_own, value_id in borrowed, value_id in self.apart
             values.append((value.size_bytes, value.ordinal, kinds, tuple(ends)))
-        self._numbers[path] = tuple(numbers)
         kind = (
-            id(self.programs[path]), id(trace.programs[frame]), self.nesting.lends(path), place(leave),
-            tuple(ops), ordinals, tuple(slots), tuple(values),
+            self.programs[path], trace.programs[frame], trace.random_state_bytes, self.nesting.lends(path),
+            place(leave), tuple(ops), ordinals, tuple(slots), tuple(values),
         )  # fmt: skip
-        return None if unclear else (self._kinds.setdefault(kind, len(self._kinds)), (enter, first, turn))
+        if unclear:
+            return None
+        return alike(kind), Where(enter=enter, first=first, turn=turn, end=end_of_step, numbers=tuple(numbers))
 
     def _worked_out(self, path: str, point: Point) -> Effect:
-        trace = self.trace
+        trace, values = self.trace, self.trace.values
         lives: list[tuple[float, int, int]] = []
         spikes: list[tuple[int, float]] = []
         apart: list[tuple[int, int, int]] = []
@@ -256,74 +324,92 @@ class Effects:
 
         state_bytes = trace.random_state_bytes
         for frame, chosen in self._recipes(path, point).items():
-            values = self.values[frame]
+            ids, call = self.values[frame], self._call(frame)
             program = trace.programs[frame]
-            loads = sorted((self.load[s], i) for i, s in self._dropped_slots(path, frame, chosen) if s in self.load)
+            dropped = self._dropped_slots(path, frame, chosen)
+            loads = sorted((self.load[s], i) for i, s in dropped if s in self.load)
             event_of = {i: event for event, i in loads}
             batches = [(event_of[i], ops) for i, ops in demanded(program, chosen, tuple(i for _, i in loads))]
-            last_release = max((self.released.get(s, end_of_step) for s in self.slots[frame]), default=-1)
             away = self._away(path, frame, point)
-            brought = self.nesting.borrowed(path) | away
+            brought = {*self.nesting.borrowed(path), *away, *self.casts_of[frame]}
             # what dropped saved tensors held is freed at once; what is made again is freed with the last of them
             until: dict[int, int] = {}
-            for ordinal, slot in self._dropped_slots(path, frame, chosen):
-                value = trace.values[values[program.slots[ordinal]]]
+            for ordinal, slot in dropped:
+                value_id = ids[program.slots[ordinal]]
                 if trace.saved[slot].read:
-                    until[value.id] = max(until.get(value.id, -1), self.released.get(slot, end_of_step))
+                    until[value_id] = max(until.get(value_id, -1), self.released.get(slot, end_of_step))
                 else:
-                    until.setdefault(value.id, -1)
+                    until.setdefault(value_id, -1)
             for value_id in until:
-                value = trace.values[value_id]
+                value = values[value_id]
                 end = self.freed.get(value_id, end_of_step)
                 natural = end if value.natural_end is None else value.natural_end
                 live(-value.size_bytes, max(natural, self.kept_elsewhere.get(value_id, -1)), end)
-            runs_at = {self.ops[frame][op]: event for event, ops in batches for op in ops}
-            made = {v for op in chosen.runs for v in self._made_by(self.ops[frame][op])}
+            runs_at = {op: event for event, ops in batches for op in ops}  # by ordinal
+            made = {value_id for op in chosen.runs for value_id in call.made[op]}
             for_ops: Mapping[int, int] = {}
-            if chosen.replays:
+            if chosen.replays and self.casts_of[frame]:
                 for_ops, casting = cast_anew(
-                    trace, self.programs[path], frame, self.casts_of[frame], runs_at, live,
+                    trace, self.programs[path], frame, self.casts_of[frame],
+                    {self.ops[frame][op]: event for op, event in runs_at.items()}, live,
                     saved_of=self.saved_of, freed=self.freed, released=self.released, load=self.load,
                 )  # fmt: skip
                 seconds += casting
             held: dict[int, int] = {}
             last_read: dict[int, int] = {}
             for ordinal in chosen.runs:
-                op_id = self.ops[frame][ordinal]
-                for value_id in trace.ops[op_id].inputs:
-                    own = trace.values[value_id].ordinal if value_id in made else None
-                    if own is not None and reads_copy(program.steps[ordinal], chosen, own):
-                        if op_id != trace.values[value_id].producer:
-                            last_read[value_id] = max(last_read.get(value_id, -1), runs_at.get(op_id, -1))
-                    elif (
-                        trace.values[value_id].producer is not None
-                        and value_id not in brought
-                        and value_id not in self.casts_of[frame]
-                    ):
-                        held[value_id] = max(held.get(value_id, -1), runs_at.get(op_id, last_release))
+                step, event = program.steps[ordinal], runs_at.get(ordinal, -1)
+                for value_id in call.reads[ordinal]:
+                    own = values[value_id].ordinal if value_id in made else None
+                    if own is not None and reads_copy(step, chosen, own):
+                        if value_id not in call.made[ordinal] and event > last_read.get(value_id, -1):
+                            last_read[value_id] = event
+                    elif values[value_id].producer is not None and value_id not in brought:
+                        wanted = call.last_release if event < 0 else event
+                        if wanted > held.get(value_id, -1):
+                            held[value_id] = wanted
             for value_id, event in held.items():
                 end = self.freed.get(value_id, end_of_step)
                 if value_id not in self.apart:
-                    live(trace.values[value_id].size_bytes, end, event)
+                    live(values[value_id].size_bytes, end, event)
                 elif event > end:
                     apart.append((value_id, end, event))
             for value_id in away:
-                self._waits(frame, value_id, runs_at, live)
+                self._waits(frame, value_id, {self.ops[frame][op]: event for op, event in runs_at.items()}, live)
+            for value_id, last in last_read.items():  # what is made again is there as long as either wants it
+                if last > until.get(value_id, -1):
+                    until[value_id] = last
             for event, ops in batches:
-                top, left = self._run_again(frame, ops, event, until, last_read)
+                top, left = call.run_again(ops, event, until)
                 for value_id in left:
-                    end = max(until.get(value_id, -1), last_read.get(value_id, -1))
-                    live(trace.values[value_id].size_bytes, event - 1, end)
+                    live(values[value_id].size_bytes, event - 1, until[value_id])
                 top += for_ops.get(event, 0) + (state_bytes if chosen.states else 0)
                 spikes.append((event, top))
             drawn = first_random(program)
             if drawn is not None:
                 extra = len(chosen.states | {drawn}) * state_bytes
                 live(extra, self.enter[frame], self.exit[frame])
-                live(len(chosen.states) * state_bytes, self.exit[frame], batches[-1][0] if batches else last_release)
+                gone = batches[-1][0] if batches else call.last_release
+                live(len(chosen.states) * state_bytes, self.exit[frame], gone)
             seconds = self._spent(path, frame, chosen, [ops for _, ops in batches], seconds)
             ran += [ops for _, ops in batches]
         return Effect(lives=lives, spikes=spikes, apart=apart, ran=ran, seconds=seconds)
+
+    def _call(self, frame: int) -> _Call:
+        if frame not in self._calls:
+            ops = [self.trace.ops[op_id] for op_id in self.ops[frame]]
+            made = [tuple(self._made_by(op.id)) for op in ops]
+            sizes = {v: self.trace.values[v].size_bytes for values in made for v in values}
+            released = [self.released.get(slot, len(self.trace.events)) for slot in self.slots[frame]]
+            self._calls[frame] = _Call(
+                reads=[tuple(dict.fromkeys(op.inputs)) for op in ops],
+                made=made,
+                sizes=sizes,
+                made_bytes=[sum(sizes[v] for v in values) for values in made],
+                scratch_bytes=[op.rerun_scratch_bytes for op in ops],
+                last_release=max(released, default=-1),
+            )
+        return self._calls[frame]
 
     def _spent(
         self, path: str, frame: int, chosen: Recipe, ran: Sequence[Sequence[int]], seconds: float = 0.0
@@ -360,29 +446,3 @@ class Effects:
 
     def _made_by(self, op_id: int) -> list[int]:
         return [v for v in self.trace.ops[op_id].outputs if v is not None and self.trace.values[v].producer == op_id]
-
-    def _run_again(
-        self, frame: int, ops: Sequence[int], event: int, until: Mapping[int, int], last_read: Mapping[int, int]
-    ) -> tuple[float, list[int]]:
-        """What the ops do that run before `event`: (the most bytes that they add for a while beyond the values that
-        they leave, those values)."""
-        trace = self.trace
-        left: list[int] = []
-        passing: dict[int, int] = {}  # value -> last op of this batch that reads it
-        for ordinal in ops:
-            op_id = self.ops[frame][ordinal]
-            for value_id in trace.ops[op_id].inputs:
-                if value_id in passing:
-                    passing[value_id] = op_id
-            for value_id in self._made_by(op_id):
-                if max(until.get(value_id, -1), last_read.get(value_id, -1)) > event:
-                    left.append(value_id)
-                else:
-                    passing[value_id] = op_id
-        level = top = 0.0
-        for ordinal in ops:
-            op = trace.ops[self.ops[frame][ordinal]]
-            level += sum(trace.values[v].size_bytes for v in self._made_by(op.id))
-            top = max(top, level + op.rerun_scratch_bytes)
-            level -= sum(trace.values[v].size_bytes for v, last in passing.items() if last == op.id)
-        return top - level, left

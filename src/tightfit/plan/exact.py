@@ -48,6 +48,9 @@ _NODES_TIMES_COLUMNS = 60_000
 _FEWEST_NODES = 4
 _SECONDS = 20.0
 
+#: A cluster that runs again costs this much more, where the dearest costs a thousand, so that none runs for nothing.
+_HAIR = 1e-6
+
 #: Where the lowest peak is looked for, a second weighs this much against it, so that the faster of equally low wins.
 _TIE = 1e-6
 
@@ -214,9 +217,11 @@ class _Assembled:
         live, budget_bytes = self.step.live, self.budget_bytes
         peak = len(self.place)  # one more column, for the peak
         costs, upper, lower = np.zeros(peak + 1), np.ones(peak + 1), np.zeros(peak + 1)
+        hairs = np.zeros(peak + 1)
         for column, seconds in enumerate(live.costs):
             if (at := self.place.get(self.same.get(column, column))) is not None:
                 costs[at] += seconds
+                hairs[at] += _HAIR * (column in live.paid)
                 upper[at] = min(upper[at], live.upper[column])
         integer, start = np.zeros(peak + 1, dtype=bool), np.full(peak + 1, np.nan)
         for (path, value), keep in live.keeps.items():
@@ -230,7 +235,7 @@ class _Assembled:
             costs[peak], upper[peak] = 1.0, np.inf
         else:
             unit = max(float(costs.max()), 1e-12) / 1000
-            costs /= unit
+            costs = costs / unit + hairs
         table, high = [self._placed(row) for row in self.rows], [-row.constant for row in self.rows]
         for level in self.levels:
             columns, amounts = self._placed(level)
@@ -247,7 +252,9 @@ class _Assembled:
         own = 0.0 if budget_bytes is None else self.step.step_seconds / unit
         answer = solver.solve(program.plus(own), seconds=_SECONDS, gap=gap, attainable=self.is_attainable)
         kept = None if answer.values is None else self._kept(answer.values)
-        return _Answer(kept=kept, bound=max(0.0, answer.bound - own) * unit, how=answer.how)
+        # choices may have all the hairs, so the bound is without any
+        bound = answer.bound - own - (0.0 if budget_bytes is None else float(hairs @ upper))
+        return _Answer(kept=kept, bound=max(0.0, bound) * unit, how=answer.how)
 
     def _kept(self, values: Floats) -> Kept:
         keeps = self.step.live.keeps

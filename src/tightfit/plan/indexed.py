@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tightfit.core import Category, EventKind, Op, Phase, Program, Saved, Trace, Value
 from tightfit.core.by_trace import once_for_a_trace
@@ -44,6 +44,11 @@ class IndexedStep:
         for op in trace.ops:
             if op.frame is not None and op.ordinal is not None:
                 self.ops_of[op.frame].append(op)
+        #: What the ops of each frame make, ids in the order of the ops' ordinals.
+        self.made_of = {
+            frame: [tuple(v for v in op.outputs if v is not None and trace.values[v].producer == op.id) for op in ops]
+            for frame, ops in self.ops_of.items()
+        }
         self.values_of: dict[int, dict[int, int]] = {frame.id: {} for frame in trace.frames}  # ids, by ordinal
         for value in trace.values:
             if value.producer is not None and value.ordinal is not None:
@@ -73,13 +78,24 @@ class IndexedStep:
             at[event.what][event.subject] = index
             if event.what is EventKind.LOAD:
                 self.first_load.setdefault(event.subject, index)
-        self.released, self.exits = at[EventKind.RELEASE], at[EventKind.EXIT]
+        self.released, self.enters, self.exits = at[EventKind.RELEASE], at[EventKind.ENTER], at[EventKind.EXIT]
         freed, end = at[EventKind.FREE], len(trace.events)
         self.ends = [freed.get(value.id, end) for value in trace.values]  # the event after which a value is gone
         self.gone: dict[int, list[int]] = defaultdict(list)  # the values that go after an event
         for value in trace.values:
             if value.producer is not None:
                 self.gone[self.ends[value.id]].append(value.id)
+        self.sizes = [value.size_bytes for value in trace.values]
+        self.scratch_bytes = [op.scratch_bytes for op in trace.ops]
+        #: At each event: the value that comes, the op that is done, the values that go.
+        self.happens: list[tuple[int | None, int | None, Sequence[int]]] = [
+            (
+                event.subject if event.what is EventKind.ALLOC else None,
+                event.subject if event.what is EventKind.OP else None,
+                self.gone.get(place, ()),
+            )
+            for place, event in enumerate(trace.events)
+        ]
 
     def program_of(self, unit: str) -> Program | None:
         """One program for all calls of a unit; none: the calls run different ops."""

@@ -49,14 +49,19 @@ def leaner(program: Program, found: Frontier, worst: Worst, *, others: int, kind
     if tries < _FEWEST_TRIES:
         return []
     values = sorted({v for step in program.steps for v in step.reads}.union(program.needed) - set(program.held))
-    assert found.barest is not None
-    starts = dict.fromkeys((found.barest, found.points[len(found.points) // 2], found.points[len(found.points) // 4]))
-    ways = [(start, weight) for start in starts for weight in dict.fromkeys((0, others))]
+    ways = [(start, weight) for start in starts_of(found) for weight in dict.fromkeys((0, others))]
     points: dict[frozenset[int], Point] = {}
     for start, weight in ways:
         for kept, seconds in _descent(functools.partial(worst, others=weight), start.kept, values, tries // len(ways)):
             points[kept] = Point(kept=kept, kept_bytes=0, seconds=seconds, passed_bytes=1)
     return list(points.values())
+
+
+def starts_of(found: Frontier) -> list[Point]:
+    """Where the ways down start."""
+    assert found.barest is not None
+    points = found.points
+    return list(dict.fromkeys((found.barest, points[len(points) // 2], points[len(points) // 4])))
 
 
 def _descent(

@@ -25,9 +25,6 @@ from tightfit.core import EventKind, Kind, Program, Trace
 from tightfit.plan.indexed import indexed
 from tightfit.plan.program import cluster_of, clusters, demands, first_random, rerunnable
 
-#: A cluster that runs again costs a hair more than its seconds, so that none runs for nothing.
-_HAIR_SECONDS = 1e-10
-
 
 @dataclass(frozen=True, slots=True)
 class Moment:
@@ -106,6 +103,7 @@ class LiveBytes:
     def __init__(self, trace: Trace, programs: dict[str, Program]) -> None:
         self.trace, self.index = trace, indexed(trace)
         self.costs: list[float] = []  # seconds, by column
+        self.paid: set[int] = set()  # columns that say that a cluster runs again, at its seconds
         self.upper: list[float] = []
         self.keeps: dict[tuple[str, int], Linear] = {}  # by unit and value ordinal
         self.reruns: dict[tuple[str, int], Linear] = {}  # by unit and cluster
@@ -152,10 +150,14 @@ class LiveBytes:
 
     # -- columns, and the rows between them
 
-    def _column(self, seconds: float = 0.0, upper: float = 1.0) -> Linear:
-        self.costs.append(seconds)
+    def _column(self, seconds: float | None = None, upper: float = 1.0) -> Linear:
+        """A new column. `seconds`: of the cluster whose running again is counted there; None: nothing is."""
+        column = len(self.costs)
+        self.costs.append(seconds or 0.0)
         self.upper.append(upper)
-        return Linear(0.0, ((len(self.costs) - 1, 1.0),))
+        if seconds is not None:
+            self.paid.add(column)
+        return Linear(0.0, ((column, 1.0),))
 
     def _add_unit(self, path: str, program: Program, frames: list[int]) -> None:
         groups, owner, may_run = clusters(program), cluster_of(program), rerunnable(program)
@@ -164,7 +166,7 @@ class LiveBytes:
             self.keeps[path, value] = ONE if fixed else self._column()
         alone = len(frames) == 1  # then whatever runs again is asked for by this call
         for cluster, ops in enumerate(groups):
-            seconds = sum(self.index.ops_of[frames[0]][op].seconds for op in ops) + _HAIR_SECONDS if alone else 0.0
+            seconds = sum(self.index.ops_of[frames[0]][op].seconds for op in ops) if alone else None
             self.reruns[path, cluster] = self._column(seconds, float(may_run[cluster]))
 
         def again(cluster: int) -> Linear:
@@ -211,7 +213,7 @@ class LiveBytes:
         for load in range(len(loads)):
             for cluster, ops in enumerate(clusters(program)):
                 counts = load == len(loads) - 1 and not alone
-                seconds = sum(index.ops_of[frame][op].seconds for op in ops) + _HAIR_SECONDS if counts else 0.0
+                seconds = sum(index.ops_of[frame][op].seconds for op in ops) if counts else None
                 self._column(seconds, float(rerunnable(program)[cluster]))
         released = [index.released.get(s.id, len(self.trace.events)) for s in index.slots_of[frame]]
         return _Call(

@@ -177,7 +177,8 @@ def schedule(seconds: tuple[float, ...], slots: int) -> tuple[frozenset[int], tu
 
     `seconds[i]`: of running through unit i. The last unit is never run through.
     """
-    tables = _Tables(seconds, slots)
+    tables = _tables(seconds)
+    tables.reach(slots)
     kept: list[int] = []
     spine: list[tuple[int, int, int]] = []
     start, free = 0, slots
@@ -211,39 +212,52 @@ def _reversed(tables: _Tables, begin: int, end: int, slots: int) -> list[Sweep]:
     return sweeps
 
 
-class _Tables:
-    """The recursion above, for all ranges and numbers of slots."""
+@functools.lru_cache(maxsize=16)
+def _tables(seconds: tuple[float, ...]) -> _Tables:
+    """One object for a chain: what is worked out for many slots says all of fewer."""
+    return _Tables(seconds)
 
-    def __init__(self, seconds: Sequence[float], slots: int) -> None:
+
+class _Tables:
+    """The recursion above, for all ranges, and for as many slots as have been asked about."""
+
+    def __init__(self, seconds: Sequence[float]) -> None:
         self.units = count = len(seconds) + 1
-        run = np.concatenate([[0.0], np.cumsum(seconds)])  # run[j] - run[i]: through units i to j - 1
-        cost = np.zeros((slots + 1, count + 1, count + 1))
-        self.splits = np.zeros((slots + 1, count + 1, count + 1), dtype=np.int64)
+        self.run = np.concatenate([[0.0], np.cumsum(seconds)])  # run[j] - run[i]: through units i to j - 1
+        cost = np.zeros((count + 1, count + 1))
         for a in range(count):
-            sums = np.cumsum(run[a + 1 :] - run[a])
-            cost[0, a, a + 2 :] = sums[: count - a - 1]
-        for s in range(1, slots + 1):
-            for length in range(2, count + 1):  # all ranges of a length together
+            cost[a, a + 2 :] = np.cumsum(self.run[a + 1 :] - self.run[a])[: count - a - 1]
+        # by slots
+        self.cost, self.splits = [cost], [np.zeros((count + 1, count + 1), dtype=np.int64)]
+        # the split of the forward itself, which has passed every unit when backward begins
+        self.forward, self.firsts = [cost[:count, count].copy()], [np.zeros(count, dtype=np.int64)]
+
+    def reach(self, slots: int) -> None:
+        """Work out what is asked of so many slots."""
+        count, run = self.units, self.run
+        for s in range(len(self.cost), slots + 1):
+            # a range that has a slot for every input with one slot fewer is as it was
+            cost, splits = self.cost[-1].copy(), self.splits[-1].copy()
+            for length in range(max(2, min(s + 2, count)) if s > 1 else 2, count + 1):  # all ranges of one together
                 begins = np.arange(count - length + 1)[:, None]
                 middles = begins + np.arange(1, length)[None, :]
-                totals = run[middles] - run[begins] + cost[s - 1, middles, begins + length] + cost[s, begins, middles]
+                totals = run[middles] - run[begins] + self.cost[-1][middles, begins + length] + cost[begins, middles]
                 best, rows = totals.argmin(axis=1), begins[:, 0]
-                cost[s, rows, rows + length] = totals[rows, best]
-                self.splits[s, rows, rows + length] = middles[rows, best]
-        self.cost = cost
-        # the split of the forward itself, which has passed every unit when backward begins
-        self.forward = np.zeros((slots + 1, count))
-        self.firsts = np.zeros((slots + 1, count), dtype=np.int64)
-        self.forward[0] = cost[0, :count, count]
-        for s in range(1, slots + 1):
+                cost[rows, rows + length] = totals[rows, best]
+                splits[rows, rows + length] = middles[rows, best]
+            forward, firsts = np.zeros(count), np.zeros(count, dtype=np.int64)
             for a in range(count - 1):
                 middles = np.arange(a + 1, count)
-                totals = self.forward[s - 1, middles] + cost[s, a, middles]
-                best = int(np.argmin(totals))
-                self.forward[s, a], self.firsts[s, a] = totals[best], middles[best]
+                totals = self.forward[-1][middles] + cost[a, middles]
+                best_of_all = int(np.argmin(totals))
+                forward[a], firsts[a] = totals[best_of_all], middles[best_of_all]
+            self.cost.append(cost)
+            self.splits.append(splits)
+            self.forward.append(forward)
+            self.firsts.append(firsts)
 
     def split(self, begin: int, end: int, slots: int) -> int:
-        return int(self.splits[slots, begin, end])
+        return int(self.splits[slots][begin, end])
 
     def first(self, begin: int, slots: int) -> int:
-        return int(self.firsts[slots, begin])
+        return int(self.firsts[slots][begin])

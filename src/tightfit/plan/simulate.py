@@ -13,7 +13,7 @@ Refused: a plan that was made from another trace (`PlanMismatch`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tightfit.core import (
@@ -315,63 +315,44 @@ class Walk:
 
     def timeline(self) -> Timeline:
         trace, index = self.trace, self.index
-        after = self._lives()
-        by_event: dict[int, list[tuple[Replayed, tuple[int, ...]]]] = defaultdict(list)
+        self.after = self._lives()
+        self.runs_at: dict[int, list[tuple[Replayed, tuple[int, ...]]]] = defaultdict(list)
+        self.wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        self.cast_for: dict[int, list[int]] = defaultdict(list)
         for replayed in self.replays.values():
             for event_index, ops in replayed.batches:
-                by_event[event_index].append((replayed, ops))
-        letting_go: dict[int, list[_Copy]] = defaultdict(list)
-        for copy in (*self.copies.values(), *self.brought.values()):
-            if copy.until is not None:
-                letting_go[copy.until].append(copy)
-        wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for replayed in self.replays.values():
+                self.runs_at[event_index].append((replayed, ops))
             for event_index, value_id in replayed.fetches:
-                wanted[event_index].append((replayed.frame, value_id))
-        cast_for: dict[int, list[int]] = defaultdict(list)
-        for replayed in self.replays.values():
+                self.wanted[event_index].append((replayed.frame, value_id))
             for saved, _ in replayed.slots:
                 if saved.value in replayed.casts and saved.id in index.first_load:
-                    cast_for[index.first_load[saved.id]].append(saved.value)
+                    self.cast_for[index.first_load[saved.id]].append(saved.value)
+        self.letting_go: dict[int, list[_Copy]] = defaultdict(list)
+        for copy in (*self.copies.values(), *self.brought.values()):
+            if copy.until is not None:
+                self.letting_go[copy.until].append(copy)
         # a list by place: this is the innermost loop of the planner and of the searches, and a list is fast
         self.level = [int(trace.static_bytes.get(c.value, 0)) if c in STATIC else 0 for c in Category]
         self.total = sum(self.level)
-        self.totals: list[int] = []
-        self.labels: list[str] = []
+        self.totals, self.labels = list[int](), list[str]()
         self.rows: list[tuple[int, ...]] = []
         self.seconds = 0.0
         self.flops = self.fetched_bytes = 0
-        state_bytes = trace.random_state_bytes
-        for at, event in enumerate(trace.events):
-            self.at = at
-            if at in wanted:
-                for frame, value_id in wanted[at]:
-                    self._bring(frame, value_id)
-            if at in by_event:
-                for replayed, ops in by_event[at]:
-                    self._run_again(replayed, ops, at)
-            if at in cast_for:
-                for value_id in cast_for[at]:
-                    self._cast_again(value_id, at)
-            what = event.what
-            if what is EventKind.ALLOC:
-                self._add_value(event.subject, trace.values[event.subject].size_bytes)
-            elif what is EventKind.OP:
-                self._mark(index.labels[event.subject], trace.ops[event.subject].scratch_bytes)
-            elif what is EventKind.ENTER and event.subject in self.replays:
-                self._add(_SAVED, self.replays[event.subject].states_in_forward * state_bytes)
-            elif what is EventKind.EXIT and event.subject in self.replays:
-                replayed = self.replays[event.subject]
-                states = len(replayed.recipe.states)
-                self._add(_SAVED, (states - replayed.states_in_forward) * state_bytes)
-            for value_id in after[at] if at in after else index.gone.get(at, ()):
-                if not self.tape_readers.get(value_id):
-                    self._add_value(value_id, -trace.values[value_id].size_bytes)
-            if at in letting_go:
-                for copy in letting_go[at]:
-                    self._drop_copy(copy, at)
-            if at in self.tapes_end:
-                self._add(_SAVED, -self.tapes_end[at] * state_bytes)
+        # events at which nothing is but what the recorded step has are most of all
+        ends = {self.ends[value_id] for value_id, readers in self.tape_readers.items() if readers}
+        changed = {*self.wanted, *self.runs_at, *self.cast_for, *self.after, *self.letting_go, *self.tapes_end, *ends}
+        changed |= {index.enters[frame] for frame in self.replays} | {index.exits[frame] for frame in self.replays}
+        for at, (alloc, op, gone) in enumerate(index.happens):
+            if at in changed:
+                self._change(at)
+                continue
+            if alloc is not None:
+                self._add_value(alloc, index.sizes[alloc])
+            elif op is not None:
+                self.at = at
+                self._mark(index.labels[op], index.scratch_bytes[op])
+            for value_id in gone:
+                self._add_value(value_id, -index.sizes[value_id])
         totals = self.totals
         columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(Category)
         peak = max(range(len(totals)), key=totals.__getitem__) if totals else 0
@@ -389,10 +370,36 @@ class Walk:
             fetched_bytes=self.fetched_bytes,
         )
 
-    def _made_by(self, frame: int, ordinal: int) -> list[int]:
+    def _change(self, at: int) -> None:
+        """Walk through an event at which the plan may change something."""
+        trace, index, self.at = self.trace, self.index, at
+        event, what, state_bytes = trace.events[at], trace.events[at].what, trace.random_state_bytes
+        for frame, value_id in self.wanted.get(at, ()):
+            self._bring(frame, value_id)
+        for replayed, ops in self.runs_at.get(at, ()):
+            self._run_again(replayed, ops, at)
+        for value_id in self.cast_for.get(at, ()):
+            self._cast_again(value_id, at)
+        if what is EventKind.ALLOC:
+            self._add_value(event.subject, trace.values[event.subject].size_bytes)
+        elif what is EventKind.OP:
+            self._mark(index.labels[event.subject], trace.ops[event.subject].scratch_bytes)
+        elif what is EventKind.ENTER and event.subject in self.replays:
+            self._add(_SAVED, self.replays[event.subject].states_in_forward * state_bytes)
+        elif what is EventKind.EXIT and event.subject in self.replays:
+            replayed = self.replays[event.subject]
+            self._add(_SAVED, (len(replayed.recipe.states) - replayed.states_in_forward) * state_bytes)
+        for value_id in self.after[at] if at in self.after else index.gone.get(at, ()):
+            if not self.tape_readers.get(value_id):
+                self._add_value(value_id, -trace.values[value_id].size_bytes)
+        for copy in self.letting_go.get(at, ()):
+            self._drop_copy(copy, at)
+        if at in self.tapes_end:
+            self._add(_SAVED, -self.tapes_end[at] * state_bytes)
+
+    def _made_by(self, frame: int, ordinal: int) -> Sequence[int]:
         """Ids of the values that an op of a frame makes."""
-        op = self.ops_of[frame][ordinal]
-        return [v for v in op.outputs if v is not None and self.trace.values[v].producer == op.id]
+        return self.index.made_of[frame][ordinal]
 
     def _reads_copy(self, replayed: Replayed, ordinal: int, value_id: int) -> bool:
         """Does the op read the copy of a value of its own frame that was made again?"""

@@ -23,7 +23,7 @@ from tightfit.plan.effects import Effect, Effects
 from tightfit.plan.effort import THOROUGH, Effort
 from tightfit.plan.frontier import Frontier, Input, Point, frontier
 from tightfit.plan.holders import counted_once, holding
-from tightfit.plan.leaner import leaner
+from tightfit.plan.leaner import leaner, starts_of
 from tightfit.plan.nest import Nesting
 from tightfit.plan.program import leading_to, recipe, shared
 
@@ -99,12 +99,38 @@ class Table(Effects):
         for paths in alike.values():
             # when the last of them runs backward, all others still hold what they keep
             last = paths[-1]
-            worst = functools.partial(self._worst, last)
-            found = leaner(self.programs[last], self.frontiers[last], worst, others=len(paths) - 1, kinds=len(alike))
+            found = self._leaner(last, others=len(paths) - 1, kinds=len(alike))
             for path in paths:
                 options = self.options[path]
                 more = tuple(p for p in found if p not in options and self._replays(path, p))
                 self.options[path] = options[:-1] + more + options[-1:] if options[-1] is not None else options
+
+    def _leaner(self, path: str, *, others: int, kinds: int) -> Sequence[Point]:
+        """Looked for once for the unit, and for those that are alike where as many bytes are live around them."""
+        shape, frontier = self._shape_of(path), self.frontiers[path]
+
+        def found() -> list[Point]:
+            worst = functools.partial(self._worst, path)
+            return leaner(self.programs[path], frontier, worst, others=others, kinds=kinds)
+
+        if shape is None:
+            return found()
+        (frame,), own = self.frames_of[path], self._own_marks(path)
+        around = self.base[own] - sum(self.trace.static_bytes.values())
+        seconds = tuple(self.trace.ops[op].seconds for op in self.ops[frame])
+        key = tuple(starts_of(frontier)), others, kinds, around.tobytes(), bool(own.all()), seconds
+        known = shape[0].leaner
+        if key not in known:
+            known[key] = found()
+        return known[key]
+
+    def _own_marks(self, path: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """The marks of the unit's own forward and backward."""
+        own = np.zeros(len(self.marks), dtype=bool)
+        for frame in self.frames_of[path]:
+            for start, end in self.spans[frame]:
+                own[start:end] = True
+        return own
 
     def _apart(self) -> frozenset[int]:
         """Values that replays of several units may hold."""
@@ -365,10 +391,7 @@ class Table(Effects):
             change[self.mark_at[after + 1]] += size
             change[self.mark_at[until]] -= size
         change = np.cumsum(change)[: len(self.marks)]
-        own = np.zeros(len(self.marks), dtype=bool)
-        for frame in self.frames_of[path]:
-            for start, end in self.spans[frame]:
-                own[start:end] = True
+        own = self._own_marks(path)
         outside = float(change[~own].min(initial=0.0))
         most = float((self.base + change)[own].max(initial=0.0))
         for event, top in effect.spikes:
