@@ -49,5 +49,5 @@ class LatestOfTraces(Generic[T]):
             known = weakref.ref(trace, lambda _: self._known.pop(key, None)), answer()
         self._known[key] = known  # the last is the latest
         while len(self._known) > self.many:
-            del self._known[next(iter(self._known))]
+            self._known.pop(next(iter(self._known)), None)  # another thread may have been here
         return known[1]
