@@ -13,7 +13,7 @@ Refused: a plan that was made from another trace (`PlanMismatch`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from tightfit.core import (
@@ -244,7 +244,7 @@ class Walk:
             last_release = max((released.get(s.id, end_of_step) for s in slots_of[replayed.frame]), default=-1)
             if replayed.left_states:
                 self.tapes_end[last_release] += replayed.left_states
-            made = {v for op in replayed.recipe.runs for v in self._made_by(replayed.frame, op)}
+            made = {v for op in replayed.recipe.runs for v in self.index.made_of[replayed.frame][op]}
             running = {op: event for event, ops in replayed.batches for op in ops}
             for ordinal in replayed.recipe.runs:
                 op = self.ops_of[replayed.frame][ordinal]
@@ -336,8 +336,7 @@ class Walk:
         self.total = sum(self.level)
         self.totals, self.labels = list[int](), list[str]()
         self.rows: list[tuple[int, ...]] = []
-        self.seconds = 0.0
-        self.flops = self.fetched_bytes = 0
+        self.seconds, self.flops, self.fetched_bytes = 0.0, 0, 0
         # events at which nothing is but what the recorded step has are most of all
         ends = {self.ends[value_id] for value_id, readers in self.tape_readers.items() if readers}
         changed = {*self.wanted, *self.runs_at, *self.cast_for, *self.after, *self.letting_go, *self.tapes_end, *ends}
@@ -397,10 +396,6 @@ class Walk:
         if at in self.tapes_end:
             self._add(_SAVED, -self.tapes_end[at] * state_bytes)
 
-    def _made_by(self, frame: int, ordinal: int) -> Sequence[int]:
-        """Ids of the values that an op of a frame makes."""
-        return self.index.made_of[frame][ordinal]
-
     def _reads_copy(self, replayed: Replayed, ordinal: int, value_id: int) -> bool:
         """Does the op read the copy of a value of its own frame that was made again?"""
         value = self.trace.values[value_id].ordinal
@@ -423,7 +418,7 @@ class Walk:
                 self._bring(replayed.frame, value_id)
             for value_id in replayed.casts.intersection(op.inputs):
                 self._cast_again(value_id, index)
-            made = [self.copies[v] for v in self._made_by(replayed.frame, ordinal)]
+            made = [self.copies[v] for v in self.index.made_of[replayed.frame][ordinal]]
             for copy in made:
                 self._add(_SAVED, copy.size_bytes, ("copy", id(copy)))
                 copy.is_live = True
@@ -558,7 +553,7 @@ class Walk:
             for each in casts:
                 self._add(_SAVED, trace.values[each].size_bytes, ("passing", each))
                 self._cast(each)
-            for each in self._made_by(frame, step):
+            for each in self.index.made_of[frame][step]:
                 block = ("copy", id(result)) if each == value_id else ("passing", each)
                 self._add(_SAVED, trace.values[each].size_bytes, block)
                 if each != value_id:
@@ -571,7 +566,7 @@ class Walk:
                 self._add(_SAVED, -trace.values[each].size_bytes, ("passing", each))
             self.seconds += op.seconds
             self.flops += op.flops
-            for each in [*dict.fromkeys(op.inputs), *self._made_by(frame, step)]:
+            for each in [*dict.fromkeys(op.inputs), *self.index.made_of[frame][step]]:
                 left[each].discard(op.id)
                 if each in passing and not left[each]:
                     self._add(_SAVED, -trace.values[each].size_bytes, passing.pop(each))
