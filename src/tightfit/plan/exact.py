@@ -49,7 +49,7 @@ _FEWEST_NODES = 4
 _SECONDS = 20.0
 
 #: A cluster that runs again costs this much more, where the dearest costs a thousand, so that none runs for nothing.
-_HAIR = 1e-6
+_HAIR = 1e-5
 
 #: Where the lowest peak is looked for, a second weighs this much against it, so that the faster of equally low wins.
 _TIE = 1e-6
