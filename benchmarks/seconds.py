@@ -36,6 +36,7 @@ from torch import nn
 
 import tightfit
 from tightfit.core import Plan, Trace
+from tightfit.device.cost import unplanned_seconds
 from tightfit.integrations.peft import add_lora
 from tightfit.plan import every_block, lowest, simulate
 from tightfit.step.environment import environment
@@ -161,7 +162,7 @@ def against_measured(name: str) -> dict[str, Any]:
     plans: dict[str, Plan | None] = {"none": None, "every block": every_block(recorded)}
     for share in SHARES:
         plans[f"plan at {share:.0%}"] = tightfit.plan(recorded, between(recorded, share))
-    own_seconds = sum(op.seconds for op in recorded.ops)
+    own_seconds = unplanned_seconds(recorded, simulate(recorded).peak_bytes)
     predicted = {key: own_seconds if plan is None else plan.step_seconds for key, plan in plans.items()}
     measured = _in_turns(model, batch, plans)
     return {

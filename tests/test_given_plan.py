@@ -19,6 +19,7 @@ from tightfit.fitting.planning import what_is_given
 from tightfit.integrations.longest import longest_batch
 from tightfit.integrations.peft import add_lora
 from tightfit.integrations.transformers import TightfitCallback
+from tightfit.plan.micro_batches import QUICK
 from tightfit.plan.rebase import rebased
 
 
@@ -263,7 +264,8 @@ def test_levers_beside_a_plan_are_those_that_it_may_use(plan: Plan) -> None:
 
 def test_the_host_budget_holds_for_a_given_plan_too() -> None:
     subject = model("lora").train()
-    made = tightfit.plan.lowest(tightfit.trace(subject, batch()), levers="recompute,stream_weights")
+    recorded = tightfit.trace(subject, batch(), tiles=False)
+    made = tightfit.plan.lowest(recorded, effort=QUICK, levers="recompute,stream_weights")
     with pytest.raises(PlanMismatch, match=r"takes .* in host memory, and may take 0 B.*raise the host budget"):
         tightfit.fit(model("lora").train(), batch(), plan=made, host_budget=0)
     applied = tightfit.fit(model("lora").train(), batch(), plan=made, host_budget="1GiB")

@@ -286,6 +286,36 @@ def test_rows_that_are_compared_are_no_longer_batch() -> None:
     applied.remove()
 
 
+def test_rows_are_compared_under_a_plan_where_masks_are_drawn() -> None:
+    """Masks are off meanwhile, in what runs again too."""
+    torch.manual_seed(0)
+    model = Masked()
+    batch = {"input_ids": torch.randint(0, 40, (12, 16))}
+    batch["labels"] = batch["input_ids"].clone()
+    applied = tightfit.fit(model, batch, "60%", loss=lambda model, batch: model(**batch), micro_batch=6)
+    assert applied.plan.replays
+    batch["labels"][:5, 3:] = -100  # the first batch in which tokens count, and rows do not
+    applied.backward(batch)
+    assert applied.stats().replays > 0 and all(p.grad is not None for p in model.parameters())
+    applied.remove()
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = (
+            nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Dropout(0.1), nn.Linear(128, 64))
+            for _ in range(4)
+        )
+        self.words, self.blocks, self.head = nn.Embedding(40, 64), nn.ModuleList(blocks), nn.Linear(64, 40)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.words(input_ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
 def test_rows_are_compared_under_a_plan_that_streams_weights() -> None:
     blocks = [nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(6)]
     model = nn.Sequential(nn.Linear(64, 64), *blocks, nn.Linear(64, 8))

@@ -5,6 +5,7 @@ CUDA's switches can be set and read without a card; which bits they give is the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tightfit
@@ -143,3 +145,34 @@ def test_a_preferred_linalg_library_is_a_switch() -> None:
     """A build for CPUs cannot be set to another one, so what is asked is whether it would be."""
     wanted: Any = {"linalg": torch._C._get_linalg_preferred_backend(), "blas": torch._C._get_blas_preferred_backend()}
     assert all(value in numerics.switches() for value in wanted.values())
+
+
+class _Doubled(TorchFunctionMode):
+    """`gelu` gives twice as much, by one op more."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if func is nn.functional.gelu else out
+
+
+@pytest.mark.parametrize("all_of_it", [True, False], ids=["the whole step", "the forward"])
+def test_a_mode_that_changes_functions_is_there_in_a_replay(all_of_it: bool) -> None:
+    """torch has a mode off while `backward` runs inside it. What the plan knows is the step without the mode."""
+
+    def gradients(planned: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(3)))
+        x = torch.randn(4, 8)
+        trace = tightfit.trace(model, x, loss=lambda model, x: model(x).sum())
+        with contextlib.ExitStack() as stack:
+            applied = stack.enter_context(tightfit.apply(model, every_block(trace))) if planned else None
+            with _Doubled():
+                loss = model(x).sum()
+                if all_of_it:
+                    loss.backward()
+            if not all_of_it:
+                loss.backward()
+            assert applied is None or applied.stats().fallbacks == 3
+        return [parameter.grad for parameter in model.parameters()]
+
+    assert all(map(torch.equal, gradients(True), gradients(False)))

@@ -311,6 +311,7 @@ def test_an_exception_in_the_middle_leaves_nothing(event: str, error: type[BaseE
     assert callback.applied is None and callback.plan is not None
 
 
+@pytest.mark.slow
 def test_a_budget_below_a_single_example_is_still_said(tmp_path: Path) -> None:
     run = trainer(
         "trainer", tmp_path, [TightfitCallback("1MiB")], max_steps=2, per_device_train_batch_size=2,

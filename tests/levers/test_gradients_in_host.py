@@ -176,6 +176,93 @@ def test_room_is_used_again_and_given_back() -> None:
         assert pool.stored_bytes == 0
 
 
+def test_room_that_a_loop_holds_for_long_is_given_back() -> None:
+    """A loop that keeps its gradients until the next step's has two sets of rooms, and not one more each step."""
+    model, optimizer = stepping()
+    pool = Pool()
+    with in_force(model, optimizer, [GRADIENTS], pool):
+        taken = []
+        for _ in range(6):
+            model(IDS).backward()
+            gradients = [p.grad for p in model.parameters()]
+            optimizer.step()
+            optimizer.zero_grad()
+            taken.append(pool.stored_bytes)
+        assert taken[2:] == [taken[1]] * 4 and taken[1] <= 2 * taken[0]
+        del gradients
+    assert pool.stored_bytes == 0
+
+
+def test_gradients_in_one_flat_buffer_stay() -> None:
+    """Whoever writes to the buffer writes to the gradients."""
+
+    def flat(levers: list[Any]) -> tuple[dict[str, Any], list[float]]:
+        model, optimizer = stepping()
+        buffer, at, norms = torch.zeros(sum(p.numel() for p in model.parameters())), 0, []
+        for parameter in model.parameters():
+            parameter.grad = buffer[at : at + parameter.numel()].view_as(parameter)
+            at += parameter.numel()
+        with in_force(model, optimizer, levers):
+            for _ in range(3):
+                model(IDS).backward()
+                norms.append(float(buffer.norm()))
+                buffer.mul_(0.1)
+                optimizer.step()
+                buffer.zero_()
+        return everything(model, optimizer), norms
+
+    expected, norms = flat([])
+    found, planned = flat([GRADIENTS])
+    assert planned == norms and min(norms) > 0
+    assert_same(found, expected)
+
+
+def test_a_view_that_is_there_before_the_gradient_goes_keeps_it_on_the_device() -> None:
+    model, optimizer = stepping()
+    weight = model.blocks[0][1].weight
+    model(IDS).backward()
+    view = weight.grad.detach()
+    with in_force(model, optimizer, [GRADIENTS]):
+        assert not is_elsewhere(weight.grad)
+        view.mul_(0.5)
+        assert torch.equal(view, weight.grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        model(IDS).backward()
+        assert torch.equal(view, weight.grad) and weight.grad.any()
+        del view
+        model(IDS).backward()
+        assert is_elsewhere(weight.grad)
+
+
+@pytest.mark.parametrize("when", ["backward", "step", "clip"])
+def test_a_view_of_what_waits_is_refused_when_it_is_needed(when: str) -> None:
+    model, optimizer = stepping()
+    weight = model.blocks[0][1].weight
+    with in_force(model, optimizer, [GRADIENTS]):
+        model(IDS).backward()
+        view = weight.grad.detach()
+        view.mul_(0.5)
+        with pytest.raises(Unsupported, match=r"view of the gradient of blocks\.0\.1\.weight.*\.clone\(\)"):
+            if when == "backward":
+                model(IDS).backward()
+            elif when == "step":
+                optimizer.step()
+            else:
+                clip_grad_norm_(model.parameters(), 0.01)
+        del view
+        optimizer.step()
+
+
+def test_a_view_of_what_waits_is_told_at_the_end() -> None:
+    model, optimizer = stepping()
+    with pytest.warns(UserWarning, match="views of the gradients of 1 parameters"):  # noqa: SIM117 - the inner ends first
+        with in_force(model, optimizer, [GRADIENTS]):
+            model(IDS).backward()
+            view = model.blocks[0][1].weight.grad[0]
+    assert view.any()
+
+
 def test_a_full_pool_leaves_gradients_on_the_device() -> None:
     model, optimizer = stepping()
     with in_force(model, optimizer, [GRADIENTS], Pool(4096 * 3)):
@@ -282,7 +369,7 @@ def test_a_wrong_gradient_is_found(recorded: dict[bool, Trace], monkeypatch: pyt
     """The check of the optimizer is not one that passes whatever comes back."""
     model, optimizer = heavy()
     plan = lowest(recorded[False], levers=f"recompute,{NAME}")
-    monkeypatch.setattr(_Room, "is_held", lambda self: False)
+    monkeypatch.setattr(_Room, "further_holders", lambda self: 0)
     monkeypatch.setattr("tightfit.levers.gradients_in_host.host.laid_out_like", _one_for_all())
     from tightfit.step.snapshot import undisturbed
 

@@ -676,6 +676,30 @@ def state_waits_in_host_memory() -> None:
 
 
 @case
+def state_that_waits_goes_on_waiting_when_a_layer_is_unfrozen() -> None:
+    """Five of eight equal parameters wait, the first five that are trained. One before them is trained later."""
+
+    def trained(where: str, waits: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(8))).to(where)
+        model[0].weight.requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        with contextlib.ExitStack() as stack:
+            if waits:
+                stack.enter_context(HostState(optimizer, Waiting(2048, 5, 1), Pool()))
+                stack.enter_context(stepping_in_chunks(optimizer, Cut(1024, False)))
+            for step in range(5):
+                if step == 2:
+                    model[0].weight.requires_grad_(True)
+                model(torch.ones(4, 16, device=where)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return [parameter.detach().cpu() for parameter in model.parameters()]
+
+    assert same(trained("pretend", False), trained("pretend", True))
+
+
+@case
 def state_that_is_loaded_before_a_plan_is_not_on_the_card() -> None:
     plain = llama()
     first = _adamw(plain)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from tightfit import accelerator
 from tightfit.accelerator import numerics
@@ -64,10 +63,14 @@ def called_in(
     return out
 
 
+def _function_modes() -> list[Any]:
+    return _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
+
+
 class AmbientState:
     """The settings that decide which ops a forward calls and which bits they give; restored for its replay."""
 
-    __slots__ = ("attention", "autocast", "default_dtype", "device", "switches")
+    __slots__ = ("attention", "autocast", "default_dtype", "modes", "switches")
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         cache = torch.is_autocast_cache_enabled()
@@ -75,9 +78,8 @@ class AmbientState:
         self.attention = [enabled() for enabled, _ in accelerator.ATTENTION_SWITCHES]
         self.switches = numerics.switches()
         self.default_dtype = torch.get_default_dtype()
-        modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
-        # `with torch.device(...)`, which says where new tensors are made
-        self.device = next((mode.device for mode in reversed(modes) if isinstance(mode, DeviceContext)), None)
+        # `with torch.device(...)`, which says where new tensors are made, and whatever else changes what functions do
+        self.modes = _function_modes()
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -88,8 +90,10 @@ class AmbientState:
                 if enabled or torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=cast_dtype, cache_enabled=cache))
             stack.enter_context(numerics.restored(self.switches))
-            if self.device is not None:
-                stack.enter_context(self.device)
+            active = set(map(id, _function_modes()))
+            for mode in self.modes:
+                if id(mode) not in active:  # torch has a mode off while a function that it saw is running, as backward
+                    stack.enter_context(mode)
             try:
                 self._attention(self.attention, now)
                 if dtype != self.default_dtype:

@@ -33,7 +33,7 @@ from tightfit.core import (
     parse_bytes,
     parse_host_budget,
 )
-from tightfit.device.cost import copy_lanes, fresh_seconds
+from tightfit.device.cost import copy_lanes, fresh_seconds, unplanned_seconds
 from tightfit.levers import allowed, every, granted, inexact
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.account import host_bytes
@@ -483,7 +483,7 @@ def _plan(
     step = way.trace
     out, back = copy_lanes(step)
     offload_seconds = out.waiting_seconds(line.offloaded_bytes) + back.waiting_seconds(line.fetched_bytes)
-    step_seconds = sum(op.seconds for op in trace.ops) + way.step.seconds + offload_seconds
+    step_seconds = unplanned_seconds(trace, unplanned.peak_bytes) + way.step.seconds + offload_seconds
     less_fresh = fresh_seconds(trace, unplanned.peak_bytes, line.peak_bytes)
     if way.nesting is not None:  # it holds for this nesting, and another may take fewer seconds
         bound = 0.0

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 from tightfit.core import Action, Choice, Phase, Plan, PlanMismatch, Program, Status, Trace, Unit
-from tightfit.device.cost import copy_lanes, fresh_seconds
+from tightfit.device.cost import copy_lanes, fresh_seconds, unplanned_seconds
 from tightfit.levers import every
 from tightfit.plan.program import shared
 from tightfit.plan.simulate import simulate, under
@@ -187,4 +187,6 @@ def _refereed(plan: Plan, trace: Trace) -> Plan:
         offload_seconds=offload_seconds,
         fresh_seconds=fresh_seconds(trace, unplanned.peak_bytes, line.peak_bytes),
     )
-    return dataclasses.replace(made, step_seconds=sum(op.seconds for op in trace.ops) + made.added_seconds)
+    return dataclasses.replace(
+        made, step_seconds=unplanned_seconds(trace, made.unplanned_peak_bytes) + made.added_seconds
+    )

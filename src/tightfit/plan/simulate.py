@@ -98,7 +98,7 @@ def allocations(trace: Trace, plan: Plan | None = None) -> tuple[list[int], _Blo
             if rest <= 0:
                 break
     static += [size for size in (rest, workspace - workspace // 2, workspace // 2) if size > 0]
-    return static, blocks
+    return static, list(blocks)
 
 
 def simulate_choices(trace: Trace, choices: tuple[Choice, ...], advances: tuple[Advance, ...] = ()) -> Timeline:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tightfit.core import Action, BudgetInfeasible, Category, Choice, Plan, Timeline, Trace
+from tightfit.device.cost import unplanned_seconds
 from tightfit.plan import Effort, every_block, lowest, plan, simulate
 from tightfit.plan.shares import shares
 
@@ -101,7 +102,8 @@ def study(trace: Trace, chosen: Plan | None = None, points: int = POINTS, effort
     labels: dict[str, int] = {}
     kinds, units = _kinds(trace)
     values = {frame.unit or "the model": trace.programs[frame.id].values for frame in trace.frames}
-    step_seconds = sum(op.seconds for op in trace.ops)
+    unplanned = simulate(trace)
+    step_seconds = unplanned_seconds(trace, unplanned.peak_bytes)
     forward_flops = sum(op.flops for op in trace.ops if op.phase.value == "forward")
 
     def point(name: str, made: Plan | None) -> StudyPoint:
@@ -121,7 +123,6 @@ def study(trace: Trace, chosen: Plan | None = None, points: int = POINTS, effort
             inputs=_inputs(units, () if made is None else made.choices),
         )
 
-    unplanned = simulate(trace)
     limit = None if chosen is None else chosen.host_budget_bytes
     least = lowest(trace, effort=effort, host_budget=limit)
     found = [point("none", None), point("every-block", every_block(trace, effort=effort)), point("lowest", least)]

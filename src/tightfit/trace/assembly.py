@@ -47,7 +47,7 @@ from tightfit.step.signature import signature_of
 from tightfit.trace.fake import FakeStep
 from tightfit.trace.programs import program_of
 from tightfit.trace.recorder import Call, Recorder
-from tightfit.trace.timing import fitted, paced
+from tightfit.trace.timing import Pace, fitted
 from tightfit.trace.unroll import trace_digest
 
 
@@ -67,6 +67,7 @@ class Assembly:
     gradients: set[int]
     fake: FakeStep | None
     notes: tuple[str, ...]
+    pace: Pace | None
     pinned: dict[str, str] = field(default_factory=dict)
 
     def trace(self) -> Trace:
@@ -91,8 +92,8 @@ class Assembly:
         units = self._units(programs)
         loss = self._loss_values()
         seconds = fitted(full.equals())
-        if full.whole is not None:
-            seconds = paced(seconds, full.whole)
+        if self.pace is not None:
+            seconds = self.pace.paced(seconds)
         ops = tuple(
             Op(
                 id=c.id, unit=c.unit, ordinal=c.ordinal, name=c.name, inputs=tuple(v for v, _ in c.reads),

@@ -55,8 +55,10 @@ from tightfit.trace.optimizer import OptimizerRecord, behind
 from tightfit.trace.profiler import Timer, risen_bytes, run_by
 from tightfit.trace.recorder import Recorder, as_without_mode
 from tightfit.trace.timing import (
+    Pace,
     Sample,
     Stopwatch,
+    fitted,
     fresh_seconds_per_byte,
     in_doubt,
     is_disturbed,
@@ -113,7 +115,7 @@ def first_pass(
     return dry, seen
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepRecording:
     """The step while it is recorded: once as it is, and once more for each lever that changes its ops."""
 
@@ -124,6 +126,7 @@ class StepRecording:
     restart: Callable[[], None]
     fake: FakeStep | None
     tail: OptimizerRecord | None
+    pace: Pace | None = None  # of the step as it is, for what it becomes under a lever too
 
     def dry(self) -> Recorder:
         self.restart()
@@ -184,21 +187,21 @@ class StepRecording:
             _measure(model, self.batch, self.loss, full)
             if line := accelerator.peak_unknown(device_of(model)):
                 notes += (f"bytes that kernels use inside are taken to be none: {line}",)
-        if fake is None:
-            self._time_again(full, anew)
-        assembly = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes)
+        whole = None if fake is not None else self._time_again(full, anew)
+        assembly = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes, self.pace)
         trace = assembly.trace()
         if fake is not None:
             trace = retimed(trace, assembly.target)
-        elif full.whole is not None:
+        elif whole is not None:
             risen_bytes = self.unplanned(trace).peak_bytes - sum(trace.static_bytes.values())
-            rate = fresh_seconds_per_byte(full.equals(), full.whole, risen_bytes)
+            rate = fresh_seconds_per_byte(full.equals(), whole, risen_bytes)
             trace = dataclasses.replace(trace, fresh_seconds_per_byte=rate)
         return trace if self.tail is None else behind(trace, self.tail)
 
-    def _time_again(self, full: Recorder, anew: bool) -> None:
+    def _time_again(self, full: Recorder, anew: bool) -> Sample | None:
         """Run the step for its ops' seconds alone, as often as their timings ask for. Timings that other processes
-        disturbed are made anew, on one thread."""
+        disturbed are made anew, on one thread. Where they are not, the whole step is timed, too, and that timing
+        returned."""
         short = is_short(full.equals())
         alone = not short and is_disturbed(full.equals())
         for call in full.calls if alone else ():
@@ -213,9 +216,11 @@ class StepRecording:
             _same_ops("a timed pass", names, [c.name for c in full.dispatched])
             for call, sample in zip(full.dispatched, timer.samples, strict=True):
                 call.samples.append(spread(sample) if alone else sample)
-        if accelerator.is_host(device_of(self.model)) and not alone:
-            runs = (self._whole() for _ in range(1 if short or anew else _WHOLE))
-            full.whole = min(runs, key=lambda sample: sample.seconds)
+        if anew or alone or not accelerator.is_host(device_of(self.model)):
+            return None
+        whole = self._whole()
+        self.pace = Pace.of(fitted(full.equals()), whole)
+        return whole
 
     def _whole(self) -> Sample:
         """A timing of the whole step, in which nothing is watched."""
@@ -228,9 +233,6 @@ class StepRecording:
 
 #: So many runs more at most, where timings scatter.
 _MORE_PASSES = 4
-
-#: So many timings of the whole step, of which the shortest counts.
-_WHOLE = 2
 
 
 def record_pass(

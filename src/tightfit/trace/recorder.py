@@ -152,7 +152,6 @@ class Recorder(TorchDispatchMode):
         ] = []  # calls that a plain cross entropy made, bytes of a chunk of rows
         self.rowwise: list[RowwiseOps] = []
         self.stopwatch: Stopwatch | None = None  # none: ops are not timed
-        self.whole: Sample | None = None  # the step in one timing, unwatched
 
     @contextlib.contextmanager
     def working_by_rows(self, rows: int, rows_at_once: int, tile: torch.Tensor, columns: int) -> Iterator[None]:

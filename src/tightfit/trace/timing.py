@@ -46,6 +46,7 @@ except ImportError:  # Windows has no such count; there all pages are taken to b
 
 __all__ = [
     "Equal",
+    "Pace",
     "Sample",
     "Stopwatch",
     "fitted",
@@ -54,7 +55,6 @@ __all__ = [
     "is_disturbed",
     "is_short",
     "on_one_thread",
-    "paced",
     "spread",
 ]
 
@@ -195,20 +195,30 @@ def fitted(groups: Iterable[Equal]) -> dict[int, float]:
     return found
 
 
-def paced(seconds: Mapping[int, float], whole: Sample) -> dict[int, float]:
-    """`seconds`, with what the step took between its ops: each op has its part, as an op that runs again has too.
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a step takes between its ops, as a part of each op: an op that runs again has it too."""
 
-    `whole`: the step in one timing. A call takes the host some time, so each op gets an equal part up to
-    `_CALL_SECONDS`. The rest goes with the ops' own seconds: it is memory given back, and what a cache no longer has.
-    """
-    rate = _fault_seconds_per_byte(torch.get_num_threads()) if whole.faulted_bytes > _FEW_BYTES else 0.0
-    own_seconds = math.fsum(seconds.values())
-    between = max(0.0, math.exp(whole.log_without_faults(rate)) - own_seconds)
-    if not own_seconds:
-        return dict(seconds)
-    each = min(_CALL_SECONDS, between / len(seconds))
-    factor = 1 + (between - each * len(seconds)) / own_seconds
-    return {call: factor * own + each for call, own in seconds.items()}
+    call_seconds: float
+    factor: float
+
+    @classmethod
+    def of(cls, seconds: Mapping[int, float], whole: Sample) -> Pace:
+        """`whole`: the step of the ops that take `seconds`, in one timing.
+
+        A call takes the host some time, so each op gets an equal part up to `_CALL_SECONDS`. The rest goes with the
+        ops' own seconds: it is memory given back, and what a cache no longer has.
+        """
+        rate = _fault_seconds_per_byte(torch.get_num_threads()) if whole.faulted_bytes > _FEW_BYTES else 0.0
+        own_seconds = math.fsum(seconds.values())
+        between = max(0.0, math.exp(whole.log_without_faults(rate)) - own_seconds)
+        if not own_seconds:
+            return cls(0.0, 1.0)
+        each = min(_CALL_SECONDS, between / len(seconds))
+        return cls(each, 1 + (between - each * len(seconds)) / own_seconds)
+
+    def paced(self, seconds: Mapping[int, float]) -> dict[int, float]:
+        return {call: self.factor * own + self.call_seconds for call, own in seconds.items()}
 
 
 def fresh_seconds_per_byte(groups: Iterable[Equal], whole: Sample, risen_bytes: int) -> float:

@@ -11,10 +11,13 @@ gradient at a time, and add up the norms in the order in which torch does on the
 On the CPU the room lies outside torch's allocator, as what is offloaded does: it stands for another device. Copies are
 waited for when they leave; on the way back the device's own queue has them in order.
 
+A view of a gradient cannot follow its data. A gradient that is a view itself (a flat buffer for all of them), or of
+which somebody holds one, stays on the device. Whoever takes a view of one that waits is told when it is needed again.
+
 Invariant: on leaving, gradients are on the device (where it has no room for one, a warning says so). Room is only
-written again when nobody else holds what lay on it. What cannot be moved stays: sparse gradients, those with gaps or a
-history, and what finds no room. Refused: `GradScaler`, which looks at all gradients at once, and several processes
-(`Unsupported`).
+written again when nobody else holds what lay on it. What cannot be moved stays: sparse gradients, those with gaps,
+views or a history, and what finds no room. Refused: `GradScaler`, which looks at all gradients at once, and several
+processes (`Unsupported`).
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ class HostGradients:
         self.model, self.optimizer, self.least_bytes, self.pool = model, optimizer, least_bytes, pool
         self._rooms: dict[torch.Tensor, _Room] = {}
         self.hooked: set[torch.Tensor] = set()
+        self._left: list[tuple[torch.Tensor, _Room]] = []  # with a gradient that a loop has kept for itself
         self._brought: set[torch.Tensor] = set()  # for an addition that is not done
         self._undo = contextlib.ExitStack()
 
@@ -75,17 +79,23 @@ class HostGradients:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._undo.close()
-        left = 0
+        left = viewed = 0
         for parameter in self.hooked:
+            viewed += self._is_viewed(parameter)
             try:
                 self._bring(parameter, waits=True)  # the room may be gone before the device has read it
             except torch.OutOfMemoryError:
                 left += 1
-        for parameter, room in self._rooms.items():
-            if not room.is_held():
-                comes_back(room.tensor)
-                self.pool.room_is_free(room.buffer, parameter.device)
+        self._left += self._rooms.items()
         self._rooms.clear()
+        self._give_back()
+        self._left.clear()
+        if viewed:
+            warnings.warn(
+                f"somebody holds views of the gradients of {viewed} parameters that waited in host memory: the views "
+                "do not follow the gradients back to the device",
+                stacklevel=2,
+            )
         if left:
             warnings.warn(
                 f"the device has no room for the gradients of {left} parameters: they stay in host memory, where "
@@ -108,6 +118,7 @@ class HostGradients:
         """Autograd is about to add to the gradient. `torch.autograd.grad` asks too, and adds nothing."""
         for other in self._brought - {parameter}:
             self._send(other)
+        self._refuse_views(parameter)
         self._brought = {parameter}
         self._bring(parameter)
 
@@ -136,6 +147,7 @@ class HostGradients:
         moved = []
         for parameter in parameters:
             if self.has(parameter):
+                self._refuse_views(parameter)
                 gradient = parameter.grad
                 assert gradient is not None
                 home = gradient.data
@@ -156,6 +168,22 @@ class HostGradients:
     def has(self, parameter: torch.Tensor) -> bool:
         """Does the gradient of `parameter` wait here?"""
         return parameter in self.hooked and parameter.grad is not None and is_elsewhere(parameter.grad)
+
+    # -- views
+
+    def _is_viewed(self, parameter: torch.Tensor) -> bool:
+        """Does anyone hold a view of the gradient of `parameter`, which waits in its room?"""
+        room, gradient = self._rooms.get(parameter), parameter.grad
+        return room is not None and gradient is not None and room.has(gradient) and room.further_holders() > 1
+
+    def _refuse_views(self, parameter: torch.Tensor) -> None:
+        if self._is_viewed(parameter):
+            name = next((name for name, each in self.model.named_parameters() if each is parameter), "a parameter")
+            raise Unsupported(
+                f"somebody holds a view of the gradient of {name}, which waits in host memory and is now needed on the "
+                "device, where the view cannot follow: take a copy (.clone()) instead of a view (.detach(), a slice), "
+                "or leave gradients_in_host out of the levers"
+            )
 
     # -- there and back
 
@@ -181,17 +209,37 @@ class HostGradients:
             gradient.data = room.tensor
 
     def _room(self, parameter: torch.Tensor, gradient: torch.Tensor) -> _Room | None:
+        self._give_back()
         room = self._rooms.get(parameter)
-        if room is not None and room.suits(gradient) and not room.is_held():
+        if room is not None and room.suits(gradient) and not room.further_holders():
             return room
         buffer = self.pool.room(gradient.numel() * gradient.element_size(), parameter.device)
         if buffer is None:
             return None
-        if room is not None and not room.is_held():
-            comes_back(room.tensor)
-            self.pool.room_is_free(room.buffer, parameter.device)
+        if room is not None:
+            self._left.append((parameter, room))
         self._rooms[parameter] = _Room(buffer, laid_out_like(gradient, buffer))
         return self._rooms[parameter]
+
+    def _give_back(self) -> None:
+        """Give rooms that were left back to the pool, as soon as nobody holds what lies there."""
+        held = []
+        for parameter, room in self._left:
+            if room.further_holders():
+                held.append((parameter, room))
+            else:
+                comes_back(room.tensor)
+                self.pool.room_is_free(room.buffer, parameter.device)
+        self._left = held
+
+
+def _holders(tensor: torch.Tensor) -> int:
+    """How many hold the bytes of `tensor`, itself among them."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+#: The count for a tensor without a view.
+_ALONE = _holders(torch.empty(1))
 
 
 class _Room:
@@ -200,14 +248,15 @@ class _Room:
     def __init__(self, buffer: torch.Tensor, tensor: torch.Tensor) -> None:
         self.buffer, self.tensor = buffer, tensor
         stays_elsewhere(tensor)
-        self._holders = self._count()
+        self._own_holders = _holders(tensor)
 
-    def _count(self) -> int:
-        return torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata)
+    def further_holders(self) -> int:
+        """How many others hold what lies here: a gradient that waits, one that a loop has kept for itself, a view."""
+        return _holders(self.tensor) - self._own_holders
 
-    def is_held(self) -> bool:
-        """Does anyone else hold what lies here: a gradient that waits, or one that a loop has kept for itself?"""
-        return self._count() > self._holders
+    def has(self, gradient: torch.Tensor) -> bool:
+        """Does `gradient` lie here?"""
+        return self.tensor.data_ptr() == gradient.data_ptr()
 
     def suits(self, gradient: torch.Tensor) -> bool:
         known = self.tensor
@@ -216,9 +265,10 @@ class _Room:
 
 
 def _can_wait(gradient: torch.Tensor) -> bool:
-    return (
-        gradient.layout is torch.strided and not gradient.requires_grad and gradient.numel() > 0 and is_dense(gradient)
-    )
+    if gradient.layout is not torch.strided or gradient.requires_grad or not gradient.numel() or not is_dense(gradient):
+        return False
+    # a part of something larger, or what others have views of, is changed by them and for them
+    return not gradient._is_view() and _holders(gradient) == _ALONE
 
 
 # ------------------------------------------------------------------------------ functions that look at all gradients

@@ -64,7 +64,9 @@ class HostState:
     def _waits(self, parameter: torch.Tensor) -> bool:
         if parameter not in self._chosen:  # a group may have come
             trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-            self._chosen |= zip(trained, self.waiting.chosen(map(bytes_of, trained)), strict=True)
+            chosen = zip(trained, self.waiting.chosen(map(bytes_of, trained)), strict=True)
+            # what waits already goes on waiting, whichever of the equal ones would be chosen now
+            self._chosen |= {each: waits or self._chosen.get(each, False) for each, waits in chosen}
             self._chosen.setdefault(parameter, bytes_of(parameter) >= self.waiting.from_bytes)  # trained no longer
         return self._chosen[parameter]
 
