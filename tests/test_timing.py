@@ -129,6 +129,21 @@ def test_new_pages_are_counted() -> None:
     assert watch.stop().faulted_bytes < 0.1 * block.nbytes
 
 
+def test_several_processes_run_the_step_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them would wait for the others in a collective that they do not come to."""
+    runs = []
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        runs.append(1)
+        return model(x).sum()
+
+    monkeypatch.setattr(passes, "in_doubt", lambda groups: True)
+    monkeypatch.setattr(passes, "is_short", lambda groups: False)
+    monkeypatch.setattr(passes, "run_together", lambda: True)
+    tightfit.trace(nn.Linear(2, 2), torch.ones(1, 2), loss=loss, tiles=False)
+    assert len(runs) == 3
+
+
 def test_a_step_that_others_disturb_is_timed_anew_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
 

@@ -25,7 +25,7 @@ from tightfit.accelerator import HOST, current
 from tightfit.core import BudgetInfeasible, InvalidInput, TightfitError
 from tightfit.step.parallel import Strategy, strategy_of
 
-__all__ = ["Meeting", "anywhere", "are_several", "highest", "timeout_seconds"]
+__all__ = ["Meeting", "anywhere", "are_several", "highest", "run_together", "timeout_seconds"]
 
 _meetings = itertools.count()
 
@@ -44,9 +44,12 @@ def timeout_seconds() -> float:
 
 def are_several(model: nn.Module) -> bool:
     """Is `model` trained by several processes together?"""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and (
-        strategy_of(model) is not Strategy.ONE
-    )  # fmt: skip
+    return run_together() and strategy_of(model) is not Strategy.ONE
+
+
+def run_together() -> bool:
+    """Is this process one of several, whatever they share?"""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def anywhere(model: nn.Module, *flags: bool) -> tuple[bool, ...]:

@@ -40,6 +40,7 @@ from tightfit.step.parallel import (
     strategy_of,
 )
 from tightfit.step.patches import MethodPatch
+from tightfit.step.ranks import run_together
 from tightfit.step.run import (
     LossFunction,
     batch_tensors,
@@ -201,7 +202,9 @@ class StepRecording:
     def _time_again(self, full: Recorder, anew: bool) -> Sample | None:
         """Run the step for its ops' seconds alone, as often as their timings ask for. Timings that other processes
         disturbed are made anew, on one thread. Where they are not, the whole step is timed, too, and that timing
-        returned."""
+        returned. Several processes run the step equally often, whatever each of them sees: it may have them meet."""
+        if run_together():
+            return None
         short = is_short(full.equals())
         alone = not short and is_disturbed(full.equals())
         for call in full.calls if alone else ():
