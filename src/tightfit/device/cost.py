@@ -79,16 +79,19 @@ def copy_lanes(trace: Trace) -> tuple[Lane, ...]:
     )
 
 
+def _new_memory_seconds(trace: Trace, peak_bytes: int) -> float:
+    """What touching new memory takes, for what rises above that which is always there."""
+    return trace.fresh_seconds_per_byte * max(0, peak_bytes - sum(trace.static_bytes.values()))
+
+
 def unplanned_seconds(trace: Trace, unplanned_peak_bytes: int) -> float:
-    """What the step takes without a plan: its ops, and new memory for what rises above that which is always there."""
-    risen_bytes = max(0, unplanned_peak_bytes - sum(trace.static_bytes.values()))
-    return sum(op.seconds for op in trace.ops) + trace.fresh_seconds_per_byte * risen_bytes
+    """What the step takes without a plan: its ops, and new memory."""
+    return sum(op.seconds for op in trace.ops) + _new_memory_seconds(trace, unplanned_peak_bytes)
 
 
 def fresh_seconds(trace: Trace, unplanned_peak_bytes: int, peak_bytes: int) -> float:
     """What a step with a lower peak takes longer, for new memory that it touches: below zero, as it touches less."""
-    least_bytes = sum(trace.static_bytes.values())
-    return trace.fresh_seconds_per_byte * min(0, max(peak_bytes, least_bytes) - max(unplanned_peak_bytes, least_bytes))
+    return min(0.0, _new_memory_seconds(trace, peak_bytes) - _new_memory_seconds(trace, unplanned_peak_bytes))
 
 
 @dataclass(frozen=True, slots=True)

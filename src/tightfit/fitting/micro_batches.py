@@ -318,7 +318,7 @@ def gradients_in_place(model: nn.Module, accumulates: bool) -> Iterator[None]:
 def launch_seconds(device: torch.device) -> float:
     """What an op takes that does next to nothing, with autograd and its backward: each micro-batch launches all ops of
     a step once more, which the seconds of the ops themselves do not tell. Measured. On the host a recording's seconds
-    have it already (`trace.timing.paced`)."""
+    have it already (`trace.timing.Pace`)."""
     if accelerator.is_host(device):
         return 0.0
     leaf = torch.ones(4, device=device, requires_grad=True)

@@ -205,8 +205,9 @@ class StepRecording:
         returned. Several processes run the step equally often, whatever each of them sees: it may have them meet."""
         if run_together():
             return None
-        short = is_short(full.equals())
-        alone = not short and is_disturbed(full.equals())
+        timed = full.equals()
+        short = is_short(timed)
+        alone = not short and is_disturbed(timed)
         for call in full.calls if alone else ():
             call.samples.clear()
         for _ in range(0 if short else _MORE_PASSES):

@@ -83,6 +83,11 @@ class Equal:
     calls: tuple[int, ...]
     samples: tuple[Sample, ...]  # of all of them
 
+    @property
+    def always_faulted_bytes(self) -> int:
+        """New memory that one of them met each time it ran."""
+        return min((sample.faulted_bytes for sample in self.samples), default=0)
+
 
 #: A clock that is coarser than this cannot time an op.
 _FINE_SECONDS = 1e-6
@@ -149,6 +154,12 @@ def _fault_seconds_per_byte(threads: int) -> float:
 #: Faults below this in all do not change a figure that matters.
 _FEW_BYTES = 32 * 2**20
 
+
+def _rate_of(faulted_bytes: int) -> float:
+    """Seconds of a byte of them; none where they are so few that it is not worth finding out."""
+    return _fault_seconds_per_byte(torch.get_num_threads()) if faulted_bytes > _FEW_BYTES else 0.0
+
+
 #: No op takes less.
 _LEAST_SECONDS = 1e-9
 
@@ -168,7 +179,6 @@ _SMALL_FLOPS = 4096
 
 #: Where the standard errors of the ops' seconds, added up, are more than this part of the step, it is timed once more.
 _DOUBT = 0.1
-
 
 #: A step below this is timed in the passes that are needed anyway, and once as a whole.
 _SHORT_SECONDS = 0.02
@@ -209,7 +219,7 @@ class Pace:
         A call takes the host some time, so each op gets an equal part up to `_CALL_SECONDS`. The rest goes with the
         ops' own seconds: it is memory given back, and what a cache no longer has.
         """
-        rate = _fault_seconds_per_byte(torch.get_num_threads()) if whole.faulted_bytes > _FEW_BYTES else 0.0
+        rate = _rate_of(whole.faulted_bytes)
         own_seconds = math.fsum(seconds.values())
         between = max(0.0, math.exp(whole.log_without_faults(rate)) - own_seconds)
         if not own_seconds:
@@ -228,9 +238,7 @@ def fresh_seconds_per_byte(groups: Iterable[Equal], whole: Sample, risen_bytes: 
     The rest is taken to be in proportion to the rise: the system's allocator gives back what is free at the top of its
     heap, and that is most when a step has ended.
     """
-    always_bytes = sum(
-        len(group.calls) * min(sample.faulted_bytes for sample in group.samples) for group in groups if group.samples
-    )
+    always_bytes = sum(len(group.calls) * group.always_faulted_bytes for group in groups)
     by_chance_bytes = whole.faulted_bytes - always_bytes
     if by_chance_bytes < _FEW_BYTES or risen_bytes <= 0:
         return 0.0
@@ -297,7 +305,7 @@ class _Fit:
     def of(cls, groups: Iterable[Equal]) -> _Fit:
         timed = tuple(group for group in groups if group.samples)
         faulted_bytes = sum(sample.faulted_bytes for group in timed for sample in group.samples)
-        rate = _fault_seconds_per_byte(torch.get_num_threads()) if faulted_bytes > _FEW_BYTES else 0.0
+        rate = _rate_of(faulted_bytes)
         logs = [sorted(sample.log_without_faults(rate) for sample in group.samples) for group in timed]
         return cls(timed, rate, tuple(each[_quarter(each)] for each in logs), tuple(_variances(logs)))
 
@@ -315,11 +323,8 @@ class _Fit:
             of_name = math.fsum(weights[i] * off[i] for i in ops) / weight
             for i in ops:
                 of_op = _OPS_SPREAD**2 * weights[i] * (off[i] - of_name)
-                always_bytes = min(sample.faulted_bytes for sample in self.groups[i].samples)
-                found[i] = (
-                    line.seconds(self.groups[i]) * math.exp(of_name + of_op)
-                    + self.fault_seconds_per_byte * always_bytes
-                )
+                new = self.fault_seconds_per_byte * self.groups[i].always_faulted_bytes
+                found[i] = line.seconds(self.groups[i]) * math.exp(of_name + of_op) + new
         return found
 
 
