@@ -8,22 +8,27 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from tightfit.core import (
     Category,
     Event,
     EventKind,
+    Lever,
     OptimizerPart,
     OptimizerStep,
     ParameterBytes,
     Phase,
+    Plan,
+    Status,
     Stretch,
     Trace,
     Value,
 )
 from tightfit.core.by_trace import once_for_a_trace
+
+T = TypeVar("T")
 
 #: Seconds that a call of one more op takes: Python, dispatcher, launch. An estimate, so that of two ways that both fit
 #: the one with fewer calls is taken.
@@ -375,3 +380,24 @@ def _by_kind(at: OptimizerStep) -> dict[tuple[str, int], OptimizerPart]:
         if kind not in found or highest_bytes([part.stretch]) > highest_bytes([found[kind].stretch]):
             found[kind] = part
     return found
+
+
+def eased_to(plan: Plan, divisions: Sequence[T], made: Callable[[T], Plan], peak_bytes: Callable[[Plan], int]) -> Plan:
+    """`plan`, or what is made of it by the first of `divisions` that is within its budget. They move ever more."""
+    enough, too_few = len(divisions), -1  # places in `divisions`; the last place is what the plan has
+    while enough - too_few > 1:
+        middle = (enough + too_few) // 2
+        if peak_bytes(made(divisions[middle])) <= plan.budget_bytes:
+            enough = middle
+        else:
+            too_few = middle
+    return plan if enough == len(divisions) else made(divisions[enough])
+
+
+def with_setting(plan: Plan, lever: Lever, text: str, more_seconds: float) -> Plan:
+    """`plan` with another setting of `lever`, which takes so many seconds more."""
+    return dataclasses.replace(
+        plan, settings={**plan.settings, lever.value: text},
+        other_seconds=max(0.0, plan.other_seconds + more_seconds), step_seconds=plan.step_seconds + more_seconds,
+        status=Status.FEASIBLE,
+    )  # fmt: skip

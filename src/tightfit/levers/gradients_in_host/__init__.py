@@ -16,13 +16,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tightfit.core import EventKind, InvalidInput, Lever, Plan, PlanMismatch, Status, Trace, format_bytes
+from tightfit.core import EventKind, InvalidInput, Lever, Plan, PlanMismatch, Trace, format_bytes
 from tightfit.device.cost import copy_lanes
 from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
-from tightfit.levers.optimizer_step import cut_of, cut_text, gradients_in_host, gradients_stay, waiting_gradients
+from tightfit.levers.optimizer_step import (
+    cut_of,
+    cut_text,
+    eased_to,
+    gradients_in_host,
+    gradients_stay,
+    waiting_gradients,
+    with_setting,
+)
 
 __all__ = ["DEFINITION"]
 
@@ -59,23 +68,12 @@ class GradientsInHost(LeverDefinition):
             return plan
         asked = self._least_bytes(plan)
         larger = [each for each in _divisions(trace) if each > asked]
-        enough, too_few = len(larger), -1  # places in `larger`; the last place is what the plan has
-        while enough - too_few > 1:
-            middle = (enough + too_few) // 2
-            if peak_bytes(self._with(trace, plan, larger[middle])) <= plan.budget_bytes:
-                enough = middle
-            else:
-                too_few = middle
-        return plan if enough == len(larger) else self._with(trace, plan, larger[enough])
+        return eased_to(plan, larger, functools.partial(self._with, trace, plan), peak_bytes)
 
     def _with(self, trace: Trace, plan: Plan, least_bytes: int) -> Plan:
         """`plan` with the gradients of at least so many bytes elsewhere and no others."""
         more = _seconds(trace, least_bytes) - _seconds(trace, self._least_bytes(plan))
-        return dataclasses.replace(
-            plan, settings={**plan.settings, self.lever.value: self._text(trace, least_bytes)},
-            other_seconds=max(0.0, plan.other_seconds + more), step_seconds=plan.step_seconds + more,
-            status=Status.FEASIBLE,
-        )  # fmt: skip
+        return with_setting(plan, self.lever, self._text(trace, least_bytes), more)
 
     def under(self, trace: Trace, plan: Plan) -> Trace:
         if not self.is_used(plan):

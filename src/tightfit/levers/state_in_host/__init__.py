@@ -14,12 +14,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tightfit.core import InvalidInput, Lever, OptimizerStep, Plan, PlanMismatch, Status, Trace, format_bytes
+from tightfit.core import InvalidInput, Lever, OptimizerStep, Plan, PlanMismatch, Trace, format_bytes
 from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
-from tightfit.levers.optimizer_step import Waiting, by_size, cut_of, cut_text, state_in_host, waiting_bytes
+from tightfit.levers.optimizer_step import (
+    Waiting,
+    by_size,
+    cut_of,
+    cut_text,
+    eased_to,
+    state_in_host,
+    waiting_bytes,
+    with_setting,
+)
 
 __all__ = ["DEFINITION"]
 
@@ -64,23 +74,12 @@ class StateInHost(LeverDefinition):
         fewer = [each for each, moved_bytes in by_size(at) if 0 < moved_bytes < asked_bytes]
         if Lever.STEP_IN_BACKWARD.value in plan.settings:  # equal parameters are not told apart there
             fewer = [each for each in fewer if not each.some]
-        enough, too_few = len(fewer), -1  # places in `fewer`; the last place is what the plan has
-        while enough - too_few > 1:
-            middle = (enough + too_few) // 2
-            if peak_bytes(self._with(at, trace, plan, fewer[middle])) <= plan.budget_bytes:
-                enough = middle
-            else:
-                too_few = middle
-        return plan if enough == len(fewer) else self._with(at, trace, plan, fewer[enough])
+        return eased_to(plan, fewer, functools.partial(self._with, at, trace, plan), peak_bytes)
 
     def _with(self, at: OptimizerStep, trace: Trace, plan: Plan, waiting: Waiting) -> Plan:
         """`plan` with this state elsewhere and no other."""
         before, now = (_seconds(trace, waiting_bytes(at, each)) for each in (self._waiting(plan), waiting))
-        return dataclasses.replace(
-            plan, settings={**plan.settings, self.lever.value: f"{waiting} {cut_text(at)}"},
-            other_seconds=max(0.0, plan.other_seconds + now - before), step_seconds=plan.step_seconds + now - before,
-            status=Status.FEASIBLE,
-        )  # fmt: skip
+        return with_setting(plan, self.lever, f"{waiting} {cut_text(at)}", now - before)
 
     def under(self, trace: Trace, plan: Plan) -> Trace:
         if not self.is_used(plan):
