@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ def measured() -> str:
         parts.append(_reached(json.loads(step.read_text(encoding="utf-8"))))
     for name, told in (
         ("forecast", _forecast), ("peers", _against_peers), ("overhead", _overhead), ("planning", _planning),
+        ("seconds", _seconds),
     ):  # fmt: skip
         file = RESULTS / f"{name}.json"
         if file.exists():
@@ -435,6 +437,33 @@ def _planning(found: dict[str, Any]) -> str:
         *curve,
         "",
         *([f"`fit` records a step and plans it: {fits}.", ""] if fits else []),
+    ]
+    return "\n".join(lines)
+
+
+def _seconds(found: dict[str, Any]) -> str:
+    predicted, busy = found["predicted"]["rows"], found["busy"]["rows"]
+    modes = list(predicted[0]["modes"])
+
+    def ratio(row: dict[str, Any], mode: str) -> float:
+        return float(row["modes"][mode]["predicted_of_measured"])
+
+    recomputing = [row for row in busy if row["recompute_flops"]]
+    worst = max(row["worst_ratio"] for row in recomputing)
+    none_more = all(not any(row["beside_loops"]) for row in busy if not row["recompute_flops"])
+    lines = [
+        "A step's seconds are predicted from one recording. Predicted of measured seconds on this processor, medians "
+        "of steps in turns (`benchmarks/seconds.py`):",
+        "",
+        "| step | " + " | ".join(modes) + " |",
+        "|---|" + "---|" * len(modes),
+        *(f"| {row['step']} | " + " | ".join(f"{ratio(row, mode):.2f}" for mode in modes) + " |" for row in predicted),
+        "| median | " + " | ".join(f"{statistics.median(ratio(r, m) for r in predicted):.2f}" for m in modes) + " |",
+        "",
+        "The same steps were recorded and planned again with two endless loops beside them on the two cores, three "
+        f"times each. Of {len(busy)} steps, {len(recomputing)} rerun matrix products at this budget; beside the loops "
+        f"those rerun at most {worst:.2f} of their FLOPs"
+        + (", and the others still none.\n" if none_more else ", and some of the others rerun some.\n"),
     ]
     return "\n".join(lines)
 

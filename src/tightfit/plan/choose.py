@@ -33,7 +33,7 @@ LAGRANGE = "Lagrangian prices"
 _HAIR = 1e-7
 
 #: Where options are many, a choice is good enough if it is proven to be this near to the best, in parts of the step ...
-_GAP = 2e-4
+_GAP = 1e-3
 
 #: ... and a bound if it is proven to be within this part of the highest that this program gives.
 _BOUND_GAP = 5e-4
@@ -90,7 +90,16 @@ class Model(Table):
 
     def solve(self, budget_bytes: int | None) -> Solution | None:
         """The cheapest options within the budget; with `None` as the budget, the options of the lowest peak. The answer
-        is None when nothing fits."""
+        is None when nothing fits. It is kept, since plans for several budgets and the lowest peak ask the same."""
+        if budget_bytes not in self._solutions:
+            self._solutions[budget_bytes] = self._solution(budget_bytes)
+        return self._solutions[budget_bytes]
+
+    @functools.cached_property
+    def _solutions(self) -> dict[int | None, Solution | None]:
+        return {}
+
+    def _solution(self, budget_bytes: int | None) -> Solution | None:
         answer = self._solve(budget_bytes, self.table)
         if answer is None:
             return None

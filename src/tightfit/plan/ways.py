@@ -198,8 +198,13 @@ class Way:
 
     @functools.cached_property
     def lean_model(self) -> Model:
-        """The model with more options for units whose own backward is the fullest moment. It proves no bound."""
-        return self._model(self.planned, lean=True)
+        """The model with more options for units whose own backward is the fullest moment. It proves no bound. Where
+        there are no more options, it is the model itself."""
+        return self._leaner(self.model, self.planned)
+
+    def _leaner(self, model: Model, trace: Trace) -> Model:
+        lean = self._model(trace, lean=True)
+        return model if lean.options == model.options else lean
 
     def _model(self, trace: Trace, *, lean: bool = False) -> Model:
         effort = self.effort
@@ -310,19 +315,22 @@ class Way:
         low, is_own_moment = self._of_frontiers
         if self.moves or not is_own_moment:
             return low
-        model = self._model(self._nominal, lean=True)
+        model = self._leaner(low.model, self._nominal)
+        if model is low.model:
+            return low
         solution = model.solve(None)
         assert solution is not None
         return min(low, self._lowest_by(model, solution), key=lambda each: self._height(each.found)[1:])
 
     @functools.cached_property
     def _nominal(self) -> Trace:
-        """What the model plans, with estimated seconds. The ways of other tiles have their own."""
-        return (
-            self.planned
-            if self.effort.is_estimated
-            else retimed(dataclasses.replace(self.planned, tiled=()), NOMINAL_CPU)
-        )
+        """What the model plans, with estimated seconds: itself where it has those. The ways of other tiles have their
+        own."""
+        if self.effort.is_estimated:
+            return self.planned
+        nominal = retimed(dataclasses.replace(self.planned, tiled=()), NOMINAL_CPU)
+        are_same = all(one.seconds == other.seconds for one, other in zip(nominal.ops, self.planned.ops, strict=True))
+        return self.planned if are_same else nominal
 
     @functools.cached_property
     def _of_frontiers(self) -> tuple[_Low, bool]:
