@@ -140,6 +140,8 @@ def trace_setup(
     if setup.optimizer == "none":
         return recorded
     record = optimizer_record(*optimizer_key(setup), HashableDevice(device))
+    if record.refused and "8bit" in setup.optimizer:  # not by the name of what stands for it here
+        record = dataclasses.replace(record, refused=f"{setup.optimizer} steps by kernels that no trial here can run")
     if spread.strategy is not Strategy.ONE:
         record = dataclasses.replace(record, in_chunks=(), alone=(), refused="several processes share the step")
     return behind(recorded, record)

@@ -34,7 +34,7 @@ from tightfit.core import (
     parse_host_budget,
 )
 from tightfit.device.cost import copy_lanes, fresh_seconds, unplanned_seconds
-from tightfit.levers import allowed, every, granted, inexact
+from tightfit.levers import allowed, every, granted, inexact, ruled_out
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.account import host_bytes
 from tightfit.plan.advice import advice_for
@@ -78,10 +78,14 @@ def plan(
     `host_budget`: the most bytes that the plan may have wait in host memory, by all its levers together: a size, or 0.
     Without it there is no limit. Which levers may move anything there is for `levers` and `beside` to say.
 
+    A lever that was named and that no plan for this step can use is told among the advice of `BudgetInfeasible`. Where
+    there is a plan, `tightfit.levers.ruled_out` says so.
+
     Raises `InvalidInput` for a budget that is no size, `BudgetInfeasible` when nothing fits.
     """
     host_budget_bytes = parse_host_budget(host_budget)
     levers, others = levers_named(levers), levers_named(beside) or frozenset()
+    asked = levers, others
     if levers is not None and others:
         raise InvalidInput("levers names all that a plan may use, and beside some more: give one of the two")
     chosen = levers is not None
@@ -95,7 +99,7 @@ def plan(
     search = _Search(trace, budget_bytes, effort, levers, kinds, host_budget_bytes, unplanned)
     if search.made is not None:
         return search.made
-    least, advice = search.least, advice_for(trace, search.least, budget_bytes)
+    least, advice = search.least, (*ruled_out(trace, *asked), *advice_for(trace, search.least, budget_bytes))
     if search.least_way is not None and not chosen:
         advice = (*_other_levers(search.ways, search.least_way, budget_bytes, levers), *advice)
     if exact and (inexact_ways := [way for way in search.ways if not way.is_exact]):
