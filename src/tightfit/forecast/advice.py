@@ -35,6 +35,7 @@ from tightfit.forecast.setup import Progress, Setup, build_model
 from tightfit.levers import allowed, exact_only, used
 from tightfit.plan import lowest
 from tightfit.plan.account import bytes_reserved, host_bytes
+from tightfit.plan.indexed import rest
 from tightfit.plan.planning import with_more_levers
 from tightfit.report.text import how_it_fits
 from tightfit.step.parallel import Strategy
@@ -85,6 +86,7 @@ def advice_for(
             if floor(dataclasses.replace(setup, **changed), device) > room and not can_hold_floor(levers):
                 return
             other = trace_setup(dataclasses.replace(setup, **changed), device)
+            rest()
         except (InvalidInput, Unsupported):
             return
         found = least(other, room, levers, host_budget)

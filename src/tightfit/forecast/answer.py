@@ -35,6 +35,7 @@ from tightfit.forecast.setup import Progress, Setup, build_model
 from tightfit.levers import exact_only, inexact, ruled_out
 from tightfit.plan import every_block, lowest, plan, simulate
 from tightfit.plan.account import account, bytes_reserved, host_bytes
+from tightfit.plan.indexed import collecting_at_rests
 from tightfit.step.environment import environment
 from tightfit.trace.fake import FakeStep
 from tightfit.verify.measure import every_block_checkpointed
@@ -44,6 +45,7 @@ from tightfit.verify.measure import every_block_checkpointed
 _NEAR = 1.1
 
 
+@collecting_at_rests()
 def check(
     setup: Setup,
     device: Device,

@@ -29,7 +29,7 @@ from tightfit.core import (
 from tightfit.device.cost import retimed
 from tightfit.forecast.setup import DTYPES, Setup, build_model
 from tightfit.integrations.fsdp import shard_bytes
-from tightfit.plan.indexed import without_collecting
+from tightfit.plan.indexed import rest, without_collecting
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.parallel import Strategy
 from tightfit.step.run import LossFunction, compute_loss, static_bytes_by_category
@@ -363,7 +363,9 @@ def reached(device: Device) -> Device:
 @without_collecting()
 def trace_for(setup: Setup, device: Device, *, tiles: bool = False, tiles_alone: bool = False) -> Trace:
     """The trace that `check` plans: that of `trace_setup` with the seconds that `device` reaches."""
-    return retimed(trace_setup(setup, device, tiles=tiles, tiles_alone=tiles_alone), reached(device))
+    recorded = trace_setup(setup, device, tiles=tiles, tiles_alone=tiles_alone)
+    rest()
+    return retimed(recorded, reached(device))
 
 
 def sent_bytes(recorded: Trace, setup: Setup) -> tuple[int, int]:

@@ -139,7 +139,7 @@ def _described(
     if gives is _Gives.OUT:
         return () if out is kwargs.get("out") else None
     # one return that is no tensor is a list of them
-    results = [out] if isinstance(out, torch.Tensor) else list(out) if len(func._schema.returns) > 1 else []
+    results: list[Any] = [out] if isinstance(out, torch.Tensor) else list(out) if len(func._schema.returns) > 1 else []
     if not results or len(results) != len(func._schema.returns):
         return None
     if not all(type(each) is FakeTensor and each.constant is None for each in results) or _mode_of(args) is None:
@@ -153,7 +153,7 @@ def _described(
         if not given.isdisjoint(made) or len(set(made)) != len(made) or not all(map(_is_whole, results)):
             return None
     return tuple(
-        _Made(tuple(each.shape), tuple(each.stride()), each.storage_offset(), each.dtype, each.fake_device)
+        _Made(tuple(each.shape), tuple(each.stride()), int(each.storage_offset()), each.dtype, each.fake_device)
         for each in results
     )
 
