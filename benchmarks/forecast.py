@@ -2,11 +2,16 @@
 
     python benchmarks/forecast.py                 # 72 cases of seed 0; writes benchmarks/results/forecast.json
     python benchmarks/forecast.py --seed 7 --cases 20    # others, printed only
+    python benchmarks/forecast.py --part large    # what `check` says of large models, and how long it takes
 
 A case is an architecture (one of them a mixture of experts), a method (full, LoRA, QLoRA), a dtype, a batch and a
 length, an optimizer, and a way to run the step: no checkpointing, torch.utils.checkpoint around every block, or a plan
 for a random budget. The forecast comes from fake tensors alone: the model that is traced lives on `meta`. The plan
 that it gives is then applied to the real model.
+
+The part `large` asks `tightfit check`, each time in a process of its own, about models that are large for the card: by
+the default levers with both searches, and without searches by those that its advice names. A row has the answer and
+the seconds of the processor that it took.
 """
 
 from __future__ import annotations
@@ -18,7 +23,9 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -222,20 +229,76 @@ def each(count: int, seed: int) -> Iterator[dict[str, Any]]:
         yield row
 
 
+#: What is asked of `tightfit check`, by a name of its own: the model, and options.
+LARGE = {
+    "7B full on 24 GB": ("llama-2-7b", "--method", "full", "--gpu", "24GiB"),
+    "8B QLoRA on 8 GB": ("llama-3-8b", "--method", "qlora", "--gpu", "8GiB"),
+    "32B QLoRA on 12 GB": ("qwen2.5-32b", "--method", "qlora", "--gpu", "12GiB"),
+    "70B QLoRA on 24 GB": ("llama-2-70b", "--method", "qlora", "--gpu", "24GiB"),
+}
+#: So many seconds of the processor an answer may take.
+WITHIN_SECONDS = 60
+
+
+def asked(*arguments: str) -> dict[str, Any]:
+    """The answer of `tightfit check`, and the seconds that it took."""
+    began, before = time.perf_counter(), os.times()
+    command = [sys.executable, "-m", "tightfit.cli", "check", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    after = os.times()
+    assert done.returncode in (0, 1), done.stderr
+    answer = json.loads(done.stdout)
+    mode = next(each for each in answer["modes"] if each["mode"] == "tightfit")
+    return {
+        "command": " ".join(["tightfit check", *arguments]),
+        "cpu_seconds": after.children_user + after.children_system - before.children_user - before.children_system,
+        "wall_seconds": time.perf_counter() - began,
+        "fits": answer["fits"],
+        "peak_bytes": mode["peak_bytes"], "room_bytes": answer["usable_bytes"], "host_bytes": answer["host_bytes"],
+        "levers": answer["essence"], "tokens_per_second": mode["tokens_per_second"] if answer["fits"] else None,
+        "largest_batch": answer["largest_batch"], "longest_seq": answer["longest_seq"], "advice": answer["advice"],
+    }  # fmt: skip
+
+
+def large() -> Iterator[dict[str, Any]]:
+    for name, question in LARGE.items():
+        row = asked(*question)
+        yield {"case": name, "levers_asked": "", **row}
+        for levers in [said.split()[1] for said in row["advice"] if said.startswith("--levers ")]:
+            yield {"case": name, "levers_asked": levers, **asked(*question, "--levers", levers, "--no-search")}
+
+
+def write(part: str, **drawn_now: Any) -> None:
+    """Write what was drawn now, and leave the rest of the file as it was."""
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    drawn.write(RESULTS, {**before, **drawn_now}, parts=[part])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=72)
+    parser.add_argument("--part", choices=("cases", "large"), default=None, help="one of the two; by default both")
     given = parser.parse_args()
+    if given.part != "cases" and given.seed == 0:
+        answers = []
+        for answer in large():
+            answers.append(answer)
+            print(json.dumps(answer), flush=True)
+            write("large", large={
+                "date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(),
+                "within_seconds": WITHIN_SECONDS, "rows": answers,
+            })  # fmt: skip
+        if given.part == "large":
+            return 0
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     rows = list(each(given.cases, given.seed))
     found = summary(rows)
     print(json.dumps(found))
     if given.seed == 0 and given.cases >= 60:
-        record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(),
-                  "seed": given.seed, "summary": found, "rows": rows}  # fmt: skip
-        drawn.write(RESULTS, record)
+        write("cases", date=datetime.now(UTC).isoformat(timespec="seconds"), environment=environment(),
+              seed=given.seed, summary=found, rows=rows)  # fmt: skip
     return 0
 
 

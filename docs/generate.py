@@ -322,6 +322,40 @@ def _forecast(found: dict[str, Any]) -> str:
     )
 
 
+def _large(found: dict[str, Any]) -> list[str]:
+    """What `check` says of models that are large for a card."""
+    from tightfit.levers import allowed
+
+    default = {each.lever.value for each in allowed(None)}
+    slow = [row for row in found["rows"] if row["cpu_seconds"] > found["within_seconds"]]
+    lines = [
+        "\n## Large models on small cards\n",
+        "`tightfit check` was asked about four models that are large for their card: by the default levers, and by "
+        "those that its answer names where they are not enough (`benchmarks/forecast.py --part large`). Only with the "
+        "default levers the largest batch and the longest sequence were looked for. Seconds are the processor's. "
+        f"{len(slow)} of {len(found['rows'])} answers took more than {found['within_seconds']} of them.\n",
+        "| question | levers beside the default | fits | peak | in host memory | tokens/s (estimated) "
+        "| largest batch, longest sequence | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def sizes(row: dict[str, Any]) -> str:
+        found = (row["largest_batch"], row["longest_seq"])
+        return "not asked" if found == (None, None) else ", ".join(str(size or "none") for size in found)
+
+    for row in found["rows"]:
+        more = [f"`{name}`" for name in row["levers_asked"].split(",") if name and name not in default]
+        waiting = sum(row["host_bytes"].values())
+        speed = "-" if row["tokens_per_second"] is None else f"{float(format(row['tokens_per_second'], '.3g')):,.0f}"
+        lines.append(
+            f"| {row['case']} | {', '.join(more) or '-'} | {'yes' if row['fits'] else 'no'} "
+            f"| {row['peak_bytes'] / 2**30:.2f} of {row['room_bytes'] / 2**30:.2f} GiB "
+            f"| {format(waiting / 2**30, '.1f') + ' GiB' if waiting else '-'} | {speed} "
+            f"| {sizes(row)} | {row['cpu_seconds']:.0f} |"
+        )
+    return lines
+
+
 def forecast_page() -> str:
     """docs/forecast.md: how far the forecast is off, the standard question, and what checkpointing does by size."""
     cases, scaling = (json.loads((RESULTS / f"{n}.json").read_text(encoding="utf-8")) for n in ("forecast", "scaling"))
@@ -345,6 +379,8 @@ def forecast_page() -> str:
             f"| {row['arch']} | {row['method']} | {row['dtype']} | {row['batch']} x {row['seq']} | {row['optimizer']} "
             f"| {way} | {row['measured_bytes']:,} B | {row['error']:+.4%} | {worst[1]} {worst[0]:.4%} |"
         )
+    if "large" in cases:
+        parts += _large(cases["large"])
     parts.append("\n## The standard question\n")
     parts.append(
         "From which length on do the activations of Llama-2-7B pass 20 GB, in 16 bits, at batch 1, without "

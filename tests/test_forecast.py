@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tightfit
 from tightfit import forecast
@@ -26,7 +25,6 @@ from tightfit.levers import exact_only
 from tightfit.plan import lowest, solver
 from tightfit.plan.simulate import allocations
 from tightfit.report import forecast_report
-from tightfit.trace.fake import FakeStep
 
 ROOT = Path(__file__).parents[1]
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "forecast.py"))
@@ -299,35 +297,6 @@ def test_control_flow_on_unknown_values_is_unsupported_and_known_values_are_know
     assert "aten.mul.Tensor" in names and "aten.sum.default" in names and "aten.mean.default" not in names
     with pytest.raises(Unsupported, match="_local_scalar_dense"):
         tightfit.trace(AsksTooMuch(), batch, fake=True)
-
-
-def test_what_torchs_fake_mode_does_not_remember_is_worked_out_once() -> None:
-    """And only where the result is new tensors: what shares bytes with an argument is made each time."""
-
-    class Counted:
-        """An op of another library, which counts its calls."""
-
-        def __init__(self, op: Any) -> None:
-            self.op, self._schema, self.calls = op, op._schema, 0
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            return self.op(*args, **kwargs)
-
-    aten, step = torch.ops.aten, FakeStep()
-    loss, view = Counted(aten.nll_loss_forward.default), Counted(aten.view.default)
-    with FakeTensorMode():
-        for rows in (6, 6, 7, 6):
-            scores, target = torch.randn(rows, 10).t().contiguous().t(), torch.zeros(rows, dtype=torch.long)
-            given = (scores, target, None, 0, -100)
-            made, plain = step._made_like(loss, given, {}), aten.nll_loss_forward.default(*given)
-            assert [(t.shape, t.stride(), t.dtype, t.device) for t in made] == [
-                (t.shape, t.stride(), t.dtype, t.device) for t in plain
-            ]
-            assert step._made_like(view, (target, [1, rows]), {})._is_view()
-        other = step._made_like(loss, given, {})
-        assert other[0].untyped_storage()._cdata != made[0].untyped_storage()._cdata
-    assert loss.calls == 2 and view.calls == 4
 
 
 def test_a_fake_step_leaves_the_model_as_it_was() -> None:

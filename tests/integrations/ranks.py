@@ -207,6 +207,17 @@ def smaller_share(_: str) -> dict[str, Any]:
     return {"needs": needs, "budget": applied.plan.budget_bytes, "peak": applied.plan.peak_bytes, "said": lines}
 
 
+def levers_beside(_: str) -> dict[str, Any]:
+    """Levers of the units are used, and those that need one process are told."""
+    model = spread("ddp")
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        applied = tightfit.fit(model, batch(0), "85%", optimizer=optimizer, beside="offload,step_in_backward")
+    lines = [str(line.message) for line in said if "asked for" in str(line.message)]
+    return {"offloaded": applied.plan.offloaded_bytes, "settings": dict(applied.plan.settings), "said": lines}
+
+
 def uneven(_: str) -> dict[str, Any]:
     """Ranks that have different numbers of micro-batches under `no_sync`, of other lengths in turn."""
 
@@ -377,7 +388,7 @@ def killed(case: str) -> dict[str, Any]:
 CASES: dict[str, Callable[[str], dict[str, Any]]] = {
     "proven": proven, "longer": longer, "another": another_plan, "toolittle": too_little, "late": late,
     "waiting": waiting, "trainer": trainer, "inside": sharded_inside, "killed": killed, "budgets": other_budgets,
-    "share": smaller_share,
+    "share": smaller_share, "beside": levers_beside,
     "uneven": uneven, "fails": fails, "given": given_plan,
 }  # fmt: skip
 

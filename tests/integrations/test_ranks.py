@@ -54,7 +54,9 @@ def launched(
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    return launched(tmp_path_factory.mktemp("two"), 2, (*TWENTY_STEPS, "given", "share", *(OTHERS if FSDP2 else ())))
+    return launched(
+        tmp_path_factory.mktemp("two"), 2, (*TWENTY_STEPS, "given", "share", "beside", *(OTHERS if FSDP2 else ()))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,13 @@ def test_the_least_of_the_ranks_budgets_holds(two: dict[str, Any]) -> None:
     least = min(rank["asked"] for rank in two["budgets"])
     for rank in two["budgets"]:
         assert rank["peak"] <= rank["budget"] == least
+
+
+def test_levers_named_beside_the_default_are_used_or_told(two: dict[str, Any]) -> None:
+    for rank in two["beside"]:
+        assert rank["offloaded"] > 0 and not rank["settings"]
+        (line,) = rank["said"]
+        assert line.startswith("step_in_backward was asked for") and "several processes share the step" in line
 
 
 def test_the_smallest_share_of_a_card_holds_on_all_ranks(two: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ from tightfit.cli.output import (
     emit,
     progress_shown,
     say_if_above_all,
+    say_in_vain,
     write_page,
 )
 from tightfit.cli.prepared import prepare
@@ -103,6 +104,8 @@ def measure(
             say("planning for other budgets too, for the page")
             write_page(html, measurement_document(measured, study(traces[0], measured.plan)))
     say_if_above_all(budget)
+    if several is None:  # else `fit` has said it
+        say_in_vain(traces[0], allowed)
     if as_json:
         emit(json.dumps(measurement_report(measured)))
     else:

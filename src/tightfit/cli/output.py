@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ from tightfit.device.calibration import using
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from tightfit.core import Lever, Trace
 
 
 EXIT_NO, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -88,6 +90,14 @@ def say_if_above_all(budget: str) -> None:
         say_on_stderr(
             f"a budget of {budget} is above the peak of the step without a plan, so nothing has to be recomputed"
         )
+
+
+def say_in_vain(trace: Trace, asked: Collection[Lever] | None) -> None:
+    """A line for levers that were asked for and that the step does not allow."""
+    from tightfit.levers import ruled_out
+
+    for line in ruled_out(trace, asked):
+        say_on_stderr(line)
 
 
 def write_page(path: Path, document: dict[str, Any]) -> None:

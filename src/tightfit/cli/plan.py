@@ -24,7 +24,15 @@ from tightfit.cli.options import (
     Seed,
     Seq,
 )
-from tightfit.cli.output import can_write, console_on_stdout, emit, progress_shown, say_if_above_all, write_page
+from tightfit.cli.output import (
+    can_write,
+    console_on_stdout,
+    emit,
+    progress_shown,
+    say_if_above_all,
+    say_in_vain,
+    write_page,
+)
 from tightfit.cli.prepared import prepare
 from tightfit.core import (
     HOST_KIND,
@@ -74,6 +82,7 @@ def plan(
         seed=seed,
     )
     from tightfit.engine.limits import planned_here
+    from tightfit.levers import ruled_out
     from tightfit.plan import plan as make_plan
     from tightfit.plan.account import account
     from tightfit.report import chrome_trace, memory_snapshot, plan_document, plan_report, study
@@ -103,12 +112,15 @@ def plan(
         write_bytes(snapshot, memory_snapshot(recorded, made))
     made.save(out)
     say_if_above_all(budget)
+    say_in_vain(recorded, allowed)
     if as_json:
         more = {"calibration": recorded.calibration, "account": to_json(account(recorded, made))}
         emit(json.dumps({"path": str(out), **plan_report(made), **more}))
         return
     if explain:
         console_on_stdout().print(explained(recorded, made))
+        for line in ruled_out(recorded, allowed):
+            emit(line)
     if recorded.calibration:
         emit(f"calibration: {recorded.calibration}")
     emit(

@@ -20,7 +20,7 @@ from tightfit.core.errors import (
 )
 from tightfit.core.files import output_file, write_bytes, write_text
 from tightfit.core.formats import format_apart, format_bytes
-from tightfit.core.levers import Lever, levers_named, parse_levers
+from tightfit.core.levers import Lever, LeversAsked, by_name, levers_named, parse_levers
 from tightfit.core.recorded import (
     HOST_KIND,
     Category,
@@ -84,6 +84,7 @@ __all__ = [
     "InvalidInput",
     "Kind",
     "Lever",
+    "LeversAsked",
     "Loss",
     "Measurement",
     "MicroBatch",
@@ -113,6 +114,7 @@ __all__ = [
     "Unit",
     "Unsupported",
     "Value",
+    "by_name",
     "dumps",
     "format_apart",
     "format_bytes",

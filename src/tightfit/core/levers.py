@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from tightfit.core.errors import InvalidInput, did_you_mean
 
@@ -28,13 +29,35 @@ class Lever(enum.Enum):
     __hash__ = object.__hash__  # Enum's own is written in Python, and planning looks members up by the million
 
 
+class LeversAsked(frozenset[Lever]):
+    """Levers that a user asked for. `by_name`: those that were named each by itself, and not by "all"."""
+
+    by_name: frozenset[Lever]
+
+    def __new__(cls, levers: Iterable[Lever], by_name: Iterable[Lever]) -> LeversAsked:
+        found = super().__new__(cls, levers)
+        found.by_name = frozenset(by_name) & found
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LeversAsked, (frozenset(self), self.by_name)
+
+
+def by_name(levers: Collection[Lever] | None) -> frozenset[Lever]:
+    """Those of `levers` that a user named each by itself. Of levers that code has put together, none."""
+    return levers.by_name if isinstance(levers, LeversAsked) else frozenset()
+
+
 def levers_named(asked: Collection[Lever | str] | str | None) -> frozenset[Lever] | None:
-    """Levers and names of levers as levers; text as `parse_levers` reads it; `None`, the default, stays.
+    """Levers and names of levers as levers; text as `parse_levers` reads it; `None`, the default, stays. So does a
+    frozen set of levers, which was asked for elsewhere.
 
     Raises `InvalidInput` for what is none.
     """
     if asked is None or isinstance(asked, str):
         return None if asked is None else parse_levers(asked)
+    if isinstance(asked, frozenset) and all(isinstance(each, Lever) for each in asked):
+        return asked
     if not isinstance(asked, Iterable):
         raise InvalidInput(
             f"levers are names or Lever's, several in a tuple or with commas between them, not {asked!r}"
@@ -51,7 +74,7 @@ def _no_lever(name: object) -> str:
     return f"unknown lever {name!r}{did_you_mean(str(name).replace('-', '_'), known)}: use {', '.join(known)}"
 
 
-def parse_levers(text: str) -> frozenset[Lever] | None:
+def parse_levers(text: str) -> LeversAsked | None:
     """Levers named in `text`: `"recompute,nest"`, `"all"`, and `"all,-tile"` for all but one. Empty: the default.
 
     Raises `InvalidInput` for a name that is none.
@@ -61,6 +84,7 @@ def parse_levers(text: str) -> frozenset[Lever] | None:
         return None
     known = {lever.value: lever for lever in Lever}
     chosen: set[Lever] = set()
+    named: set[Lever] = set()
     for name in names:
         key = name.removeprefix("-").replace("-", "_")
         if key not in known and name != "all":
@@ -71,4 +95,5 @@ def parse_levers(text: str) -> frozenset[Lever] | None:
             chosen -= {known[key]}
         else:
             chosen.add(known[key])
-    return frozenset(chosen)
+            named.add(known[key])
+    return LeversAsked(chosen, named)

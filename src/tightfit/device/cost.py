@@ -13,6 +13,7 @@ import functools
 from dataclasses import dataclass
 
 from tightfit.core import Device, Kind, Phase, Trace
+from tightfit.core.changed import changed
 
 #: Of an op on a device where it was not measured.
 LAUNCH_SECONDS = 4e-6
@@ -126,8 +127,6 @@ def retimed(trace: Trace, device: Device) -> Trace:
     seconds = functools.cache(lambda work: 0.0 if work is None else work.seconds(device))  # blocks are alike
     return dataclasses.replace(
         trace,
-        ops=tuple(
-            dataclasses.replace(op, seconds=seconds(work)) for op, work in zip(trace.ops, work_of(trace), strict=True)
-        ),
+        ops=tuple(changed(op, seconds=seconds(work)) for op, work in zip(trace.ops, work_of(trace), strict=True)),
         tiled=tuple(retimed(variant, device) for variant in trace.tiled),
     )

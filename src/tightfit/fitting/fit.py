@@ -44,7 +44,7 @@ from tightfit.core import (
 from tightfit.engine.compiled import doors
 from tightfit.fitting import micro_batches
 from tightfit.fitting.micro_batches import Fitted
-from tightfit.fitting.planning import caveats_of, planned, what_is_given
+from tightfit.fitting.planning import asked_in_vain, caveats_of, planned, what_is_given
 from tightfit.levers import every, inexact, used
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
@@ -122,7 +122,8 @@ def fit(
     `levers`: what the plan may use, as in `plan`; by default what gives the same bits, and tiles where nothing else
     fits. A plan in tiles is not exact, which a warning says; `exact=True` forbids it. `beside`: levers that it may use
     with the default ones. `"step_in_backward"` steps each parameter when its gradient is there and lets the gradient
-    go; the training loop must not clip, accumulate or read gradients then, and is told so where it does.
+    go; the training loop must not clip, accumulate or read gradients then, and is told so where it does. A lever that
+    was named and that this step does not allow is told in a warning, or where nothing fits in the error.
 
     The model's own checkpointing (`gradient_checkpointing_enable`) makes way while the plan is in force, which a
     warning says, and is on again after `remove()`.
@@ -191,6 +192,8 @@ def fit(
         guard.remove()
         raise
     applied.on_remove(guard.remove)
+    for line in asked_in_vain(model, applied.trace, asked, allowed[0], allowed[2]):
+        warnings.warn(line, stacklevel=2)
     applied.loss = loss
     applied.clip_to(max_norm)
     return applied
@@ -203,8 +206,7 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
     micro_batches.refuse(model)
     asked = micro_batches.micro_batch_asked(asked)
     rows = row_count(batch)
-    levers = None if guard.levers is None else frozenset(guard.levers)
-    beside, several = frozenset(guard.beside or ()), rows > 1
+    levers, beside, several = levers_named(guard.levers), levers_named(guard.beside) or frozenset(), rows > 1
     extents: dict[int, _Extent | None] = {}
     uncut: Trace | None = None
 

@@ -30,11 +30,13 @@ from tightfit.core import (
     Check,
     InvalidInput,
     Lever,
+    LeversAsked,
     MicroBatch,
     MicroBatches,
     Plan,
     Trace,
     Unsupported,
+    by_name,
     parse_bytes,
 )
 from tightfit.engine import Applied
@@ -449,4 +451,5 @@ def cut_levers(
 ) -> tuple[frozenset[Lever] | None, frozenset[Lever]]:
     """The levers that a micro-batch may use: parameters are not stepped in a backward that others follow."""
     barred = {Lever.STEP_IN_BACKWARD} if accumulates else set()
-    return None if levers is None else levers - barred, beside - barred
+    left = None if levers is None else LeversAsked(levers - barred, by_name(levers))
+    return left, LeversAsked(beside - barred, by_name(beside))

@@ -23,6 +23,7 @@ from tightfit.core import (
     TightfitError,
     Trace,
     Unsupported,
+    by_name,
     dumps,
     format_apart,
     loads,
@@ -30,16 +31,17 @@ from tightfit.core import (
     percentage,
 )
 from tightfit.engine.limits import lowered, planned_here, share_of_card
-from tightfit.levers import allowed, inexact, used
+from tightfit.levers import allowed, every, inexact, not_allowed, ruled_out, used
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
 from tightfit.plan.account import host_bytes
 from tightfit.plan.rebase import rebased
+from tightfit.step.patches import compiled_entries
 from tightfit.step.placement import in_host_bytes
 from tightfit.step.ranks import Meeting, are_several
 from tightfit.step.run import device_of
 
-__all__ = ["caveats_of", "planned", "what_is_given"]
+__all__ = ["asked_in_vain", "caveats_of", "planned", "what_is_given"]
 
 
 def what_is_given(
@@ -66,6 +68,26 @@ def what_is_given(
 def caveats_of(plan: Plan) -> str:
     """What an inexact plan means for the bits, as the rest of "the plan ..."."""
     return " and ".join(each.caveat for each in used(plan) if each.caveat)
+
+
+def asked_in_vain(
+    model: nn.Module,
+    trace: Trace | None,
+    asked: str | int | Plan,
+    levers: Collection[Lever] | None,
+    beside: Collection[Lever] | None,
+) -> tuple[str, ...]:
+    """What to tell who named levers that the plan for `trace` could not use. A plan that was given has its own."""
+    if trace is None or isinstance(asked, Plan):
+        return ()
+    others = by_name(beside) - {each.lever for each in every() if each.is_default}
+    if not others or not compiled_entries(model):
+        return ruled_out(trace, levers, beside)
+    names = sorted(each.value for each in others)
+    return (
+        *ruled_out(trace, levers),
+        not_allowed(names, "it is compiled, and compiled steps are planned without; leave one of the two out"),
+    )
 
 
 def planned(
@@ -97,7 +119,7 @@ def planned(
             )
         return _given_together(record, budget, model, host_budget, there)
     if are_several(model):
-        return _planned_together(record, budget, levers, exact, host_budget, there or device_of(model))
+        return _planned_together(record, budget, levers, exact, beside, host_budget, there or device_of(model))
     recorded = record(levers is not None and bool(inexact(levers)))
 
     def made(recorded: Trace) -> Plan:
@@ -174,11 +196,14 @@ def _planned_together(
     budget: str | int,
     levers: Collection[Lever] | None,
     exact: bool,
+    beside: Collection[Lever] | None,
     host_budget: int | None,
     device: torch.device,
 ) -> tuple[Trace, Plan]:
     def planned_text(asked: int) -> str:
-        return dumps(make_plan(recorded, asked, levers=levers, exact=exact, host_budget=host_budget))
+        return dumps(
+            make_plan(recorded, asked, levers=levers, exact=exact, beside=beside or (), host_budget=host_budget)
+        )
 
     meeting = Meeting("fit")
     try:

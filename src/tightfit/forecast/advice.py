@@ -32,9 +32,11 @@ from tightfit.forecast.recording import (
 from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, usable_bytes
 from tightfit.forecast.search import QUICK, can_hold_floor, fitted, least
 from tightfit.forecast.setup import Progress, Setup, build_model
-from tightfit.levers import used
+from tightfit.levers import allowed, exact_only, used
 from tightfit.plan import lowest
 from tightfit.plan.account import bytes_reserved, host_bytes
+from tightfit.plan.indexed import rest
+from tightfit.plan.planning import with_more_levers
 from tightfit.report.text import how_it_fits
 from tightfit.step.parallel import Strategy
 from tightfit.step.run import static_bytes_by_category
@@ -74,12 +76,17 @@ def advice_for(
             "leaves for tensors"
         )
 
+    if levers is None:
+        progress("trying other levers")
+        yield from with_other_levers(recorded, room, host_budget)
+
     def tell(said: str, **changed: Any) -> Iterator[str]:
         progress(f"trying {said}")
         try:
             if floor(dataclasses.replace(setup, **changed), device) > room and not can_hold_floor(levers):
                 return
             other = trace_setup(dataclasses.replace(setup, **changed), device)
+            rest()
         except (InvalidInput, Unsupported):
             return
         found = least(other, room, levers, host_budget)
@@ -108,6 +115,24 @@ def advice_for(
             f"a card with {format_bytes(larger[0].memory_bytes)} is the smallest in the catalog that holds it "
             f"({', '.join(g.name for g in larger if g.memory_bytes == larger[0].memory_bytes)})"
         )
+
+
+def with_other_levers(recorded: Trace, room: int, host_budget: int | None) -> Iterator[str]:
+    """The fewest levers that are no default and make it fit, as they are asked for: without tiles, if that will do."""
+
+    def fits(made: Plan) -> bool:
+        return made.peak_bytes <= room and bytes_reserved(recorded, made, room) is not None
+
+    for allowed_now in (exact_only(None), None) if recorded.tiled else (exact_only(None),):
+        found = with_more_levers(recorded, effort=QUICK, levers=allowed_now, host_budget_bytes=host_budget, fits=fits)
+        if found is None:
+            continue
+        enough, made = found
+        asked = ",".join(each.lever.value for each in (*allowed(allowed_now), *enough.levers))
+        waiting = sum(host_bytes(recorded, made).values())
+        beside = f", and {format_bytes(waiting)} in host memory" if waiting else ""
+        yield f"--levers {asked} fits: from {format_bytes(made.peak_bytes)} on{beside}, by {enough.nouns}"
+        return
 
 
 def more_in_host(recorded: Trace, room: int, levers: frozenset[Lever] | None, host_budget: int | None) -> Iterator[str]:

@@ -32,9 +32,10 @@ from tightfit.forecast.recording import reached, trace_for, trace_setup
 from tightfit.forecast.room import card_named, leave_room, room_bytes
 from tightfit.forecast.search import QUICK, SHOWN, can_hold_floor, fitted, largest_fitting, least
 from tightfit.forecast.setup import Progress, Setup, build_model
-from tightfit.levers import exact_only, inexact
+from tightfit.levers import exact_only, inexact, ruled_out
 from tightfit.plan import every_block, lowest, plan, simulate
 from tightfit.plan.account import account, bytes_reserved, host_bytes
+from tightfit.plan.indexed import collecting_at_rests
 from tightfit.step.environment import environment
 from tightfit.trace.fake import FakeStep
 from tightfit.verify.measure import every_block_checkpointed
@@ -44,6 +45,7 @@ from tightfit.verify.measure import every_block_checkpointed
 _NEAR = 1.1
 
 
+@collecting_at_rests()
 def check(
     setup: Setup,
     device: Device,
@@ -110,6 +112,7 @@ def check(
     if not fits:
         said = advice_for(setup, device, room, recorded, largest, longest, levers, progress, limit)
         advice = tuple(said) if hopeless else (*more_in_host(recorded, room, levers, limit), *said)
+        advice = (*ruled_out(recorded, levers), *advice)
     return Forecast(
         model=setup.model,
         method=setup.method,
@@ -128,7 +131,13 @@ def check(
         longest_seq=longest,
         advice=advice,
         error_bar=error_bar(device),
-        notes=(*recorded.notes, *kept_whole(recorded), *notes(setup, device), *spread_notes(setup, recorded)),
+        notes=(
+            *(ruled_out(recorded, levers) if fits else ()),
+            *recorded.notes,
+            *kept_whole(recorded),
+            *notes(setup, device),
+            *spread_notes(setup, recorded),
+        ),
         environment=environment(),
         calibration=device.calibration,
         streamed_bytes=waiting.get(Lever.STREAM_WEIGHTS.value, 0),
@@ -257,7 +266,8 @@ def which_gpus(
                 model=setup.model, method=setup.method, batch=setup.batch, seq=setup.seq, dtype=setup.dtype,
                 optimizer=setup.optimizer, gpu=name, gpu_bytes=device.memory_bytes, usable_bytes=room,
                 fits=made is not None, modes=tuple(modes), plan=made, essence=(), largest_batch=None, longest_seq=None,
-                advice=(), error_bar=error_bar(device), notes=(*kept_whole(recorded), *notes(setup, device)),
+                advice=(), error_bar=error_bar(device),
+                notes=(*ruled_out(recorded, levers), *kept_whole(recorded), *notes(setup, device)),
                 environment=environment(), calibration=device.calibration,
                 streamed_bytes=waiting.get(Lever.STREAM_WEIGHTS.value, 0), host_bytes=waiting, host_budget_bytes=limit,
                 account=None if made is None else account(recorded, made, reserved_bytes=modes[-1].reserved_bytes),

@@ -29,7 +29,7 @@ from tightfit.core import (
 from tightfit.device.cost import retimed
 from tightfit.forecast.setup import DTYPES, Setup, build_model
 from tightfit.integrations.fsdp import shard_bytes
-from tightfit.plan.indexed import without_collecting
+from tightfit.plan.indexed import rest, without_collecting
 from tightfit.step.modules import UnitsAsked, find_units
 from tightfit.step.parallel import Strategy
 from tightfit.step.run import LossFunction, compute_loss, static_bytes_by_category
@@ -140,6 +140,8 @@ def trace_setup(
     if setup.optimizer == "none":
         return recorded
     record = optimizer_record(*optimizer_key(setup), HashableDevice(device))
+    if record.refused and "8bit" in setup.optimizer:  # not by the name of what stands for it here
+        record = dataclasses.replace(record, refused=f"{setup.optimizer} steps by kernels that no trial here can run")
     if spread.strategy is not Strategy.ONE:
         record = dataclasses.replace(record, in_chunks=(), alone=(), refused="several processes share the step")
     return behind(recorded, record)
@@ -361,7 +363,9 @@ def reached(device: Device) -> Device:
 @without_collecting()
 def trace_for(setup: Setup, device: Device, *, tiles: bool = False, tiles_alone: bool = False) -> Trace:
     """The trace that `check` plans: that of `trace_setup` with the seconds that `device` reaches."""
-    return retimed(trace_setup(setup, device, tiles=tiles, tiles_alone=tiles_alone), reached(device))
+    recorded = trace_setup(setup, device, tiles=tiles, tiles_alone=tiles_alone)
+    rest()
+    return retimed(recorded, reached(device))
 
 
 def sent_bytes(recorded: Trace, setup: Setup) -> tuple[int, int]:

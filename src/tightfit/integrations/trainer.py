@@ -31,19 +31,21 @@ from tightfit.core import (
     BudgetInfeasible,
     Check,
     Lever,
+    LeversAsked,
     MicroBatches,
     Plan,
     Proof,
     ReplayDiverged,
     Trace,
     Unsupported,
+    by_name,
     format_bytes,
     levers_named,
     parse_host_budget,
 )
 from tightfit.engine import Applied
 from tightfit.fitting.micro_batches import cut_levers, gradients_in_place
-from tightfit.fitting.planning import planned, what_is_given
+from tightfit.fitting.planning import asked_in_vain, planned, what_is_given
 from tightfit.integrations import conflicts, generated
 from tightfit.integrations.clipping import in_two_passes, not_in_two_passes
 from tightfit.integrations.longest import Extent, longest_batch, plain
@@ -222,6 +224,8 @@ class TightfitCallback(PeakCallback):
         self._trained, self._others = trained_names(model), {}
         with self._in_training(model):
             chosen = self.plan or self._plan_for(self.batch, model, optimizer)
+            for line in asked_in_vain(model, self.trace, self.budget, self.levers, self.beside):
+                self._warn(line)
             if Lever.STATE_IN_HOST.value not in chosen.settings:
                 settled(bare(optimizer))
             if self.verify:
@@ -262,7 +266,8 @@ class TightfitCallback(PeakCallback):
                 "out"
             )
         by_default = levers is None and not reads and not self._clips
-        return levers, others | ({Lever.STEP_IN_BACKWARD} if by_default else set())
+        more = {Lever.STEP_IN_BACKWARD} if by_default else set()
+        return levers, LeversAsked(others | more, by_name(others))
 
     @property
     def _clips(self) -> bool:

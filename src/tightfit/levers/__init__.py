@@ -16,14 +16,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-from tightfit.core import Lever, Plan, PlanMismatch, Trace
+from tightfit.core import Lever, Plan, PlanMismatch, Trace, by_name
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 
 __all__ = [
-    "allowed", "as_recorded", "changes_optimizer", "defined", "every", "exact_only", "granted", "inexact", "of_units",
-    "require_known", "used",
+    "allowed", "as_recorded", "changes_optimizer", "defined", "every", "exact_only", "granted", "inexact",
+    "not_allowed", "of_units", "require_known", "ruled_out", "used",
 ]  # fmt: skip
 
 
@@ -78,6 +78,31 @@ def require_known(plan: Plan) -> None:
         raise PlanMismatch(
             f"the plan uses the lever {unknown[0]!r}, which this release of tightfit does not have: make it anew"
         )
+
+
+def ruled_out(
+    trace: Trace, levers: Collection[Lever] | None, beside: Collection[Lever] | None = None
+) -> tuple[str, ...]:
+    """What to tell who named levers that no plan for `trace` can use: a line for each reason.
+
+    Only levers that were named by themselves are told of. Default ones are not where they would be allowed anyway:
+    `beside` the default ones, and in a list that has all of these and more.
+    """
+    default = frozenset(each.lever for each in allowed(None))
+    named, more = by_name(levers), by_name(beside)
+    found: dict[str, list[str]] = {}
+    for each in allowed((named - default if named >= default else named) | (more - default)):
+        if reason := each.ruled_out(trace):
+            found.setdefault(reason, []).append(each.lever.value)
+    return tuple(not_allowed(names, reason) for reason, names in found.items())
+
+
+def not_allowed(names: Sequence[str], reason: str) -> str:
+    """That these levers were asked for in vain. `reason`: as in `LeverDefinition.ruled_out`."""
+    if len(names) == 1:
+        return f"{names[0]} was asked for, and this step does not allow it: {reason}"
+    listed = f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{listed} were asked for, and this step does not allow them: {reason}"
 
 
 def granted(levers: Collection[Lever] | None) -> Grant:

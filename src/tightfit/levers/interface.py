@@ -158,6 +158,13 @@ class LeverDefinition:
 
     # -------------------------------------------------------------------- planner and referee
 
+    def ruled_out(self, trace: Trace) -> str:
+        """Why no plan for `trace` can use it, and behind a semicolon what to do; empty: one may, if it is worth it."""
+        if self.grants is Grant.NOTHING or not trace.units or not all(unit.pinned for unit in trace.units):
+            return ""
+        first = trace.units[0]
+        return f"every unit is kept whole, as {first.path or 'the model'}: {first.pinned}; leave it out"
+
     def variants(self, step: Variant) -> Iterable[Variant]:
         """Other tellings of `step` for the planner to choose from. Those with more in host memory than
         `Variant.host_room_bytes` are not looked at."""

@@ -8,7 +8,7 @@ bit.
 
 from __future__ import annotations
 
-from tightfit.core import Action, Lever, Plan
+from tightfit.core import Action, Lever, Plan, Trace
 from tightfit.levers.interface import Grant, LeverDefinition, Share, Walked
 from tightfit.levers.without import without_sweeps
 
@@ -18,6 +18,11 @@ class Nest(LeverDefinition):
     noun = "nesting"
     summary = "units grouped, so that only some unit inputs are kept"
     grants = Grant.SWEEP
+
+    def ruled_out(self, trace: Trace) -> str:
+        if trace.resharded:
+            return "a sweep would read weights that FSDP2 has given back by then; leave it out"
+        return super().ruled_out(trace)
 
     def is_used(self, plan: Plan) -> bool:
         return bool(plan.advances)

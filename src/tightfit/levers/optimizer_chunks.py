@@ -14,7 +14,16 @@ from typing import Any
 
 from tightfit.core import InvalidInput, Lever, Plan, PlanMismatch, Trace, format_bytes
 from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
-from tightfit.levers.optimizer_step import added_seconds, cut_of, cut_text, highest_bytes, in_chunks, whole_step
+from tightfit.levers.optimizer_step import (
+    added_seconds,
+    cut_of,
+    cut_text,
+    highest_bytes,
+    in_chunks,
+    not_by_parts,
+    whole_step,
+    with_advice,
+)
 
 __all__ = ["DEFINITION"]
 
@@ -26,6 +35,9 @@ class OptimizerChunks(LeverDefinition):
     is_compiled = True
     steps_optimizer = True
     eases_step_alone = True
+
+    def ruled_out(self, trace: Trace) -> str:
+        return with_advice(trace, not_by_parts(trace))
 
     def variants(self, step: Variant) -> Iterator[Variant]:
         at = step.trace.optimizer

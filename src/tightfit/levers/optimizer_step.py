@@ -116,6 +116,23 @@ def added_seconds(trace: Trace, before: Trace) -> float:
     return max(1, counts[0] - counts[1]) * _CALL_SECONDS
 
 
+def not_by_parts(trace: Trace) -> str:
+    """Why the optimizer of `trace` cannot step a few parameters at a time; empty: it can."""
+    at = trace.optimizer
+    if at is None:
+        return "the trace has no optimizer's step"
+    if at.refused or not at.in_chunks:
+        return at.refused or "the optimizer's step cannot be taken a few parameters at a time"
+    return ""
+
+
+def with_advice(trace: Trace, reason: str) -> str:
+    """`reason`, why a lever of the optimizer's step is ruled out, and what to do; empty where it is."""
+    return (
+        reason and f"{reason}; {'give the optimizer, or leave it out' if trace.optimizer is None else 'leave it out'}"
+    )
+
+
 # -- which parameters' state waits in host memory
 
 
@@ -205,11 +222,7 @@ def state_in_host(trace: Trace, waiting: Waiting) -> Trace:
 def gradients_stay(trace: Trace) -> str:
     """Why no gradient of `trace` can wait in host memory; empty: all can."""
     at = trace.optimizer
-    if at is None:
-        return "the trace has no optimizer's step"
-    if at.refused or not at.in_chunks:
-        return at.refused or "the optimizer's step cannot be taken a few parameters at a time"
-    return _not_told(trace, at)
+    return not_by_parts(trace) or ("" if at is None else _not_told(trace, at))
 
 
 def _not_told(trace: Trace, at: OptimizerStep) -> str:

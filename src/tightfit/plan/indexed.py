@@ -12,13 +12,14 @@ import contextlib
 import gc
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 
 from tightfit.core import Category, EventKind, Op, Phase, Program, Saved, Trace, Value
 from tightfit.core.by_trace import once_for_a_trace
 from tightfit.plan.casts import casts_of
 from tightfit.plan.program import shared
 
-__all__ = ["PLACE", "STATIC", "IndexedStep", "indexed", "without_collecting"]
+__all__ = ["PLACE", "STATIC", "IndexedStep", "collecting_at_rests", "indexed", "rest", "without_collecting"]
 
 #: Where a category stands in a row of live bytes.
 PLACE = {category: place for place, category in enumerate(Category)}
@@ -135,3 +136,28 @@ def without_collecting() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+_rests: ContextVar[bool] = ContextVar("rests", default=False)
+
+
+@contextlib.contextmanager
+def collecting_at_rests() -> Iterator[None]:
+    """Garbage in cycles is only looked for where `rest` is called meanwhile, and what is left then is not looked at
+    again until this closes. A forecast makes traces of a hundred thousand entries each, and a search for garbage would
+    walk through all of them every time."""
+    token = _rests.set(True)
+    try:
+        with without_collecting():
+            yield
+    finally:
+        _rests.reset(token)
+        if not _rests.get():
+            gc.unfreeze()
+
+
+def rest() -> None:
+    """A recording has ended, which leaves fake tensors in cycles."""
+    if _rests.get():
+        gc.collect()
+        gc.freeze()

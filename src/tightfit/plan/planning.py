@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import metadata
 
 from tightfit.core import (
@@ -34,12 +33,13 @@ from tightfit.core import (
     parse_host_budget,
 )
 from tightfit.device.cost import copy_lanes, fresh_seconds, unplanned_seconds
-from tightfit.levers import allowed, every, granted, inexact
-from tightfit.levers.interface import Grant, LeverDefinition, Variant
+from tightfit.levers import allowed, every, granted, inexact, ruled_out
+from tightfit.levers.interface import Grant, Variant
 from tightfit.plan.account import host_bytes
 from tightfit.plan.advice import advice_for
 from tightfit.plan.choose import Model
 from tightfit.plan.effort import THOROUGH, Effort
+from tightfit.plan.fewest_more import Enough, fewest_more
 from tightfit.plan.indexed import without_collecting
 from tightfit.plan.polish import polished
 from tightfit.plan.program import shared
@@ -78,10 +78,14 @@ def plan(
     `host_budget`: the most bytes that the plan may have wait in host memory, by all its levers together: a size, or 0.
     Without it there is no limit. Which levers may move anything there is for `levers` and `beside` to say.
 
+    A lever that was named and that no plan for this step can use is told among the advice of `BudgetInfeasible`. Where
+    there is a plan, `tightfit.levers.ruled_out` says so.
+
     Raises `InvalidInput` for a budget that is no size, `BudgetInfeasible` when nothing fits.
     """
     host_budget_bytes = parse_host_budget(host_budget)
     levers, others = levers_named(levers), levers_named(beside) or frozenset()
+    asked = levers, others
     if levers is not None and others:
         raise InvalidInput("levers names all that a plan may use, and beside some more: give one of the two")
     chosen = levers is not None
@@ -95,9 +99,10 @@ def plan(
     search = _Search(trace, budget_bytes, effort, levers, kinds, host_budget_bytes, unplanned)
     if search.made is not None:
         return search.made
-    least, advice = search.least, advice_for(trace, search.least, budget_bytes)
+    least, advice = search.least, (*ruled_out(trace, *asked), *advice_for(trace, search.least, budget_bytes))
     if search.least_way is not None and not chosen:
-        advice = (*_other_levers(search.ways, search.least_way, budget_bytes, levers), *advice)
+        enough = fewest_more(search.ways, search.least_way, levers, lambda _, line: line.peak_bytes <= budget_bytes)
+        advice = (*([] if enough is None else [enough.said]), *advice)
     if exact and (inexact_ways := [way for way in search.ways if not way.is_exact]):
         peak_bytes = _lowest(inexact_ways, None)[1].line.peak_bytes
         if peak_bytes <= budget_bytes:
@@ -222,37 +227,6 @@ def _in_host(trace: Trace, made: Plan) -> Plan | None:
     """`made`, if no more waits in host memory than may; None otherwise."""
     limit_bytes = made.host_budget_bytes
     return made if limit_bytes is None or sum(host_bytes(trace, made).values()) <= limit_bytes else None
-
-
-def _other_levers(
-    ways: Collection[Way], way: Way, budget_bytes: int, levers: Collection[Lever] | None
-) -> Iterator[str]:
-    """What levers that were not asked for would reach with the choices of `way`, where that is within the budget."""
-    of_optimizer = [each for each in every() if each.steps_optimizer]
-    others = [each for each in every() if each.is_exact and each not in allowed(levers)]
-    # whatever is done to the optimizer's step now, the others would do it in their own way
-    left = way.step.levers - {each.lever for each in of_optimizer}
-    tiling = way.step.decided.get("tiling")  # a step in tiles has other ops, and choices are for its own
-    alike = (each.step for each in ways if each.step.levers == left and each.step.decided.get("tiling") == tiling)
-    plain = next(alike, None)
-    if plain is None:
-        return
-    tried: dict[tuple[LeverDefinition, ...], list[Variant]] = {(): [plain]}
-    while tried:  # one lever more in each turn: the fewest that are enough
-        more: dict[tuple[LeverDefinition, ...], list[Variant]] = defaultdict(list)
-        for used, steps in tried.items():
-            for lever in others[others.index(used[-1]) + 1 if used else 0 :]:
-                variants = itertools.chain.from_iterable(map(lever.variants, steps))
-                more[*used, lever] += [v for v in variants if v.host_room_bytes is None or v.host_room_bytes >= 0]
-        for used, steps in more.items():
-            lines = [simulate_choices(step.trace, way.lowest.choices, way.advances) for step in steps]
-            peak_bytes = min((line.peak_bytes for line in lines), default=budget_bytes + 1)
-            if peak_bytes <= budget_bytes:
-                names = ",".join(each.lever.value for each in used)
-                nouns = " and ".join(each.noun for each in used)
-                yield f"beside={names!r} would take {format_bytes(peak_bytes)}: {nouns}"
-                return
-        tried = more
 
 
 def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:
@@ -461,6 +435,29 @@ def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Ref
             nested = next(way for way in best.nested if way.floor.peak_bytes * _WORTH <= min(floors))
             best = min(best, nested, key=lambda way: way.lowest.line.peak_bytes)
     return best, best.lowered
+
+
+@without_collecting()
+def with_more_levers(
+    trace: Trace,
+    *,
+    effort: Effort,
+    levers: frozenset[Lever] | None,
+    host_budget_bytes: int | None,
+    fits: Callable[[Plan], bool],
+) -> tuple[Enough, Plan] | None:
+    """The fewest levers beside `levers` with which the choices of the lowest peak make a plan that `fits`, and that
+    plan; None: no levers are enough for them. It takes a walk for each set of levers that is tried, and no search."""
+    unplanned = simulate_choices(trace, ())
+    ways = way_of(trace, effort, host_budget_bytes).ways(levers)
+    way, _ = _lowest(ways, levers)
+
+    def made(step: Variant, line: Timeline) -> Plan:
+        varied = Way(step, effort, nesting=way.nesting, plain=way.plain, moves=way.moves, segments=way.segments)
+        return _plan(trace, varied, line.peak_bytes, way.lowest.choices, line, unplanned, 0.0, way.lowest.how)
+
+    enough = fewest_more(ways, way, levers, lambda step, line: fits(made(step, line)))
+    return None if enough is None else (enough, made(enough.step, enough.line))
 
 
 @without_collecting()

@@ -304,7 +304,7 @@ def gpus_table(forecasts: Sequence[Forecast]) -> RenderableType:
             f"{best.recompute_flops / forward:.0%} of forward" if each.fits and forward else "-",
             *[format_bytes(sum(each.host_bytes.values())) if each.fits else "-"] * waits,
         )
-    bars = [f"error bar: {first.error_bar}"]
+    bars = [f"error bar: {first.error_bar}", *(n for n in first.notes if all(n in each.notes for each in forecasts))]
     bars += [f"calibration of {each.gpu}: {each.calibration}" for each in forecasts if each.calibration]
     return Group(table, *map(Text, bars))
 

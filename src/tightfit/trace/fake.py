@@ -45,6 +45,7 @@ from tightfit.device.allocator import MIN_BLOCK_BYTES
 from tightfit.step.parallel import as_new, forget_step, local_of
 from tightfit.step.run import parameter_tensors, tensors_in
 from tightfit.trace.as_cuda import CUDA_SCRATCH, attention_like_cuda, dropout_like_cuda
+from tightfit.trace.remembered import Remembered, extent
 
 _aten = torch.ops.aten
 
@@ -93,10 +94,6 @@ def logging_step() -> Iterator[None]:
 #: Threads that multiply matrices on a card in a step: the one that calls the model, and autograd's of the device.
 _PRODUCT_THREADS = 2
 
-#: Of ops of these the fake mode remembers most results. What it does not, and what takes long: milliseconds each time.
-_REMEMBERED = frozenset({"aten", "prims", "prim"})
-_DEAR = frozenset({_aten.nll_loss_forward.default, _aten.nll_loss_backward.default})
-
 #: Make the same everywhere.
 _CONSTANTS = frozenset({_aten.ones.default, _aten.full.default})
 
@@ -116,7 +113,7 @@ class FakeStep:
         self._known: Any = WeakIdKeyDictionary()
         self._constants: dict[int, weakref.ref[torch.Tensor]] = {}  # real ones, by storage; gone when written to
         self._draws: Any = WeakIdKeyDictionary()  # single numbers from 0 up to 1
-        self._results: dict[Any, list[tuple[Any, ...]]] = {}  # of ops that torch's fake mode does not remember
+        self._remembered = Remembered()
         self._probes: dict[Any, tuple[Any, Any, list[int]]] = {}
         self._probed: dict[Any, int] = {}
         self._unprobed: set[str] = set()
@@ -183,9 +180,7 @@ class FakeStep:
         elif func is _aten.addmm.dtype_out:  # torch 2.11 decomposes it, and takes the dtype for a factor
             out = kwargs["out"]
         elif func is _aten._unsafe_view.default:  # the fake mode remembers views, and not these
-            out = _aten.view.default(*args)
-        elif func in _DEAR or func.namespace not in _REMEMBERED:
-            out = self._made_like(func, args, kwargs)
+            out = self._remembered.result(_aten.view.default, args, {})
         elif func is _aten.nonzero.default and args[0] in self._known:
             with _disable_current_modes():
                 found = self._known[args[0]].nonzero()
@@ -193,40 +188,12 @@ class FakeStep:
         elif func is _aten.index.Tensor and any(index in self._known for index in args[1] if _is_mask(index)):
             out = func(args[0], self._places(args[1]))
         else:
-            out = func(*args, **kwargs)
+            out = self._remembered.result(func, args, kwargs)
         if func is _aten.lift_fresh.default and not isinstance(args[0], FakeTensor):  # `torch.tensor(3)` in the model
             self.know(out, args[0])
         if self.cuda and func is _aten.native_layer_norm.default and args[0].dtype in (torch.bfloat16, torch.float16):
             out = (out[0], *(torch.empty_like(t, dtype=torch.float32) for t in out[1:]))
         self.learn(func, args, kwargs, out)
-        return out
-
-    def _made_like(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The fake result, worked out once for arguments that are alike, where it is new tensors and nothing else."""
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-        key = (func, spec, *((type(leaf), _outline(leaf)) for leaf in leaves))
-        try:
-            known = self._results.get(key)
-        except TypeError:  # an argument that cannot be hashed
-            return func(*args, **kwargs)
-        if known is not None:
-            made = [torch.empty_strided(*shape, dtype=dtype, device=device) for *shape, dtype, device in known]
-            return made[0] if len(func._schema.returns) == 1 else tuple(made)
-        out = func(*args, **kwargs)
-        # one return that is no tensor is a list of them
-        results = [out] if isinstance(out, torch.Tensor) else out if len(func._schema.returns) > 1 else None
-        given = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
-        if (
-            not func._schema.is_mutable
-            and isinstance(results, (list, tuple))
-            and len(results) == len(func._schema.returns)
-            and all(isinstance(each, FakeTensor) and _is_whole(each) for each in results)
-            and given.isdisjoint(made := [each.untyped_storage()._cdata for each in results])
-            and len(set(made)) == len(made)
-        ):
-            self._results[key] = [
-                (tuple(each.shape), tuple(each.stride()), each.dtype, each.fake_device) for each in results
-            ]
         return out
 
     def _places(self, indices: Any) -> list[Any]:
@@ -382,20 +349,9 @@ def _outline(leaf: Any) -> Any:
     return leaf
 
 
-def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many elements a storage has at least."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
-
-
-def _is_whole(tensor: torch.Tensor) -> bool:
-    """Is there nothing in its storage but the tensor?"""
-    size_bytes = _extent(tuple(tensor.shape), tensor.stride()) * tensor.element_size()
-    return not tensor._is_view() and tensor.untyped_storage().nbytes() == size_bytes
-
-
 def _real(outline: _Outline) -> torch.Tensor:
     shape, strides, dtype = outline
-    return torch.zeros(_extent(shape, strides), dtype=dtype).as_strided(shape, strides)
+    return torch.zeros(extent(shape, strides), dtype=dtype).as_strided(shape, strides)
 
 
 def _grouped_mm(

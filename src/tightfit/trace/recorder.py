@@ -277,10 +277,7 @@ class Recorder(TorchDispatchMode):
                 "leave it out of eager steps, or mark the parts around it with tightfit.checkpoint"
             )
         if func is _aten.detach.default:
-            out = func(*args, **kwargs)
-            if self.fake is not None:
-                self.fake.learn(func, args, kwargs, out)
-            return out
+            return func(*args, **kwargs) if self.fake is None else self.fake.run(func, args, kwargs)
         if func in _QUERIES or func.namespace == "profiler":
             # half of all calls ask for a device, which a fake tensor knows without another dispatch
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args, **kwargs)

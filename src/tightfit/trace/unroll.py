@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tightfit.core import Event, EventKind, Frame, Op, Saved, Trace, Unit, Value
+from tightfit.core.changed import changed
 from tightfit.trace.unroll_weights import FrozenBlocks, repeated_frozen
 
 __all__ = ["LEAST_BLOCKS", "trace_digest", "unroll"]
@@ -423,7 +424,7 @@ class _Build:
         for op in old.ops:
             if op.id not in blocks.owner["op"]:
                 number = self.numbers["op", None, op.id]
-                ops[number] = dataclasses.replace(
+                ops[number] = changed(
                     op, id=number, inputs=tuple(self._known(v) for v in op.inputs),
                     outputs=tuple(self._new_old("value", v) for v in op.outputs), unit=self._old_path(op.unit),
                     frame=self._new_old("frame", op.frame),
@@ -432,20 +433,20 @@ class _Build:
             if value.id not in blocks.owner["value"]:
                 number = self.numbers["value", None, value.id]
                 natural = None if value.natural_end is None else self._global_place(value.natural_end)
-                values[number] = dataclasses.replace(
+                values[number] = changed(
                     value, id=number, producer=self._new_old("op", value.producer), natural_end=natural,
                     unit=self._old_path(value.unit),
                 )  # fmt: skip
         for each in old.saved:
             if each.id not in blocks.owner["saved"]:
                 number = self.numbers["saved", None, each.id]
-                saved[number] = dataclasses.replace(each, id=number, value=self._known(each.value))
+                saved[number] = changed(each, id=number, value=self._known(each.value))
         for position, source in enumerate(self.sources):
             own = blocks.owned[source]
             for i, op_id in enumerate(own["op"]):
                 *_, inputs, outputs, frame, unit = blocks._op(op_id, source)
                 number = self.numbers["op", position, i]
-                ops[number] = dataclasses.replace(
+                ops[number] = changed(
                     old.ops[op_id], id=number, inputs=tuple(self._must("value", r, position) for r in inputs),
                     outputs=tuple(self._new("value", r, position) for r in outputs),
                     frame=self._new("frame", frame, position), unit=self._path(unit, position),
@@ -453,14 +454,14 @@ class _Build:
             for i, value_id in enumerate(own["value"]):
                 *_, producer, unit, natural_ref = blocks._value(value_id, source)
                 number = self.numbers["value", position, i]
-                values[number] = dataclasses.replace(
+                values[number] = changed(
                     old.values[value_id], id=number, producer=self._new("op", producer, position),
                     unit=self._path(unit, position), natural_end=self._place(natural_ref, position),
                 )  # fmt: skip
             for i, saved_id in enumerate(own["saved"]):
                 value_ref, frame_ref, _, _ = blocks._saved(saved_id, source)
                 number = self.numbers["saved", position, i]
-                saved[number] = dataclasses.replace(
+                saved[number] = changed(
                     old.saved[saved_id], id=number, value=self._must("value", value_ref, position),
                     frame=self._new("frame", frame_ref, position),
                 )  # fmt: skip

@@ -30,6 +30,7 @@ from tightfit.levers.optimizer_step import (
     gradients_in_host,
     gradients_stay,
     waiting_gradients,
+    with_advice,
     with_setting,
 )
 
@@ -44,6 +45,9 @@ class GradientsInHost(LeverDefinition):
     is_default = False
     lowers_floor = True
     steps_optimizer = True
+
+    def ruled_out(self, trace: Trace) -> str:
+        return with_advice(trace, gradients_stay(trace))
 
     def variants(self, step: Variant) -> Iterator[Variant]:
         if gradients_stay(step.trace):

@@ -29,6 +29,9 @@ class LossInPlace(LeverDefinition):
     summary = "the loss makes its gradient in place of what it saved"
     is_compiled_around = True
 
+    def ruled_out(self, trace: Trace) -> str:
+        return "" if reaches(trace) else "it has no cross entropy outside its units; leave it out"
+
     def variants(self, step: Variant) -> Iterator[Variant]:
         if reaches(step.trace):
             yield step.by(self, with_loss_in_place(step.trace), in_place_loss=True)

@@ -26,8 +26,10 @@ from tightfit.levers.optimizer_step import (
     cut_of,
     cut_text,
     eased_to,
+    not_by_parts,
     state_in_host,
     waiting_bytes,
+    with_advice,
     with_setting,
 )
 
@@ -45,6 +47,12 @@ class StateInHost(LeverDefinition):
     is_default = False
     lowers_floor = True
     steps_optimizer = True
+
+    def ruled_out(self, trace: Trace) -> str:
+        reason = not_by_parts(trace)
+        if not reason and trace.optimizer is not None and not any(size for _, size in by_size(trace.optimizer)):
+            reason = "the optimizer keeps no state of its parameters"
+        return with_advice(trace, reason)
 
     def variants(self, step: Variant) -> Iterator[Variant]:
         at = step.trace.optimizer

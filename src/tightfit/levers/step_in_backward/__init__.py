@@ -19,7 +19,14 @@ from typing import Any
 
 from tightfit.core import InvalidInput, Lever, Phase, Plan, PlanMismatch, Trace
 from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
-from tightfit.levers.optimizer_step import added_seconds, cut_of, cut_text, in_backward, not_in_backward
+from tightfit.levers.optimizer_step import (
+    added_seconds,
+    cut_of,
+    cut_text,
+    in_backward,
+    not_in_backward,
+    with_advice,
+)
 
 __all__ = ["DEFINITION"]
 
@@ -31,6 +38,9 @@ class StepInBackward(LeverDefinition):
     is_default = False
     lowers_floor = True
     steps_optimizer = True
+
+    def ruled_out(self, trace: Trace) -> str:
+        return with_advice(trace, not_in_backward(trace))
 
     def variants(self, step: Variant) -> Iterator[Variant]:
         otherwise = {Lever.OPTIMIZER_CHUNKS, Lever.GRADIENTS_IN_HOST}  # they step when all gradients are there

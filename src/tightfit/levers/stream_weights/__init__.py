@@ -56,6 +56,13 @@ class StreamWeights(LeverDefinition):
     is_default = False
     lowers_floor = True
 
+    def ruled_out(self, trace: Trace) -> str:
+        if trace.frozen:
+            return ""
+        return (
+            "it has no frozen weights that their own module alone reads, in one process and on one device; leave it out"
+        )
+
     def variants(self, step: Variant) -> Iterator[Variant]:
         order = _within(step.trace, _in_order(step.trace), step.host_room_bytes)
         whole_bytes = sum(_bytes(step.trace, each) for each in order)

@@ -46,6 +46,15 @@ class Tile(LeverDefinition):
 
         return None if seen is None else all_tiled(step, *seen)
 
+    def ruled_out(self, trace: Trace) -> str:
+        if trace.tiled or trace.tiling is not None:
+            return ""
+        worth = (
+            "it was recorded without tiles, since its head and modules cannot be tiled or are too small to matter, or "
+            "several processes share it"
+        )
+        return f"{next((note for note in trace.notes if 'cannot be tiled' in note), worth)}; leave it out"
+
     def variants(self, step: Variant) -> Iterator[Variant]:
         if step.levers:  # the recordings are of the step without any other lever
             return
