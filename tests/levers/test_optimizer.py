@@ -308,6 +308,27 @@ def test_loaded_state_that_lies_in_a_larger_storage_waits_too() -> None:
     assert shared == count > 0
 
 
+def test_gradients_of_a_tied_weight_are_summed_in_place() -> None:
+    """Autograd would make a third tensor for their sum, since the head's is a view."""
+    torch.manual_seed(0)
+    model, optimizer = Tied(words=4000, width=64), None
+    weight_bytes = model.head.weight.nbytes
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    trace = tightfit.trace(model, IDS, optimizer=optimizer)
+    plan = lowest(trace, levers="recompute,step_in_backward")
+    assert sum(op.sums_tied for op in trace.ops) == 1 and "step_in_backward" in plan.settings
+    static = static_bytes(model, optimizer, IDS)
+    assert 2 * weight_bytes < plan.peak_bytes - static < 2.5 * weight_bytes
+    assert simulate(trace).peak_bytes - static > 3 * weight_bytes
+    with apply(model, plan, optimizer=optimizer), PeakMeter("cpu") as meter:
+        model(IDS).backward()
+        optimizer.step()
+    assert static + meter.rise_bytes == pytest.approx(plan.peak_bytes, rel=1e-3)
+    with apply(model, plan, optimizer=optimizer):  # what is to be differentiated again is left as it is
+        (gradient,) = torch.autograd.grad(model(IDS), model.head.weight, create_graph=True)
+        assert gradient.requires_grad
+
+
 @pytest.mark.parametrize("made", [Global, Counting])
 def test_an_optimizer_that_looks_at_all_parameters_is_left_alone(made: Any) -> None:
     assert "other bits" in refusal(made, [{"params": [torch.empty(8, 8), torch.empty(8)], "lr": 0.1}])
