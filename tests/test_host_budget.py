@@ -394,7 +394,7 @@ def test_the_command_line_obeys(
     assert status == 2 and "no percentage such as '50%'" in said
 
 
-def test_train_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_passes_it_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from tightfit.integrations.transformers import TightfitCallback
     from tightfit.train.asked import Asked
     from tightfit.train.options import TrainOptions, check_options
@@ -407,9 +407,13 @@ def test_train_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
         check_options(TrainOptions(host_budget="10%"))
     with pytest.raises(InvalidInput):
         TightfitCallback("60%", host_budget="10%")
+    spilling = Asked(options=TrainOptions(spill=str(tmp_path)), config=None)
+    assert spilling.recipe().fit.spill == spilling.resolved().spill == str(tmp_path)
+    with pytest.raises(InvalidInput, match="it is no folder"):
+        TightfitCallback("60%", spill=tmp_path / "missing")
     told: list[Any] = []
     monkeypatch.setattr("tightfit.integrations.trainer.planned", lambda *args: told.append(args) or (None, None))
-    callback = TightfitCallback("60%", host_budget="3MiB")
+    callback = TightfitCallback("60%", host_budget="3MiB", spill=tmp_path)
     callback._trainer = SimpleNamespace(args=SimpleNamespace(max_grad_norm=1.0, gradient_accumulation_steps=2))
     callback._plan_for({}, nn.Linear(1, 1), None)
-    assert told[0][-1] == 3 * 2**20
+    assert told[0][6:] == (3 * 2**20, None, True)  # what waits does so in a file
