@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -348,6 +349,8 @@ def test_gradients_of_a_tied_weight_are_summed_in_place() -> None:
         model(IDS).backward()
         optimizer.step()
     assert static + meter.rise_bytes == pytest.approx(plan.peak_bytes, rel=1e-3)
+    with in_force(model, optimizer, [BACKWARD]):
+        assert b"tightfit" not in pickle.dumps(model)  # a copy has nothing of it
     with apply(model, plan, optimizer=optimizer):  # what is to be differentiated again is left as it is
         (gradient,) = torch.autograd.grad(model(IDS), model.head.weight, create_graph=True)
         assert gradient.requires_grad

@@ -42,18 +42,27 @@ def tied_gradients(model: nn.Module, told: Told) -> Iterator[None]:
         for module in model.modules():
             own = [p for p in module._parameters.values() if p is not None]
             if any(counts[id(p)] > 1 and p.requires_grad and p.is_leaf for p in own):
-                handle = module.register_forward_hook(functools.partial(_called, told), with_kwargs=True)
-                hooks.callback(handle.remove)
+                hooks.callback(module.register_forward_hook(_Called(told), with_kwargs=True).remove)
         yield
 
 
-def _called(told: Told, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-    """`module` has run: watch the nodes of its call that end in a weight of its own."""
-    own = {id(p) for p in module._parameters.values() if p is not None}
-    for node in nodes_between((args, kwargs), out):
-        places = [i for i, (after, _) in enumerate(node.next_functions) if id(getattr(after, "variable", None)) in own]
-        if places:
-            node.register_hook(functools.partial(_made, told, places))
+class _Called:
+    """A module has run: watch the nodes of its call that end in a weight of its own."""
+
+    def __init__(self, told: Told) -> None:
+        self.told = told
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        own = {id(p) for p in module._parameters.values() if p is not None}
+        for node in nodes_between((args, kwargs), out):
+            ends = [after for after, _ in node.next_functions]
+            places = [i for i, after in enumerate(ends) if id(getattr(after, "variable", None)) in own]
+            if places:
+                node.register_hook(functools.partial(_made, self.told, places))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In a copy of the model, a pickled one too: a hook that does nothing, and needs no tightfit to be loaded."""
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 def _made(told: Told, places: list[int], gradients: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
