@@ -38,6 +38,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "callback": (*_APPLIED, "integrations"),
     "compiled": _APPLIED,
     "forecast": (*_FORECAST, "engine", "verify/peak.py"),
+    "gpt2_bars": (*_APPLIED, "integrations", "train"),
     "gpu_measured": _APPLIED,
     "levers": (*_FORECAST, "engine", "fitting", "verify"),
     "measure_gpt2": (*_APPLIED, "integrations/transformers.py", "integrations/peft.py"),

@@ -736,6 +736,7 @@ def levers_page() -> str:
                 )
             parts.append("")
     parts += _streamed_weights()
+    parts += _whole_step_of_gpt2()
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -764,6 +765,47 @@ def _streamed_weights() -> list[str]:
                 f"| {row['copied_bytes'] / 2**20:.1f} MiB | {'identical' if row['identical'] else 'differ'} |"
             )
         parts.append("")
+    return parts
+
+
+_GPT2_PARTS = {
+    "share": "60 % of the plain peak",
+    "device": "the least with the state on the device",
+    "host": "the least with the state in host memory",
+}
+
+
+def _whole_step_of_gpt2() -> list[str]:
+    rows = json.loads((RESULTS / "gpt2_bars.json").read_text(encoding="utf-8"))["rows"]
+    trained = next(row for row in rows if row["part"] == "train")
+    stepped = [row for row in rows if row["part"] in _GPT2_PARTS]
+    tied = stepped[0]["tied_gradient_bytes"] / (stepped[0]["parameters_bytes"] + stepped[0]["optimizer_state_bytes"])
+    parts = [
+        "\n## Measured: the whole step of GPT-2, 124 million parameters\n",
+        "Full fine-tuning in fp32 with AdamW, dropout on, random weights and real text, on the CPU, by `python "
+        "benchmarks/gpt2_bars.py`. The peak is the highest of ten steps; the bits are those of losses, weights and "
+        "optimizer state after them:\n",
+        "| batch | budget | peak | of the plain peak | of weights and state | predicted off by | levers | bits |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in stepped:
+        same = row["losses_identical"] and row["weights_and_state_identical"]
+        parts.append(
+            f"| {row['batch']} x {row['seq']} | {_GPT2_PARTS[row['part']]} | {row['peak_bytes'] / 2**20:,.0f} MiB "
+            f"| {row['of_plain']:.1%} | {row['of_weights_and_state']:.3f} | {row['off']:+.4%} "
+            f"| {', '.join(row['levers'])} | {'identical' if same else 'differ'} |"
+        )
+    resumed = ", ".join(map(str, trained["resumed_at"]))
+    parts.append(
+        f"\nThe gradient of the tied embedding alone is {tied:.1%} of weights and state, so a step that holds it whole "
+        f"takes at least {1 + tied:.3f} of them. While its two parts are summed it is there twice, which makes "
+        f"{1 + 2 * tied:.3f}.\n\n"
+        f"`tightfit train` fine-tuned the same model at {trained['budget_bytes'] / 2**20:,.0f} MiB, half of the plain "
+        "peak, where plans of activations alone are refused. It was killed (SIGKILL) and went on after step "
+        f"{resumed}. The losses of its {trained['steps']} steps are "
+        f"{'' if trained['losses_identical'] else 'not '}those of steps without a plan, bit for bit; the highest peak "
+        f"was {trained['peak_bytes'] / 2**20:,.0f} MiB.\n"
+    )
     return parts
 
 

@@ -31,6 +31,7 @@ from tightfit.core import (
     parse_levers,
 )
 from tightfit.fitting import micro_batches
+from tightfit.fitting.micro_batches import gradients_in_place
 from tightfit.forecast import search
 from tightfit.forecast.advice import more_in_host
 from tightfit.integrations.recovery import lower
@@ -46,7 +47,7 @@ from tightfit.verify.measure import measure
 WIDTH, ROWS = 128, 1024
 QUICK = Effort(points=12, solver_seconds=30.0, proves=False)  # a limit that a busy machine does not reach
 plan, lowest = functools.partial(tightfit.plan, effort=QUICK), functools.partial(planning.lowest, effort=QUICK)
-MOVING = ("offload", "stream_weights", "state_in_host")
+MOVING = ("offload", "stream_weights", "state_in_host", "gradients_in_host")
 
 
 def stack() -> nn.Sequential:
@@ -62,11 +63,18 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
 
+def recorded(lever: str = "") -> Trace:
+    """The step with times that are the same on every machine. For gradients that wait: a later micro-batch of half the
+    rows, which finds some."""
+    return _recorded(lever == "gradients_in_host")
+
+
 @functools.cache
-def recorded() -> Trace:
-    """The step with times that are the same on every machine."""
+def _recorded(accumulates: bool) -> Trace:
     model = stack()
-    trace = tightfit.trace(model, batch(), loss=loss, optimizer=adamw(model))
+    with gradients_in_place(model, accumulates):
+        rows = batch(ROWS // 2 if accumulates else ROWS)
+        trace = tightfit.trace(model, rows, loss=loss, optimizer=adamw(model))
     sizes = {v.id: v.size_bytes for v in trace.values}
     ops = tuple(
         dataclasses.replace(op, seconds=1e-5 + 1e-9 * sum(sizes[v] for v in op.outputs if v is not None))
@@ -87,37 +95,39 @@ def levers(*names: str) -> frozenset[Lever]:
 def between(lever: str, part: float) -> tuple[int, int]:
     """A budget between the lowest peak with `lever` and that with nothing in host memory; and what a plan for it has
     there where nobody limits that."""
-    low = lowest(recorded(), levers=levers(lever)).peak_bytes
-    without = lowest(recorded(), levers=levers(lever), host_budget=0).peak_bytes
+    trace = recorded(lever)
+    low = lowest(trace, levers=levers(lever)).peak_bytes
+    without = lowest(trace, levers=levers(lever), host_budget=0).peak_bytes
     budget_bytes = int(low + part * (without - low))
-    return budget_bytes, waiting(plan(recorded(), budget_bytes, levers=levers(lever)))
+    return budget_bytes, waiting(plan(trace, budget_bytes, levers=levers(lever)), trace)
 
 
 @pytest.mark.parametrize("lever", MOVING)
 def test_no_plan_has_more_in_host_memory(lever: str) -> None:
-    trace, peak_bytes = recorded(), simulate(recorded()).peak_bytes
-    most = waiting(lowest(trace, levers=levers(lever)))
+    trace, peak_bytes = recorded(lever), simulate(recorded(lever)).peak_bytes
+    most = waiting(lowest(trace, levers=levers(lever)), trace)
     assert most > 0
     budget_bytes = int(peak_bytes * 0.8)
     free = plan(trace, budget_bytes, levers=levers(lever))
-    assert waiting(free) > 0  # or the budget says nothing about the lever
+    assert waiting(free, trace) > 0  # or the budget says nothing about the lever
     for part in (1.0, 0.6, 0.2, 0.0):
-        limit = int(part * waiting(free))
+        limit = int(part * waiting(free, trace))
         made = plan(trace, budget_bytes, levers=levers(lever), host_budget=limit)
-        assert waiting(made) <= limit == made.host_budget_bytes
+        assert waiting(made, trace) <= limit == made.host_budget_bytes
         assert simulate(trace, made).peak_bytes == made.peak_bytes <= budget_bytes
         if part == 1:
             assert dataclasses.replace(made, host_budget_bytes=None) == free  # what is not reached changes nothing
-    assert not waiting(made) and made.added_seconds > free.added_seconds
+    assert not waiting(made, trace) and made.added_seconds > free.added_seconds
 
 
 @pytest.mark.parametrize("lever", MOVING)
 def test_a_part_of_what_could_wait_is_used(lever: str) -> None:
     """With a part of what a lever would take its plan is faster than with nothing there: it is not all or nothing."""
-    budget_bytes = int(simulate(recorded()).peak_bytes * 0.75)
-    most = waiting(lowest(recorded(), levers=levers(lever))) * 3 // 4
-    nothing, part = (plan(recorded(), budget_bytes, levers=levers(lever), host_budget=limit) for limit in (0, most))
-    assert 0 < waiting(part) <= most and part.added_seconds < nothing.added_seconds
+    trace = recorded(lever)
+    budget_bytes = int(simulate(trace).peak_bytes * 0.75)
+    most = waiting(lowest(trace, levers=levers(lever)), trace) * 3 // 4
+    nothing, part = (plan(trace, budget_bytes, levers=levers(lever), host_budget=limit) for limit in (0, most))
+    assert 0 < waiting(part, trace) <= most and part.added_seconds < nothing.added_seconds
 
 
 @pytest.mark.parametrize("lever", [Lever.STREAM_WEIGHTS, Lever.STATE_IN_HOST])
@@ -170,7 +180,7 @@ def test_all_levers_share_one_host_budget() -> None:
 
 @pytest.mark.parametrize("lever", MOVING)
 def test_which_limit_binds_is_said_in_one_line(lever: str) -> None:
-    trace = recorded()
+    trace = recorded(lever)
     budget_bytes, free_bytes = between(lever, 0.5)
     limit = free_bytes // 50
     with pytest.raises(BudgetInfeasible, match="the host budget is what binds") as caught:
@@ -180,9 +190,10 @@ def test_which_limit_binds_is_said_in_one_line(lever: str) -> None:
     assert error.host_budget_bytes == limit and error.budget_bytes == budget_bytes
     assert error.host_bytes is not None and limit < error.host_bytes <= free_bytes
     # what it says would do does
-    assert waiting(plan(trace, budget_bytes, levers=levers(lever), host_budget=error.host_bytes)) <= error.host_bytes
+    enough = plan(trace, budget_bytes, levers=levers(lever), host_budget=error.host_bytes)
+    assert waiting(enough, trace) <= error.host_bytes
     made = plan(trace, error.least_bytes, levers=levers(lever), host_budget=limit)
-    assert made.peak_bytes <= error.least_bytes and waiting(made) <= limit
+    assert made.peak_bytes <= error.least_bytes and waiting(made, trace) <= limit
     again = _error_of(_described(error), 0)  # as the other ranks hear of it
     assert str(again) == str(error) and isinstance(again, BudgetInfeasible)
 
@@ -383,7 +394,7 @@ def test_the_command_line_obeys(
     assert status == 2 and "no percentage such as '50%'" in said
 
 
-def test_train_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_passes_it_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from tightfit.integrations.transformers import TightfitCallback
     from tightfit.train.asked import Asked
     from tightfit.train.options import TrainOptions, check_options
@@ -396,9 +407,13 @@ def test_train_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
         check_options(TrainOptions(host_budget="10%"))
     with pytest.raises(InvalidInput):
         TightfitCallback("60%", host_budget="10%")
+    spilling = Asked(options=TrainOptions(spill=str(tmp_path)), config=None)
+    assert spilling.recipe().fit.spill == spilling.resolved().spill == str(tmp_path)
+    with pytest.raises(InvalidInput, match="it is no folder"):
+        TightfitCallback("60%", spill=tmp_path / "missing")
     told: list[Any] = []
     monkeypatch.setattr("tightfit.integrations.trainer.planned", lambda *args: told.append(args) or (None, None))
-    callback = TightfitCallback("60%", host_budget="3MiB")
+    callback = TightfitCallback("60%", host_budget="3MiB", spill=tmp_path)
     callback._trainer = SimpleNamespace(args=SimpleNamespace(max_grad_norm=1.0, gradient_accumulation_steps=2))
     callback._plan_for({}, nn.Linear(1, 1), None)
-    assert told[0][-1] == 3 * 2**20
+    assert told[0][6:] == (3 * 2**20, None, True)  # what waits does so in a file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,25 @@ def test_a_budget_beyond_the_share_of_a_card_is_lowered_and_said(monkeypatch: py
     assert limits.planned_here(trace, "75%", None, torch.device("cuda", 0), make).budget_bytes == int(0.75 * peak_bytes)
 
 
+def test_a_budget_beyond_the_control_groups_limit_is_lowered_and_said(system: Any) -> None:
+    """On the CPU too; a limit beyond the budget changes nothing, and a machine without one is not looked at."""
+    model, rows = stack(), torch.randn(512, 64)
+    trace = tightfit.trace(model, rows, loss=loss)
+    peak_bytes = tightfit.simulate(trace).peak_bytes
+    limit = int(peak_bytes * 0.8)
+    system("0::/job\n", **{"job/memory.max": str(limit)})
+    with (
+        pytest.warns(UserWarning, match=r"may take .* of host memory, by its control group's limit: planned for that"),
+        tightfit.fit(model, rows, "100%", loss) as applied,
+    ):
+        assert applied.plan.budget_bytes == limit >= applied.plan.peak_bytes
+    for text in (str(2 * peak_bytes), "max", UNLIMITED):
+        system("0::/job\n", **{"job/memory.max": text})
+        with warnings.catch_warnings(), tightfit.fit(model, rows, "100%", loss) as applied:
+            warnings.simplefilter("error")
+            assert applied.plan.budget_bytes == applied.plan.unplanned_peak_bytes
+
+
 def fitted(part: float, **more: Any) -> tuple[tightfit.Plan, int]:
     """The plan that `fit` makes by offload, and its bytes in host memory."""
     model, rows = stack(), torch.randn(512, 64)
@@ -138,7 +158,9 @@ def fitted(part: float, **more: Any) -> tuple[tightfit.Plan, int]:
         return applied.plan, sum(host_bytes(applied.trace, applied.plan).values())
 
 
-def test_a_plan_beyond_what_the_machine_leaves_is_another_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_beyond_what_the_machine_leaves_is_another_or_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     once = functools.cache(lambda: tightfit.trace(stack(), torch.randn(512, 64), loss=loss))
     monkeypatch.setattr(fitting, "trace", lambda *_, **__: once())  # seconds that are measured anew give other plans
     free, wanted_bytes = fitted(0.6)
@@ -153,6 +175,7 @@ def test_a_plan_beyond_what_the_machine_leaves_is_another_or_refused(monkeypatch
     trace = tightfit.trace(stack(), torch.randn(512, 64), loss=loss)
     floors = [lowest(trace, levers=parse_levers(n)).peak_bytes for n in ("recompute,offload", "recompute")]
     monkeypatch.setattr(limits, "_beside_step", lambda *_: 4096)
+    assert fitted(0.6, spill=tmp_path)[1] == wanted_bytes  # what waits in a file needs none of it
     with pytest.raises(BudgetInfeasible, match=r"no host budget was given: 4.00 KiB is what this machine"):
         fitted(sum(floors) / 2 / tightfit.simulate(trace).peak_bytes)
 

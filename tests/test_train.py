@@ -182,12 +182,17 @@ def test_kill_in_a_checkpoint_and_resume(place: Path, whole: RunResult, tmp_path
     assert json.loads((out / "record.json").read_text())["observed"]["resumed_at"] == [3]
 
 
-#: All that a step holds beside activations gives way: state waits in host memory, gradients go as they are stepped.
-EVERY_LEVER = ("--levers", "recompute,loss_in_place,nest,state_in_host,step_in_backward", "--max_grad_norm", "0")
+#: All that a step holds beside activations gives way: state waits in host memory, gradients go as they are stepped, or
+#: wait there too where they are accumulated and clipped.
+EVERYTHING_GIVES_WAY = {
+    "in backward": ("state_in_host,step_in_backward", "1", "0"),
+    "accumulated": ("state_in_host,gradients_in_host", "2", "0.5"),
+}
 
 
+@pytest.mark.parametrize("how", ["in backward", pytest.param("accumulated", marks=pytest.mark.slow)])
 def test_kill_and_resume_at_a_budget_that_no_plan_of_activations_holds(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_host: list[Any] = []
 
@@ -196,21 +201,26 @@ def test_kill_and_resume_at_a_budget_that_no_plan_of_activations_holds(
         return host.loaded_on_host(optimizer)
 
     monkeypatch.setattr("tightfit.integrations.trainer.loaded_on_host", loaded_on_host)
-    more = ("--gradient_accumulation_steps", "1", "--batch", "1", "--seq", "16", "--budget", "50%")
-    arguments = (*TRL_OPTIONS, "--gradient_accumulation_steps", "1", *EVERY_LEVER[2:])
-    asked: dict[str, Any] = {"batch": 1, "seq": 16, "budget": "50%", "arguments": arguments}
+    beside, parts, clip = EVERYTHING_GIVES_WAY[how]
+    levers = f"recompute,loss_in_place,nest,{beside}"
+    changed = ("--gradient_accumulation_steps", parts, "--max_grad_norm", clip)
+    asked: dict[str, Any] = {"batch": 1, "seq": 16, "budget": "50%", "arguments": (*TRL_OPTIONS, *changed)}
     with pytest.raises(BudgetInfeasible):
         train(options(place, tmp_path / "activations", **asked, levers="recompute,loss_in_place,nest"))
     plain = train(options(place, tmp_path / "plain", **{**asked, "budget": "100%"}, levers="recompute"))
     out = tmp_path / "run"
-    killed(place, out, "after the weights of a checkpoint", *more, *EVERY_LEVER)
+    more = ("--batch", "1", "--seq", "16", "--budget", "50%", "--levers", levers)
+    killed(place, out, "after the weights of a checkpoint", *more, *changed)
     assert not [each for each in on_host if each.state]
-    run = train(options(place, out, resume=True, **asked, levers=EVERY_LEVER[1]))
+    run = train(options(place, out, resume=True, **asked, levers=levers, spill=str(tmp_path)))
     assert len([each for each in on_host if each.state]) == 1  # a card may be too small for all of it
     assert is_the_same_run(run, plain)
     record = json.loads((out / "record.json").read_text())
     assert record["observed"]["resumed_at"] == [3]
-    assert record["observed"]["host_bytes"]["state_in_host"] > 0
+    moved = [each for each in beside.split(",") if each.endswith("_in_host")]
+    assert set(record["observed"]["host_bytes"]) == set(moved)
+    account = record["observed"]["account"]  # of the process that went on, which was told of a folder
+    assert account["file_bytes"] > 0 == account["pageable_bytes"] and record["observed"]["host_taken_bytes"]["file"] > 0
     lines = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
     assert max(line["peak_bytes"] for line in lines) <= (run.budget_bytes or 0)
 

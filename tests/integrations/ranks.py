@@ -200,7 +200,7 @@ def smaller_share(_: str) -> dict[str, Any]:
     model = spread("ddp")
     needs = tightfit.simulate(tightfit.trace(model, batch(0))).peak_bytes
     share = int(needs * 0.8) if dist.get_rank() else None
-    with warnings.catch_warnings(record=True) as said, mock.patch.object(planning, "share_of_card", lambda _: share):
+    with warnings.catch_warnings(record=True) as said, mock.patch.object(planning, "share_of_device", lambda _: share):
         warnings.simplefilter("always")
         applied = tightfit.fit(model, batch(0), "95%")
     lines = [str(line.message) for line in said if "of its card" in str(line.message)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,6 +133,7 @@ OPTIMIZERS: dict[str, Make] = {
     "adafactor": lambda p: torch.optim.Adafactor(p, 1e-2),
     "nadam": lambda p: torch.optim.NAdam(p, 1e-2, foreach=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
+    "muon": lambda p: torch.optim.Muon([g for g in p if all(each.dim() == 2 for each in g["params"])], 1e-2),
     "tensor-lr": lambda p: torch.optim.AdamW(p, torch.tensor(1e-2)),
     "of-no-package": Signs,
 }
@@ -142,7 +144,7 @@ SETTINGS = {
     True: {CHUNKS.lever: "900 sliced", BACKWARD.lever: "900 sliced", STATE.lever: "65 900 sliced"},
 }
 #: Their steps are not the same by slices of a parameter.
-WHOLE = ("adafactor",)
+WHOLE = ("adafactor", "muon")
 
 BLANK = Plan(
     budget_bytes=1, choices=(), status=tightfit.Status.FEASIBLE, peak_bytes=1, step_seconds=1.0, recompute_seconds=0.0,
@@ -308,6 +310,52 @@ def test_loaded_state_that_lies_in_a_larger_storage_waits_too() -> None:
     assert shared == count > 0
 
 
+@pytest.mark.parametrize("levers", LEVERS)
+def test_a_closure_is_run_before_its_step(levers: str) -> None:
+    def run(own: list[Any]) -> tuple[dict[str, Any], list[float]]:
+        torch.manual_seed(0)
+        model = Tied()
+        optimizer, losses = torch.optim.AdamW(groups_of(model), 1e-2), []
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = model(torch.randint(0, 40, (2, 8)))
+            loss.backward()
+            return loss
+
+        with in_force(model, optimizer, own):
+            for _ in range(STEPS):
+                losses.append(optimizer.step(closure).item())  # type: ignore[call-overload]
+        return everything(model, optimizer), losses
+
+    (expected, losses), (found, planned_losses) = run([]), run(LEVERS[levers])
+    assert planned_losses == losses
+    assert_same(found, expected)
+
+
+def test_gradients_of_a_tied_weight_are_summed_in_place() -> None:
+    """Autograd would make a third tensor for their sum, since the head's is a view."""
+    torch.manual_seed(0)
+    model, optimizer = Tied(words=4000, width=64), None
+    weight_bytes = model.head.weight.nbytes
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    trace = tightfit.trace(model, IDS, optimizer=optimizer)
+    plan = lowest(trace, levers="recompute,step_in_backward")
+    assert sum(op.sums_tied for op in trace.ops) == 1 and "step_in_backward" in plan.settings
+    static = static_bytes(model, optimizer, IDS)
+    assert 2 * weight_bytes < plan.peak_bytes - static < 2.5 * weight_bytes
+    assert simulate(trace).peak_bytes - static > 3 * weight_bytes
+    with apply(model, plan, optimizer=optimizer), PeakMeter("cpu") as meter:
+        model(IDS).backward()
+        optimizer.step()
+    assert static + meter.rise_bytes == pytest.approx(plan.peak_bytes, rel=1e-3)
+    with in_force(model, optimizer, [BACKWARD]):
+        assert b"tightfit" not in pickle.dumps(model)  # a copy has nothing of it
+    with apply(model, plan, optimizer=optimizer):  # what is to be differentiated again is left as it is
+        (gradient,) = torch.autograd.grad(model(IDS), model.head.weight, create_graph=True)
+        assert gradient.requires_grad
+
+
 @pytest.mark.parametrize("made", [Global, Counting])
 def test_an_optimizer_that_looks_at_all_parameters_is_left_alone(made: Any) -> None:
     assert "other bits" in refusal(made, [{"params": [torch.empty(8, 8), torch.empty(8)], "lr": 0.1}])
@@ -345,6 +393,9 @@ def test_slices_are_tried_too() -> None:
     assert not refusal(torch.optim.AdamW, groups, sliced=True)
     assert not refusal(torch.optim.Adafactor, groups)
     assert refusal(torch.optim.Adafactor, groups, sliced=True)  # it has sums of rows and columns
+    matrix = [{"params": [torch.empty(8, 8)], "lr": 0.1}]
+    assert not refusal(torch.optim.Muon, matrix)
+    assert refusal(torch.optim.Muon, matrix, sliced=True)  # it looks at all of a matrix
     low = [{"params": [torch.empty(8, 8, dtype=torch.bfloat16)], "lr": 0.1}]
     assert not refusal(torch.optim.SGD, low) and "low precision" in refusal(torch.optim.SGD, low, sliced=True)
 

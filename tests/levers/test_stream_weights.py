@@ -354,6 +354,41 @@ def test_four_bit_weights_that_a_ctx_holds(levers: str) -> None:
         assert static_bytes(model) == before
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["attention", "experts too"])
+def test_stacked_experts_are_streamed_but_for_those_that_peft_adapts(targets: Any) -> None:
+    """PEFT reads the experts that it adapts outside their module's own forward, so these stay, and nothing else."""
+    pytest.importorskip("peft")
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from tightfit.integrations.peft import add_lora
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+            config = MixtralConfig(vocab_size=WORDS, num_hidden_layers=1, num_local_experts=4, **shape)
+            self.inner = add_lora(MixtralForCausalLM(config), rank=2, targets=targets)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.inner(input_ids=ids, labels=ids).loss
+            return found
+
+    torch.manual_seed(0)
+    model, batch = Own().train(), torch.randint(0, WORDS, (2, 12))
+    trace = tightfit.trace(model, batch)
+    plan = all_streamed(trace)
+    assert same(stepped(model, batch, None, 3), stepped(model, batch, plan, 3))
+    assert measured(model, batch, plan) == pytest.approx(plan.peak_bytes, rel=1e-3)
+    with apply(model, plan):
+        resident = {
+            name: p.nbytes for name, p in model.named_parameters() if not p.requires_grad and not is_elsewhere(p)
+        }
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name and not p.requires_grad)
+    adapted = [name for name in resident if ".experts." not in name and ".gate." not in name]
+    assert experts > 0 and not adapted and len(resident) == (0 if isinstance(targets, list) else 3)
+    assert sum(size for name, size in resident.items() if ".experts." in name) in (0, experts)
+
+
 def host_copies_alive() -> int:
     from tightfit.step import weights
 

@@ -18,7 +18,7 @@ from torch import nn
 import tightfit
 from tightfit import forecast
 from tightfit.cli.program import main
-from tightfit.core import Account, Backing, Plan, Trace, format_bytes, from_json, parse_levers, to_json
+from tightfit.core import Account, Backing, InvalidInput, Plan, Trace, format_bytes, from_json, parse_levers, to_json
 from tightfit.device.allocator import CachingAllocator
 from tightfit.engine import apply
 from tightfit.plan import lowest, simulate
@@ -107,6 +107,36 @@ def test_what_is_spilled_is_in_a_file(lever: str, tmp_path: Path) -> None:
         assert f"{format_bytes(made.told_bytes)} in a file" in str(applied)
         assert f"in a file: {host_said({lever: made.told_bytes})}" in str(applied)
         assert "host memory: " not in str(applied) and "pageable" not in str(applied)
+
+
+def test_what_was_mapped_from_a_file_is_in_it() -> None:
+    made = Planned("stream_weights")
+    part = made.told_bytes // 3
+    told = account(made.trace, made.plan, mapped_bytes={"stream_weights": part, "offload": 7})
+    assert (told.pinned_bytes, told.pageable_bytes, told.file_bytes) == (0, made.told_bytes - part, part)
+    assert told.waiting["file"] == {"stream_weights": part}
+    told = account(made.trace, made.plan, mapped_bytes={"stream_weights": made.told_bytes}, spilled=True)
+    assert (told.pageable_bytes, told.file_bytes) == (0, made.told_bytes)
+    with apply(made.model, made.plan, optimizer=made.optimizer) as applied:
+        applied.trace = made.trace
+        applied._stats.levers["stream_weights"].mapped_bytes = made.told_bytes
+        assert f"{format_bytes(made.told_bytes)} in a file" in str(applied) and "pageable" not in str(applied)
+
+
+def test_fit_spills(tmp_path: Path) -> None:
+    made = Planned("offload")
+    model, rows = made.model, made.batch
+    loss(model, rows).backward()
+    plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    made.optimizer.zero_grad()
+    with pytest.raises(InvalidInput, match="it is no folder"):
+        tightfit.fit(model, rows, "70%", loss, spill=tmp_path / "missing")
+    with tightfit.fit(model, rows, "70%", loss, levers="recompute,offload", spill=tmp_path) as applied:
+        loss(model, rows).backward()
+        assert applied.pool.taken[Backing.FILE] > 0 == applied.pool.taken[Backing.PAGEABLE]
+        assert "in a file" in str(applied)
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(plain) == len(found) and all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,14 @@ def train(
             show_default="no limit, or the config's",
         ),
     ] = None,
+    spill: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<folder>",
+            help="What waits off the device does so in a file in this folder.",
+            show_default="host memory, or the config's",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune with TRL inside --budget and leave the evidence in a run folder. Takes TRL's SFT options too."""
@@ -136,6 +144,7 @@ def train(
         oom_retries=oom_retries,
         levers=levers,
         host_budget=host_budget,
+        spill=spill,
         arguments=tuple(context.args),
     )
     result = training.train(options, console_on_stderr())

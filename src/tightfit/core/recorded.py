@@ -100,6 +100,7 @@ class Op:
     frame: int | None = None
     scratch_bytes: int = 0  # most bytes the kernel held beyond its outputs
     scratch_again_bytes: int | None = None  # the same where a replay runs it; none: as many
+    sums_tied: bool = False  # it sums gradients of a tied weight, and could write over the first (`step.tied`)
 
     @property
     def rerun_scratch_bytes(self) -> int:

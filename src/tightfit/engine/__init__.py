@@ -214,7 +214,10 @@ class Applied:
         if self.trace is not None:
             said.append(("the peak is at", simulate(self.trace, plan).peak_owner))
             if host_bytes(self.trace, plan):
-                found = account(self.trace, plan, spilled=self.pool.spill is not None)
+                counts = self._stats.levers.items()
+                mapped_bytes = {name: getattr(each, "mapped_bytes", 0) for name, each in counts}
+                spilled = self.pool.spill is not None
+                found = account(self.trace, plan, spilled=spilled, mapped_bytes=mapped_bytes)
                 said += account_rows(found, plan.host_budget_bytes).items()
             if self._tighter is None or self._tighter[0] is not plan:
                 self._tighter = plan, tighter(self.trace, plan)

@@ -2,7 +2,7 @@
 
 Idea: a budget says what a step may take, and the process may be given less: a share of the card
 (`set_per_process_memory_fraction`), a control group's limit of host memory, or simply a machine that has no more. What
-a plan has wait in host memory must find room in this machine.
+a plan has wait in host memory must find room in this machine; what waits in a file need not.
 
 Invariant: a budget is only ever lowered, and a line says so. A host budget that the user gave is the user's own word: a
 plan that asks for more than the machine leaves is made, and a line says so. Refused: a plan that nobody limited and
@@ -22,7 +22,7 @@ from tightfit.engine.offload import held_bytes
 from tightfit.plan import simulate
 from tightfit.plan.account import host_bytes
 
-__all__ = ["lowered", "planned_here", "room_in_host", "share_of_card"]
+__all__ = ["lowered", "planned_here", "room_in_host", "share_of_device"]
 
 #: What lies on the device before a step, in the process already.
 _THERE = (Category.PARAMETERS, Category.QUANTISED, Category.BUFFERS)
@@ -42,11 +42,13 @@ def planned_here(
     device: torch.device,
     make: Callable[[str | int, int | None], Plan],
     held_bytes: int = 0,
+    spilled: bool = False,
 ) -> Plan:
     """The plan of `trace` that `make(budget, host_budget)` gives, within the limits that are set here. `held_bytes`: of
-    what may wait, so much is in host memory already. Raises what `make` does."""
+    what may wait, so much is in host memory already. `spilled`: what waits does so in a file. Raises what `make`
+    does."""
     made = make(_within_device(trace, budget, device), host_budget)
-    waiting = sum(host_bytes(trace, made).values())
+    waiting = 0 if spilled else sum(host_bytes(trace, made).values())
     left = _beside_step(trace, made.budget_bytes, device) if waiting else None
     left = None if left is None else left + held_bytes
     if left is None or waiting <= left:
@@ -71,27 +73,32 @@ def planned_here(
         ) from None  # fmt: skip
 
 
-def share_of_card(device: torch.device) -> int | None:
-    """What this process may take of its card, in bytes. None: it has no card, or may take all of it."""
-    return accelerator.limit_bytes(device) if accelerator.is_card(device) else None
+def share_of_device(device: torch.device) -> int | None:
+    """What this process may take of the device, in bytes: its share of a card, or what its control groups leave it of
+    the host. None: nobody says, or there is no such limit."""
+    if accelerator.is_card(device):
+        return accelerator.limit_bytes(device)
+    limit_bytes = accelerator.limit_bytes(device) if accelerator.is_host(device) else None
+    return None if limit_bytes == accelerator.host_memory_bytes() else limit_bytes
 
 
 def _within_device(trace: Trace, budget: str | int, device: torch.device) -> str | int:
-    """`budget`, or what this process may take of the card where that is less."""
-    limit_bytes = share_of_card(device)
+    """`budget`, or what this process may take of the device where that is less."""
+    limit_bytes = share_of_device(device)
     if limit_bytes is None:
         return budget
     asked_bytes = parse_bytes(budget, whole_bytes=simulate(trace).peak_bytes)
     if asked_bytes <= limit_bytes:
         return budget
-    return lowered(asked_bytes, limit_bytes, "this process", accelerator.name_of(device), stacklevel=6)
+    where = accelerator.name_of(device) if accelerator.is_card(device) else "host memory, by its control group's limit"
+    return lowered(asked_bytes, limit_bytes, "this process", where, stacklevel=6)
 
 
-def lowered(asked_bytes: int, limit_bytes: int, who: str, card: str, *, stacklevel: int) -> int:
-    """The budget where `who` may take less of `card` than was asked for, which a warning says."""
+def lowered(asked_bytes: int, limit_bytes: int, who: str, where: str, *, stacklevel: int) -> int:
+    """The budget where `who` may take less of what is called `where` than was asked for, which a warning says."""
     warnings.warn(
         f"a budget of {format_bytes(asked_bytes)} was asked for, and {who} may take {format_bytes(limit_bytes)} of "
-        f"{card}: planned for that",
+        f"{where}: planned for that",
         stacklevel=stacklevel,
     )
     return limit_bytes

@@ -42,6 +42,7 @@ from tightfit.core import (
     parse_host_budget,
 )
 from tightfit.engine.compiled import doors
+from tightfit.engine.offload import Pool
 from tightfit.fitting import micro_batches
 from tightfit.fitting.micro_batches import Fitted
 from tightfit.fitting.planning import asked_in_vain, caveats_of, planned, what_is_given
@@ -103,6 +104,7 @@ def fit(
     plan: Plan | str | Path | None = None,
     device: str | torch.device | None = None,
     max_norm: float | None = None,
+    spill: str | Path | None = None,
 ) -> Fitted:
     """Trace one step, plan it for `budget` bytes, apply the plan. `applied.remove()` undoes it.
 
@@ -142,7 +144,8 @@ def fit(
     A number instead of `"auto"` is the most rows of a micro-batch. A percentage of a budget is of the whole batch's
     peak. `applied.micro_batches` says what was chosen and why.
 
-    `host_budget`: the most bytes that plans may have wait in host memory, as in `plan`, whenever one is made.
+    `host_budget`: the most bytes that plans may have wait in host memory, as in `plan`, whenever one is made. `spill`:
+    what waits does so in a file in that folder, which is what `host_budget` limits then.
 
     `device`: the model is in host memory and is to run there. Its step is recorded on fake tensors of that device, so
     that nothing need fit before there is a plan. Then the model is put there, but for the frozen weights that the plan
@@ -169,7 +172,8 @@ def fit(
     if max_norm is not None and not (is_number and 0 < max_norm < math.inf):
         raise InvalidInput(f"max_norm={max_norm!r} is no norm to clip to: give a number above 0")
     there = destination(model, device)
-    guard = _Guard(model, batch, policy, loss, optimizer, units, *allowed, there)
+    pool = Pool(spill=None if spill is None else Path(spill))
+    guard = _Guard(model, batch, policy, loss, optimizer, units, *allowed, there, pool)
     guard.clips = max_norm is not None
     if own_checkpointing(model):
         warnings.warn(
@@ -183,7 +187,7 @@ def fit(
         else:
             recorded, made, handle = guard.planned(batch, asked)
             if handle is None:
-                applied = Fitted(model, made, trace=recorded, optimizer=optimizer, device=there)
+                applied = Fitted(model, made, trace=recorded, pool=pool, optimizer=optimizer, device=there)
             else:
                 applied = handle
                 applied.resume(made, recorded)
@@ -239,7 +243,7 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
     applied = None
     if there is not None:  # it runs nowhere else, and may have room there only under the plan
         batch = pytree.tree_map(lambda t: t.to(there) if isinstance(t, torch.Tensor) else t, batch)
-        applied = Fitted(model, found.plan, trace=found.trace, optimizer=guard.optimizer, device=there)
+        applied = Fitted(model, found.plan, trace=found.trace, pool=guard.pool, optimizer=guard.optimizer, device=there)
     if chosen.accumulation > 1:
         try:
             cut.weigher.divisors, check = cut.compared(batch)
@@ -254,7 +258,7 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
     guard.levers, guard.beside = micro_batches.cut_levers(levers, beside, chosen.accumulation > 1)
     guard.extent = extents[chosen.size]
     if applied is None:
-        applied = Fitted(model, found.plan, trace=found.trace, optimizer=guard.optimizer)
+        applied = Fitted(model, found.plan, trace=found.trace, pool=guard.pool, optimizer=guard.optimizer)
     # what waits in host memory has the dtype that it was planned with
     cut.in_float64 = cut.in_float64 and not any(lever.left_in_host(found.plan) for lever in used(found.plan))
     applied.cut_by(cut, loss, chosen)
@@ -391,9 +395,10 @@ class _Guard:
         beside: Collection[Lever] | None,
         host_budget: int | None,
         there: torch.device | None,
+        pool: Pool,
     ) -> None:
         self.clips = False  # are gradients clipped by their total norm?
-        self.there = there  # the device that the model is put on; None: it lies there
+        self.pool, self.there = pool, there  # where what waits is, and where the model is put; None: it lies there
         self.levers, self.exact, self.beside, self.host_budget = levers, exact, beside, host_budget
         self.told = levers is not None and bool(inexact(levers))  # that the plan is not exact
         self.model, self.policy, self.loss, self.optimizer, self.units = model, policy, loss, optimizer, units
@@ -429,8 +434,9 @@ class _Guard:
                 model, batch, loss, optimizer, record, budget, self.levers, applied, self.host_budget
             )
         recorded, made = planned(
-            record, budget, self.levers, model, self.exact, self.beside, self.host_budget, self.there
-        )
+            record, budget, self.levers, model, self.exact, self.beside, self.host_budget, self.there,
+            self.pool.spill is not None,
+        )  # fmt: skip
         if not made.exact and not self.told:
             self.told = True
             who = (

@@ -30,7 +30,7 @@ from tightfit.core import (
     parse_bytes,
     percentage,
 )
-from tightfit.engine.limits import lowered, planned_here, share_of_card
+from tightfit.engine.limits import lowered, planned_here, share_of_device
 from tightfit.levers import allowed, every, inexact, not_allowed, ruled_out, used
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
@@ -99,12 +99,14 @@ def planned(
     beside: Collection[Lever] | None = None,
     host_budget: int | None = None,
     there: torch.device | None = None,
+    spilled: bool = False,
 ) -> tuple[Trace, Plan]:
     """The step of `model` and its plan; in tiles, which take longer to record, only where nothing exact fits.
 
     `record`: traces the step, with tiles or without. Where several processes train the model, each records its own
     step, the one with the highest peak makes the plan, and all have looked at what it means for theirs. A plan in
     place of a budget is taken as it is, if it is one of this step. `there`: the device that the model is to be put on.
+    `spilled`: what waits off the device does so in a file.
     """
     if isinstance(budget, Plan):
         if exact and not budget.exact:
@@ -117,7 +119,7 @@ def planned(
                 f"the plan that was given uses {', '.join(left_out)}, which the levers that were asked for leave out: "
                 "add it, or leave the levers to the plan"
             )
-        return _given_together(record, budget, model, host_budget, there)
+        return _given_together(record, budget, model, host_budget, there, spilled)
     if are_several(model):
         return _planned_together(record, budget, levers, exact, beside, host_budget, there or device_of(model))
     recorded = record(levers is not None and bool(inexact(levers)))
@@ -128,7 +130,7 @@ def planned(
             lambda budget, limit: make_plan(
                 recorded, budget, levers=levers, exact=exact, beside=beside or (), host_budget=limit
             ),
-            0 if there is None else in_host_bytes(model),
+            0 if there is None else in_host_bytes(model), spilled,
         )  # fmt: skip
 
     try:
@@ -143,14 +145,19 @@ def planned(
 
 
 def _given_together(
-    record: Callable[[bool], Trace], plan: Plan, model: nn.Module, host_budget: int | None, there: torch.device | None
+    record: Callable[[bool], Trace],
+    plan: Plan,
+    model: nn.Module,
+    host_budget: int | None,
+    there: torch.device | None,
+    spilled: bool,
 ) -> tuple[Trace, Plan]:
     """`planned` with a plan that is there already: every process looks at what it means for its own step."""
     if not are_several(model):
-        return _given(record, plan, model, host_budget, there)
+        return _given(record, plan, model, host_budget, there, spilled)
     meeting = Meeting("fit")
     try:
-        recorded, made = _given(record, plan, model, host_budget, there)
+        recorded, made = _given(record, plan, model, host_budget, there, spilled)
     except Exception as error:
         meeting.left({"error": str(error) if isinstance(error, TightfitError) else f"{type(error).__name__}: {error}"})
         raise
@@ -163,7 +170,12 @@ def _given_together(
 
 
 def _given(
-    record: Callable[[bool], Trace], plan: Plan, model: nn.Module, host_budget: int | None, there: torch.device | None
+    record: Callable[[bool], Trace],
+    plan: Plan,
+    model: nn.Module,
+    host_budget: int | None,
+    there: torch.device | None,
+    spilled: bool,
 ) -> tuple[Trace, Plan]:
     recorded = record(bool(plan.inexact) or plan.tiling is not None)
     moved = rebased(plan, recorded)
@@ -184,7 +196,7 @@ def _given(
         return dataclasses.replace(moved, budget_bytes=budget_bytes, host_budget_bytes=limit)
 
     device, held_bytes = there or device_of(model), 0 if there is None else in_host_bytes(model)
-    return recorded, planned_here(recorded, moved.budget_bytes, host_budget, device, taken, held_bytes)
+    return recorded, planned_here(recorded, moved.budget_bytes, host_budget, device, taken, held_bytes, spilled)
 
 
 #: How often the rank that plans is asked for less, where its plan takes more on another rank.
@@ -215,7 +227,7 @@ def _planned_together(
     all_said = meeting.gathered(
         {
             "peak": own_peak, "budget": str(budget), "units": [unit.path for unit in recorded.units],
-            "share": share_of_card(device),
+            "share": share_of_device(device),
         }
     )  # fmt: skip
     for rank, other in enumerate(all_said):

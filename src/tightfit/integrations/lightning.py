@@ -92,8 +92,8 @@ class TightfitCallback(_Callback):
     gradients of the first batch with and without the plan. `levers`: what the plan may use, as in `tightfit.plan`; by
     default what gives the same bits, and tiles, whose gradients are proven against float64, only where nothing else
     fits; `exact=True` forbids those. `beside`: levers with the default ones. `host_budget`: the most bytes that plans
-    may have wait in host memory, a size or 0. `plan`: a plan of this step or its file, taken as it is. Its
-    budget holds, unless another is given beside it.
+    may have wait in host memory, a size or 0. `spill`: what waits does so in a file in that folder. `plan`: a plan of
+    this step or its file, taken as it is. Its budget holds, unless another is given beside it.
 
     Attributes, readable after training too: `trace`, `plan`, `proof` (none before the first step, none without
     `verify`), `peaks` (bytes per batch), `plans` (how many were made), `said` (its lines).
@@ -115,8 +115,10 @@ class TightfitCallback(_Callback):
         beside: Collection[Lever | str] | str = (),
         host_budget: str | int | None = None,
         plan: Plan | str | Path | None = None,
+        spill: str | Path | None = None,
     ) -> None:
         super().__init__()
+        self.spill = spill
         self.budget, self.verify, self.batch = what_is_given(budget, plan), verify, batch
         self.host_budget = parse_host_budget(host_budget)
         self.levers, self.exact, self.beside = levers_named(levers), exact, levers_named(beside) or frozenset()
@@ -233,6 +235,7 @@ class TightfitCallback(_Callback):
         assert step is not None
         options: dict[str, Any] = {
             "optimizer": optimizer, "levers": self.levers, "beside": self.beside, "host_budget": self.host_budget,
+            "spill": self.spill,
         }  # fmt: skip
         with warnings.catch_warnings(record=True) as caught, gradients_in_place(step, True):
             warnings.simplefilter("always")

@@ -44,6 +44,7 @@ from tightfit.core import (
     parse_host_budget,
 )
 from tightfit.engine import Applied
+from tightfit.engine.offload import Pool
 from tightfit.fitting.micro_batches import cut_levers, gradients_in_place
 from tightfit.fitting.planning import asked_in_vain, planned, what_is_given
 from tightfit.integrations import conflicts, generated
@@ -92,7 +93,7 @@ class TightfitCallback(PeakCallback):
     ones. The optimizer steps in backward by default where the Trainer neither clips (`max_grad_norm=0`), nor
     accumulates, nor scales gradients, and no callback looks at them. Where it clips, and `step_in_backward` is named,
     each training step runs twice under such a plan, the first time for the norms. `host_budget`: the most bytes that
-    plans may have wait in host memory, a size or 0.
+    plans may have wait in host memory, a size or 0. `spill`: what waits does so in a file in that folder.
     `plan`: a plan of this step or its file, taken as it is. Its budget holds, unless another is given beside it.
 
     `batch="auto"` (or `micro_batch="auto"`; a number is the most examples of a micro-batch): each batch of the Trainer
@@ -126,12 +127,15 @@ class TightfitCallback(PeakCallback):
         micro_batch: str | int | None = None,
         host_budget: str | int | None = None,
         plan: Plan | str | Path | None = None,
+        spill: str | Path | None = None,
     ) -> None:
         super().__init__()
         if isinstance(batch, str):  # as on the command line
             batch, micro_batch = None, batch
         self.budget, self.host_budget = what_is_given(budget, plan, micro_batch), parse_host_budget(host_budget)
         self.in_parts = None if micro_batch is None else InParts(micro_batch, exact, batch is not None)
+        self.spill = None if spill is None else Path(spill)
+        Pool(spill=self.spill)  # raises for what is no folder
         self.beside = levers_named(beside) or frozenset()
         self.levers, self.exact = levers_named(levers), exact
         self.verify = verify
@@ -286,15 +290,16 @@ class TightfitCallback(PeakCallback):
         if self.plan is not None and self.plan.exact:
             # in the middle of a training nothing is proven anew, so only what gives the same bits by design
             levers, beside = exact_only(levers) | beside, frozenset()
+        room = self.host_budget, None, self.spill is not None
         try:
             asked = budget or (self.budget if self.plan is None else self.plan.budget_bytes)
-            _, chosen = planned(record, asked, levers, model, self.exact, beside, self.host_budget)
+            _, chosen = planned(record, asked, levers, model, self.exact, beside, *room)
         except BudgetInfeasible as error:
             if self.plan is None or recorded is None:
                 raise
             # in the middle of a training: the leanest plan there is, and a word about it, rather than an end
             seen: Trace = recorded
-            _, chosen = planned(lambda _: seen, error.least_bytes, levers, model, self.exact, beside, self.host_budget)
+            _, chosen = planned(lambda _: seen, error.least_bytes, levers, model, self.exact, beside, *room)
             self._warn(f"{error}; this batch runs under the leanest plan")
         self.trace, self.plan = recorded, chosen
         self.plans += 1
@@ -461,7 +466,7 @@ class TightfitCallback(PeakCallback):
         assert self.plan is not None
         self._norms.enter_context(gradient_norms_kept())  # which the Trainer logs
         self._norms.callback(model.register_forward_pre_hook(self._before_forward).remove)
-        self.applied = Applied(model, self.plan, self.trace, optimizer=bare(optimizer))
+        self.applied = Applied(model, self.plan, self.trace, pool=Pool(spill=self.spill), optimizer=bare(optimizer))
         if self._clips and Lever.STEP_IN_BACKWARD in {*(self.levers or ()), *self.beside, *self._given_levers}:
             twice = functools.partial(in_two_passes, self._trainer)
             self._norms.enter_context(replaced(self._trainer, "training_step", twice))

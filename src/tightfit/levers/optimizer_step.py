@@ -367,13 +367,15 @@ def not_in_backward(trace: Trace) -> str:
 
 
 def in_backward(trace: Trace) -> Trace:
-    """`trace` with each parameter stepped as soon as its gradient is there, and the gradient given back."""
+    """`trace` with each parameter stepped as soon as its gradient is there, and the gradient given back. Gradients of a
+    tied weight are summed in place."""
     at = trace.optimizer
     assert at is not None
     alone = _by_kind(at)
     told = _Retold(trace, at)
-    last = {e.subject: i for i, e in enumerate(trace.events[: at.events]) if e.what is EventKind.READY}
-    for index, event in enumerate(trace.events[: at.events]):
+    events = _tied_in_place(trace, at)
+    last = {e.subject: i for i, e in enumerate(events) if e.what is EventKind.READY}
+    for index, event in enumerate(events):
         told.events.append(event)
         if event.what is EventKind.READY:
             gradient = trace.values[event.subject]
@@ -382,6 +384,20 @@ def in_backward(trace: Trace) -> Trace:
             if last[gradient.id] == index:
                 told.events.append(Event(what=EventKind.FREE, subject=gradient.id))
     return told.made()
+
+
+def _tied_in_place(trace: Trace, at: OptimizerStep) -> list[Event]:
+    """The events before the optimizer's step. Where gradients of a tied weight are summed, the first becomes it."""
+    events = list(trace.events[: at.events])
+    for op in trace.ops[: at.ops]:
+        first, made = (op.inputs[0], op.outputs[0]) if op.sums_tied else (None, None)
+        if first is None or made is None:
+            continue
+        freed, allocated = Event(what=EventKind.FREE, subject=first), Event(what=EventKind.ALLOC, subject=made)
+        if freed in events:
+            events.remove(freed)
+            events.insert(events.index(allocated), freed)
+    return events
 
 
 def _by_kind(at: OptimizerStep) -> dict[tuple[str, int], OptimizerPart]:

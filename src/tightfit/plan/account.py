@@ -1,9 +1,10 @@
 """What a plan asks of a machine: bytes of the device, and bytes that wait elsewhere.
 
 Idea: a plan's peak is what its tensors take of the device. The caching allocator reserves more for it, by rules that
-are walked here. Each lever that moves bytes says how many wait elsewhere at once. All of them wait in one pool, and
+are walked here. Each lever that moves bytes says how many wait elsewhere at once. They wait in one pool, and
 whoever makes the pool knows what lies behind it: a file where one was asked for, else pinned memory for a card that
-copies beside its compute, else pageable memory. All together is the one account of the process.
+copies beside its compute, else pageable memory. Weights that are read from a mapped file need no room in the pool, and
+are in the file. All together is the one account of the process.
 
 Invariant: a lever's bytes are those that its buffers hold together, without rounding by the system that gives them out.
 Not in the account: what tightfit neither allocates nor moves (Python and its libraries, the driver's context, data
@@ -39,16 +40,29 @@ def host_bytes(trace: Trace, plan: Plan) -> dict[str, int]:
     return {name: size_bytes for name, size_bytes in found.items() if size_bytes}
 
 
-def account(trace: Trace, plan: Plan, *, reserved_bytes: int | None = None, spilled: bool = False) -> Account:
+def account(
+    trace: Trace,
+    plan: Plan,
+    *,
+    reserved_bytes: int | None = None,
+    spilled: bool = False,
+    mapped_bytes: Mapping[str, int] | None = None,
+) -> Account:
     """What the step of `trace` takes of a machine under `plan`. `spilled`: what waits does so in a file.
-    `reserved_bytes`: where it is known already; by default that of a device with enough room."""
+    `mapped_bytes`: by lever, what was loaded by mapping a file and waits there, which only whoever applies the plan
+    knows. `reserved_bytes`: where it is known already; by default that of a device with enough room."""
     if reserved_bytes is None:
         reserved_bytes = bytes_reserved(trace, plan)
         assert reserved_bytes is not None  # without a limit everything is laid out
     by_lever = host_bytes(trace, plan)
     # as the engine's pool decides
     backing = Backing.FILE if spilled else Backing.PINNED if trace.copies_beside else Backing.PAGEABLE
-    waiting = {each: by_lever if each is backing else {} for each in Backing}
+    in_files = {} if mapped_bytes is None else {n: min(s, mapped_bytes.get(n, 0)) for n, s in by_lever.items()}
+    elsewhere = {name: size_bytes - in_files.get(name, 0) for name, size_bytes in by_lever.items()}
+    waiting = {each: elsewhere if each is backing else {} for each in Backing}
+    if any(in_files.values()):
+        waiting[Backing.FILE] = by_lever if spilled else in_files
+    waiting = {each: {name: size for name, size in sizes.items() if size} for each, sizes in waiting.items()}
     return Account(
         allocated_bytes=plan.peak_bytes,
         reserved_bytes=reserved_bytes,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from torch.nn.parameter import UninitializedParameter
 from tightfit.step.modules import plain_path
 from tightfit.step.run import is_elsewhere, parameter_tensors, tensors_in
 
-__all__ = ["FrozenModule", "Lender", "frozen_modules", "lend", "lender_of", "nodes_of_its_own"]
+__all__ = ["FrozenModule", "Lender", "frozen_modules", "lend", "lender_of", "nodes_between", "nodes_of_its_own"]
 
 #: A smaller part of the largest is not worth a copy: of the weights of a module, and of the modules of a model.
 _SMALL = 1e-3
@@ -111,9 +112,14 @@ def frozen_modules(model: nn.Module) -> list[FrozenModule]:
 def nodes_of_its_own(out: Any, given: Any) -> list[Any]:
     """The backward nodes in Python (`torch.autograd.Function`) behind `out`, as far as they were made of `given`. They
     may hold weights where no hook for saved tensors sees them: bitsandbytes keeps a 4-bit weight on its `ctx`."""
+    return [node for node in nodes_between(given, out) if isinstance(node, torch.autograd.function.BackwardCFunction)]
+
+
+def nodes_between(given: Any, out: Any) -> Iterator[Any]:
+    """The backward nodes that a call made which was given `given` and gave `out`."""
     before: set[Any] = {t.grad_fn for t in tensors_in(given) if t.grad_fn is not None}
     oldest = max((node._sequence_nr() for node in before), default=-1)
-    found, seen = [], set(before)
+    seen = set(before)
     pending: list[Any] = [t.grad_fn for t in tensors_in(out) if t.grad_fn is not None]
     while pending:
         node = pending.pop()
@@ -122,10 +128,8 @@ def nodes_of_its_own(out: Any, given: Any) -> list[Any]:
         seen.add(node)
         if node._sequence_nr() <= oldest:  # made before this call
             continue
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            found.append(node)
+        yield node
         pending += [following for following, _ in node.next_functions]
-    return found
 
 
 def _is_plain(parameter: torch.Tensor) -> bool:

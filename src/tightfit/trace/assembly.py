@@ -98,7 +98,7 @@ class Assembly:
             Op(
                 id=c.id, unit=c.unit, ordinal=c.ordinal, name=c.name, inputs=tuple(v for v, _ in c.reads),
                 outputs=tuple(c.outputs), seconds=seconds.get(c.id, 0.0), flops=c.flops, kind=c.kind, phase=c.phase,
-                frame=c.frame, scratch_bytes=c.scratch_bytes,
+                frame=c.frame, scratch_bytes=c.scratch_bytes, sums_tied=c.sums_tied,
             )
             for c in full.calls
         )  # fmt: skip

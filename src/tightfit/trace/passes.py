@@ -50,11 +50,12 @@ from tightfit.step.run import (
     static_bytes_by_category,
 )
 from tightfit.step.snapshot import Snapshot
+from tightfit.step.tied import tied_gradients
 from tightfit.trace.assembly import Assembly
 from tightfit.trace.fake import FakeStep
 from tightfit.trace.optimizer import OptimizerRecord, behind
 from tightfit.trace.profiler import Timer, risen_bytes, run_by
-from tightfit.trace.recorder import Recorder, as_without_mode
+from tightfit.trace.recorder import Recorder
 from tightfit.trace.timing import (
     Pace,
     Sample,
@@ -69,6 +70,7 @@ from tightfit.trace.timing import (
 )
 from tightfit.trace.units import Census
 from tightfit.trace.weights import WeightsWatch, watches_weights
+from tightfit.trace.without_mode import as_without_mode, scratch_from
 
 
 def custom_functions(result: torch.Tensor) -> frozenset[str]:
@@ -284,6 +286,7 @@ def record_pass(
             folds_told(recorder.working_by_rows),
             profiler or contextlib.nullcontext(),
             resizes_told(recorder.resized),
+            contextlib.nullcontext() if not told else tied_gradients(model, recorder.note_tied),
             recorder,
         ):
             with (
@@ -303,7 +306,7 @@ def record_pass(
                 del result
         if measured:
             recorder.recording = False
-            recorder.scratch_from(profiler)
+            scratch_from(recorder, profiler)
     except RuntimeError as error:
         if "saved tensor hooks" in str(error):
             raise Unsupported(

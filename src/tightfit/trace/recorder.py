@@ -1,14 +1,13 @@
 """The dispatch mode that records a step: its ops, its storages and their lives, what autograd saves and reads.
 
 Invariant: one `Recorder` sees one pass. The mode changes nothing of what runs, with one exception: under a dispatch
-mode, a backward adds nothing in place. `as_without_mode` corrects the record for that.
+mode, a backward adds nothing in place. `without_mode` corrects the record for that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -39,7 +38,7 @@ from tightfit.step.run import (
 from tightfit.step.saved import without_history
 from tightfit.step.snapshot import Snapshot
 from tightfit.trace.fake import FakeStep
-from tightfit.trace.profiler import ENGINE, MARK, risen_bytes, run_by
+from tightfit.trace.profiler import MARK
 from tightfit.trace.timing import Equal, Sample, Stopwatch
 from tightfit.trace.units import Census
 
@@ -83,6 +82,7 @@ class Call:
     scratch_bytes: int = 0
     rerunnable: bool = True
     adds_to_view: bool = False  # its first argument is a view, whose base keeps autograd from summing into it
+    sums_tied: bool = False  # and is a gradient of a tied weight, which dies here
 
 
 #: The name of filling a storage that had been emptied, which is no op of the dispatcher.
@@ -152,6 +152,7 @@ class Recorder(TorchDispatchMode):
         ] = []  # calls that a plain cross entropy made, bytes of a chunk of rows
         self.rowwise: list[RowwiseOps] = []
         self.stopwatch: Stopwatch | None = None  # none: ops are not timed
+        self.tied: set[int] = set()  # values that are a gradient of a tied weight, not yet summed
 
     @contextlib.contextmanager
     def working_by_rows(self, rows: int, rows_at_once: int, tile: torch.Tensor, columns: int) -> Iterator[None]:
@@ -267,6 +268,12 @@ class Recorder(TorchDispatchMode):
             if value is not None:
                 self.events.append((EventKind.READY, value))
 
+    def note_tied(self, gradient: torch.Tensor) -> None:
+        """Autograd is about to keep `gradient` of a tied weight until the others are there."""
+        value, _ = self.value_of(gradient)
+        if value is not None:
+            self.tied.add(value)
+
     # -- ops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -315,6 +322,7 @@ class Recorder(TorchDispatchMode):
             self.fake.note(call.id, func, args, kwargs, call.flops)
         if func is _aten.add.Tensor and self.phase is Phase.BACKWARD:
             call.adds_to_view = args[0]._is_view()
+            call.sums_tied = call.adds_to_view and bool(reads) and reads[0][0] in self.tied
         outside, self.open = self.open, frame  # an uncounted op's output belongs to no frame
         flat = tensors_in(out) if not isinstance(out, torch.Tensor) else [out]
         for tensor in flat:
@@ -377,14 +385,6 @@ class Recorder(TorchDispatchMode):
             )
             for (_, name, flops, _, moved_bytes), calls in found.items()
         ]  # fmt: skip
-
-    def scratch_from(self, profiler: Any) -> None:
-        """Take two things from a profile of this pass: each op's scratch bytes, and what would be added in place."""
-        calls = self.dispatched
-        risen = risen_bytes(profiler, len(calls))
-        as_without_mode(self, run_by(profiler, len(calls)), on_host=True)
-        for call, rise in zip(calls, risen, strict=True):
-            call.scratch_bytes = max(0, rise - call.out_bytes)
 
     def _read_unwritten(self, value: int) -> None:
         """Something reads what no op has written. A kernel that no mode sees has written it, so making it again needs
@@ -506,91 +506,3 @@ def _foreign_random_state() -> tuple[int, int]:
 
 #: Ops that only ask a fake tensor about itself. A real step has no such ops.
 _QUERIES = frozenset({torch.ops.prim.device.default})
-
-
-#: What backward adds to zeros of its own, into a new tensor under a dispatch mode and in place without one.
-_INTO_ZEROS = (
-    "aten.index_add.default", "aten.index_put.default", "aten.masked_scatter.default", "aten.put.default",
-    "aten.scatter.src", "aten.scatter_add.default",
-)  # fmt: skip
-_ZEROS = ("aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default")
-#: A node that is torch's own; those of custom functions have no number.
-_TORCHS_NODE = re.compile(r"Backward\d+$")
-
-
-#: What gives its gradient to all the places of an extreme value evenly.
-_EVENLY = re.compile(r"(Max|Min|Median|Nanmedian)Backward\d+$")
-
-
-def as_without_mode(full: Recorder, run_by: list[str], *, on_host: bool) -> None:
-    """Correct the record for what a backward does otherwise where no dispatch mode is on.
-
-    `run_by`: the node of autograd that ran each call.
-    """
-    _add_in_place(full, run_by)
-    if on_host:
-        _fill_evenly(full, run_by)
-
-
-def _fill_evenly(full: Recorder, run_by: list[str]) -> None:
-    """Correct the record for the gradient of an extreme value of a whole tensor, on the host.
-
-    There torch makes one mask of the places that share the value and the gradient's zeros, counts the places, and fills
-    the zeros in. Under a dispatch mode, and on a card, it makes more masks, and the gradient after the count
-    (`evenly_distribute_backward` in FunctionsManual.cpp). So the gradient is recorded as made before the count, and the
-    masks that it does not read as freed there.
-    """
-    before: list[Call] = []  # calls of one such node, up to its count
-    for call, node in zip(full.dispatched, run_by, strict=True):
-        counted = bool(before) and before[-1].name == "aten.sum.default"
-        if not _EVENLY.search(node):
-            before = []
-        elif not counted:
-            before.append(call)
-        elif call.name == "aten.mul.Tensor" and len(call.fresh) == 1:
-            used = {value for value, _ in call.reads}
-            spent = [(EventKind.FREE, v) for each in before[:-1] for v in each.fresh if v not in used]
-            moved = [event for event in spent if event in full.events] + [(EventKind.ALLOC, call.fresh[0])]
-            full.events = [event for event in full.events if event not in moved]
-            at = full.events.index((EventKind.ALLOC, before[-1].fresh[0]))
-            full.events[at:at] = moved
-            before = []
-
-
-def _is_in_place(full: Recorder, call: Call, node: str) -> bool:
-    """Is the result of `call`, which `node` ran, its first argument where no dispatch mode is on?"""
-    if call.name == "aten.add.Tensor":
-        return node == ENGINE and not call.adds_to_view
-    # the mean of scattered values counts them into a new tensor in either case
-    if call.name not in _INTO_ZEROS or not _TORCHS_NODE.search(node) or node.startswith("ScatterReduce"):
-        return False
-    made_by = full.storages[call.reads[0][0]].producer
-    return made_by is not None and full.calls[made_by].name in _ZEROS
-
-
-def _add_in_place(full: Recorder, run_by: list[str]) -> None:
-    """Correct the record for what a backward adds in place, where nobody else holds the first addend: gradients that
-    the engine sums, and zeros into which the gradient of an indexed read is put.
-
-    Under a dispatch mode neither is done in place (`isTensorSubclassLike` in torch/csrc/autograd/input_buffer.cpp and
-    FunctionsManual.cpp). Where the first addend dies at the sum, its bytes become the sum's, so it is recorded as
-    freed before the sum is made and not after. A view holds its base (the gradient of a linear layer's weight is one),
-    so nothing is summed into it.
-    """
-    position = {subject: i for i, (what, subject) in enumerate(full.events) if what is EventKind.OP}
-    for call, node in zip(full.dispatched, run_by, strict=True):
-        if len(call.fresh) != 1 or not call.reads or not _is_in_place(full, call, node):
-            continue
-        old, new = call.reads[0][0], call.fresh[0]
-        at = position[call.id]
-        until = next((i for i in range(at + 1, len(full.events)) if full.events[i][0] is EventKind.OP), None)
-        dies = next(
-            (i for i in range(at + 1, until or len(full.events)) if full.events[i] == (EventKind.FREE, old)), None
-        )
-        if dies is None or full.storages[old].size_bytes != full.storages[new].size_bytes:
-            continue
-        made = full.events.index((EventKind.ALLOC, new), max(0, at - 4))
-        # the two moves together shift the op's own event by one place
-        del full.events[dies]
-        full.events.insert(made, (EventKind.FREE, old))
-        position[call.id] = at + 1

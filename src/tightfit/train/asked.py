@@ -68,6 +68,7 @@ class Asked:
             ("oom_retries", options.oom_retries),
             ("levers", options.levers),
             ("host_budget", options.host_budget),
+            ("spill", options.spill),
         ]
         if options.device is not None:
             pairs.append(("use_cpu", is_host(device_named(options.device))))
@@ -119,6 +120,7 @@ class Asked:
             oom_retries=recipe.fit.oom_retries,
             levers=recipe.fit.levers,
             host_budget=recipe.fit.host_budget,
+            spill=recipe.fit.spill,
         )
 
 
@@ -155,6 +157,8 @@ def as_asked(options: TrainOptions) -> tuple[Asked, Path, dict[str, Any] | None]
         parse_bytes(budget, whole_bytes=2**40)
     parse_levers(recipe.fit.levers)
     parse_host_budget(recipe.fit.host_budget)
+    if recipe.fit.spill is not None and not Path(recipe.fit.spill).is_dir():
+        raise InvalidInput(f"cannot spill to {recipe.fit.spill!r}: it is no folder")
     decay = recipe.args.weight_decay
     if not 0 <= decay < math.inf:  # the Trainer gives it to torch with the groups, where nobody looks at it
         raise InvalidInput(f"expected a weight_decay of at least 0, not {decay}")
@@ -236,7 +240,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 #: A run may go on with others of these; nothing that it computes depends on them.
-_FREE = ("budget", "host_budget", "out", "json", "resume", "oom_retries", "config", "arguments")
+_FREE = ("budget", "host_budget", "spill", "out", "json", "resume", "oom_retries", "config", "arguments")
 
 
 def _same(asked: Asked, record: Mapping[str, Any], folder: Path) -> Asked:
@@ -277,6 +281,8 @@ def _same(asked: Asked, record: Mapping[str, Any], folder: Path) -> Asked:
         options = dataclasses.replace(options, budget=asked.options.budget)
     if asked.options.host_budget is not None:
         options = dataclasses.replace(options, host_budget=asked.options.host_budget)
+    if asked.options.spill is not None:
+        options = dataclasses.replace(options, spill=asked.options.spill)
     if asked.options.oom_retries is not None:
         options = dataclasses.replace(options, oom_retries=asked.options.oom_retries)
     return Asked(options=options, config=given["config"])

@@ -94,6 +94,7 @@ class TrainOptions:
     oom_retries: int | None = None
     levers: str | None = None  # what the plan may use, as `tightfit.core.parse_levers` reads it
     host_budget: str | None = None  # the most that plans may have wait in host memory
+    spill: str | None = None  # the folder where what waits does so in a file; None: it waits in host memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

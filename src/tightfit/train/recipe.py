@@ -61,6 +61,7 @@ class FitArguments:
     oom_retries: int = field(default=3, metadata={"help": "Times that running out of memory is survived."})
     levers: str = field(default="", metadata={"help": "What the plan may use: recompute, tile, ...; all; all,-tile."})
     host_budget: str | None = field(default=None, metadata={"help": "The most that may wait in host memory: a size."})
+    spill: str | None = field(default=None, metadata={"help": "A folder: what waits does so in a file there."})
     base_config: str | None = field(default=None, metadata={"help": "A config that makes the model, run first."})
     batch: str | None = field(default=None, metadata={"help": "Sequences in a batch, or auto: micro-batches."})
     global_batch: int | None = field(default=None, metadata={"help": "Sequences in a step, with batch: auto."})

@@ -172,7 +172,7 @@ class RunRecord:
             self.plan.save(self.folder / "plan.json")
             assert self.callback.trace is not None
             self.host_bytes = host_bytes(self.callback.trace, self.plan)
-            self.account = account(self.callback.trace, self.plan)
+            self.account = account(self.callback.trace, self.plan, spilled=self.callback.spill is not None)
             if self.budget_bytes is None:
                 self.budget_bytes = self.plan.budget_bytes
         self.micro_batches = self.micro_batches or self.callback.micro_batches

@@ -317,6 +317,7 @@ class Run(RunRecord):
             plan=given if isinstance(given, Plan) else None,
             levers=parse_levers(recipe.fit.levers),
             host_budget=recipe.fit.host_budget,
+            spill=recipe.fit.spill,
             micro_batch=(cut or AUTO) if self.options.batch == AUTO else None,
         )
         recovery = Recovery(self.callback, retries - len(self.retries) + self.retries_before, self.tell)

@@ -65,7 +65,7 @@ class StepInBackward(LeverDefinition):
 
         if given.optimizer is None:
             raise InvalidInput("the plan steps the optimizer in backward, and none was given: pass optimizer=")
-        return stepping_in_backward(given.optimizer, cut_of(plan.settings[self.lever.value]))
+        return stepping_in_backward(model, given.optimizer, cut_of(plan.settings[self.lever.value]))
 
     def not_compiled(self, plan: Plan, whole: bool) -> str:
         return "steps the optimizer in backward" if self.is_used(plan) else ""

@@ -23,6 +23,7 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype as _by
 from tightfit.core import Unsupported
 from tightfit.step.optimizers import Cut, Part, replaced_step, step_parts
 from tightfit.step.snapshot import Snapshot, undisturbed
+from tightfit.step.tied import tied_gradients, without_base
 
 _Result = TypeVar("_Result")
 
@@ -287,10 +288,11 @@ def is_half_taken(optimizer: Optimizer) -> bool:
 
 
 @contextlib.contextmanager
-def stepping_in_backward(optimizer: Optimizer, cut: tuple[int, bool]) -> Iterator[None]:
-    """Each parameter of `optimizer` is stepped in backward meanwhile. `cut`: as in `Cut`."""
+def stepping_in_backward(model: torch.nn.Module, optimizer: Optimizer, cut: tuple[int, bool]) -> Iterator[None]:
+    """Each parameter of `optimizer` is stepped in backward meanwhile, and the gradients of a weight that modules of
+    `model` share are summed in place. `cut`: as in `Cut`."""
     step = _Step(optimizer, Cut(*cut))
-    with step.undo, replaced_step(optimizer, step.rest):
+    with step.undo, tied_gradients(model, without_base), replaced_step(optimizer, step.rest):
         setattr(optimizer, _STEP, step)
         _guard.add(step)
         try:

@@ -390,6 +390,7 @@ def streaming(
     mapped = _left_in_files([t for path in paths for t in known[path].tensors()], device)
     opened: list[_Module] = []
     patches: list[MethodPatch] = []
+    stats.mapped_bytes = 0  # by what is in force now
     try:
         for path in paths:
             module = _Module(known[path], pool, stats, device, mapped)

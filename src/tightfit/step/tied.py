@@ -1,0 +1,70 @@
+"""The gradients of tied weights, before autograd adds them up.
+
+Idea: a weight that several modules hold gets a gradient from each of them. Autograd adds the second to the first in
+place, unless something else holds the first one's storage. A linear layer's is a view of a matrix product, and a view
+holds its base, so a tied embedding's gradient is there three times while it is summed: twice, and once more as the sum.
+A hook on the node that makes such a gradient sees it before autograd keeps it, and may give the same numbers without a
+base in its place.
+
+Invariant: nothing is computed here. Whether a sum is made in place is still autograd's to decide, and it does not
+where anybody else holds the storage. Not seen: a weight that a module reads which does not hold it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.step.weights import nodes_between
+
+__all__ = ["tied_gradients", "without_base"]
+
+#: What is told of a gradient, and may give another in its place.
+Told = Callable[[torch.Tensor], "torch.Tensor | None"]
+
+
+def without_base(gradient: torch.Tensor) -> torch.Tensor | None:
+    """The same numbers in the same storage, and no view. None: it is no view, or is to be differentiated."""
+    return gradient.detach() if gradient._is_view() and not torch.is_grad_enabled() else None
+
+
+@contextlib.contextmanager
+def tied_gradients(model: nn.Module, told: Told) -> Iterator[None]:
+    """Meanwhile `told` is called with each gradient that a module makes of a trained weight which others hold too."""
+    counts = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            own = [p for p in module._parameters.values() if p is not None]
+            if any(counts[id(p)] > 1 and p.requires_grad and p.is_leaf for p in own):
+                hooks.callback(module.register_forward_hook(_Called(told), with_kwargs=True).remove)
+        yield
+
+
+class _Called:
+    """A module has run: watch the nodes of its call that end in a weight of its own."""
+
+    def __init__(self, told: Told) -> None:
+        self.told = told
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        own = {id(p) for p in module._parameters.values() if p is not None}
+        for node in nodes_between((args, kwargs), out):
+            ends = [after for after, _ in node.next_functions]
+            places = [i for i, after in enumerate(ends) if id(getattr(after, "variable", None)) in own]
+            if places:
+                node.register_hook(functools.partial(_made, self.told, places))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In a copy of the model, a pickled one too: a hook that does nothing, and needs no tightfit to be loaded."""
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def _made(told: Told, places: list[int], gradients: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
+    found = {i: other for i in places if gradients[i] is not None and (other := told(gradients[i])) is not None}
+    return tuple(found.get(i, gradient) for i, gradient in enumerate(gradients)) if found else None
