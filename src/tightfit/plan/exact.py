@@ -247,6 +247,7 @@ class _Assembled:
         program = MixedProgram.of(
             table, row_low=[-np.inf] * len(table), row_high=high, costs=costs, lower=lower, upper=upper,
             integer=integer, start=start, nodes=max(_FEWEST_NODES, _NODES_TIMES_COLUMNS // len(costs)),
+            near_start=budget_bytes is None,
         )  # fmt: skip
         # the step's own seconds count too, so that the gap is a part of the whole step
         own = 0.0 if budget_bytes is None else self.step.step_seconds / unit

@@ -69,6 +69,7 @@ class MixedProgram:
     row_high: Floats  # (rows,)
     start: Floats | None = None  # (columns,) a point that is known to hold, with NaN where nothing is known of a column
     nodes: int | None = None  # at which the search ends; None: as `NODES_TIMES_COLUMNS` says
+    near_start: bool = False  # `start` is so near to the best that the solver need not look for a better one around it
 
     @classmethod
     def of(
@@ -83,6 +84,7 @@ class MixedProgram:
         integer: np.ndarray[Any, np.dtype[np.bool_]],
         start: Floats | None = None,
         nodes: int | None = None,
+        near_start: bool = False,
     ) -> MixedProgram:
         """A program whose rows are given as pairs of (columns, coefficients)."""
         table = list(rows)
@@ -98,6 +100,7 @@ class MixedProgram:
             row_high=np.array(row_high, dtype=np.float64),
             start=start,
             nodes=nodes,
+            near_start=near_start,
         )
 
     def extended(self, row: tuple[Sequence[int], Sequence[float]], *, high: float, cost: float) -> MixedProgram:
@@ -237,6 +240,8 @@ def highs(program: MixedProgram, seconds: float, gap: float, presolve: bool) -> 
         known = np.nonzero(~np.isnan(program.start))[0].astype(np.int32)
         solver.setSolution(len(known), known, program.start[known])
         solver.setOptionValue("mip_allow_restart", False)  # which makes little of what is near the best already
+    for sought in ("rins", "rens", "root_reduced_cost") if program.near_start else ():
+        solver.setOptionValue(f"mip_heuristic_run_{sought}", False)  # which took half of the time
     solver.run()
     status, info = solver.getModelStatus(), solver.getInfo()
     verdict = {
