@@ -147,6 +147,7 @@ def test_few_sizes_tell_the_largest(room: int, waste: float, fixed: int) -> None
         assert len(tried) <= (16 if waste or fixed else 7), (asked, tried)
 
 
+@pytest.mark.slow
 def test_on_the_way_a_plan_from_nearby_is_enough_and_the_ends_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[int] = []
     planned: list[search.Least] = []

@@ -66,6 +66,7 @@ def test_no_levers_are_named_where_none_are_enough(traces: dict[str, Trace]) -> 
     assert not list(with_other_levers(recorded, int(0.85 * static), 0))  # nothing may wait in host memory
 
 
+@pytest.mark.slow  # three forecasts
 def test_an_answer_of_no_names_them_and_they_are_the_answer(traces: dict[str, Trace]) -> None:
     static = sum(traces["full"].static_bytes.values())
     card = forecast.device_asked(f"{int(static * (1 + MARGIN)) + CONTEXT_BYTES + 1}")

@@ -170,6 +170,7 @@ def killed(place: Path, out: Path, moment: str, *more: str) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+@pytest.mark.slow  # kills and resumes, as the test below does
 def test_kill_in_a_checkpoint_and_resume(place: Path, whole: RunResult, tmp_path: Path) -> None:
     out = tmp_path / "run"
     killed(place, out, "after the weights of a checkpoint")
@@ -248,6 +249,7 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == (second, 12)
 
 
+@pytest.mark.slow
 def test_cut_short_after_the_last_step(
     place: Path, whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

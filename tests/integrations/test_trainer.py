@@ -133,7 +133,8 @@ def with_another_adapter() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("make", "other", "budget"), [(with_another_adapter, Switches, "72%"), (model, Freezes, "80%")]
+    ("make", "other", "budget"),
+    [pytest.param(with_another_adapter, Switches, "72%", marks=pytest.mark.slow), (model, Freezes, "80%")],
 )
 def test_each_set_of_trained_parameters_has_its_plan(make: Any, other: Any, budget: str, tmp_path: Path) -> None:
     plain = trainer("trainer", tmp_path, [other()], subject=make(), max_steps=8)

@@ -75,6 +75,7 @@ def test_bf16_training(tmp_path: Path) -> None:
     assert train(small_model(), tmp_path, TightfitCallback("85%"), bf16=True) == expected
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_fits(tmp_path: Path) -> None:
     model = small_model()
     with pytest.raises(BudgetInfeasible):

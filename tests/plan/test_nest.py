@@ -133,6 +133,7 @@ def test_long_chains_obey_the_rules(units: int) -> None:
         carried_out(units, slots, *schedule((1.0,) * (units - 1), slots), [1.0] * (units - 1))
 
 
+@pytest.mark.slow
 def test_more_sweeping_is_tried_as_long_as_it_costs_less() -> None:
     """What another sweep frees, units keep. No nesting that is planned with gives a cheaper plan than the plan, and
     nothing says that a plan with a nesting is the best of all."""

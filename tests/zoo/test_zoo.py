@@ -33,7 +33,7 @@ ARCHITECTURES = [
 #: One of each kind; the others are like one of these in what they run.
 FAST = frozenset(
     {
-        "gpt2", "llama", "qwen3", "gpt_neox", "bloom", "opt", "gemma2", "gpt_neo", "mixtral", "deepseek_v3", "gpt_oss",
+        "gpt2", "llama", "gpt_neox", "bloom", "gemma2", "mixtral", "deepseek_v3", "gpt_oss",
         "mamba2", "lfm2", "seq2seq:t5", "masked:bert",
     }
 )  # fmt: skip
