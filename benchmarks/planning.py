@@ -227,6 +227,7 @@ def rows_of(name: str) -> Iterator[dict[str, Any]]:
             "lowest_seconds": round(lowest_seconds, 1),
             "recompute_flops_share": round(plan.recompute_flops / max(1, plan.forward_flops), 4),
             "status": plan.status.value,
+            "is_nested": bool(plan.advances),
             "gap_of_step": round(
                 (plan.recompute_seconds - plan.bound_seconds) / (step_seconds + plan.bound_seconds), 5
             ),

@@ -448,7 +448,8 @@ def _planning(found: dict[str, Any]) -> str:
     told = "; ".join(
         f"for {model} a plan takes at most {max(r['plan_seconds'] for r in rows[1:]):.1f} s of the processor, and its "
         f"step is within {max(r['gap_of_step'] for r in rows[1:]):.1%} of the proven bound (at the lowest peak "
-        f"{rows[0]['plan_seconds']:.0f} s and {rows[0]['gap_of_step']:.1%})"
+        f"{rows[0]['plan_seconds']:.0f} s and "
+        + ("no bound, since that plan is nested)" if rows[0]["is_nested"] else f"{rows[0]['gap_of_step']:.1%})")
         for model, rows in by_model.items()
     )
     curve = [
