@@ -356,6 +356,39 @@ def test_gradients_of_a_tied_weight_are_summed_in_place() -> None:
         assert gradient.requires_grad
 
 
+class Shifted(nn.Module):
+    """A head whose weight is the embedding's and a shift: the addition gives both one gradient, which is a view."""
+
+    def __init__(self, words: int = 40, width: int = 16) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width)
+        self.head = nn.Module()
+        self.head.weight = self.embedding.weight
+        self.head.shift = nn.Parameter(torch.zeros(words, width))
+        self.head.forward = lambda hidden: nn.functional.linear(hidden, self.head.weight + self.head.shift)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.embedding(ids))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
+def test_a_gradient_of_two_weights_is_not_each_ones_own() -> None:
+    """With Nesterov's momentum the step writes over gradients, which another weight's may not be."""
+
+    def run(own: list[Any]) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = Shifted()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, foreach=True)
+        with in_force(model, optimizer, own):
+            for _ in range(STEPS):
+                model(torch.randint(0, 40, (2, 8))).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return everything(model, optimizer)
+
+    assert_same(run([BACKWARD]), run([]))
+
+
 @pytest.mark.parametrize("made", [Global, Counting])
 def test_an_optimizer_that_looks_at_all_parameters_is_left_alone(made: Any) -> None:
     assert "other bits" in refusal(made, [{"params": [torch.empty(8, 8), torch.empty(8)], "lr": 0.1}])

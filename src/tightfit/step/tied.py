@@ -6,15 +6,18 @@ holds its base, so a tied embedding's gradient is there three times while it is 
 A hook on the node that makes such a gradient sees it before autograd keeps it, and may give the same numbers without a
 base in its place.
 
-Invariant: nothing is computed here. Whether a sum is made in place is still autograd's to decide, and it does not
-where anybody else holds the storage. Not seen: a weight that a module reads which does not hold it.
+Invariant: nothing is computed here, and nobody else holds the gradient that is given another place. That is so of a
+matrix product's own: the node that turns it round made this view for the weight alone. Any other node may give one
+tensor to two weights, as an addition does. Autograd then copies for the second, because both hold one tensor; of two
+tensors with one storage it would take each, and a write to one weight's gradient would be one to the other's.
+Not seen: a weight that a module reads which does not hold it, and a view that somebody keeps by a hook on its node.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,6 +49,10 @@ def tied_gradients(model: nn.Module, told: Told) -> Iterator[None]:
         yield
 
 
+#: The nodes of matrix products, and the one that turns round what they make of a weight that was turned round.
+_PRODUCTS, _TURNED = frozenset({"MmBackward0", "AddmmBackward0"}), "TBackward0"
+
+
 class _Called:
     """A module has run: watch the nodes of its call that end in a weight of its own."""
 
@@ -54,17 +61,23 @@ class _Called:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         own = {id(p) for p in module._parameters.values() if p is not None}
+        makers: dict[Any, list[str]] = defaultdict(list)  # of what comes to a node
         for node in nodes_between((args, kwargs), out):
-            ends = [after for after, _ in node.next_functions]
-            places = [i for i, after in enumerate(ends) if id(getattr(after, "variable", None)) in own]
-            if places:
-                node.register_hook(functools.partial(_made, self.told, places))
+            for after, _ in node.next_functions:
+                makers[after].append(node.name())
+        for node, names in makers.items():
+            if node is None or node.name() != _TURNED or not _PRODUCTS.issuperset(names):
+                continue
+            ((after, _),) = node.next_functions
+            if id(getattr(after, "variable", None)) in own:
+                node.register_hook(functools.partial(_made, self.told))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In a copy of the model, a pickled one too: a hook that does nothing, and needs no tightfit to be loaded."""
         return getattr, (contextlib.nullcontext(), "__exit__")
 
 
-def _made(told: Told, places: list[int], gradients: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
-    found = {i: other for i in places if gradients[i] is not None and (other := told(gradients[i])) is not None}
-    return tuple(found.get(i, gradient) for i, gradient in enumerate(gradients)) if found else None
+def _made(told: Told, gradients: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
+    (gradient,) = gradients
+    other = None if gradient is None else told(gradient)
+    return None if other is None else (other,)
