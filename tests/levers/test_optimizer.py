@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -387,6 +388,29 @@ def test_a_gradient_of_two_weights_is_not_each_ones_own() -> None:
         return everything(model, optimizer)
 
     assert_same(run([BACKWARD]), run([]))
+
+
+def test_a_step_is_whole_where_its_state_finds_no_room_in_a_folder(tmp_path: Path) -> None:
+    """Room is asked for when the state is there, so its parameter has been stepped."""
+    plan = dataclasses.replace(BLANK, settings={STATE.lever.value: SETTINGS[True][STATE.lever]})
+
+    def run(gone: Path | None) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = Tied()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        with contextlib.ExitStack() as stack:
+            if gone is not None:
+                gone.mkdir()
+                stack.enter_context(STATE.in_force(model, plan, Given(optimizer=optimizer, pool=Pool(spill=gone))))
+                gone.rmdir()
+                stack.enter_context(pytest.warns(UserWarning, match="cannot spill .* stays on the device"))
+            for _ in range(2):
+                model(torch.randint(0, 40, (2, 8))).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return everything(model, optimizer)
+
+    assert_same(run(tmp_path / "spill"), run(None))
 
 
 @pytest.mark.parametrize("made", [Global, Counting])

@@ -93,7 +93,11 @@ def test_levers_are_named_as_well_as_beside(levers: Any) -> None:
     assert line.startswith("step_in_backward was asked for")
 
 
-@pytest.mark.parametrize("levers", ["all", "all,-tile", "recompute", None])
+#: What `check` names where a card is too small: the exact ones of the default levers, and more.
+EXACT = "recompute,loss_in_place,nest,optimizer_chunks"
+
+
+@pytest.mark.parametrize("levers", ["all", "all,-tile", "recompute", EXACT, f"{EXACT},offload", None])
 def test_what_nobody_named_is_not_said(levers: str | None) -> None:
     assert said(network(), None, levers=levers) == []
 

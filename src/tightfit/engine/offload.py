@@ -181,10 +181,9 @@ class Pool:
             return self._pinned.buffer(size_bytes, room_bytes)
         if size_bytes > room_bytes:
             return None
+        mapped = mmap.mmap(-1, size_bytes) if self.spill is None else _mapped_file(self.spill, size_bytes)
         self._mapped_bytes += size_bytes
-        if self.spill is not None:
-            return torch.frombuffer(_mapped_file(self.spill, size_bytes), dtype=torch.uint8)
-        return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
+        return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 class _Arenas:

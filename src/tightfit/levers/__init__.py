@@ -86,12 +86,12 @@ def ruled_out(
     """What to tell who named levers that no plan for `trace` can use: a line for each reason.
 
     Only levers that were named by themselves are told of. Default ones are not where they would be allowed anyway:
-    `beside` the default ones, and in a list that has all of these and more.
+    `beside` the default ones, and in a list that has all exact ones of these and more.
     """
     default = frozenset(each.lever for each in allowed(None))
     named, more = by_name(levers), by_name(beside)
     found: dict[str, list[str]] = {}
-    for each in allowed((named - default if named >= default else named) | (more - default)):
+    for each in allowed((named - default if named >= exact_only(default) else named) | (more - default)):
         if reason := each.ruled_out(trace):
             found.setdefault(reason, []).append(each.lever.value)
     return tuple(not_allowed(names, reason) for reason, names in found.items())

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from tightfit.core import TightfitError
 from tightfit.levers.optimizer_step import Waiting
 from tightfit.step.geometry import laid_out_like
 from tightfit.step.optimizers import Part, around_parts, bytes_of, is_movable, movable_state
@@ -100,7 +101,11 @@ class HostState:
 
     def _room_like(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
         size_bytes = value.numel() * value.element_size()
-        buffer = self.pool.room(size_bytes, parameter.device)
+        try:
+            buffer = self.pool.room(size_bytes, parameter.device)
+        except TightfitError as error:  # its parameter has been stepped: to end here would leave half a step
+            warnings.warn(f"{error}; the optimizer state that was to wait there stays on the device", stacklevel=2)
+            return None
         if buffer is None:
             return None
         self._buffers[parameter].append(buffer)
