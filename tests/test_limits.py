@@ -150,6 +150,21 @@ def test_a_budget_beyond_the_control_groups_limit_is_lowered_and_said(system: An
             assert applied.plan.budget_bytes == applied.plan.unplanned_peak_bytes
 
 
+@pytest.mark.parametrize("micro_batch", ["auto", 512, 256])
+@pytest.mark.parametrize("is_percentage", [False, True])
+def test_so_it_is_for_micro_batches(micro_batch: Any, is_percentage: bool, system: Any) -> None:
+    model, rows = stack(), torch.randn(512, 64)
+    peak_bytes = tightfit.simulate(tightfit.trace(model, rows, loss=loss)).peak_bytes
+    limit = int(peak_bytes * 0.8)
+    system("0::/job\n", **{"job/memory.max": str(limit)})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        budget: Any = "100%" if is_percentage else peak_bytes
+        with tightfit.fit(model, rows, budget, loss, micro_batch=micro_batch) as applied:
+            assert applied.plan.budget_bytes == limit >= applied.plan.peak_bytes
+    assert sum("by its control group's limit: planned for that" in str(each.message) for each in said) == 1
+
+
 def fitted(part: float, **more: Any) -> tuple[tightfit.Plan, int]:
     """The plan that `fit` makes by offload, and its bytes in host memory."""
     model, rows = stack(), torch.randn(512, 64)

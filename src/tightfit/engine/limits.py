@@ -22,7 +22,7 @@ from tightfit.engine.offload import held_bytes
 from tightfit.plan import simulate
 from tightfit.plan.account import host_bytes
 
-__all__ = ["lowered", "planned_here", "room_in_host", "share_of_device"]
+__all__ = ["lowered", "planned_here", "room_in_host", "share_of_device", "within_device"]
 
 #: What lies on the device before a step, in the process already.
 _THERE = (Category.PARAMETERS, Category.QUANTISED, Category.BUFFERS)
@@ -47,7 +47,11 @@ def planned_here(
     """The plan of `trace` that `make(budget, host_budget)` gives, within the limits that are set here. `held_bytes`: of
     what may wait, so much is in host memory already. `spilled`: what waits does so in a file. Raises what `make`
     does."""
-    made = make(_within_device(trace, budget, device), host_budget)
+    if share_of_device(device) is not None:
+        asked_bytes = parse_bytes(budget, whole_bytes=simulate(trace).peak_bytes)
+        if (within_bytes := within_device(asked_bytes, device)) < asked_bytes:
+            budget = within_bytes
+    made = make(budget, host_budget)
     waiting = 0 if spilled else sum(host_bytes(trace, made).values())
     left = _beside_step(trace, made.budget_bytes, device) if waiting else None
     left = None if left is None else left + held_bytes
@@ -82,14 +86,11 @@ def share_of_device(device: torch.device) -> int | None:
     return None if limit_bytes == accelerator.host_memory_bytes() else limit_bytes
 
 
-def _within_device(trace: Trace, budget: str | int, device: torch.device) -> str | int:
-    """`budget`, or what this process may take of the device where that is less."""
+def within_device(asked_bytes: int, device: torch.device) -> int:
+    """A budget, or what this process may take of the device where that is less, which a warning says."""
     limit_bytes = share_of_device(device)
-    if limit_bytes is None:
-        return budget
-    asked_bytes = parse_bytes(budget, whole_bytes=simulate(trace).peak_bytes)
-    if asked_bytes <= limit_bytes:
-        return budget
+    if limit_bytes is None or asked_bytes <= limit_bytes:
+        return asked_bytes
     where = accelerator.name_of(device) if accelerator.is_card(device) else "host memory, by its control group's limit"
     return lowered(asked_bytes, limit_bytes, "this process", where, stacklevel=6)
 

@@ -42,6 +42,7 @@ from tightfit.core import (
     parse_host_budget,
 )
 from tightfit.engine.compiled import doors
+from tightfit.engine.limits import within_device
 from tightfit.engine.offload import Pool
 from tightfit.fitting import micro_batches
 from tightfit.fitting.micro_batches import Fitted
@@ -236,8 +237,9 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
 
     launch_seconds = micro_batches.launch_seconds(there or device_of(model))
     found = micro_batches.solve(
-        rows, budget, plan_for, levers, beside, asked, launch_seconds, host_budget=guard.host_budget
-    )
+        rows, budget, plan_for, levers, beside, asked, launch_seconds, host_budget=guard.host_budget,
+        within=functools.partial(within_device, device=there or device_of(model)),
+    )  # fmt: skip
     chosen = found.chosen
     cut = micro_batches.Cut(model, loss, chosen.size, guard.aside, in_float64=there is None)
     applied = None

@@ -358,12 +358,13 @@ def solve(
     launch_seconds: float = 0.0,
     progress: Callable[[str], None] = lambda _: None,
     host_budget: int | None = None,
+    within: Callable[[int], int] = int,
 ) -> Found:
     """The micro-batches of `global_batch` rows by which a step takes the fewest seconds within `budget`.
 
     `plan_for`: records and plans micro-batches of so many rows, for a budget, by what gives the same bits (True) or by
     whatever fits (raises `BudgetInfeasible` if nothing does), within `host_budget` too. A percentage is of the uncut
-    step.
+    step. `within`: what may be taken of the device, where that is less than a number of bytes.
 
     Raises `BudgetInfeasible` where not even single rows fit.
     """
@@ -384,6 +385,9 @@ def solve(
         tried[global_batch], sized = attempt(global_batch, budget)
     else:
         sized = parse_bytes(budget)
+    if (allowed_bytes := within(sized)) < sized:
+        sized = allowed_bytes
+        tried.clear()
     if asked == AUTO:
         chosen = solved(global_batch, lambda size: attempt(size, sized)[0], sized, tried)
         last = 1

@@ -12,6 +12,7 @@ collator never sees examples; `auto_find_batch_size`, which would choose too; wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import torch
 import transformers
 
 from tightfit.core import InvalidInput, MicroBatches, Plan, Unsupported
+from tightfit.engine.limits import within_device
 from tightfit.fitting import micro_batches
 from tightfit.integrations.longest import longest_batch, plain, telling_examples
 from tightfit.plan.micro_batches import shares, slices
@@ -138,7 +140,7 @@ class InParts:
         assert not isinstance(callback.budget, Plan)  # a plan is not given together with micro-batches
         found = micro_batches.solve(
             whole, callback.budget, plan_for, levers, beside, self.asked, launch_seconds,
-            host_budget=callback.host_budget,
+            host_budget=callback.host_budget, within=functools.partial(within_device, device=device_of(model)),
         )  # fmt: skip
         size = found.chosen.size
         self.cuts = size < whole
