@@ -7,6 +7,7 @@ plan that was given, and is not one of this step or takes more than its budget (
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def planned(
                 f"the plan that was given uses {', '.join(left_out)}, which the levers that were asked for leave out: "
                 "add it, or leave the levers to the plan"
             )
-        return _given_together(record, budget, model, host_budget, there, spilled)
+        given = functools.partial(_given, record, budget, model, host_budget, there, spilled)
+        return _given_together(given) if are_several(model) else given()
     if are_several(model):
         return _planned_together(record, budget, levers, exact, beside, host_budget, there or device_of(model))
     recorded = record(levers is not None and bool(inexact(levers)))
@@ -144,20 +146,11 @@ def planned(
         return recorded, made(recorded)
 
 
-def _given_together(
-    record: Callable[[bool], Trace],
-    plan: Plan,
-    model: nn.Module,
-    host_budget: int | None,
-    there: torch.device | None,
-    spilled: bool,
-) -> tuple[Trace, Plan]:
-    """`planned` with a plan that is there already: every process looks at what it means for its own step."""
-    if not are_several(model):
-        return _given(record, plan, model, host_budget, there, spilled)
+def _given_together(given: Callable[[], tuple[Trace, Plan]]) -> tuple[Trace, Plan]:
+    """What `given` says in all processes: each looks at what a plan that is there already means for its own step."""
     meeting = Meeting("fit")
     try:
-        recorded, made = _given(record, plan, model, host_budget, there, spilled)
+        recorded, made = given()
     except Exception as error:
         meeting.left({"error": str(error) if isinstance(error, TightfitError) else f"{type(error).__name__}: {error}"})
         raise

@@ -290,16 +290,19 @@ class TightfitCallback(PeakCallback):
         if self.plan is not None and self.plan.exact:
             # in the middle of a training nothing is proven anew, so only what gives the same bits by design
             levers, beside = exact_only(levers) | beside, frozenset()
-        room = self.host_budget, None, self.spill is not None
+        made = functools.partial(
+            planned, levers=levers, model=model, exact=self.exact, beside=beside, host_budget=self.host_budget,
+            spilled=self.spill is not None,
+        )  # fmt: skip
         try:
             asked = budget or (self.budget if self.plan is None else self.plan.budget_bytes)
-            _, chosen = planned(record, asked, levers, model, self.exact, beside, *room)
+            _, chosen = made(record, asked)
         except BudgetInfeasible as error:
             if self.plan is None or recorded is None:
                 raise
             # in the middle of a training: the leanest plan there is, and a word about it, rather than an end
             seen: Trace = recorded
-            _, chosen = planned(lambda _: seen, error.least_bytes, levers, model, self.exact, beside, *room)
+            _, chosen = made(lambda _: seen, error.least_bytes)
             self._warn(f"{error}; this batch runs under the leanest plan")
         self.trace, self.plan = recorded, chosen
         self.plans += 1

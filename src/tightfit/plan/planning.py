@@ -273,14 +273,18 @@ def _best(
     if way.proves and model.is_ruled_out(budget_bytes):
         return None
     found = _fitting(way, model, budget_bytes)
-    # of a nesting nothing is claimed by it: there it only says whether more options are worth a look
-    is_asked = way.nesting is None or way.lean_model is not model
-    bound = way.bound_seconds(budget_bytes) if is_asked and (found is None or found.line.recompute_seconds) else 0.0
-    near = _NEAR * sum(op.seconds for op in trace.ops)
-    if way.proves and (found is None or found.line.recompute_seconds - bound > near):
+    bound, near = 0.0, _NEAR * sum(op.seconds for op in trace.ops)
+    is_asked = way.proves and (found is None or found.line.recompute_seconds > 0)
+    # of a nesting nothing is claimed by the bound: there it only says whether more options are worth a look
+    if is_asked and (way.nesting is None or way.lean_model is not model):
+        bound = way.bound_seconds(budget_bytes)
+
+    def is_far() -> bool:
+        return way.proves and (found is None or found.line.recompute_seconds - bound > near)
+
+    if is_far():
         found, bound = _whole(way, found, budget_bytes, bound)
-    is_far = found is None or found.line.recompute_seconds - bound > near
-    if way.proves and is_far and way.lean_model is not model:
+    if is_far() and way.lean_model is not model:
         both = (found, _fitting(way, way.lean_model, budget_bytes))
         found = min((each for each in both if each), key=lambda each: each.line.recompute_seconds, default=None)
     if found is None:

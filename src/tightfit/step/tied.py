@@ -41,11 +41,12 @@ def without_base(gradient: torch.Tensor) -> torch.Tensor | None:
 def tied_gradients(model: nn.Module, told: Told) -> Iterator[None]:
     """Meanwhile `told` is called with each gradient that a module makes of a trained weight which others hold too."""
     counts = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    tied = frozenset(each for each, holders in counts.items() if holders > 1)
     with contextlib.ExitStack() as hooks:
         for module in model.modules():
             own = [p for p in module._parameters.values() if p is not None]
-            if any(counts[id(p)] > 1 and p.requires_grad and p.is_leaf for p in own):
-                hooks.callback(module.register_forward_hook(_Called(told), with_kwargs=True).remove)
+            if any(id(p) in tied and p.requires_grad and p.is_leaf for p in own):
+                hooks.callback(module.register_forward_hook(_Called(told, tied), with_kwargs=True).remove)
         yield
 
 
@@ -54,13 +55,13 @@ _PRODUCTS, _TURNED = frozenset({"MmBackward0", "AddmmBackward0"}), "TBackward0"
 
 
 class _Called:
-    """A module has run: watch the nodes of its call that end in a weight of its own."""
+    """A module has run: watch the nodes of its call that end in a weight of its own that is among `tied`."""
 
-    def __init__(self, told: Told) -> None:
-        self.told = told
+    def __init__(self, told: Told, tied: frozenset[int]) -> None:
+        self.told, self.tied = told, tied
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        own = {id(p) for p in module._parameters.values() if p is not None}
+        own = self.tied.intersection(map(id, module._parameters.values()))
         makers: dict[Any, list[str]] = defaultdict(list)  # of what comes to a node
         for node in nodes_between((args, kwargs), out):
             for after, _ in node.next_functions:

@@ -47,7 +47,6 @@ from tightfit.step.signature import signature_of
 from tightfit.trace.fake import FakeStep
 from tightfit.trace.programs import program_of
 from tightfit.trace.recorder import Call, Recorder
-from tightfit.trace.timing import Pace, fitted
 from tightfit.trace.unroll import trace_digest
 
 
@@ -67,7 +66,7 @@ class Assembly:
     gradients: set[int]
     fake: FakeStep | None
     notes: tuple[str, ...]
-    pace: Pace | None
+    seconds: Mapping[int, float]  # of each call that was timed
     pinned: dict[str, str] = field(default_factory=dict)
 
     def trace(self) -> Trace:
@@ -91,14 +90,11 @@ class Assembly:
         needed = {full.saved[s][0] for s in full.read}
         units = self._units(programs)
         loss = self._loss_values()
-        seconds = fitted(full.equals())
-        if self.pace is not None:
-            seconds = self.pace.paced(seconds)
         ops = tuple(
             Op(
                 id=c.id, unit=c.unit, ordinal=c.ordinal, name=c.name, inputs=tuple(v for v, _ in c.reads),
-                outputs=tuple(c.outputs), seconds=seconds.get(c.id, 0.0), flops=c.flops, kind=c.kind, phase=c.phase,
-                frame=c.frame, scratch_bytes=c.scratch_bytes, sums_tied=c.sums_tied,
+                outputs=tuple(c.outputs), seconds=self.seconds.get(c.id, 0.0), flops=c.flops, kind=c.kind,
+                phase=c.phase, frame=c.frame, scratch_bytes=c.scratch_bytes, sums_tied=c.sums_tied,
             )
             for c in full.calls
         )  # fmt: skip

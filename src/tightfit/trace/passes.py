@@ -191,7 +191,12 @@ class StepRecording:
             if line := accelerator.peak_unknown(device_of(model)):
                 notes += (f"bytes that kernels use inside are taken to be none: {line}",)
         whole = None if fake is not None else self._time_again(full, anew)
-        assembly = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes, self.pace)
+        seconds = fitted(full.equals())
+        if whole is not None:
+            self.pace = Pace.of(seconds, whole)
+        if self.pace is not None:
+            seconds = self.pace.paced(seconds)
+        assembly = Assembly(model, self.batch, dry, full, self.modules, static, gradients, fake, notes, seconds)
         trace = assembly.trace()
         if fake is not None:
             trace = retimed(trace, assembly.target)
@@ -224,9 +229,7 @@ class StepRecording:
                 call.samples.append(spread(sample) if alone else sample)
         if anew or alone or not accelerator.is_host(device_of(self.model)):
             return None
-        whole = self._whole()
-        self.pace = Pace.of(fitted(full.equals()), whole)
-        return whole
+        return self._whole()
 
     def _whole(self) -> Sample:
         """A timing of the whole step, in which nothing is watched."""

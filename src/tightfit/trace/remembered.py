@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tightfit.step.run import tensors_in
+
 __all__ = ["Remembered", "extent"]
 
 
@@ -149,23 +151,13 @@ def _described(
         if type(args[0]) is not FakeTensor or args[0].untyped_storage()._cdata != made[0]:
             return None
     else:
-        given = {each.untyped_storage()._cdata for each in _tensors(args)}
+        given = {each.untyped_storage()._cdata for each in tensors_in(args)}
         if not given.isdisjoint(made) or len(set(made)) != len(made) or not all(map(_is_whole, results)):
             return None
     return tuple(
         _Made(tuple(each.shape), tuple(each.stride()), int(each.storage_offset()), each.dtype, each.fake_device)
         for each in results
     )
-
-
-def _tensors(arguments: tuple[Any, ...] | list[Any]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    for each in arguments:
-        if isinstance(each, torch.Tensor):
-            found.append(each)
-        elif isinstance(each, (list, tuple)):
-            found += _tensors(each)
-    return found
 
 
 def _made(each: _Made, mode: Any, storage: torch.UntypedStorage | None = None) -> FakeTensor:
