@@ -412,8 +412,8 @@ def test_train_passes_it_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     with pytest.raises(InvalidInput, match="it is no folder"):
         TightfitCallback("60%", spill=tmp_path / "missing")
     told: list[Any] = []
-    monkeypatch.setattr("tightfit.integrations.trainer.planned", lambda *args: told.append(args) or (None, None))
+    monkeypatch.setattr("tightfit.integrations.trainer.planned", lambda *_, **named: told.append(named) or (None, None))
     callback = TightfitCallback("60%", host_budget="3MiB", spill=tmp_path)
     callback._trainer = SimpleNamespace(args=SimpleNamespace(max_grad_norm=1.0, gradient_accumulation_steps=2))
     callback._plan_for({}, nn.Linear(1, 1), None)
-    assert told[0][6:] == (3 * 2**20, None, True)  # what waits does so in a file
+    assert (told[0]["host_budget"], told[0]["spilled"]) == (3 * 2**20, True)  # what waits does so in a file
