@@ -7,17 +7,18 @@ import heapq
 import itertools
 import random
 from math import comb
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import tightfit
-from tightfit.core import Status
+from tightfit.core import Status, Trace
 from tightfit.device.cost import NOMINAL_CPU, retimed
 from tightfit.plan import nest
 from tightfit.plan.nest import Sweep, _reversed, _Tables, nestings, schedule
-from tightfit.plan.planning import _best
+from tightfit.plan.planning import _best, _from_the_first
 from tightfit.plan.simulate import simulate_choices
 from tightfit.plan.ways import Way, way_of
 
@@ -133,10 +134,7 @@ def test_long_chains_obey_the_rules(units: int) -> None:
         carried_out(units, slots, *schedule((1.0,) * (units - 1), slots), [1.0] * (units - 1))
 
 
-@pytest.mark.slow
-def test_more_sweeping_is_tried_as_long_as_it_costs_less() -> None:
-    """What another sweep frees, units keep. No nesting that is planned with gives a cheaper plan than the plan, and
-    nothing says that a plan with a nesting is the best of all."""
+def chain_of_forty() -> tuple[nn.Module, torch.Tensor, Any, Trace]:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)) for _ in range(40)]
     model, batch = nn.Sequential(*layers), torch.randn(512, 64)
@@ -146,7 +144,14 @@ def test_more_sweeping_is_tried_as_long_as_it_costs_less() -> None:
         return out
 
     multiplies_slowly = dataclasses.replace(NOMINAL_CPU, flops_per_second={"float32": 2e9}, launch_seconds=2e-7)
-    trace = retimed(tightfit.trace(model, batch, loss=loss, tiles=False), multiplies_slowly)
+    return model, batch, loss, retimed(tightfit.trace(model, batch, loss=loss, tiles=False), multiplies_slowly)
+
+
+@pytest.mark.slow
+def test_more_sweeping_is_tried_as_long_as_it_costs_less() -> None:
+    """What another sweep frees, units keep. No nesting that is planned with gives a cheaper plan than the plan, and
+    nothing says that a plan with a nesting is the best of all."""
+    model, batch, loss, trace = chain_of_forty()
     budget = sum(trace.static_bytes.values()) + 36 * trace.values[trace.frames[1].inputs[0]].size_bytes
     plan = tightfit.plan(trace, budget, levers=("recompute", "nest"))
     assert plan.advances and plan.status is Status.FEASIBLE
@@ -155,3 +160,27 @@ def test_more_sweeping_is_tried_as_long_as_it_costs_less() -> None:
     found = [_best(trace, each, budget, unplanned, None) for each in ways if each.floor.peak_bytes <= budget]
     assert plan.recompute_seconds <= 1.01 * min(each.recompute_seconds for each in found if each is not None)
     assert tightfit.verify(model, batch, plan, loss=loss).passed
+
+
+def test_few_nestings_are_walked_for_the_lowest_peak() -> None:
+    """Each nesting holds no more than the one before, so the first that is low enough is halved for."""
+    way = way_of(chain_of_forty()[3])
+    every = way.nested
+    assert len(every) >= 8
+    floors = [nested.floor.peak_bytes for nested in Way(way.step, way.effort).nested]
+    assert floors == sorted(floors, reverse=True)
+    for limit in (*floors, floors[-1] - 1):
+        afresh = Way(way.step, way.effort).nested
+        found = _from_the_first(afresh, limit)
+        assert len(found) == sum(floor <= limit for floor in floors)
+        assert sum("floor" in vars(nested) for nested in afresh) <= 4
+
+
+def test_a_kind_that_has_little_of_the_step_gets_fewer_points() -> None:
+    way = way_of(chain_of_forty()[3])
+    model = way.model
+    shares = model._shares()
+    program = model.programs[way.trace.units[0].path]
+    assert max(shares.values()) == 1.0
+    few, many = model._many(program, 1 / 40, 2), model._many(program, 1 / 8, 2)
+    assert few == 24 and many == model._many(program, 1.0, 1)

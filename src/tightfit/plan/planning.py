@@ -11,6 +11,7 @@ No torch here: a trace that was read from JSON is enough.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -394,7 +395,7 @@ def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Coll
     forward = sum(op.seconds for op in frugal.trace.ops if op.phase is Phase.FORWARD and op.unit is not None)
     if found is not None and found.recompute_seconds <= _DEAR * forward:
         return []
-    possible = (way for way in frugal.nested if way.floor.peak_bytes <= budget_bytes)
+    possible = (way for way in _from_the_first(frugal.nested, budget_bytes) if way.floor.peak_bytes <= budget_bytes)
     return possible if frugal.effort.proves else itertools.islice(possible, 1)
 
 
@@ -433,12 +434,18 @@ def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Ref
     ways = [way for way in ways if way is leanest or way.static_bytes < leanest.lowest.line.peak_bytes]
     ways = _that_matter(ways, lambda plain: plain.lowest.line.peak_bytes <= plain.optimizer_bytes)
     best = min(ways, key=lambda way: way.lowest.line.peak_bytes)
-    if Grant.SWEEP in granted(levers):
-        floors = [nested.floor.peak_bytes for nested in best.nested]
-        if floors and min(floors) < best.lowest.line.peak_bytes * _WORTH:
-            nested = next(way for way in best.nested if way.floor.peak_bytes * _WORTH <= min(floors))
+    if Grant.SWEEP in granted(levers) and best.nested:
+        least_bytes = best.nested[-1].floor.peak_bytes
+        if least_bytes < best.lowest.line.peak_bytes * _WORTH:
+            nested = _from_the_first(best.nested, int(least_bytes / _WORTH))[0]
             best = min(best, nested, key=lambda way: way.lowest.line.peak_bytes)
     return best, best.lowered
+
+
+def _from_the_first(nested: Sequence[Way], peak_bytes: int) -> Sequence[Way]:
+    """The nestings from the first on whose floor is no higher than this. Each holds fewer inputs than the one before,
+    so it is halved for, and few of them are walked."""
+    return nested[bisect.bisect_left(nested, True, key=lambda way: way.floor.peak_bytes <= peak_bytes) :]
 
 
 @without_collecting()

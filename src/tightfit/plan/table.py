@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,6 +32,10 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 #: Of a unit's points, so many or not many more are also looked at with what they keep off the device.
 _MOVED = 8
+
+
+#: A kind of unit gets so many times its share of the points, so one of an eighth of the largest gets as many as that.
+_SHARES = 8
 
 
 #: Of the option that keeps everything.
@@ -61,7 +66,7 @@ class Table(Effects):
         self.frontiers: dict[str, Frontier] = {}
         self.options: dict[str, tuple[Point | None, ...]] = {}  # None: keep everything, no engine in the unit
         known: dict[tuple[str, tuple[Input, ...]], Frontier] = {}
-        kinds = len({unit.digest for unit in trace.units})
+        shares = self._shares()
         for unit in trace.units:
             frames = self.frames_of[unit.path]
             points: tuple[Point | None, ...] = (None,)
@@ -71,7 +76,8 @@ class Table(Effects):
                 kind = unit.digest, self._held_inputs(unit.path)
                 if kind not in known:
                     try:
-                        known[kind] = self._frontier(program, frames, kinds, kind[1])
+                        many = self._many(program, shares[unit.digest], len(shares))
+                        known[kind] = self._frontier(program, frames, many, kind[1])
                     except Unsupported:
                         known[kind] = Frontier(points=())
                 self.frontiers[unit.path] = found = known[kind]
@@ -208,16 +214,27 @@ class Table(Effects):
             and self.freed.get(value_id, len(trace.events)) < first
         ]
 
-    def _frontier(self, program: Program, frames: Sequence[int], kinds: int, inputs: tuple[Input, ...]) -> Frontier:
-        """The frontier of a unit over all its calls. `kinds` frontiers have to be found in all, so each gets fewer
-        points where they are many."""
+    def _shares(self) -> dict[str, float]:
+        """Of each kind of unit, by digest: its part of the step's seconds, where the kind that has the most has 1."""
+        seconds: dict[str, float] = defaultdict(float)
+        for unit in self.trace.units:
+            seconds[unit.digest] += sum(self.trace.ops[op].seconds for op in unit.op_ids)
+        most = max(seconds.values(), default=0.0) or 1.0
+        return {digest: each / most for digest, each in seconds.items()}
+
+    def _many(self, program: Program, share: float, kinds: int) -> int:
+        """How many points to look for in the frontier of a unit. Large units and many kinds (a mixture of experts
+        routes differently in each) get fewer points. So does a kind that has little of the step beside the others:
+        what its points are apart is little, too."""
+        points = self.effort.points
+        of_its_share = math.ceil(_SHARES * points * share)
+        return max(min(12, points), min(points, 8000 // max(1, len(program.steps)), 800 // kinds, of_its_share))
+
+    def _frontier(self, program: Program, frames: Sequence[int], many: int, inputs: tuple[Input, ...]) -> Frontier:
+        """The frontier of a unit over all its calls, with about `many` points."""
         trace = self.trace
         sizes = [sum(trace.values[self.values[f][v]].size_bytes for f in frames) for v in range(program.values)]
         seconds = [sum(trace.ops[self.ops[f][i]].seconds for f in frames) for i in range(len(program.steps))]
-        # large units and many different ones (a mixture of experts routes differently in each) get fewer points
-        many = max(
-            min(12, self.effort.points), min(self.effort.points, 8000 // max(1, len(program.steps)), 800 // kinds)
-        )
         return _found(program, tuple(sizes), tuple(seconds), many, inputs)
 
     def _moved(self, path: str) -> Iterator[Point]:

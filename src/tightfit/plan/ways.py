@@ -35,8 +35,9 @@ from tightfit.plan.polish import lowered
 from tightfit.plan.segments import LENGTHS, LONG, Segmented, segmented
 from tightfit.plan.simulate import simulate_choices
 
-#: So many choices near the model's own answer are tried for the lowest peak.
+#: So many choices near the model's own answer are tried for the lowest peak, by walks over so many events in all.
 _NEAR_TRIES = 8
+_NEAR_EVENTS = 300_000
 
 
 #: Segments are small and many, so each gets fewer points, and each choice across them fewer seconds.
@@ -297,7 +298,8 @@ class Way:
         low = self._low
         if not self.effort.proves:
             return low.found
-        tried = (self._asked(low.model, points, low.found.how) for points in low.model.near(low.points, _NEAR_TRIES))
+        tries = min(_NEAR_TRIES, 1 + _NEAR_EVENTS // len(self.trace.events))
+        tried = (self._asked(low.model, points, low.found.how) for points in low.model.near(low.points, tries))
         found = min((low.found, *tried), key=self._height)
         if self.moves or self.advances:
             return found
@@ -328,6 +330,8 @@ class Way:
         own."""
         if self.effort.is_estimated:
             return self.planned
+        if self.plain is not None:
+            return self.plain._nominal
         nominal = retimed(dataclasses.replace(self.planned, tiled=()), NOMINAL_CPU)
         are_same = all(one.seconds == other.seconds for one, other in zip(nominal.ops, self.planned.ops, strict=True))
         return self.planned if are_same else nominal
