@@ -10,10 +10,10 @@ import transformers
 from tests.plan.stacks import Lean, steady, traced
 
 import tightfit
-from tightfit.core import Trace
+from tightfit.core import Action, Trace
 from tightfit.device.cost import NOMINAL_CPU, retimed
 from tightfit.plan import Effort, effects, every_block, lowest, table, ways
-from tightfit.plan.polish import lowered, polished
+from tightfit.plan.polish import _others, lowered, polished
 from tightfit.plan.simulate import simulate_choices
 
 
@@ -79,3 +79,15 @@ def test_the_referee_takes_the_lowest_peak_further_down(llama: Trace) -> None:
         dataclasses.replace(each, actions=tuple(type(action).KEEP for action in each.actions)) for each in start.choices
     )
     assert lowered(llama, whole, simulate_choices(llama, whole), whole)[0] == whole
+
+
+def test_what_is_kept_is_tried_first(llama: Trace) -> None:
+    """A long unit has more values than there are tries, and only what is kept takes bytes where it is waited with."""
+    chosen = {choice.unit: choice for choice in every_block(llama).choices}
+    path, choice = next(iter(chosen.items()))
+    mixed = dataclasses.replace(
+        choice, actions=tuple(Action.KEEP if v % 2 else Action.RECOMPUTE for v in range(len(choice.actions)))
+    )
+    tried = _others({path: mixed}, {path: choice}, path)[2:]
+    kept = [sum(action is Action.KEEP for action in each.actions) for each in tried]
+    assert kept == sorted(kept) and len(set(kept)) == 2

@@ -92,7 +92,8 @@ def _others(chosen: Mapping[str, Choice], fewest: Mapping[str, Choice], path: st
         if each.program == choice.program and len(each.actions) == len(choice.actions)
     ]
     other = {Action.KEEP: Action.RECOMPUTE, Action.RECOMPUTE: Action.KEEP}
-    for value, action in enumerate(choice.actions):
+    # what is kept comes first: to make it again takes bytes down wherever it is only waited with
+    for value, action in sorted(enumerate(choice.actions), key=lambda each: each[1] is not Action.KEEP):
         actions = (*choice.actions[:value], other[action], *choice.actions[value + 1 :])
         found.append(dataclasses.replace(choice, actions=actions))
     return found
