@@ -33,7 +33,7 @@ def test_options_of_a_lower_moment_lower_the_peak(llama: Trace, monkeypatch: pyt
     monkeypatch.setattr(ways, "_WHOLE_EVENTS", 0)  # the program over the whole step would find them by itself
     monkeypatch.setattr(ways, "_latest", {})
     with_them = lowest(llama, levers=("recompute",))
-    effort = Effort(points=40, solver_seconds=0.3, proves=False)
+    effort = Effort(points=40, solver_seconds=5.0, proves=False)
     quick = lowest(llama, levers=("recompute",), effort=effort)
     monkeypatch.setattr(ways, "_latest", {})
     monkeypatch.setattr(table, "leaner", lambda *_, **__: [])
