@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 import tightfit
 from tightfit.core import Lever
 from tightfit.levers import used
+from tightfit.levers.step_in_backward import hooks
 from tightfit.plan import lowest
 from tightfit.verify.peak import PeakMeter, static_bytes
 
@@ -273,3 +275,33 @@ def test_a_norm_of_other_parameters_is_not_this_one() -> None:
     for asked in ([*model.parameters(), *other.parameters()], list(model.first.parameters())):
         with pytest.raises(tightfit.Unsupported, match="finds no gradients"):
             torch.nn.utils.clip_grad_norm_(asked, 1.0)
+
+
+def a_clipped_plan() -> tuple[Any, Any, Any]:
+    model, optimizer, applied = stepped_in_backward(max_norm=0.05)
+    applied.remove()
+    assert "step_in_backward" in applied.plan.settings and applied.plan.replays
+    return model, optimizer, applied.plan
+
+
+def test_verify_compares_the_step_as_it_is_clipped() -> None:
+    model, optimizer, plan = a_clipped_plan()
+    proof = tightfit.verify(model, BATCH, plan, optimizer=optimizer, max_norm=0.05)
+    assert proof.passed, proof
+    assert proof["optimizer"].passed and proof["prediction"].passed
+    for max_norm in (0, math.nan):
+        with pytest.raises(tightfit.InvalidInput, match="no norm to clip to"):
+            tightfit.verify(model, BATCH, plan, optimizer=optimizer, max_norm=max_norm)
+
+
+@pytest.mark.parametrize("sabotage", ["a wrong norm", "no clipping"])
+def test_verify_finds_clipping_that_is_wrong(sabotage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, plan = a_clipped_plan()
+    honest = hooks._Step.measured_norm
+    if sabotage == "a wrong norm":
+        monkeypatch.setattr(hooks._Step, "measured_norm", lambda self, given: honest(self, given) * 1.001)
+    else:
+        monkeypatch.setattr(hooks._Step, "clipping", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(hooks._Step, "limit", None, raising=False)
+    proof = tightfit.verify(model, BATCH, plan, optimizer=optimizer, max_norm=0.05)
+    assert [check.name for check in proof.checks if not check.passed and check.name != "prediction"] == ["optimizer"]

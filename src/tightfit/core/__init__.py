@@ -60,7 +60,7 @@ from tightfit.core.results import (
     Proof,
     Row,
 )
-from tightfit.core.sizes import parse_batch, parse_bytes, parse_host_budget, percentage, require_part
+from tightfit.core.sizes import parse_batch, parse_bytes, parse_host_budget, percentage, require_norm, require_part
 from tightfit.core.verbs import make_verb
 
 __all__ = [
@@ -130,6 +130,7 @@ __all__ = [
     "percentage",
     "reason_of",
     "refused_bytes",
+    "require_norm",
     "require_part",
     "to_json",
     "write_bytes",

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import enum
 import functools
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -40,6 +39,7 @@ from tightfit.core import (
     levers_named,
     parse_bytes,
     parse_host_budget,
+    require_norm,
 )
 from tightfit.engine.compiled import doors
 from tightfit.engine.limits import within_device
@@ -169,9 +169,7 @@ def fit(
     except ValueError:
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
     allowed = levers_named(levers), exact, levers_named(beside), parse_host_budget(host_budget)
-    is_number = isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool)
-    if max_norm is not None and not (is_number and 0 < max_norm < math.inf):
-        raise InvalidInput(f"max_norm={max_norm!r} is no norm to clip to: give a number above 0")
+    require_norm(max_norm)
     there = destination(model, device)
     pool = Pool(spill=None if spill is None else Path(spill))
     guard = _Guard(model, batch, policy, loss, optimizer, units, *allowed, there, pool)

@@ -41,7 +41,7 @@ from tightfit.core import (
 )
 from tightfit.engine import Applied
 from tightfit.levers import inexact
-from tightfit.levers.step_in_backward.hooks import in_two_passes, only_clipped
+from tightfit.levers.step_in_backward.hooks import clipped_backward, only_clipped
 from tightfit.plan import plan as make_plan
 from tightfit.plan.effort import THOROUGH
 from tightfit.plan.micro_batches import QUICK, as_asked, attempted, shares, slices, solved
@@ -110,11 +110,9 @@ class Fitted(Applied):
         """
         if self.max_norm is None:
             return self._forward_and_backward(batch)
-        loss, norm = in_two_passes(
-            self.model, batch, self.optimizer, self.max_norm, lambda _: self._forward_and_backward(batch)
+        loss, self.total_norm = clipped_backward(
+            self.model, batch, self.optimizer, self.max_norm, lambda: self._forward_and_backward(batch)
         )
-        parameters: list[torch.Tensor] = list(self.model.parameters())
-        self.total_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm) if norm is None else norm
         return loss
 
     def _forward_and_backward(self, batch: Any) -> torch.Tensor:

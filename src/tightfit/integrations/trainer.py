@@ -235,7 +235,8 @@ class TightfitCallback(PeakCallback):
             if self.verify:
                 planned = self._step(self.batch)
                 with gradients_in_place(model, self._accumulates):
-                    self._peak_checks = peak_checks(model, planned, chosen, self._loss(), bare(optimizer))
+                    limit = self._trainer.args.max_grad_norm or None
+                    self._peak_checks = peak_checks(model, planned, chosen, self._loss(), bare(optimizer), limit)
 
     @property
     def _accumulates(self) -> bool:
