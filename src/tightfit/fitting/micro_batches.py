@@ -167,12 +167,12 @@ class Weigher:
         """Of `parts`, which are `batch`. Raises `Unsupported` where it cannot be told."""
         found = self._candidates(parts, rows)
         if len(set(found.values())) > 1 and self.compare is not None:
-            self.divisors = self.compare(batch)[0][:1]
+            self.divisors = self.compare(batch)[0]
             found = self._candidates(parts, rows)
         if len(set(found.values())) != 1:
             raise Unsupported(
-                "what this loss divides by cannot be told: the batches that were compared weigh their parts alike, and "
-                "this one does not"
+                "what this loss divides by cannot be told: the batches that were compared weigh their parts alike, or "
+                "have neither loss nor gradient, and this one's parts may weigh differently"
                 if found
                 else "no label of this batch counts, so its loss is the mean of nothing"
             )
