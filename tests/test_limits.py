@@ -19,6 +19,7 @@ from tightfit.core import BudgetInfeasible, parse_levers
 from tightfit.engine import apply, limits
 from tightfit.engine.offload import held_bytes
 from tightfit.fitting import fit as fitting
+from tightfit.fitting.micro_batches import gradients_in_place
 from tightfit.plan import lowest
 from tightfit.plan.account import host_bytes
 from tightfit.train.record import RunRecord
@@ -193,6 +194,37 @@ def test_a_plan_beyond_what_the_machine_leaves_is_another_or_refused(
     assert fitted(0.6, spill=tmp_path)[1] == wanted_bytes  # what waits in a file needs none of it
     with pytest.raises(BudgetInfeasible, match=r"no host budget was given: 4.00 KiB is what this machine"):
         fitted(sum(floors) / 2 / tightfit.simulate(trace).peak_bytes)
+
+
+@pytest.mark.parametrize("micro_batch", [256, "auto"])
+def test_micro_batches_wait_within_what_the_machine_leaves(
+    micro_batch: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, rows = stack(), torch.randn(512, 64)
+
+    def cut(**more: Any) -> tuple[tightfit.Plan, int]:
+        asked = {"levers": "recompute,offload", "micro_batch": micro_batch} | more
+        with tightfit.fit(model, rows, budget_bytes, loss, **asked) as applied:
+            assert applied.trace is not None and applied.plan.peak_bytes <= budget_bytes
+            return applied.plan, sum(host_bytes(applied.trace, applied.plan).values())
+
+    # so little that only with offload half the rows run
+    with gradients_in_place(model, True):
+        trace = tightfit.trace(model, rows[:256], loss=loss)
+    floors = [lowest(trace, levers=parse_levers(names)).peak_bytes for names in ("recompute,offload", "recompute")]
+    budget_bytes = sum(floors) // 2
+    free, wanted_bytes = cut()
+    assert wanted_bytes > 4096 and free.host_budget_bytes is None
+    monkeypatch.setattr(limits, "_beside_step", lambda *_: 4096)
+    if micro_batch == "auto":  # fewer rows do
+        assert cut()[1] <= 4096
+    else:
+        with pytest.raises(BudgetInfeasible, match=r"no host budget was given: 4.00 KiB is what this machine"):
+            cut()
+    assert cut(spill=tmp_path)[1] > 4096  # what waits in a file needs none of it
+    with pytest.warns(UserWarning, match="and this machine leaves") as told:
+        assert cut(host_budget="1GiB")[1] > 4096  # the user's own word
+    assert len([each for each in told if "this machine leaves" in str(each.message)]) == 1
 
 
 def test_what_is_left_counts_the_step_where_the_host_is_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

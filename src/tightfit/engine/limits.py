@@ -22,7 +22,9 @@ from tightfit.engine.offload import held_bytes
 from tightfit.plan import simulate
 from tightfit.plan.account import host_bytes
 
-__all__ = ["lowered", "planned_here", "room_in_host", "share_of_device", "within_device"]
+__all__ = [
+    "lacking_in_host", "lowered", "planned_here", "room_in_host", "share_of_device", "tell_of_host", "within_device",
+]  # fmt: skip
 
 #: What lies on the device before a step, in the process already.
 _THERE = (Category.PARAMETERS, Category.QUANTISED, Category.BUFFERS)
@@ -52,17 +54,11 @@ def planned_here(
         if (within_bytes := within_device(asked_bytes, device)) < asked_bytes:
             budget = within_bytes
     made = make(budget, host_budget)
-    waiting = 0 if spilled else sum(host_bytes(trace, made).values())
-    left = _beside_step(trace, made.budget_bytes, device) if waiting else None
-    left = None if left is None else left + held_bytes
-    if left is None or waiting <= left:
+    left = lacking_in_host(trace, made, device, held_bytes, spilled)
+    if left is None:
         return made
     if host_budget is not None:
-        warnings.warn(
-            f"the plan has {format_bytes(waiting)} wait in host memory, as its host budget allows, and this machine "
-            f"leaves {format_bytes(left)}: lower the host budget",
-            stacklevel=4,
-        )
+        tell_of_host(trace, made, left, stacklevel=5)
         return made
     try:
         return make(made.budget_bytes, left)
@@ -75,6 +71,27 @@ def planned_here(
             error.budget_bytes, error.least_bytes, (why, *error.advice),
             host_budget_bytes=error.host_budget_bytes, host_bytes=error.host_bytes,
         ) from None  # fmt: skip
+
+
+def lacking_in_host(
+    trace: Trace, made: Plan, device: torch.device, held_bytes: int = 0, spilled: bool = False
+) -> int | None:
+    """Bytes of this machine's memory that there are for what `made` has wait there, where they are too few. None: they
+    are enough, or the system does not say. `held_bytes`, `spilled`: as in `planned_here`."""
+    waiting = 0 if spilled else sum(host_bytes(trace, made).values())
+    left = _beside_step(trace, made.budget_bytes, device) if waiting else None
+    left = None if left is None else left + held_bytes
+    return None if left is None or waiting <= left else left
+
+
+def tell_of_host(trace: Trace, made: Plan, left_bytes: int, *, stacklevel: int) -> None:
+    """Warn that `made` has more wait in host memory than there is, since its host budget allows it."""
+    waiting = sum(host_bytes(trace, made).values())
+    warnings.warn(
+        f"the plan has {format_bytes(waiting)} wait in host memory, as its host budget allows, and this machine "
+        f"leaves {format_bytes(left_bytes)}: lower the host budget",
+        stacklevel=stacklevel,
+    )
 
 
 def share_of_device(device: torch.device) -> int | None:
