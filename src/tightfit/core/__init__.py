@@ -19,6 +19,7 @@ from tightfit.core.errors import (
     refused_bytes,
 )
 from tightfit.core.files import output_file, write_bytes, write_text
+from tightfit.core.folders import parse_spill
 from tightfit.core.formats import format_apart, format_bytes
 from tightfit.core.levers import Lever, LeversAsked, by_name, levers_named, parse_levers
 from tightfit.core.recorded import (
@@ -127,6 +128,7 @@ __all__ = [
     "parse_bytes",
     "parse_host_budget",
     "parse_levers",
+    "parse_spill",
     "percentage",
     "reason_of",
     "refused_bytes",

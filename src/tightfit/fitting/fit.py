@@ -171,7 +171,7 @@ def fit(
     allowed = levers_named(levers), exact, levers_named(beside), parse_host_budget(host_budget)
     require_norm(max_norm)
     there = destination(model, device)
-    pool = Pool(spill=None if spill is None else Path(spill))
+    pool = Pool(spill=spill)
     guard = _Guard(model, batch, policy, loss, optimizer, units, *allowed, there, pool)
     guard.clips = max_norm is not None
     if own_checkpointing(model):

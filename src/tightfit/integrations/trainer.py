@@ -42,6 +42,7 @@ from tightfit.core import (
     format_bytes,
     levers_named,
     parse_host_budget,
+    parse_spill,
 )
 from tightfit.engine import Applied
 from tightfit.engine.offload import Pool
@@ -134,8 +135,7 @@ class TightfitCallback(PeakCallback):
             batch, micro_batch = None, batch
         self.budget, self.host_budget = what_is_given(budget, plan, micro_batch), parse_host_budget(host_budget)
         self.in_parts = None if micro_batch is None else InParts(micro_batch, exact, batch is not None)
-        self.spill = None if spill is None else Path(spill)
-        Pool(spill=self.spill)  # raises for what is no folder
+        self.spill = parse_spill(spill)
         self.beside = levers_named(beside) or frozenset()
         self.levers, self.exact = levers_named(levers), exact
         self.verify = verify
