@@ -15,7 +15,7 @@ from torch import nn
 import tightfit
 from tightfit import accelerator
 from tightfit.accelerator import control_groups
-from tightfit.core import BudgetInfeasible, parse_levers
+from tightfit.core import BudgetInfeasible, PlanMismatch, parse_levers
 from tightfit.engine import apply, limits
 from tightfit.engine.offload import held_bytes
 from tightfit.fitting import fit as fitting
@@ -149,6 +149,33 @@ def test_a_budget_beyond_the_control_groups_limit_is_lowered_and_said(system: An
         with warnings.catch_warnings(), tightfit.fit(model, rows, "100%", loss) as applied:
             warnings.simplefilter("error")
             assert applied.plan.budget_bytes == applied.plan.unplanned_peak_bytes
+
+
+def test_a_plan_that_was_given_names_the_limit_that_it_does_not_keep(
+    system: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = stack(), torch.randn(512, 64)
+    trace = tightfit.trace(model, rows, loss=loss)
+    whole, waits = tightfit.plan(trace, "100%"), tightfit.plan(trace, "60%", levers="recompute,offload")
+    system("0::/job\n", **{"job/memory.max": str(int(whole.peak_bytes * 0.8))})
+    with (
+        pytest.warns(UserWarning, match="by its control group's limit: planned for that"),
+        pytest.raises(PlanMismatch, match="may take of host memory, by its control group's limit; raise that limit"),
+    ):
+        tightfit.fit(model, rows, loss=loss, plan=whole)
+    with (
+        pytest.warns(UserWarning, match="by its control group's limit: planned for that"),
+        pytest.raises(PlanMismatch, match="larger than that which it was made for; .*raise the budget"),
+    ):
+        tightfit.fit(model, rows.repeat(8, 1), loss=loss, plan=whole)  # whatever the limit
+    system("0::/job\n", **{"job/memory.max": "max"})
+    monkeypatch.setattr(limits, "_beside_step", lambda *_: 4096)
+    with pytest.raises(
+        PlanMismatch, match=r"may take 4.00 KiB: that is what this machine, or the limit of its control"
+    ):
+        tightfit.fit(model, rows, loss=loss, plan=waits)
+    with pytest.raises(PlanMismatch, match="or raise the host budget"):
+        tightfit.fit(model, rows, loss=loss, plan=waits, host_budget=4096)
 
 
 @pytest.mark.parametrize("micro_batch", ["auto", 512, 256])

@@ -23,7 +23,8 @@ from tightfit.plan import simulate
 from tightfit.plan.account import host_bytes
 
 __all__ = [
-    "lacking_in_host", "lowered", "planned_here", "room_in_host", "share_of_device", "tell_of_host", "within_device",
+    "lacking_in_host", "lowered", "planned_here", "room_in_host", "share_of_device", "shared_place", "tell_of_host",
+    "within_device",
 ]  # fmt: skip
 
 #: What lies on the device before a step, in the process already.
@@ -108,8 +109,12 @@ def within_device(asked_bytes: int, device: torch.device) -> int:
     limit_bytes = share_of_device(device)
     if limit_bytes is None or asked_bytes <= limit_bytes:
         return asked_bytes
-    where = accelerator.name_of(device) if accelerator.is_card(device) else "host memory, by its control group's limit"
-    return lowered(asked_bytes, limit_bytes, "this process", where, stacklevel=6)
+    return lowered(asked_bytes, limit_bytes, "this process", shared_place(device), stacklevel=6)
+
+
+def shared_place(device: torch.device) -> str:
+    """Of what `share_of_device` is a share, in words."""
+    return accelerator.name_of(device) if accelerator.is_card(device) else "host memory, by its control group's limit"
 
 
 def lowered(asked_bytes: int, limit_bytes: int, who: str, where: str, *, stacklevel: int) -> int:
