@@ -165,7 +165,7 @@ def test_a_plan_that_was_given_names_the_limit_that_it_does_not_keep(
         tightfit.fit(model, rows, loss=loss, plan=whole)
     with (
         pytest.warns(UserWarning, match="by its control group's limit: planned for that"),
-        pytest.raises(PlanMismatch, match="larger than that which it was made for; .*raise the budget"),
+        pytest.raises(PlanMismatch, match=r"larger than that which it was made for; .*raise the budget"),
     ):
         tightfit.fit(model, rows.repeat(8, 1), loss=loss, plan=whole)  # whatever the limit
     system("0::/job\n", **{"job/memory.max": "max"})

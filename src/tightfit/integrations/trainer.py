@@ -290,7 +290,8 @@ class TightfitCallback(PeakCallback):
         levers, beside = self.allowed()
         if self.plan is not None and self.plan.exact:
             # in the middle of a training nothing is proven anew, so only what gives the same bits by design
-            levers, beside = exact_only(levers) | beside, frozenset()
+            levers = LeversAsked(exact_only(levers) | beside, by_name(levers) | by_name(beside))
+            beside = frozenset()
         made = functools.partial(
             planned, levers=levers, model=model, exact=self.exact, beside=beside, host_budget=self.host_budget,
             spilled=self.spill is not None,
