@@ -243,8 +243,9 @@ def forecast_table(forecast: Forecast) -> RenderableType:
         lines.append(f"global batch: {forecast.micro_batches.said}")
     if forecast.largest_batch is not None:
         lines.append(
-            f"largest batch at {forecast.seq} tokens: {forecast.largest_batch or 'none'}; "
-            f"longest sequence at batch {forecast.batch}: {forecast.longest_seq or 'none'} (in steps of 64)"
+            f"largest batch found at {forecast.seq} tokens: {forecast.largest_batch or 'none'}; longest sequence at "
+            f"batch {forecast.batch}: {forecast.longest_seq or 'none'} (in steps of 64); the plan of a run is searched "
+            "for longer, and may hold a little more"
         )
     lines += [f"it would fit: {said}" if " fit" in said else said for said in forecast.advice]
     if forecast.calibration:
