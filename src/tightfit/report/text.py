@@ -233,9 +233,7 @@ def forecast_table(forecast: Forecast) -> RenderableType:
     line("fits", lambda m: "yes" if m.fits else "no")
     line("step (estimated)", lambda m: f"{m.step_seconds:.2f} s ({m.slowdown:.2f} x)")
     line("tokens/s (estimated)", lambda m: f"{float(f'{m.tokens_per_second:.3g}'):,.0f}")  # an estimate
-    lines = [
-        f"{MODES.get(m.mode, m.mode)}: the peak is in the {m.peak_phase}, at: {m.peak_owner}" for m in forecast.modes
-    ]
+    lines = [f"{MODES.get(m.mode, m.mode)}: the peak is in {m.peak_phase}, at: {m.peak_owner}" for m in forecast.modes]
     lines += [f"plan: {said}" for said in forecast.essence]
     if forecast.account is not None:
         lines += account_lines(forecast.account, forecast.host_budget_bytes)
@@ -251,7 +249,8 @@ def forecast_table(forecast: Forecast) -> RenderableType:
     if forecast.calibration:
         lines.append(f"calibration: {forecast.calibration}")
     lines += [*forecast.notes, f"error bar: {forecast.error_bar}"]
-    return Group(verdict, table, *(Text(said) for said in lines))
+    # what is to be copied stays on one line: rich wraps all but that
+    return Group(verdict, table, *(Text(said, overflow="ignore" if "--levers " in said else None) for said in lines))
 
 
 def calibration_table(made: Calibration) -> RenderableType:
