@@ -15,7 +15,7 @@ from torch import nn
 import tightfit
 from tightfit import accelerator
 from tightfit.accelerator import control_groups
-from tightfit.core import BudgetInfeasible, PlanMismatch, parse_levers
+from tightfit.core import BudgetInfeasible, InvalidInput, PlanMismatch, parse_levers
 from tightfit.engine import apply, limits
 from tightfit.engine.offload import held_bytes
 from tightfit.fitting import fit as fitting
@@ -59,6 +59,10 @@ UNLIMITED = "9223372036854771712\n"
         ("4:memory:/docker/x\n", {"memory/memory.limit_in_bytes": "200\n"}, 200),
         ("2:cpu:/a\n0::/b\n", {"unified/b/memory.max": "100\n", "cpu/a/memory.limit_in_bytes": "1"}, 100),
         ("no lines of that kind", {"memory.max": "90"}, 90),
+        ("0::/a\n", {"memory.max": "0\n", "a/memory.max": "max\n"}, 0),
+        ("0::/a\n", {"memory.max": "-1\n", "a/memory.max": "500\n"}, 500),
+        ("0::/a\n", {"memory.max": "1_000\n", "a/memory.max": "4096 of it\n"}, None),
+        ("0::/a\n", {"memory.max": "", "a/memory.max": "1e9\n"}, None),
         ("", {}, None),
     ],
 )
@@ -176,6 +180,17 @@ def test_a_plan_that_was_given_names_the_limit_that_it_does_not_keep(
         tightfit.fit(model, rows, loss=loss, plan=waits)
     with pytest.raises(PlanMismatch, match="or raise the host budget"):
         tightfit.fit(model, rows, loss=loss, plan=waits, host_budget=4096)
+
+
+@pytest.mark.parametrize("more", [{}, {"micro_batch": "auto"}])
+@pytest.mark.parametrize("budget", ["100%", "1GiB"])
+def test_a_limit_of_nothing_is_told_in_one_line(budget: str, more: Any, system: Any) -> None:
+    system("0::/job\n", **{"job/memory.max": "0"})
+    says = (
+        r"a budget of .* was asked for, and this process may take nothing of host memory, by its control group's limit"
+    )
+    with pytest.raises(InvalidInput, match=says):
+        tightfit.fit(stack(), torch.randn(512, 64), budget, loss, **more)
 
 
 @pytest.mark.parametrize("micro_batch", ["auto", 512, 256])

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from tightfit import accelerator
-from tightfit.core import BudgetInfeasible, Category, Plan, Trace, format_bytes, parse_bytes
+from tightfit.core import BudgetInfeasible, Category, InvalidInput, Plan, Trace, format_bytes, parse_bytes
 from tightfit.engine.offload import held_bytes
 from tightfit.plan import simulate
 from tightfit.plan.account import host_bytes
@@ -109,6 +109,11 @@ def within_device(asked_bytes: int, device: torch.device) -> int:
     limit_bytes = share_of_device(device)
     if limit_bytes is None or asked_bytes <= limit_bytes:
         return asked_bytes
+    if limit_bytes <= 0:
+        raise InvalidInput(
+            f"a budget of {format_bytes(asked_bytes)} was asked for, and this process may take nothing of "
+            f"{shared_place(device)}: raise that limit"
+        )
     return lowered(asked_bytes, limit_bytes, "this process", shared_place(device), stacklevel=6)
 
 
