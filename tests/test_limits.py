@@ -130,8 +130,11 @@ def test_a_budget_beyond_the_share_of_a_card_is_lowered_and_said(monkeypatch: py
     def make(budget: str | int, host_budget: int | None) -> tightfit.Plan:
         return tightfit.plan(trace, budget, host_budget=host_budget)
 
+    asked, honest = [], limits.share_of_device
+    monkeypatch.setattr(limits, "share_of_device", lambda device: (asked.append(device), honest(device))[1])
     with pytest.warns(UserWarning, match=r"this process may take .* of Slice 1g.10gb: planned for that"):
         made = limits.planned_here(trace, "100%", None, torch.device("cuda", 0), make)
+    assert len(asked) == 1
     assert made.budget_bytes == limit >= made.peak_bytes
     assert limits.planned_here(trace, "75%", None, torch.device("cuda", 0), make).budget_bytes == int(0.75 * peak_bytes)
 

@@ -50,9 +50,9 @@ def planned_here(
     """The plan of `trace` that `make(budget, host_budget)` gives, within the limits that are set here. `held_bytes`: of
     what may wait, so much is in host memory already. `spilled`: what waits does so in a file. Raises what `make`
     does."""
-    if share_of_device(device) is not None:
+    if (share_bytes := share_of_device(device)) is not None:
         asked_bytes = parse_bytes(budget, whole_bytes=simulate(trace).peak_bytes)
-        if (within_bytes := within_device(asked_bytes, device)) < asked_bytes:
+        if (within_bytes := within_device(asked_bytes, device, share_bytes)) < asked_bytes:
             budget = within_bytes
     made = make(budget, host_budget)
     left = lacking_in_host(trace, made, device, held_bytes, spilled)
@@ -104,9 +104,10 @@ def share_of_device(device: torch.device) -> int | None:
     return None if limit_bytes == accelerator.host_memory_bytes() else limit_bytes
 
 
-def within_device(asked_bytes: int, device: torch.device) -> int:
-    """A budget, or what this process may take of the device where that is less, which a warning says."""
-    limit_bytes = share_of_device(device)
+def within_device(asked_bytes: int, device: torch.device, share_bytes: int | None = None) -> int:
+    """A budget, or what this process may take of the device where that is less, which a warning says. `share_bytes`:
+    that, where it was asked for already."""
+    limit_bytes = share_of_device(device) if share_bytes is None else share_bytes
     if limit_bytes is None or asked_bytes <= limit_bytes:
         return asked_bytes
     if limit_bytes <= 0:
