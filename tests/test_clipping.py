@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import tightfit
-from tightfit.core import Lever
+from tightfit.core import Lever, Phase
 from tightfit.levers import used
 from tightfit.levers.step_in_backward import hooks
 from tightfit.plan import lowest
@@ -162,6 +163,20 @@ def test_the_second_pass_has_its_price() -> None:
     applied.remove()
     _, _, clipped = stepped_in_backward(max_norm=1.0)
     assert clipped.plan.slowdown > seconds + 0.5  # forward and backward are most of a step
+
+
+def test_the_second_pass_is_priced_with_its_replays() -> None:
+    model = Model()
+    trace = tightfit.trace(model, BATCH, optimizer=OPTIMIZERS["adamw"](model.parameters()))
+    assert trace.optimizer is not None
+    clipped = dataclasses.replace(trace, optimizer=dataclasses.replace(trace.optimizer, clipped=True))
+    levers = "recompute,step_in_backward"
+    least = lowest(trace, levers=levers).peak_bytes
+    once, twice = (tightfit.plan(each, least, levers=levers) for each in (trace, clipped))
+    assert once.recompute_seconds == twice.recompute_seconds > 0
+    passes = sum(op.seconds for op in trace.ops if op.phase is not Phase.OPTIMIZER)
+    assert twice.step_seconds - once.step_seconds == pytest.approx(passes + once.recompute_seconds)
+    assert twice.added_seconds - once.added_seconds == pytest.approx(passes + once.recompute_seconds)
 
 
 @pytest.mark.parametrize("max_norm", [0, -1.0, math.inf, math.nan, "1"])
