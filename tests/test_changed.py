@@ -67,3 +67,16 @@ def test_garbage_is_looked_for_at_rests_and_what_survives_is_let_go_of_in_the_en
     assert gone() is not None and not gc.get_freeze_count()
     gc.collect()
     assert gone() is None
+
+
+def test_what_the_caller_has_frozen_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        gone = cycle()
+        with collecting_at_rests():
+            rest()
+            assert gone() is None and gc.get_freeze_count() <= frozen  # nor is anything of ours there for good
+        assert frozen // 2 < gc.get_freeze_count() <= frozen  # what nothing refers to any more is gone
+    finally:
+        gc.unfreeze()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 from torch import nn
 
 import tightfit
-from tightfit.core import Lever
+from tightfit.core import Lever, Phase
 from tightfit.levers import used
+from tightfit.levers.step_in_backward import hooks
 from tightfit.plan import lowest
 from tightfit.verify.peak import PeakMeter, static_bytes
 
@@ -162,6 +165,20 @@ def test_the_second_pass_has_its_price() -> None:
     assert clipped.plan.slowdown > seconds + 0.5  # forward and backward are most of a step
 
 
+def test_the_second_pass_is_priced_with_its_replays() -> None:
+    model = Model()
+    trace = tightfit.trace(model, BATCH, optimizer=OPTIMIZERS["adamw"](model.parameters()))
+    assert trace.optimizer is not None
+    clipped = dataclasses.replace(trace, optimizer=dataclasses.replace(trace.optimizer, clipped=True))
+    levers = "recompute,step_in_backward"
+    least = lowest(trace, levers=levers).peak_bytes
+    once, twice = (tightfit.plan(each, least, levers=levers) for each in (trace, clipped))
+    assert once.recompute_seconds == twice.recompute_seconds > 0
+    passes = sum(op.seconds for op in trace.ops if op.phase is not Phase.OPTIMIZER)
+    assert twice.step_seconds - once.step_seconds == pytest.approx(passes + once.recompute_seconds)
+    assert twice.added_seconds - once.added_seconds == pytest.approx(passes + once.recompute_seconds)
+
+
 @pytest.mark.parametrize("max_norm", [0, -1.0, math.inf, math.nan, "1"])
 def test_what_is_no_norm(max_norm: Any) -> None:
     with pytest.raises(tightfit.InvalidInput, match="no norm to clip to"):
@@ -273,3 +290,33 @@ def test_a_norm_of_other_parameters_is_not_this_one() -> None:
     for asked in ([*model.parameters(), *other.parameters()], list(model.first.parameters())):
         with pytest.raises(tightfit.Unsupported, match="finds no gradients"):
             torch.nn.utils.clip_grad_norm_(asked, 1.0)
+
+
+def a_clipped_plan() -> tuple[Any, Any, Any]:
+    model, optimizer, applied = stepped_in_backward(max_norm=0.05)
+    applied.remove()
+    assert "step_in_backward" in applied.plan.settings and applied.plan.replays
+    return model, optimizer, applied.plan
+
+
+def test_verify_compares_the_step_as_it_is_clipped() -> None:
+    model, optimizer, plan = a_clipped_plan()
+    proof = tightfit.verify(model, BATCH, plan, optimizer=optimizer, max_norm=0.05)
+    assert proof.passed, proof
+    assert proof["optimizer"].passed and proof["prediction"].passed
+    for max_norm in (0, math.nan):
+        with pytest.raises(tightfit.InvalidInput, match="no norm to clip to"):
+            tightfit.verify(model, BATCH, plan, optimizer=optimizer, max_norm=max_norm)
+
+
+@pytest.mark.parametrize("sabotage", ["a wrong norm", "no clipping"])
+def test_verify_finds_clipping_that_is_wrong(sabotage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, plan = a_clipped_plan()
+    honest = hooks._Step.measured_norm
+    if sabotage == "a wrong norm":
+        monkeypatch.setattr(hooks._Step, "measured_norm", lambda self, given: honest(self, given) * 1.001)
+    else:
+        monkeypatch.setattr(hooks._Step, "clipping", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(hooks._Step, "limit", None, raising=False)
+    proof = tightfit.verify(model, BATCH, plan, optimizer=optimizer, max_norm=0.05)
+    assert [check.name for check in proof.checks if not check.passed and check.name != "prediction"] == ["optimizer"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import tightfit
@@ -24,7 +25,7 @@ from tightfit.forecast.room import CONTEXT_BYTES, MARGIN, room_bytes
 from tightfit.levers import exact_only
 from tightfit.plan import lowest, solver
 from tightfit.plan.simulate import allocations
-from tightfit.report import forecast_report
+from tightfit.report import forecast_report, forecast_table
 
 ROOT = Path(__file__).parents[1]
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "forecast.py"))
@@ -105,6 +106,9 @@ def test_largest_batch_and_longest_sequence_are_exact() -> None:
     room = 96 * 2**20
     answer = forecast.check(TINY, card(int(room * (1 + MARGIN))))
     assert answer.fits and answer.largest_batch and answer.longest_seq
+    console = Console(record=True, width=1000)
+    console.print(forecast_table(answer))
+    assert "the plan of a run is searched for longer, and may hold a little more" in console.export_text()
 
     def runs(**changed: int) -> bool:
         setup = Setup(**{**{f: getattr(TINY, f) for f in TINY.__dataclass_fields__}, **changed})

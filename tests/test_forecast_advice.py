@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import pytest
 
 from tightfit import forecast
+from tightfit.cli.program import main
 from tightfit.core import Lever, Trace, parse_levers
 from tightfit.forecast import Setup
 from tightfit.forecast.advice import with_other_levers
@@ -77,3 +78,16 @@ def test_an_answer_of_no_names_them_and_they_are_the_answer(traces: dict[str, Tr
     assert again.fits and not again.advice and again.host_bytes
     named = forecast.check(FULL, card, search=False, levers=DEFAULT)  # who names levers is not told of others
     assert not named.fits and not any("--levers" in said for said in named.advice)
+
+
+def test_levers_to_paste_stay_on_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal of 80 columns, too, and with names that alone are wider."""
+    names = ",".join(lever.value for lever in Lever)
+    assert len(names) > 80
+    advice = f"--levers {names} fits: from 1.00 GiB on, by all of them"
+    monkeypatch.setattr("tightfit.forecast.answer.advice_for", lambda *_: (advice,))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["check", "tightfit-demo", "--seq", "64", "--gpu", "8GiB", "--budget", "30MiB", "--no-search"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"it would fit: {advice}" in lines
+    assert max(len(line) for line in lines if "error bar" in line) <= 80  # what is prose is wrapped

@@ -409,11 +409,50 @@ def test_train_passes_it_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         TightfitCallback("60%", host_budget="10%")
     spilling = Asked(options=TrainOptions(spill=str(tmp_path)), config=None)
     assert spilling.recipe().fit.spill == spilling.resolved().spill == str(tmp_path)
-    with pytest.raises(InvalidInput, match="it is no folder"):
-        TightfitCallback("60%", spill=tmp_path / "missing")
     told: list[Any] = []
     monkeypatch.setattr("tightfit.integrations.trainer.planned", lambda *_, **named: told.append(named) or (None, None))
     callback = TightfitCallback("60%", host_budget="3MiB", spill=tmp_path)
     callback._trainer = SimpleNamespace(args=SimpleNamespace(max_grad_norm=1.0, gradient_accumulation_steps=2))
     callback._plan_for({}, nn.Linear(1, 1), None)
     assert (told[0]["host_budget"], told[0]["spilled"]) == (3 * 2**20, True)  # what waits does so in a file
+
+
+@pytest.mark.parametrize(
+    ("spill", "said"),
+    [
+        (5, "expected spill as the path of a folder, not 5"),
+        (["here"], "expected spill as the path of a folder, not \\['here'\\]"),
+        ("", "spill is an empty path: give '.' if the working directory is meant"),
+        ("/missing", "cannot spill to '/missing': it is no folder; make it, or choose another"),
+        ("/dev/null", "cannot spill to '/dev/null': it is no folder"),
+        ("/proc", "cannot spill to '/proc': no file can be made there .*; choose another folder"),
+    ],
+)
+def test_what_cannot_be_spilled_to_is_said_before_anything_runs(spill: Any, said: str) -> None:
+    from tightfit.integrations.lightning import TightfitCallback as Lightning
+    from tightfit.integrations.transformers import TightfitCallback
+
+    made = plan(recorded(), "100%")
+    asks: list[Any] = [
+        lambda: tightfit.fit(stack(), batch(), "90%", loss, spill=spill),
+        lambda: tightfit.apply(stack(), made, spill=spill),
+        lambda: TightfitCallback("60%", spill=spill),
+        lambda: Lightning("60%", spill=spill),
+    ]
+    for ask in asks:
+        with pytest.raises(InvalidInput, match=said):
+            ask()
+
+
+@pytest.mark.parametrize("spill", ["", "/proc"])
+@pytest.mark.parametrize("in_config", [False, True])
+def test_train_says_so_with_its_exit_status(
+    spill: str, in_config: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["train", "--spill", spill]
+    if in_config:
+        (tmp_path / "train.yaml").write_text(json.dumps({"model_name_or_path": "gpt2", "spill": spill}))
+        asked = ["train", "--config", str(tmp_path / "train.yaml")]
+    assert main(asked) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "spill" in line

@@ -15,10 +15,11 @@ from torch import nn
 import tightfit
 from tightfit import accelerator
 from tightfit.accelerator import control_groups
-from tightfit.core import BudgetInfeasible, parse_levers
+from tightfit.core import BudgetInfeasible, InvalidInput, PlanMismatch, parse_levers
 from tightfit.engine import apply, limits
 from tightfit.engine.offload import held_bytes
 from tightfit.fitting import fit as fitting
+from tightfit.fitting.micro_batches import gradients_in_place
 from tightfit.plan import lowest
 from tightfit.plan.account import host_bytes
 from tightfit.train.record import RunRecord
@@ -58,6 +59,10 @@ UNLIMITED = "9223372036854771712\n"
         ("4:memory:/docker/x\n", {"memory/memory.limit_in_bytes": "200\n"}, 200),
         ("2:cpu:/a\n0::/b\n", {"unified/b/memory.max": "100\n", "cpu/a/memory.limit_in_bytes": "1"}, 100),
         ("no lines of that kind", {"memory.max": "90"}, 90),
+        ("0::/a\n", {"memory.max": "0\n", "a/memory.max": "max\n"}, 0),
+        ("0::/a\n", {"memory.max": "-1\n", "a/memory.max": "500\n"}, 500),
+        ("0::/a\n", {"memory.max": "1_000\n", "a/memory.max": "4096 of it\n"}, None),
+        ("0::/a\n", {"memory.max": "", "a/memory.max": "1e9\n"}, None),
         ("", {}, None),
     ],
 )
@@ -125,8 +130,11 @@ def test_a_budget_beyond_the_share_of_a_card_is_lowered_and_said(monkeypatch: py
     def make(budget: str | int, host_budget: int | None) -> tightfit.Plan:
         return tightfit.plan(trace, budget, host_budget=host_budget)
 
+    asked, honest = [], limits.share_of_device
+    monkeypatch.setattr(limits, "share_of_device", lambda device: (asked.append(device), honest(device))[1])
     with pytest.warns(UserWarning, match=r"this process may take .* of Slice 1g.10gb: planned for that"):
         made = limits.planned_here(trace, "100%", None, torch.device("cuda", 0), make)
+    assert len(asked) == 1
     assert made.budget_bytes == limit >= made.peak_bytes
     assert limits.planned_here(trace, "75%", None, torch.device("cuda", 0), make).budget_bytes == int(0.75 * peak_bytes)
 
@@ -148,6 +156,44 @@ def test_a_budget_beyond_the_control_groups_limit_is_lowered_and_said(system: An
         with warnings.catch_warnings(), tightfit.fit(model, rows, "100%", loss) as applied:
             warnings.simplefilter("error")
             assert applied.plan.budget_bytes == applied.plan.unplanned_peak_bytes
+
+
+def test_a_plan_that_was_given_names_the_limit_that_it_does_not_keep(
+    system: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = stack(), torch.randn(512, 64)
+    trace = tightfit.trace(model, rows, loss=loss)
+    whole, waits = tightfit.plan(trace, "100%"), tightfit.plan(trace, "60%", levers="recompute,offload")
+    system("0::/job\n", **{"job/memory.max": str(int(whole.peak_bytes * 0.8))})
+    with (
+        pytest.warns(UserWarning, match="by its control group's limit: planned for that"),
+        pytest.raises(PlanMismatch, match="may take of host memory, by its control group's limit; raise that limit"),
+    ):
+        tightfit.fit(model, rows, loss=loss, plan=whole)
+    with (
+        pytest.warns(UserWarning, match="by its control group's limit: planned for that"),
+        pytest.raises(PlanMismatch, match=r"larger than that which it was made for; .*raise the budget"),
+    ):
+        tightfit.fit(model, rows.repeat(8, 1), loss=loss, plan=whole)  # whatever the limit
+    system("0::/job\n", **{"job/memory.max": "max"})
+    monkeypatch.setattr(limits, "_beside_step", lambda *_: 4096)
+    with pytest.raises(
+        PlanMismatch, match=r"may take 4.00 KiB: that is what this machine, or the limit of its control"
+    ):
+        tightfit.fit(model, rows, loss=loss, plan=waits)
+    with pytest.raises(PlanMismatch, match="or raise the host budget"):
+        tightfit.fit(model, rows, loss=loss, plan=waits, host_budget=4096)
+
+
+@pytest.mark.parametrize("more", [{}, {"micro_batch": "auto"}])
+@pytest.mark.parametrize("budget", ["100%", "1GiB"])
+def test_a_limit_of_nothing_is_told_in_one_line(budget: str, more: Any, system: Any) -> None:
+    system("0::/job\n", **{"job/memory.max": "0"})
+    says = (
+        r"a budget of .* was asked for, and this process may take nothing of host memory, by its control group's limit"
+    )
+    with pytest.raises(InvalidInput, match=says):
+        tightfit.fit(stack(), torch.randn(512, 64), budget, loss, **more)
 
 
 @pytest.mark.parametrize("micro_batch", ["auto", 512, 256])
@@ -193,6 +239,37 @@ def test_a_plan_beyond_what_the_machine_leaves_is_another_or_refused(
     assert fitted(0.6, spill=tmp_path)[1] == wanted_bytes  # what waits in a file needs none of it
     with pytest.raises(BudgetInfeasible, match=r"no host budget was given: 4.00 KiB is what this machine"):
         fitted(sum(floors) / 2 / tightfit.simulate(trace).peak_bytes)
+
+
+@pytest.mark.parametrize("micro_batch", [256, pytest.param("auto", marks=pytest.mark.slow)])
+def test_micro_batches_wait_within_what_the_machine_leaves(
+    micro_batch: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, rows = stack()[:2], torch.randn(512, 64)
+
+    def cut(**more: Any) -> tuple[tightfit.Plan, int]:
+        asked = {"levers": "recompute,offload", "micro_batch": micro_batch} | more
+        with tightfit.fit(model, rows, budget_bytes, loss, **asked) as applied:
+            assert applied.trace is not None and applied.plan.peak_bytes <= budget_bytes
+            return applied.plan, sum(host_bytes(applied.trace, applied.plan).values())
+
+    # so little that only with offload half the rows run
+    with gradients_in_place(model, True):
+        trace = tightfit.trace(model, rows[:256], loss=loss)
+    floors = [lowest(trace, levers=parse_levers(names)).peak_bytes for names in ("recompute,offload", "recompute")]
+    budget_bytes = sum(floors) // 2
+    free, wanted_bytes = cut()
+    assert wanted_bytes > 4096 and free.host_budget_bytes is None
+    monkeypatch.setattr(limits, "_beside_step", lambda *_: 4096)
+    if micro_batch == "auto":  # fewer rows do
+        assert cut()[1] <= 4096
+    else:
+        with pytest.raises(BudgetInfeasible, match=r"no host budget was given: 4.00 KiB is what this machine"):
+            cut()
+    assert cut(spill=tmp_path)[1] > 4096  # what waits in a file needs none of it
+    with pytest.warns(UserWarning, match="and this machine leaves") as told:
+        assert cut(host_budget="1GiB")[1] > 4096  # the user's own word
+    assert len([each for each in told if "this machine leaves" in str(each.message)]) == 1
 
 
 def test_what_is_left_counts_the_step_where_the_host_is_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,53 @@ def test_what_a_loss_divides_by_is_found_by_comparing(norm: nn.Module, loss: Any
     assert model.training and all(module.training for module in model.modules())
 
 
+class Rows(nn.Module):
+    """A number for each row, all of them by one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((8,), 0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight * x).sum(1)
+
+
+def by_advantage(model: nn.Module, batch: Any) -> torch.Tensor:
+    found: torch.Tensor = (model(batch[0]) * batch[1]).sum()
+    return found
+
+
+def larger_in_one_row(model: nn.Module, batch: Any) -> torch.Tensor:
+    return by_advantage(model, batch) * (1.5 if len(batch[0]) == 1 else 1.0)
+
+
+@pytest.mark.parametrize("in_float64", [True, False])
+@pytest.mark.parametrize("advantages", [(2.0, -1.0, -1.0), (0.7, 0.1, -0.8)], ids=["to the bit", "but for rounding"])
+def test_a_loss_that_cancels_to_nothing_still_tells(advantages: tuple[float, ...], in_float64: bool) -> None:
+    """Of equal rows: it is exactly zero in float32, and there is no relative distance from that."""
+    torch.manual_seed(0)
+    model, x, y = Rows(), torch.randn(8).expand(3, 8).clone(), torch.tensor(advantages)
+    assert float(by_advantage(model, (x, y)).detach()) == 0
+    parts = [(x[:1], y[:1]), (x[1:], y[1:])]
+    held, check = compared_cut(model, (x, y), parts, (1, 2), by_advantage, in_float64=in_float64)
+    assert held == (Divisor.SUM,), check
+    held, check = compared_cut(model, (x, y), parts, (1, 2), larger_in_one_row, in_float64=in_float64)
+    assert not held, check
+
+
+def test_where_there_is_no_gradient_at_all_nothing_is_guessed() -> None:
+    """All divisors pass where the loss and all gradients are zero. No batch is weighed by the first of them."""
+    x, nothing = torch.randn(6, 8), torch.zeros(6)
+    applied = tightfit.fit(Rows(), (x, nothing), "100MiB", loss=by_advantage, micro_batch=2)
+    with pytest.raises(Unsupported, match="cannot be told"):
+        applied.backward((x, nothing))
+    y = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert float(applied.backward((x, y))) == pytest.approx(
+        float(by_advantage(applied.model, (x, y)).detach()), rel=1e-5
+    )
+    applied.remove()
+
+
 def test_a_load_balancing_loss_is_no_mean() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -27,6 +27,7 @@ from tightfit.integrations import trainer as subject
 from tightfit.integrations.longest import Extent, longest_batch
 from tightfit.integrations.transformers import PeakCallback, TightfitCallback
 from tightfit.levers.state_in_host import host
+from tightfit.levers.step_in_backward import hooks
 from tightfit.step.run import static_bytes_by_category
 
 slow = pytest.mark.slow
@@ -807,8 +808,14 @@ def test_what_the_plan_may_not_use_it_does_not_use(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("clips", "beside"), [(True, ""), (True, "step_in_backward"), (False, "")])
 def test_the_optimizer_steps_in_backward_where_nothing_reads_gradients(
-    clips: bool, beside: str, tmp_path: Path
+    clips: bool, beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    limits = []
+    honest = hooks._Step.clipping
+    monkeypatch.setattr(
+        hooks._Step, "clipping", lambda self, limit, norm: (limits.append(limit), honest(self, limit, norm))[1]
+    )
+
     def wide() -> nn.Module:
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -835,4 +842,6 @@ def test_the_optimizer_steps_in_backward_where_nothing_reads_gradients(
     assert untouched(ours) and not {"training_step"} & vars(ours).keys()
     assert "step" not in vars(ours.optimizer.optimizer)
     norms = [each["grad_norm"] for each in told(ours) if "grad_norm" in each]
+    assert callback.proof is not None and callback.proof.passed
+    assert limits == ([0.7] * 8 if clips else [])  # six steps, and the two of the peak that is proven
     assert len(norms) == 6 and (not clips or min(norms) > 0.7)  # there was something to clip

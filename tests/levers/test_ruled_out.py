@@ -14,7 +14,7 @@ from torch import nn
 import tightfit
 from tightfit import forecast
 from tightfit.cli.program import main
-from tightfit.core import BudgetInfeasible, Lever, LeversAsked, Trace, by_name, levers_named, parse_levers
+from tightfit.core import BudgetInfeasible, InvalidInput, Lever, LeversAsked, Trace, by_name, levers_named, parse_levers
 from tightfit.fitting.micro_batches import cut_levers
 from tightfit.fitting.planning import asked_in_vain
 from tightfit.forecast import Setup
@@ -52,7 +52,7 @@ def test_names_are_kept_apart_from_all() -> None:
     assert by_name(parse_levers("all,nest,-offload")) == {Lever.NEST}
     assert by_name(levers_named(("recompute", Lever.NEST))) == {Lever.RECOMPUTE, Lever.NEST}
     assert by_name(frozenset({Lever.NEST})) == by_name(None) == frozenset()  # what code has put together
-    asked = levers_named({Lever.NEST})
+    asked = levers_named(frozenset({Lever.NEST}))
     assert levers_named(asked) is asked
     again = pickle.loads(pickle.dumps(asked))
     assert again == asked and isinstance(again, LeversAsked) and again.by_name == {Lever.NEST}
@@ -67,6 +67,21 @@ def test_an_optimizer_that_cannot_be_stepped_by_parts_is_said() -> None:
     assert line.startswith("state_in_host, gradients_in_host and step_in_backward were asked for, and this step")
     assert "OwnAdamW is not torch's own" in line and line.endswith("; leave it out")
     assert said(model, torch.optim.AdamW(model.parameters()), beside=OF_OPTIMIZER) == []
+
+
+@pytest.mark.parametrize("beside", [{Lever.STATE_IN_HOST}, frozenset({Lever.STATE_IN_HOST}), [Lever.STATE_IN_HOST]])
+def test_levers_are_named_in_any_kind_of_collection(beside: Any) -> None:
+    model = network()
+    (line,) = said(model, OwnAdamW(model.parameters()), beside=beside)
+    assert line.startswith("state_in_host was asked for, and this step does not allow it")
+
+
+@pytest.mark.parametrize("text", ["step_in_backward,-step_in_backward", "all,-step-in-backward,step_in_backward"])
+def test_a_lever_that_is_asked_for_and_left_out_is_refused(text: str) -> None:
+    says = f"step_in_backward is asked for and left out in '{text}': give one of the two"
+    for asked in ({"beside": text}, {"levers": text}):
+        with pytest.raises(InvalidInput, match=says):
+            tightfit.fit(network(), IDS, "110%", loss=loss, **asked)
 
 
 def test_no_optimizer_and_no_state_are_said() -> None:
@@ -185,7 +200,10 @@ def test_the_command_line_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     line = "step_in_backward was asked for, and this step does not allow it"
     assert main([*asked, "--levers", "recompute,step_in_backward"]) == 0
     told = capsys.readouterr()
-    assert line in " ".join(told.out.split()) and f"tightfit: {line}" in told.err
+    assert " ".join(told.out.split()).count(line) == 1 and line not in told.err  # a part of the explanation
+    assert main([*asked[:-1], "--levers", "recompute,step_in_backward"]) == 0
+    told = capsys.readouterr()
+    assert line not in told.out and told.err.count(f"tightfit: {line}") == 1
     assert main(asked) == 0
     told = capsys.readouterr()
     assert "was asked for" not in told.out + told.err

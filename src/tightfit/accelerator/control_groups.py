@@ -24,12 +24,15 @@ ROOT = Path("/")
 def least_limit_bytes() -> int | None:
     """The least limit of memory of this process's groups and of those around them. None: there is none.
 
-    Without a limit version 1 has a number there that no machine has as memory.
+    Without a limit version 1 has a number there that no machine has as memory, and version 2 "max". Zero is a limit.
+    What is no number of bytes, as a negative one, is none of the kernel's, and says nothing.
     """
     found = []
     for file in dict.fromkeys(_files()):
-        with contextlib.suppress(OSError, ValueError):  # version 2 says "max" where there is no limit
-            found.append(int(file.read_text(encoding="ascii")))
+        with contextlib.suppress(OSError, ValueError):
+            text = file.read_text(encoding="ascii").strip()
+            if text.isdecimal():
+                found.append(int(text))
     return min(found, default=None)
 
 

@@ -192,7 +192,7 @@ def check(
     if as_json:
         emit(json.dumps({**forecast_report(answer), "max": guard}))
     else:
-        console_on_stdout().print(forecast_table(answer))
+        console_on_stdout().print(forecast_table(answer), crop=False)  # a command may be wider than the terminal
         if guard is not None:
             said = "within" if guard["within"] else "more than"
             found, limit = format_apart(taken, most_bytes)

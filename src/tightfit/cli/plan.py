@@ -112,7 +112,8 @@ def plan(
         write_bytes(snapshot, memory_snapshot(recorded, made))
     made.save(out)
     say_if_above_all(budget)
-    say_in_vain(recorded, allowed)
+    if as_json or not explain:
+        say_in_vain(recorded, allowed)
     if as_json:
         more = {"calibration": recorded.calibration, "account": to_json(account(recorded, made))}
         emit(json.dumps({"path": str(out), **plan_report(made), **more}))

@@ -19,6 +19,7 @@ from tightfit.core.errors import (
     refused_bytes,
 )
 from tightfit.core.files import output_file, write_bytes, write_text
+from tightfit.core.folders import parse_spill
 from tightfit.core.formats import format_apart, format_bytes
 from tightfit.core.levers import Lever, LeversAsked, by_name, levers_named, parse_levers
 from tightfit.core.recorded import (
@@ -60,7 +61,7 @@ from tightfit.core.results import (
     Proof,
     Row,
 )
-from tightfit.core.sizes import parse_batch, parse_bytes, parse_host_budget, percentage, require_part
+from tightfit.core.sizes import parse_batch, parse_bytes, parse_host_budget, percentage, require_norm, require_part
 from tightfit.core.verbs import make_verb
 
 __all__ = [
@@ -127,9 +128,11 @@ __all__ = [
     "parse_bytes",
     "parse_host_budget",
     "parse_levers",
+    "parse_spill",
     "percentage",
     "reason_of",
     "refused_bytes",
+    "require_norm",
     "require_part",
     "to_json",
     "write_bytes",

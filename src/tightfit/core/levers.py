@@ -49,14 +49,11 @@ def by_name(levers: Collection[Lever] | None) -> frozenset[Lever]:
 
 
 def levers_named(asked: Collection[Lever | str] | str | None) -> frozenset[Lever] | None:
-    """Levers and names of levers as levers; text as `parse_levers` reads it; `None`, the default, stays. So does a
-    frozen set of levers, which was asked for elsewhere.
-
-    Raises `InvalidInput` for what is none.
-    """
+    """Levers and names of levers as levers; text as `parse_levers` reads it; `None`, the default, stays. So do
+    `LeversAsked`, which know already what was named. Raises `InvalidInput` for what is none."""
     if asked is None or isinstance(asked, str):
         return None if asked is None else parse_levers(asked)
-    if isinstance(asked, frozenset) and all(isinstance(each, Lever) for each in asked):
+    if isinstance(asked, LeversAsked):
         return asked
     if not isinstance(asked, Iterable):
         raise InvalidInput(
@@ -85,6 +82,7 @@ def parse_levers(text: str) -> LeversAsked | None:
     known = {lever.value: lever for lever in Lever}
     chosen: set[Lever] = set()
     named: set[Lever] = set()
+    left_out: set[Lever] = set()
     for name in names:
         key = name.removeprefix("-").replace("-", "_")
         if key not in known and name != "all":
@@ -93,7 +91,10 @@ def parse_levers(text: str) -> LeversAsked | None:
             chosen |= set(Lever)
         elif name.startswith("-"):
             chosen -= {known[key]}
+            left_out.add(known[key])
         else:
             chosen.add(known[key])
             named.add(known[key])
+    if both := sorted(each.value for each in named & left_out):
+        raise InvalidInput(f"{both[0]} is asked for and left out in {text!r}: give one of the two")
     return LeversAsked(chosen, named)

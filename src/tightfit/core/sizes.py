@@ -73,6 +73,13 @@ def _size_bytes(text: object, expected: str) -> int:
     return math.floor(Fraction(Decimal(size[1])) * _UNITS[unit])
 
 
+def require_norm(max_norm: object) -> None:
+    """Raise `InvalidInput` for what gradients cannot be clipped to; `None` stays: they are not clipped."""
+    is_number = isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool)
+    if max_norm is not None and not (is_number and 0 < max_norm < math.inf):  # type: ignore[operator]  # a number
+        raise InvalidInput(f"max_norm={max_norm!r} is no norm to clip to: give a number above 0")
+
+
 def percentage(text: str | int) -> Fraction | None:
     """The percentage that `text` asks for (`"60%"`); `None` when it asks for something else."""
     found = _PERCENT.fullmatch(text.strip()) if isinstance(text, str) else None

@@ -302,7 +302,7 @@ def apply(
     find room on the device. After `remove()` they are in host memory still, and the rest is on the device.
     """
     capacity = parse_host_budget(host_bytes)
-    pool = Pool(capacity, None if spill is None else Path(spill))
+    pool = Pool(capacity, spill)
     return Applied(model, plan, pool=pool, optimizer=optimizer, device=destination(model, device))
 
 

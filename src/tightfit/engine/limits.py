@@ -17,12 +17,15 @@ from collections.abc import Callable
 import torch
 
 from tightfit import accelerator
-from tightfit.core import BudgetInfeasible, Category, Plan, Trace, format_bytes, parse_bytes
+from tightfit.core import BudgetInfeasible, Category, InvalidInput, Plan, Trace, format_bytes, parse_bytes
 from tightfit.engine.offload import held_bytes
 from tightfit.plan import simulate
 from tightfit.plan.account import host_bytes
 
-__all__ = ["lowered", "planned_here", "room_in_host", "share_of_device", "within_device"]
+__all__ = [
+    "lacking_in_host", "lowered", "planned_here", "room_in_host", "share_of_device", "shared_place", "tell_of_host",
+    "within_device",
+]  # fmt: skip
 
 #: What lies on the device before a step, in the process already.
 _THERE = (Category.PARAMETERS, Category.QUANTISED, Category.BUFFERS)
@@ -47,22 +50,16 @@ def planned_here(
     """The plan of `trace` that `make(budget, host_budget)` gives, within the limits that are set here. `held_bytes`: of
     what may wait, so much is in host memory already. `spilled`: what waits does so in a file. Raises what `make`
     does."""
-    if share_of_device(device) is not None:
+    if (share_bytes := share_of_device(device)) is not None:
         asked_bytes = parse_bytes(budget, whole_bytes=simulate(trace).peak_bytes)
-        if (within_bytes := within_device(asked_bytes, device)) < asked_bytes:
+        if (within_bytes := within_device(asked_bytes, device, share_bytes)) < asked_bytes:
             budget = within_bytes
     made = make(budget, host_budget)
-    waiting = 0 if spilled else sum(host_bytes(trace, made).values())
-    left = _beside_step(trace, made.budget_bytes, device) if waiting else None
-    left = None if left is None else left + held_bytes
-    if left is None or waiting <= left:
+    left = lacking_in_host(trace, made, device, held_bytes, spilled)
+    if left is None:
         return made
     if host_budget is not None:
-        warnings.warn(
-            f"the plan has {format_bytes(waiting)} wait in host memory, as its host budget allows, and this machine "
-            f"leaves {format_bytes(left)}: lower the host budget",
-            stacklevel=4,
-        )
+        tell_of_host(trace, made, left, stacklevel=5)
         return made
     try:
         return make(made.budget_bytes, left)
@@ -77,6 +74,27 @@ def planned_here(
         ) from None  # fmt: skip
 
 
+def lacking_in_host(
+    trace: Trace, made: Plan, device: torch.device, held_bytes: int = 0, spilled: bool = False
+) -> int | None:
+    """Bytes of this machine's memory that there are for what `made` has wait there, where they are too few. None: they
+    are enough, or the system does not say. `held_bytes`, `spilled`: as in `planned_here`."""
+    waiting = 0 if spilled else sum(host_bytes(trace, made).values())
+    left = _beside_step(trace, made.budget_bytes, device) if waiting else None
+    left = None if left is None else left + held_bytes
+    return None if left is None or waiting <= left else left
+
+
+def tell_of_host(trace: Trace, made: Plan, left_bytes: int, *, stacklevel: int) -> None:
+    """Warn that `made` has more wait in host memory than there is, since its host budget allows it."""
+    waiting = sum(host_bytes(trace, made).values())
+    warnings.warn(
+        f"the plan has {format_bytes(waiting)} wait in host memory, as its host budget allows, and this machine "
+        f"leaves {format_bytes(left_bytes)}: lower the host budget",
+        stacklevel=stacklevel,
+    )
+
+
 def share_of_device(device: torch.device) -> int | None:
     """What this process may take of the device, in bytes: its share of a card, or what its control groups leave it of
     the host. None: nobody says, or there is no such limit."""
@@ -86,13 +104,23 @@ def share_of_device(device: torch.device) -> int | None:
     return None if limit_bytes == accelerator.host_memory_bytes() else limit_bytes
 
 
-def within_device(asked_bytes: int, device: torch.device) -> int:
-    """A budget, or what this process may take of the device where that is less, which a warning says."""
-    limit_bytes = share_of_device(device)
+def within_device(asked_bytes: int, device: torch.device, share_bytes: int | None = None) -> int:
+    """A budget, or what this process may take of the device where that is less, which a warning says. `share_bytes`:
+    that, where it was asked for already."""
+    limit_bytes = share_of_device(device) if share_bytes is None else share_bytes
     if limit_bytes is None or asked_bytes <= limit_bytes:
         return asked_bytes
-    where = accelerator.name_of(device) if accelerator.is_card(device) else "host memory, by its control group's limit"
-    return lowered(asked_bytes, limit_bytes, "this process", where, stacklevel=6)
+    if limit_bytes <= 0:
+        raise InvalidInput(
+            f"a budget of {format_bytes(asked_bytes)} was asked for, and this process may take nothing of "
+            f"{shared_place(device)}: raise that limit"
+        )
+    return lowered(asked_bytes, limit_bytes, "this process", shared_place(device), stacklevel=6)
+
+
+def shared_place(device: torch.device) -> str:
+    """Of what `share_of_device` is a share, in words."""
+    return accelerator.name_of(device) if accelerator.is_card(device) else "host memory, by its control group's limit"
 
 
 def lowered(asked_bytes: int, limit_bytes: int, who: str, where: str, *, stacklevel: int) -> int:

@@ -42,7 +42,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tightfit import accelerator
-from tightfit.core import Backing, InvalidInput, TightfitError, format_bytes
+from tightfit.core import Backing, TightfitError, format_bytes, parse_spill
 
 __all__ = ["Offloaded", "Parcel", "Pool", "Shipment", "held_bytes"]
 
@@ -64,10 +64,10 @@ class Pool:
     """Room for parcels off the device: at most `capacity_bytes` of host memory, or of a file in the folder `spill`
     (None: no limit). A buffer is used again for a parcel of the same size."""
 
-    def __init__(self, capacity_bytes: int | None = None, spill: Path | None = None, ahead: int | None = None) -> None:
-        if spill is not None and not spill.is_dir():
-            raise InvalidInput(f"cannot spill to {str(spill)!r}: it is no folder")
-        self.capacity_bytes, self.spill = capacity_bytes, spill
+    def __init__(
+        self, capacity_bytes: int | None = None, spill: str | Path | None = None, ahead: int | None = None
+    ) -> None:
+        self.capacity_bytes, self.spill = capacity_bytes, parse_spill(spill)
         self.ahead = ahead  # shipments fetched early; None: one where copies run beside the compute, else none
         self._mapped_bytes = 0
         self.stored_bytes = 0  # by parcels, now

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import enum
 import functools
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -40,9 +39,10 @@ from tightfit.core import (
     levers_named,
     parse_bytes,
     parse_host_budget,
+    require_norm,
 )
 from tightfit.engine.compiled import doors
-from tightfit.engine.limits import within_device
+from tightfit.engine.limits import lacking_in_host, within_device
 from tightfit.engine.offload import Pool
 from tightfit.fitting import micro_batches
 from tightfit.fitting.micro_batches import Fitted
@@ -54,7 +54,7 @@ from tightfit.step.modules import UnitsAsked
 from tightfit.step.optimizers import bare
 from tightfit.step.parallel import Strategy, gradients_wait, steps_together, strategy_of
 from tightfit.step.patches import compiled_entries, own_checkpointing
-from tightfit.step.placement import destination
+from tightfit.step.placement import destination, in_host_bytes
 from tightfit.step.ranks import anywhere, are_several, highest
 from tightfit.step.rows import row_count, rows_taken
 from tightfit.step.run import LossFunction, device_of, tensors_in, trained_names
@@ -169,11 +169,9 @@ def fit(
     except ValueError:
         raise InvalidInput(f"longer={longer!r} is none of {', '.join(repr(each.value) for each in Longer)}") from None
     allowed = levers_named(levers), exact, levers_named(beside), parse_host_budget(host_budget)
-    is_number = isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool)
-    if max_norm is not None and not (is_number and 0 < max_norm < math.inf):
-        raise InvalidInput(f"max_norm={max_norm!r} is no norm to clip to: give a number above 0")
+    require_norm(max_norm)
     there = destination(model, device)
-    pool = Pool(spill=None if spill is None else Path(spill))
+    pool = Pool(spill=spill)
     guard = _Guard(model, batch, policy, loss, optimizer, units, *allowed, there, pool)
     guard.clips = max_norm is not None
     if own_checkpointing(model):
@@ -213,6 +211,10 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
     rows = row_count(batch)
     levers, beside, several = levers_named(guard.levers), levers_named(guard.beside) or frozenset(), rows > 1
     extents: dict[int, _Extent | None] = {}
+    device, held_bytes = there or device_of(model), 0 if there is None else in_host_bytes(model)
+    lacking = functools.partial(
+        lacking_in_host, device=device, held_bytes=held_bytes, spilled=guard.pool.spill is not None
+    )
     uncut: Trace | None = None
 
     def plan_for(size: int, budget: str | int, exact: bool) -> micro_batches.Planned:
@@ -230,15 +232,14 @@ def _fitted_in_parts(guard: _Guard, batch: Any, budget: str | int, asked: str | 
                     model, part, loss, guard.optimizer, guard.units, tiles=micro_batches.needs_tiles(levers),
                     there=there,
                 )  # fmt: skip
-                found = micro_batches.exactly(recorded, budget, *allowed, guard.host_budget)
+                found = micro_batches.exactly(recorded, budget, *allowed, guard.host_budget, lacking)
         extents[size] = guard.extent
         uncut = uncut if cut else found[0]
         return found
 
-    launch_seconds = micro_batches.launch_seconds(there or device_of(model))
     found = micro_batches.solve(
-        rows, budget, plan_for, levers, beside, asked, launch_seconds, host_budget=guard.host_budget,
-        within=functools.partial(within_device, device=there or device_of(model)),
+        rows, budget, plan_for, levers, beside, asked, micro_batches.launch_seconds(device),
+        host_budget=guard.host_budget, within=functools.partial(within_device, device=device), lacking=lacking,
     )  # fmt: skip
     chosen = found.chosen
     cut = micro_batches.Cut(model, loss, chosen.size, guard.aside, in_float64=there is None)

@@ -40,10 +40,11 @@ from tightfit.core import (
     parse_bytes,
 )
 from tightfit.engine import Applied
+from tightfit.engine.limits import tell_of_host
 from tightfit.levers import inexact
-from tightfit.levers.step_in_backward.hooks import in_two_passes, only_clipped
+from tightfit.levers.step_in_backward.hooks import clipped_backward, only_clipped
 from tightfit.plan import plan as make_plan
-from tightfit.plan.effort import THOROUGH
+from tightfit.plan.effort import THOROUGH, Effort
 from tightfit.plan.micro_batches import QUICK, as_asked, attempted, shares, slices, solved
 from tightfit.step.patches import compiled_entries
 from tightfit.step.ranks import are_several
@@ -68,6 +69,9 @@ __all__ = [
 
 #: Rows of the batch that are compared cut and uncut: one beside two, so that rows and parts are told apart.
 _COMPARED = 3
+
+#: How many bytes there are for what a plan has wait in host memory, where they are too few.
+Lacking = Callable[[Trace, Plan], int | None]
 
 #: What was recorded, its plan if anything fits, and the budget in bytes.
 Planned = tuple[Trace, Plan | None, int]
@@ -110,11 +114,9 @@ class Fitted(Applied):
         """
         if self.max_norm is None:
             return self._forward_and_backward(batch)
-        loss, norm = in_two_passes(
-            self.model, batch, self.optimizer, self.max_norm, lambda _: self._forward_and_backward(batch)
+        loss, self.total_norm = clipped_backward(
+            self.model, batch, self.optimizer, self.max_norm, lambda: self._forward_and_backward(batch)
         )
-        parameters: list[torch.Tensor] = list(self.model.parameters())
-        self.total_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm) if norm is None else norm
         return loss
 
     def _forward_and_backward(self, batch: Any) -> torch.Tensor:
@@ -169,12 +171,12 @@ class Weigher:
         """Of `parts`, which are `batch`. Raises `Unsupported` where it cannot be told."""
         found = self._candidates(parts, rows)
         if len(set(found.values())) > 1 and self.compare is not None:
-            self.divisors = self.compare(batch)[0][:1]
+            self.divisors = self.compare(batch)[0]
             found = self._candidates(parts, rows)
         if len(set(found.values())) != 1:
             raise Unsupported(
-                "what this loss divides by cannot be told: the batches that were compared weigh their parts alike, and "
-                "this one does not"
+                "what this loss divides by cannot be told: the batches that were compared weigh their parts alike, or "
+                "have neither loss nor gradient, and this one's parts may weigh differently"
                 if found
                 else "no label of this batch counts, so its loss is the mean of nothing"
             )
@@ -359,12 +361,14 @@ def solve(
     progress: Callable[[str], None] = lambda _: None,
     host_budget: int | None = None,
     within: Callable[[int], int] = int,
+    lacking: Lacking = lambda *_: None,
 ) -> Found:
     """The micro-batches of `global_batch` rows by which a step takes the fewest seconds within `budget`.
 
     `plan_for`: records and plans micro-batches of so many rows, for a budget, by what gives the same bits (True) or by
     whatever fits (raises `BudgetInfeasible` if nothing does), within `host_budget` too. A percentage is of the uncut
-    step. `within`: what may be taken of the device, where that is less than a number of bytes.
+    step. `within`: what may be taken of the device, where that is less than a number of bytes. `lacking`:
+    a plan that the given `host_budget` allows, and this machine does not, is told in a warning.
 
     Raises `BudgetInfeasible` where not even single rows fit.
     """
@@ -403,7 +407,10 @@ def solve(
         return Found(chosen=chosen, trace=recorded, plan=made)
     recorded, made = found[chosen.size]
     levers, beside = cut_levers(levers, beside, chosen.accumulation > 1)
-    return Found(chosen=chosen, trace=recorded, plan=_best(recorded, made, levers, beside))
+    made = _best(recorded, made, levers, beside, lacking)
+    if host_budget is not None and (left := lacking(recorded, made)) is not None:
+        tell_of_host(recorded, made, left, stacklevel=5)
+    return Found(chosen=chosen, trace=recorded, plan=made)
 
 
 def exactly(
@@ -412,17 +419,24 @@ def exactly(
     levers: frozenset[Lever] | None,
     beside: frozenset[Lever],
     host_budget: int | None = None,
+    lacking: Lacking = lambda *_: None,
 ) -> Planned:
     """The plan of `recorded` by what gives the same bits, or by the levers that are named, if one fits.
 
-    It is made quickly, since many are made, and thoroughly where it nearly fits.
+    It is made quickly, since many are made, and thoroughly where it nearly fits. Where no host budget was given, it is
+    `lacking` that limits what may wait.
     """
+
+    def made_with(effort: Effort, host_budget: int | None) -> Plan:
+        return make_plan(
+            recorded, budget, effort=effort, levers=levers, exact=levers is None, beside=beside, host_budget=host_budget
+        )
+
     for effort in (QUICK, THOROUGH):
         try:
-            made = make_plan(
-                recorded, budget, effort=effort, levers=levers, exact=levers is None, beside=beside,
-                host_budget=host_budget,
-            )  # fmt: skip
+            made = made_with(effort, host_budget)
+            if host_budget is None and (left := lacking(recorded, made)) is not None:
+                made = made_with(effort, left)
         except BudgetInfeasible as error:
             budget_bytes = error.budget_bytes
             if error.least_bytes > budget_bytes * _NEARLY:
@@ -437,7 +451,9 @@ def needs_tiles(levers: frozenset[Lever] | None) -> bool:
     return levers is not None and bool(inexact(levers))
 
 
-def _best(recorded: Trace, quick: Plan, levers: frozenset[Lever] | None, beside: frozenset[Lever]) -> Plan:
+def _best(
+    recorded: Trace, quick: Plan, levers: frozenset[Lever] | None, beside: frozenset[Lever], lacking: Lacking
+) -> Plan:
     """The plan that is put in force: of as much effort as any, and never a slower one."""
     if not quick.added_seconds or not quick.exact:
         return quick
@@ -446,7 +462,8 @@ def _best(recorded: Trace, quick: Plan, levers: frozenset[Lever] | None, beside:
             recorded, quick.budget_bytes, levers=levers, exact=levers is None, beside=beside,
             host_budget=quick.host_budget_bytes,
         )  # fmt: skip
-        return min(made, quick, key=lambda plan: plan.added_seconds)
+        has_room = quick.host_budget_bytes is not None or lacking(recorded, made) is None
+        return min(made, quick, key=lambda plan: plan.added_seconds) if has_room else quick
     return quick
 
 

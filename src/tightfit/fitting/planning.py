@@ -31,7 +31,7 @@ from tightfit.core import (
     parse_bytes,
     percentage,
 )
-from tightfit.engine.limits import lowered, planned_here, share_of_device
+from tightfit.engine.limits import lowered, planned_here, share_of_device, shared_place
 from tightfit.levers import allowed, every, inexact, not_allowed, ruled_out, used
 from tightfit.plan import plan as make_plan
 from tightfit.plan import simulate
@@ -175,16 +175,22 @@ def _given(
 
     def taken(budget: str | int, limit: int | None) -> Plan:
         budget_bytes = parse_bytes(budget)
-        sizes = [("of this step", moved.peak_bytes, budget_bytes, "budget")]
+        of_process = f"that is what this process may take of {shared_place(device)}"
+        of_machine = "that is what this machine, or the limit of its control group, leaves"
+        fits_asked = moved.peak_bytes <= moved.budget_bytes  # it is a limit of this process that it does not keep
+        sizes = [("of this step", moved.peak_bytes, budget_bytes, "budget", of_process if fits_asked else "")]
         if limit is not None:
-            sizes.append(("in host memory", sum(host_bytes(recorded, moved).values()), limit, "host budget"))
-        for where, taken_bytes, most_bytes, what in sizes:
+            waiting = sum(host_bytes(recorded, moved).values())
+            sizes.append(("in host memory", waiting, limit, "host budget", of_machine if host_budget is None else ""))
+        for where, taken_bytes, most_bytes, what, why in sizes:
             if taken_bytes > most_bytes:
                 takes, most = format_apart(taken_bytes, most_bytes)
+                said = f"the plan that was given takes {takes} {where}, and may take {most}"
+                if why:
+                    raise PlanMismatch(f"{said}: {why}; raise that limit, or make the plan anew, for less")
                 raise PlanMismatch(
-                    f"the plan that was given takes {takes} {where}, and may take {most}: the batch, the optimizer or "
-                    "what else lives in the step is larger than that which it was made for; make the plan anew, of "
-                    f"this step, or raise the {what}"
+                    f"{said}: the batch, the optimizer or what else lives in the step is larger than that which it was "
+                    f"made for; make the plan anew, of this step, or raise the {what}"
                 )
         return dataclasses.replace(moved, budget_bytes=budget_bytes, host_budget_bytes=limit)
 

@@ -41,6 +41,7 @@ from tightfit.core import (
     format_bytes,
     levers_named,
     parse_host_budget,
+    parse_spill,
 )
 from tightfit.fitting.fit import Fitted, fit
 from tightfit.fitting.micro_batches import gradients_in_place
@@ -118,7 +119,7 @@ class TightfitCallback(_Callback):
         spill: str | Path | None = None,
     ) -> None:
         super().__init__()
-        self.spill = spill
+        self.spill = parse_spill(spill)
         self.budget, self.verify, self.batch = what_is_given(budget, plan), verify, batch
         self.host_budget = parse_host_budget(host_budget)
         self.levers, self.exact, self.beside = levers_named(levers), exact, levers_named(beside) or frozenset()

@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from tightfit.core import InvalidInput, MicroBatches, Plan, Unsupported
-from tightfit.engine.limits import within_device
+from tightfit.engine.limits import lacking_in_host, within_device
 from tightfit.fitting import micro_batches
 from tightfit.integrations.longest import longest_batch, plain, telling_examples
 from tightfit.plan.micro_batches import shares, slices
@@ -131,16 +131,17 @@ class InParts:
             levers, beside = callback.allowed()
             return micro_batches.exactly(
                 callback.record(batch, optimizer, tiles=micro_batches.needs_tiles(levers)), budget, levers, beside,
-                callback.host_budget,
+                callback.host_budget, lacking,
             )  # fmt: skip
 
-        launch_seconds = micro_batches.launch_seconds(device_of(model))
+        device = device_of(model)
+        lacking = functools.partial(lacking_in_host, device=device, spilled=callback.spill is not None)
         self.cuts = False
         levers, beside = callback.allowed()
         assert not isinstance(callback.budget, Plan)  # a plan is not given together with micro-batches
         found = micro_batches.solve(
-            whole, callback.budget, plan_for, levers, beside, self.asked, launch_seconds,
-            host_budget=callback.host_budget, within=functools.partial(within_device, device=device_of(model)),
+            whole, callback.budget, plan_for, levers, beside, self.asked, micro_batches.launch_seconds(device),
+            host_budget=callback.host_budget, within=functools.partial(within_device, device=device), lacking=lacking,
         )  # fmt: skip
         size = found.chosen.size
         self.cuts = size < whole

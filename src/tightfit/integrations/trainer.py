@@ -42,6 +42,7 @@ from tightfit.core import (
     format_bytes,
     levers_named,
     parse_host_budget,
+    parse_spill,
 )
 from tightfit.engine import Applied
 from tightfit.engine.offload import Pool
@@ -134,8 +135,7 @@ class TightfitCallback(PeakCallback):
             batch, micro_batch = None, batch
         self.budget, self.host_budget = what_is_given(budget, plan, micro_batch), parse_host_budget(host_budget)
         self.in_parts = None if micro_batch is None else InParts(micro_batch, exact, batch is not None)
-        self.spill = None if spill is None else Path(spill)
-        Pool(spill=self.spill)  # raises for what is no folder
+        self.spill = parse_spill(spill)
         self.beside = levers_named(beside) or frozenset()
         self.levers, self.exact = levers_named(levers), exact
         self.verify = verify
@@ -235,7 +235,8 @@ class TightfitCallback(PeakCallback):
             if self.verify:
                 planned = self._step(self.batch)
                 with gradients_in_place(model, self._accumulates):
-                    self._peak_checks = peak_checks(model, planned, chosen, self._loss(), bare(optimizer))
+                    limit = self._trainer.args.max_grad_norm or None
+                    self._peak_checks = peak_checks(model, planned, chosen, self._loss(), bare(optimizer), limit)
 
     @property
     def _accumulates(self) -> bool:
@@ -289,7 +290,8 @@ class TightfitCallback(PeakCallback):
         levers, beside = self.allowed()
         if self.plan is not None and self.plan.exact:
             # in the middle of a training nothing is proven anew, so only what gives the same bits by design
-            levers, beside = exact_only(levers) | beside, frozenset()
+            levers = LeversAsked(exact_only(levers) | beside, by_name(levers) | by_name(beside))
+            beside = frozenset()
         made = functools.partial(
             planned, levers=levers, model=model, exact=self.exact, beside=beside, host_budget=self.host_budget,
             spilled=self.spill is not None,

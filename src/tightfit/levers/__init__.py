@@ -18,7 +18,7 @@ import functools
 import importlib
 from collections.abc import Collection, Sequence
 
-from tightfit.core import Lever, Plan, PlanMismatch, Trace, by_name
+from tightfit.core import Lever, LeversAsked, Plan, PlanMismatch, Trace, by_name
 from tightfit.levers.interface import Grant, LeverDefinition, Variant
 
 __all__ = [
@@ -115,7 +115,7 @@ def granted(levers: Collection[Lever] | None) -> Grant:
 
 def exact_only(levers: Collection[Lever] | None) -> frozenset[Lever]:
     """Those of `levers`, by default of the default ones, that give the same bits."""
-    return frozenset(each.lever for each in allowed(levers) if each.is_exact)
+    return LeversAsked((each.lever for each in allowed(levers) if each.is_exact), by_name(levers))
 
 
 def inexact(levers: Collection[Lever] | None) -> tuple[LeverDefinition, ...]:

@@ -174,6 +174,10 @@ class LeverDefinition:
         """`plan` for `trace` with as little of the lever as the budget has room for. `peak_bytes`: the referee's."""
         return plan
 
+    def again_seconds(self, trace: Trace, seconds: float) -> float:
+        """What of `seconds`, of one backward's replays and waiting for copies, is spent once more in a step."""
+        return 0.0
+
     def begun(self, trace: Trace) -> Mapping[str, Any]:
         """Fields of a plan for `trace`, where it was recorded with the lever in force; else empty."""
         return {}

@@ -9,6 +9,7 @@ Invariant: nothing here depends on a plan, and nobody writes to it. Refused: not
 from __future__ import annotations
 
 import contextlib
+import enum
 import gc
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -138,26 +139,38 @@ def without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-_rests: ContextVar[bool] = ContextVar("rests", default=False)
+class _Rests(enum.Enum):
+    """What a rest does."""
+
+    NOTHING = enum.auto()
+    COLLECTS = enum.auto()
+    FREEZES = enum.auto()  # after it has collected
+
+
+_rests: ContextVar[_Rests] = ContextVar("rests", default=_Rests.NOTHING)
 
 
 @contextlib.contextmanager
 def collecting_at_rests() -> Iterator[None]:
     """Garbage in cycles is only looked for where `rest` is called meanwhile, and what is left then is not looked at
     again until this closes. A forecast makes traces of a hundred thousand entries each, and a search for garbage would
-    walk through all of them every time."""
-    token = _rests.set(True)
+    walk through all of them every time. Where something is frozen already it walks: a part of what is frozen cannot be
+    let go of."""
+    outer = _rests.get()
+    freezes = outer is _Rests.FREEZES or (outer is _Rests.NOTHING and not gc.get_freeze_count())
+    token = _rests.set(_Rests.FREEZES if freezes else _Rests.COLLECTS)
     try:
         with without_collecting():
             yield
     finally:
         _rests.reset(token)
-        if not _rests.get():
+        if freezes and outer is _Rests.NOTHING:
             gc.unfreeze()
 
 
 def rest() -> None:
     """A recording has ended, which leaves fake tensors in cycles."""
-    if _rests.get():
+    if _rests.get() is not _Rests.NOTHING:
         gc.collect()
+    if _rests.get() is _Rests.FREEZES:
         gc.freeze()

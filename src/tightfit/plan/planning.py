@@ -34,8 +34,8 @@ from tightfit.core import (
     parse_host_budget,
 )
 from tightfit.device.cost import copy_lanes, fresh_seconds, unplanned_seconds
-from tightfit.levers import allowed, every, granted, inexact, ruled_out
-from tightfit.levers.interface import Grant, Variant
+from tightfit.levers import allowed, every, granted, inexact, ruled_out, used
+from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.account import host_bytes
 from tightfit.plan.advice import advice_for
 from tightfit.plan.choose import Model
@@ -234,6 +234,11 @@ def _cheaper(one: Plan | None, other: Plan | None) -> Plan | None:
     return min((made for made in (one, other) if made is not None), key=lambda made: made.added_seconds, default=None)
 
 
+def _again_seconds(trace: Trace, levers: Collection[LeverDefinition], seconds: float) -> float:
+    """What of `seconds` of replays and waiting in one backward is spent once more by `levers`."""
+    return sum((each.again_seconds(trace, seconds) for each in levers), 0.0)
+
+
 def _eased(trace: Trace, made: Plan) -> Plan:
     """`made` with as little of each lever as the budget has room for."""
     for lever in every():
@@ -242,12 +247,15 @@ def _eased(trace: Trace, made: Plan) -> Plan:
             continue
         line = simulate(trace, eased)
         less_fresh = fresh_seconds(trace, eased.unplanned_peak_bytes, line.peak_bytes)
+        more_again = _again_seconds(trace, used(eased), line.recompute_seconds - eased.recompute_seconds)
         made = dataclasses.replace(
             eased,
             peak_bytes=line.peak_bytes,
             step_seconds=eased.step_seconds
             + (line.recompute_seconds - eased.recompute_seconds)
-            + (less_fresh - eased.fresh_seconds),
+            + (less_fresh - eased.fresh_seconds)
+            + more_again,
+            other_seconds=max(0.0, eased.other_seconds + more_again),
             recompute_seconds=line.recompute_seconds,
             fresh_seconds=less_fresh,
             bound_seconds=min(eased.bound_seconds, line.recompute_seconds),
@@ -499,21 +507,25 @@ def _plan(
     if way.nesting is not None:  # it holds for this nesting, and another may take fewer seconds
         bound = 0.0
     proven = line.recompute_seconds + offload_seconds <= bound * (1 + 1e-6) + 1e-12
-    used = {choice.program for choice in choices if not choice.keeps_all}
+    dropping = {choice.program for choice in choices if not choice.keeps_all}
+    again_seconds = _again_seconds(trace, allowed(way.step.levers), line.recompute_seconds + offload_seconds)
+    decided = way.step.decided
+    if again_seconds:
+        decided = {**decided, "other_seconds": decided.get("other_seconds", 0.0) + again_seconds}
     calls: dict[str, list[Program]] = {unit.path: [] for unit in step.units}
     for frame in step.frames:
         calls[frame.unit].append(step.programs[frame.id])
     programs = {
         unit.digest: program
         for unit in step.units
-        if unit.digest in used and (program := shared(calls[unit.path])) is not None
+        if unit.digest in dropping and (program := shared(calls[unit.path])) is not None
     }
     return Plan(
         budget_bytes=budget_bytes,
         choices=choices,
         status=Status.OPTIMAL if proven else Status.FEASIBLE,
         peak_bytes=line.peak_bytes,
-        step_seconds=step_seconds + line.recompute_seconds + less_fresh,
+        step_seconds=step_seconds + line.recompute_seconds + again_seconds + less_fresh,
         recompute_seconds=line.recompute_seconds,
         bound_seconds=min(bound, line.recompute_seconds),
         recompute_flops=line.recompute_flops,
@@ -535,7 +547,7 @@ def _plan(
         solved_by=tuple(sorted(how)),
         inexact=tuple(each.lever.value for each in inexact(way.step.levers)),
         host_budget_bytes=way.step.host_budget_bytes,
-        **way.step.decided,
+        **decided,
     )
 
 

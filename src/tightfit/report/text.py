@@ -233,9 +233,7 @@ def forecast_table(forecast: Forecast) -> RenderableType:
     line("fits", lambda m: "yes" if m.fits else "no")
     line("step (estimated)", lambda m: f"{m.step_seconds:.2f} s ({m.slowdown:.2f} x)")
     line("tokens/s (estimated)", lambda m: f"{float(f'{m.tokens_per_second:.3g}'):,.0f}")  # an estimate
-    lines = [
-        f"{MODES.get(m.mode, m.mode)}: the peak is in the {m.peak_phase}, at: {m.peak_owner}" for m in forecast.modes
-    ]
+    lines = [f"{MODES.get(m.mode, m.mode)}: the peak is in {m.peak_phase}, at: {m.peak_owner}" for m in forecast.modes]
     lines += [f"plan: {said}" for said in forecast.essence]
     if forecast.account is not None:
         lines += account_lines(forecast.account, forecast.host_budget_bytes)
@@ -243,14 +241,16 @@ def forecast_table(forecast: Forecast) -> RenderableType:
         lines.append(f"global batch: {forecast.micro_batches.said}")
     if forecast.largest_batch is not None:
         lines.append(
-            f"largest batch at {forecast.seq} tokens: {forecast.largest_batch or 'none'}; "
-            f"longest sequence at batch {forecast.batch}: {forecast.longest_seq or 'none'} (in steps of 64)"
+            f"largest batch found at {forecast.seq} tokens: {forecast.largest_batch or 'none'}; longest sequence at "
+            f"batch {forecast.batch}: {forecast.longest_seq or 'none'} (in steps of 64); the plan of a run is searched "
+            "for longer, and may hold a little more"
         )
     lines += [f"it would fit: {said}" if " fit" in said else said for said in forecast.advice]
     if forecast.calibration:
         lines.append(f"calibration: {forecast.calibration}")
     lines += [*forecast.notes, f"error bar: {forecast.error_bar}"]
-    return Group(verdict, table, *(Text(said) for said in lines))
+    # what is to be copied stays on one line: rich wraps all but that
+    return Group(verdict, table, *(Text(said, overflow="ignore" if "--levers " in said else None) for said in lines))
 
 
 def calibration_table(made: Calibration) -> RenderableType:

@@ -23,6 +23,7 @@ from tightfit.core import (
     parse_bytes,
     parse_host_budget,
     parse_levers,
+    parse_spill,
 )
 from tightfit.fitting.planning import what_is_given
 from tightfit.integrations.transformers import (
@@ -157,8 +158,7 @@ def as_asked(options: TrainOptions) -> tuple[Asked, Path, dict[str, Any] | None]
         parse_bytes(budget, whole_bytes=2**40)
     parse_levers(recipe.fit.levers)
     parse_host_budget(recipe.fit.host_budget)
-    if recipe.fit.spill is not None and not Path(recipe.fit.spill).is_dir():
-        raise InvalidInput(f"cannot spill to {recipe.fit.spill!r}: it is no folder")
+    parse_spill(recipe.fit.spill)
     decay = recipe.args.weight_decay
     if not 0 <= decay < math.inf:  # the Trainer gives it to torch with the groups, where nobody looks at it
         raise InvalidInput(f"expected a weight_decay of at least 0, not {decay}")

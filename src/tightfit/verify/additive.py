@@ -8,6 +8,9 @@ most the sum apart; the same factor as for tiles (`rounding.TILE_FACTOR`) allows
 
 The step's own errors are reported beside it: cut and uncut, each against float64.
 
+Distances and errors are parts of what was added, and not of the sum: a sum may cancel to nothing, and beside that any
+error is infinite, and any limit that follows from it.
+
 Dropout draws nothing meanwhile, since parts draw other masks than the whole. Statistics of the batch stay on.
 
 Invariant: the model is left as it was found. Where no float64 step is possible (a large model, an op without a kernel
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,26 +79,40 @@ def compared_cut(
         exact = _steps_in_float64((model, *beside), (whole, *parts), loss, restart) if in_float64 else None
         again = _reordered(model, whole, sum(rows), loss, restart) if exact is None else None
     unit = max(_unit(tensor.dtype) for tensor in own[0].values())
-    if again is not None:
-        error = max(_apart(own[0], again), unit)
-        limit, compared = 2 * TILE_FACTOR * error, own
+    # an own dtype with fewer digits than float32 adds up in float32: its error says nothing of long sums
+    shrunk = 1.0 if exact is None else _unit(torch.float64) / min(unit, 2.0**-24)
+    compared = own if exact is None else exact
+
+    def measures(factors: Sequence[float]) -> tuple[float, float]:
+        """How far the parts are from the whole, and what the step's own error is, each as a part of the largest of the
+        sums. A sum may cancel to nothing, and its rounding is that of what was added."""
+        used = [(one, other, w) for one, other, w in zip(own[1:], compared[1:], factors, strict=True) if w]
+        scale = _larger(_norms(own[0]), _norms(compared[0]))
+        for sums in ([(one, w) for one, _, w in used], [(other, w) for _, other, w in used]):
+            scale = _larger(scale, _weighed(((_norms(each), w) for each, w in sums)))
+        errors = _norms(_minus(own[0], again if exact is None else exact[0]))
+        if exact is not None:
+            errors = _larger(errors, _weighed((_norms(_minus(one, other)), w) for one, other, w in used))
+        distance = _norms(_minus(compared[0], _added(compared[1:], factors)))
+        return _relative(distance, scale), max(_relative(errors, scale), unit)
+
+    seen = {each: measures(factors) for each, factors in weights.items()}
+    apart = {each: distance for each, (distance, _) in seen.items()}
+    limits = {each: 2 * TILE_FACTOR * error * shrunk for each, (_, error) in seen.items()}
+    # a limit as large as what is compared would let anything pass
+    held = tuple(each for each in sorted(apart, key=lambda each: apart[each]) if apart[each] <= limits[each] < 1)
+    nearest = min(apart, key=lambda each: apart[each])
+    limit, error = limits[nearest], seen[nearest][1]
+    if exact is None:
         said = (
             f"no step in float64 is possible here, so 2 x {TILE_FACTOR} x what the uncut step is off from itself with "
             f"its rows in another order ({error:.2g})"
         )
     else:
-        assert exact is not None
-        # an own dtype with fewer digits than float32 adds up in float32: its error says nothing of long sums
-        shrunk = _unit(torch.float64) / min(unit, 2.0**-24)
-        error = max(*(_apart(one, other) for one, other in zip(own, exact, strict=True)), unit)
-        limit, compared = 2 * TILE_FACTOR * error * shrunk, exact
         said = (
             f"2 x {TILE_FACTOR} x what steps in their own dtype are off from float64 ({error:.2g}) x the ratio of the "
             f"roundings ({shrunk:.2g})"
         )
-    apart = {each: _apart(compared[0], _added(compared[1:], found)) for each, found in weights.items()}
-    held = tuple(each for each in sorted(apart, key=lambda each: apart[each]) if apart[each] <= limit)
-    nearest = min(apart, key=lambda each: apart[each])
     measured = f"{apart[nearest]:.2g} apart, taken as divided by {nearest.value}"
     if exact is not None and held:
         cut, uncut = _apart(_added(own[1:], weights[nearest]), exact[0]), _apart(own[0], exact[0])
@@ -227,21 +244,45 @@ def _added(parts: Sequence[Gradients], weights: Sequence[float]) -> Gradients:
     return total
 
 
+#: Of the loss, and of all gradients as one vector.
+_Norms = tuple[float, float]
+
+
+def _norms(of: Gradients) -> _Norms:
+    squares = [0.0, 0.0]
+    for name, tensor in of.items():
+        squares[0 if name == "" else 1] += float(tensor.double().norm()) ** 2
+    return math.sqrt(squares[0]), math.sqrt(squares[1])
+
+
+def _minus(one: Gradients, other: Gradients | None) -> Gradients:
+    """A gradient that only one of them has is nothing in the other."""
+    assert other is not None
+    left = {name: tensor.double() for name, tensor in one.items()}
+    for name, tensor in other.items():
+        left[name] = left[name] - tensor.double() if name in left else -tensor.double()
+    return left
+
+
+def _weighed(norms: Iterable[tuple[_Norms, float]]) -> _Norms:
+    weighed = [(abs(w) * loss, abs(w) * gradients) for (loss, gradients), w in norms]
+    return sum(loss for loss, _ in weighed), sum(gradients for _, gradients in weighed)
+
+
+def _larger(one: _Norms, other: _Norms) -> _Norms:
+    loss, gradients = (max(pair, key=lambda x: (math.isnan(x), x)) for pair in zip(one, other, strict=True))
+    return loss, gradients
+
+
+def _relative(norms: _Norms, scale: _Norms) -> float:
+    """The larger of the two, each as a part of its scale. What is no number is infinitely far."""
+    found = [n / w if w else (0.0 if n == 0 else math.inf) for n, w in zip(norms, scale, strict=True)]
+    return math.inf if any(math.isnan(x) for x in (*found, *scale)) else max(found)
+
+
 def _apart(one: Gradients, other: Gradients) -> float:
     """The larger of the relative distances of the losses, and of all gradients as one vector."""
-    norms = [0.0, 0.0, 0.0, 0.0]
-    for name in one.keys() | other.keys():
-        place = 0 if name == "" else 2
-        first, second = one.get(name), other.get(name)
-        reference = first if first is not None else second
-        assert reference is not None
-        nothing = torch.zeros_like(reference, dtype=torch.float64)
-        a = nothing if first is None else first.double()
-        b = nothing if second is None else second.double()
-        norms[place] += float((a - b).norm()) ** 2
-        norms[place + 1] += float(a.norm()) ** 2
-    found = [math.sqrt(d) / math.sqrt(w) if w else (0.0 if d == 0 else math.inf) for d, w in (norms[:2], norms[2:])]
-    return math.inf if any(x != x for x in found) else max(found)
+    return _relative(_norms(_minus(one, other)), _larger(_norms(one), _norms(other)))
 
 
 class _NoDropout(TorchFunctionMode):

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tightfit.core import (
     Lever,
+    LeversAsked,
     Measurement,
     MicroBatches,
     Plan,
@@ -59,7 +60,7 @@ NONE, EVERY_BLOCK, TIGHTFIT = "none", "every-block", "tightfit"
 
 #: Beside the default levers: nothing in this loop reads gradients after backward, so the optimizer may step there, and
 #: its state has host memory.
-BESIDE = frozenset({Lever.STEP_IN_BACKWARD, Lever.STATE_IN_HOST})
+BESIDE = LeversAsked({Lever.STEP_IN_BACKWARD, Lever.STATE_IN_HOST}, ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

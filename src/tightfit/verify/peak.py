@@ -17,6 +17,7 @@ from tightfit import accelerator
 from tightfit.core import Check, Plan, Unsupported, format_bytes
 from tightfit.engine import apply
 from tightfit.levers import of_units
+from tightfit.levers.step_in_backward.hooks import clipped_backward
 from tightfit.step.optimizers import bare
 from tightfit.step.parallel import local_of
 from tightfit.step.patches import compiled_entries, no_key_value_cache, uncompiled
@@ -97,6 +98,7 @@ def peak_checks(
     plan: Plan,
     loss: LossFunction | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    max_norm: float | None = None,
 ) -> tuple[Check, ...]:
     """The checks `peak` and `prediction` of `verify` alone: one planned step, and one before it that makes the
     optimizer's state."""
@@ -105,7 +107,7 @@ def peak_checks(
         with apply(model, of_units(plan)), uncompiled(model), restart.watching():
             compute_loss(model, batch, loss).backward()
         with apply(model, plan, optimizer=optimizer):
-            return tuple(checks_of_peak(model, batch, plan, loss, optimizer, restart))
+            return tuple(checks_of_peak(model, batch, plan, loss, optimizer, restart, max_norm))
 
 
 def measured_peak_bytes(
@@ -123,9 +125,22 @@ def measured_peak_bytes(
             return peak_bytes(model, batch, loss, optimizer, restart)
 
 
-def run_step(model: nn.Module, batch: Any, loss: LossFunction | None, optimizer: torch.optim.Optimizer | None) -> None:
-    """Forward, backward, optimizer step; the gradients stay."""
-    compute_loss(model, batch, loss).backward()
+def run_step(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    optimizer: torch.optim.Optimizer | None,
+    max_norm: float | None = None,
+) -> None:
+    """Forward, backward, clipping to `max_norm` as `fit` does it, optimizer step; the gradients stay."""
+
+    def backward() -> None:
+        compute_loss(model, batch, loss).backward()
+
+    if max_norm is None:
+        backward()
+    else:
+        clipped_backward(model, batch, None if optimizer is None else bare(optimizer), max_norm, backward)
     if optimizer is not None:
         optimizer.step()
 
@@ -136,19 +151,20 @@ def peak_bytes(
     loss: LossFunction | None,
     optimizer: torch.optim.Optimizer | None,
     restart: Callable[[], None],
+    max_norm: float | None = None,
 ) -> int:
     """The highest count of live bytes in one whole step, once the optimizer has its state."""
     with untrained(optimizer):
         if optimizer is not None or compiled_entries(model):  # state is made, and code compiled, in the first step
             restart()
-            run_step(model, batch, loss, optimizer)
+            run_step(model, batch, loss, optimizer, max_norm)
         found = []
         # gloo's threads hold a buffer a little longer now and then, so there the steps that they did not count
         for _ in range(_GLOO_STEPS if are_several(model) and accelerator.is_host(device_of(model)) else 1):
             restart()
             before_bytes = static_bytes(model, optimizer, batch)
             with PeakMeter(device_of(model)) as meter:
-                run_step(model, batch, loss, optimizer)
+                run_step(model, batch, loss, optimizer, max_norm)
             found.append(before_bytes + meter.rise_bytes)
     return min(found)
 
@@ -195,12 +211,14 @@ def checks_of_peak(
     loss: LossFunction | None,
     optimizer: torch.optim.Optimizer | None,
     restart: Callable[[], None],
+    max_norm: float | None = None,
 ) -> list[Check]:
     """`peak` and `prediction` of the step as it is now. They fail where nothing counts the peak: it is not proven."""
     if line := accelerator.peak_unknown(device_of(model)):
         expected = f"at most {format_bytes(plan.budget_bytes)} ({plan.budget_bytes} B)"
         return [Check(name="peak", expected=expected, measured="not measured", tolerance=line, passed=False)]
-    measured_bytes, compiled = peak_bytes(model, batch, loss, optimizer, restart), bool(compiled_entries(model))
+    measured_bytes = peak_bytes(model, batch, loss, optimizer, restart, max_norm)
+    compiled = bool(compiled_entries(model))
     over = measured_bytes / plan.budget_bytes - 1
     off = measured_bytes / plan.peak_bytes - 1
     measured = f"{format_bytes(measured_bytes)} ({measured_bytes} B)"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tightfit.core import Check, Plan, Proof
+from tightfit.core import Check, Plan, Proof, require_norm
 from tightfit.levers import changes_optimizer, of_units
 from tightfit.step.environment import environment
 from tightfit.step.patches import compiled_entries, no_key_value_cache, own_checkpointing_off, uncompiled
@@ -39,6 +39,7 @@ def verify(
     plan: Plan,
     loss: LossFunction | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    max_norm: float | None = None,
 ) -> Proof:
     """Run the step with and without `plan` and compare.
 
@@ -51,8 +52,12 @@ def verify(
     changes how it steps: parameters, state and gradients after two steps, bit by bit), `time` (ratio of interleaved
     steps; reported, cannot fail). Pass the same `loss` and `optimizer` that the plan was traced with.
 
+    `max_norm`: whole steps clip to this total norm, as those of `fit(..., max_norm=)` do, with the plan and without it.
+    Pass the one that the model was fitted with.
+
     Raises `PlanMismatch`, `InvalidInput`. A check that fails is not raised: see `Proof.passed`.
     """
+    require_norm(max_norm)
     with undisturbed(model, batch) as restart, no_key_value_cache(model), own_checkpointing_off(model):
 
         def step() -> None:
@@ -80,9 +85,9 @@ def verify(
             checks += [c for c in compared(model, reference, planned, observe, spread) if c.name == "buffers"]
         del planned, reference
         with Switch(model, plan, optimizer) if changes_optimizer(plan) else switch:
-            of_peak = checks_of_peak(model, batch, plan, loss, optimizer, restart)
+            of_peak = checks_of_peak(model, batch, plan, loss, optimizer, restart, max_norm)
         if optimizer is not None and changes_optimizer(plan):
-            checks.append(check_of_optimizer(model, batch, plan, loss, optimizer, restart))
+            checks.append(check_of_optimizer(model, batch, plan, loss, optimizer, restart, max_norm))
         checks += of_peak
         checks.append(time_check(model, batch, switch, loss, restart, fallbacks=stats.fallbacks))
         switch.close()

@@ -35,8 +35,10 @@ def check_of_optimizer(
     loss: LossFunction | None,
     optimizer: torch.optim.Optimizer,
     restart: Callable[[], None],
+    max_norm: float | None = None,
 ) -> Check:
-    """Whole steps with and without `plan`: parameters, state, and each gradient as it was used, compared bit by bit."""
+    """Whole steps with and without `plan`, clipped to `max_norm` if that is given: parameters, state, and each gradient
+    as it was used, compared bit by bit."""
 
     def after(in_force: AbstractContextManager[Any]) -> dict[str, torch.Tensor]:
         told: dict[torch.Tensor, torch.Tensor] = {}
@@ -49,7 +51,7 @@ def check_of_optimizer(
             for _ in range(_STEPS):
                 told.clear()
                 restart()
-                run_step(model, batch, loss, optimizer)
+                run_step(model, batch, loss, optimizer, max_norm)
             found = {}
             for name, parameter in model.named_parameters():
                 if not parameter.requires_grad:

@@ -53,6 +53,9 @@ class StepInBackward(LeverDefinition):
             seconds += sum(op.seconds for op in trace.ops if op.phase is not Phase.OPTIMIZER)
         yield step.with_setting(self, trace, cut_text(trace.optimizer), seconds=seconds)
 
+    def again_seconds(self, trace: Trace, seconds: float) -> float:
+        return seconds if trace.optimizer is not None and trace.optimizer.clipped else 0.0
+
     def under(self, trace: Trace, plan: Plan) -> Trace:
         if not self.is_used(plan):
             return trace

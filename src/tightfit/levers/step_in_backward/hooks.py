@@ -28,13 +28,13 @@ from tightfit.step.tied import tied_gradients, without_base
 _Result = TypeVar("_Result")
 
 __all__ = [
-    "gradient_norms_kept", "gradients_told", "in_two_passes", "is_half_taken", "nothing_stepped", "of_optimizer",
-    "only_clipped", "stepping_in_backward",
+    "clipped_backward", "gradient_norms_kept", "gradients_told", "in_two_passes", "is_half_taken", "nothing_stepped",
+    "of_optimizer", "only_clipped", "stepping_in_backward",
 ]  # fmt: skip
 
 _AWAY = "leave step_in_backward out of the levers"
 
-#: Called with each parameter before its gradient goes.
+#: Called with each parameter before its gradient goes, which is as it is used: clipped, where it is clipped.
 _listeners: list[Callable[[torch.Tensor], None]] = []
 
 
@@ -135,12 +135,12 @@ class _Step:
             self.settings = self._settings()
         if parameter not in self.parts:  # it has left the optimizer
             return
-        for listener in _listeners:
-            listener(parameter)
         if _norms.times and parameter.grad is not None:
             self.norms[parameter] = torch.linalg.vector_norm(parameter.grad.detach())
         if self.limit is not None:
             torch.nn.utils.clip_grads_with_norm_([parameter], *self.limit)
+        for listener in _listeners:
+            listener(parameter)
         self.taken.add(parameter)  # before the step: one that fails half way was begun
         with torch.no_grad():
             step_parts(self.optimizer, [self.parts[parameter]])
@@ -279,6 +279,15 @@ def in_two_passes(
             with step.clipping(max_norm, total_norm):
                 return run(False), total_norm
     raise Unsupported("plans were made anew in each forward of this batch; remove the plan")
+
+
+def clipped_backward(
+    model: torch.nn.Module, batch: Any, optimizer: Optimizer | None, max_norm: float, run: Callable[[], _Result]
+) -> tuple[_Result, torch.Tensor]:
+    """What `run` gives, which is forward and backward, and the total norm to which the gradients were clipped: in two
+    passes where the plan steps in backward, and by torch's own call where it does not."""
+    found, norm = in_two_passes(model, batch, optimizer, max_norm, lambda _: run())
+    return found, torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm) if norm is None else norm
 
 
 def is_half_taken(optimizer: Optimizer) -> bool:
