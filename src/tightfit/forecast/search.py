@@ -98,7 +98,7 @@ class Least:
 
 
 #: The room that a plan needs is found to one part in so many powers of two of what the allocator may add to its peak.
-_HALVINGS = 4
+_HALVINGS = 3
 
 
 @without_collecting()
@@ -199,11 +199,12 @@ def largest_fitting(
     low, high = 0, most + 1  # low fits (or is nothing), high does not
     guess = min(max(1, asked // step), most)
     first = None if tokens is None else int(tokens * asked / (setup.batch * setup.seq * step))
+    near: int | None = None  # the size that `first` leads to: it is next to the end, so a plan of its own tells most there
     stride = 0  # once a plan of a size's own fits where one from nearby did not: how far the next is, each settled
     while True:
         if low < high - 1:
             if guess not in tried:
-                tried[guess] = sizes.settled(guess) if stride else sizes.looked_at(guess)
+                tried[guess] = sizes.settled(guess) if stride or guess == near else sizes.looked_at(guess)
             low, high = (guess, high) if tried[guess].runs else (low, guess)
         elif high in tried and not tried[high].is_settled:
             tried[high] = sizes.settled(high)
@@ -222,7 +223,8 @@ def largest_fitting(
         below = max((size for size in tried if size < low and tried[size].runs), default=low)
         sizes.keep(below, low, high)
         if first is not None and low < high - 1:
-            guess, first = min(max(first, low + 1), high - 1), None
+            guess = near = min(max(first, low + 1), high - 1)
+            first = None
         elif stride:
             guess, stride = min(low + stride, max(low + 1, (low + high) // 2)), 2 * stride
         else:
