@@ -36,7 +36,7 @@ from tightfit.engine.offload import Pool
 from tightfit.levers.gradients_in_host.host import HostGradients
 from tightfit.levers.optimizer_step import Waiting
 from tightfit.levers.state_in_host.host import HostState, loaded_on_host, settled
-from tightfit.plan import every_block, simulate
+from tightfit.plan import every_block, lowest, simulate
 from tightfit.plan.account import account
 from tightfit.plan.simulate import allocations
 from tightfit.step.optimizers import Cut, stepping_in_chunks
@@ -202,12 +202,7 @@ def _holds(make: Callable[[], nn.Module], plan_of: Callable[[Trace], Plan]) -> N
             assert stats.rerun_ops > 0 or applied.pool.copied_bytes > 0
             assert applied.pool.stored_bytes == 0
     control().order("late", 0)
-    proof = tightfit.verify(model, batch, plan)
-    assert proof["gradients"].passed, proof
-    # the card rounds sizes up to 512 bytes and the trace does not, which is all that may be between them
-    measured_bytes = int(proof["prediction"].measured.split("(")[1].split(" ")[0])
-    rounded_bytes, _ = peaks(*allocations(trace, plan), steps=1)
-    assert simulate(trace, plan).peak_bytes <= measured_bytes <= rounded_bytes, (proof["prediction"], rounded_bytes)
+    _measured_as_predicted(model, batch, plan, trace)
 
 
 @case
@@ -673,6 +668,133 @@ def state_waits_in_host_memory() -> None:
         assert _state_bytes(optimizer, "cpu") == 0
         assert pool.stored_bytes == 0
         assert same(expected[: len(list(model.parameters()))], [p.detach().cpu() for p in model.parameters()])
+
+
+def _stack(where: str = "pretend") -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(48, 48) for _ in range(6))).to(where)
+
+
+def _rprop(model: nn.Module) -> torch.optim.Optimizer:
+    """The last that its step does is to write state. The card computes what is written before when that is read."""
+    return torch.optim.Rprop(model.parameters(), 1e-2, foreach=False)
+
+
+def _stepped(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[torch.Tensor]:
+    """The numbers that the host reads as soon as each step returns, and what is trained."""
+    found = []
+    for _ in range(count):
+        model(torch.ones(4, 48, device="pretend")).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state = optimizer.state_dict()["state"]
+        found += [v.cpu().clone() for each in state.values() for v in each.values()]
+    return [*found, *(p.detach().cpu().clone() for p in model.parameters())]
+
+
+@case
+def state_comes_and_leaves_beside_the_steps_of_others() -> None:
+    """The same bits, in each order that is allowed; and each wait of the copies is needed for them."""
+    here, plain = torch.device("pretend:0"), _stack()
+    expected = _stepped(plain, _rprop(plain), 3)
+
+    def is_right() -> bool:
+        for order, seed in ORDERS:
+            control().order(order, seed)
+            model, pool = _stack(), Pool()
+            optimizer = _rprop(model)
+            with HostState(optimizer, Waiting(1), pool, ahead=True), stepping_in_chunks(optimizer, Cut(1, False)):
+                found = _stepped(model, optimizer, 3)
+            accelerator.synchronize(here)
+            assert pool.stored_bytes == 0
+            if not same(expected, found):
+                return False
+        return True
+
+    def deaf(direction: str) -> Any:
+        lanes = offload._lanes_of(here)
+        return replaced(lanes, direction, _Deaf(getattr(lanes, direction), "wait_stream"))
+
+    assert is_right()
+    with replaced(offload.Coming, "taken", lambda self: self.fresh):
+        assert not is_right(), "the step, after its state came"
+    with deaf("outward"):
+        assert not is_right(), "out, after the step"
+    with deaf("inward"):
+        assert not is_right(), "back, after whoever had the memory before"
+    with replaced(offload.Leaving, "land", lambda self: None):
+        assert not is_right(), "others in its memory, after out"
+    with replaced(Pool, "finish_out", lambda self, device: None):
+        assert not is_right(), "the host, after out"
+    assert is_right()
+
+
+@case
+def a_step_that_fails_leaves_no_copy_under_way() -> None:
+    """The host's numbers are right when the error comes out, and the next step goes on from them."""
+
+    class Failing(torch.optim.AdamW):
+        fails_at = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.fails_at -= 1
+            if not self.fails_at:
+                raise RuntimeError("no more")
+            return super().step(closure)
+
+    def run(waits: bool) -> list[torch.Tensor]:
+        model = _stack()
+        optimizer = Failing(model.parameters(), 1e-2, foreach=False)
+        with contextlib.ExitStack() as stack:
+            if waits:
+                stack.enter_context(HostState(optimizer, Waiting(1), Pool(), ahead=True))
+            stack.enter_context(stepping_in_chunks(optimizer, Cut(1, False)))
+            _stepped(model, optimizer, 2)
+            model(torch.ones(4, 48, device="pretend")).square().mean().backward()
+            optimizer.fails_at = 4
+            try:
+                optimizer.step()
+            except RuntimeError:
+                pass
+            else:
+                raise AssertionError("it did not fail")
+            state = optimizer.state_dict()["state"]
+            found = [v.cpu().clone() for each in state.values() for v in each.values()]
+            optimizer.zero_grad()
+            return found + _stepped(model, optimizer, 2)
+
+    expected = run(waits=False)
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        assert same(expected, run(waits=True)), order
+
+
+def _measured_as_predicted(model: nn.Module, batch: Any, plan: Plan, trace: Trace, **step: Any) -> Any:
+    proof = tightfit.verify(model, batch, plan, **step)
+    assert proof["gradients"].passed, proof
+    # the card rounds sizes up to 512 bytes and the trace does not, which is all that may be between them
+    measured_bytes = int(proof["prediction"].measured.split("(")[1].split(" ")[0])
+    rounded_bytes, _ = peaks(*allocations(trace, plan), steps=1)
+    assert simulate(trace, plan).peak_bytes <= measured_bytes <= rounded_bytes, (proof["prediction"], rounded_bytes)
+    return proof
+
+
+@case
+def the_peak_has_the_state_that_comes_and_leaves() -> None:
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    model, batch = _stack(), torch.ones(4, 48, device="pretend")
+    optimizer = _adamw(model)
+    trace = tightfit.trace(model, batch, loss, optimizer=optimizer)
+    least = lowest(trace, levers="recompute,state_in_host")
+    assert not least.ahead
+    found = [tightfit.plan(trace, least.peak_bytes + more, levers="recompute,state_in_host") for more in (0, 50_000)]
+    assert [plan.ahead for plan in found] == [(), ("state_in_host",)]
+    assert found[1].step_seconds < found[0].step_seconds and found[1].peak_bytes > found[0].peak_bytes
+    for plan in found:
+        proof = _measured_as_predicted(model, batch, plan, trace, loss=loss, optimizer=optimizer)
+        assert proof["optimizer"].passed, proof
 
 
 @case

@@ -174,6 +174,11 @@ class LeverDefinition:
         """`plan` for `trace` with as little of the lever as the budget has room for. `peak_bytes`: the referee's."""
         return plan
 
+    def ahead(self, trace: Trace, plan: Plan) -> Plan:
+        """`plan` with the lever's copies begun before they are needed, so that they run beside the compute; itself,
+        where it does not use the lever or nothing is won."""
+        return plan
+
     def begun(self, trace: Trace) -> Mapping[str, Any]:
         """Fields of a plan for `trace`, where it was recorded with the lever in force; else empty."""
         return {}
@@ -189,6 +194,10 @@ class LeverDefinition:
         return plan
 
     # ---------------------------------------------------------------------------------- engine
+
+    def is_ahead(self, plan: Plan) -> bool:
+        """Do its copies in `plan` begin before they are needed?"""
+        return self.lever.value in plan.ahead
 
     def is_used(self, plan: Plan) -> bool:
         """Does `plan` use it? By default: does it have a setting of it, as `Variant.with_setting` makes one?"""

@@ -67,7 +67,7 @@ class HostGradients:
             for parameter in self.model.parameters():
                 self._hook(parameter)
             undo.push(self._undo)
-            undo.enter_context(around_parts(self.optimizer, self._there))
+            undo.enter_context(around_parts(self.optimizer, self))
             undo.enter_context(gradients_placed(self._place))
             undo.enter_context(_functions.for_(self))
             self._undo = undo.pop_all()
@@ -134,12 +134,15 @@ class HostGradients:
     # -- in the step, and where gradients are clipped
 
     @contextlib.contextmanager
-    def _there(self, part: Part) -> Iterator[None]:
+    def there(self, part: Part, following: Part | None) -> Iterator[None]:
         """The gradients of `part` are on the device."""
         for parameter in part.parameters:
             self._hook(parameter)  # one that came later, or is trained only now
         with self.on_device(part.parameters):
             yield
+
+    def over(self) -> None:
+        """Nothing is under way."""
 
     @contextlib.contextmanager
     def on_device(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
