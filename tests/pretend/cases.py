@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,9 +34,12 @@ from tightfit.device.allocator import peaks
 from tightfit.engine import Applied, offload
 from tightfit.engine.frame import Frame
 from tightfit.engine.offload import Pool
+from tightfit.levers import as_recorded
 from tightfit.levers.gradients_in_host.host import HostGradients
 from tightfit.levers.optimizer_step import Waiting
 from tightfit.levers.state_in_host.host import HostState, loaded_on_host, settled
+from tightfit.levers.stream_weights import DEFINITION as STREAM
+from tightfit.levers.stream_weights import fetching, host
 from tightfit.plan import every_block, lowest, simulate
 from tightfit.plan.account import account
 from tightfit.plan.simulate import allocations
@@ -954,6 +958,7 @@ def _trained(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
         loss = _shifted(model, batch)
         loss.backward()
         found += [loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)]
+        del loss  # it would be there in the next forward, where the peak may be
         optimizer.step()
         optimizer.zero_grad()
     return [*found, *(p.detach().cpu().clone() for p in model.parameters())]
@@ -974,6 +979,147 @@ def frozen_weights_wait_in_host_memory() -> None:
             assert applied.plan.settings["stream_weights"] and _kinds(model) == {"cpu", "pretend"}
             assert same(expected, _trained(model, _numbers())), order
         assert _kinds(model) == {"pretend"}
+
+
+def _all_streamed(trace: Trace, *ahead: str) -> Plan:
+    """Nothing recomputed, everything streamed that can be."""
+    step = list(STREAM.variants(as_recorded(trace)))[-1]
+    plan = tightfit.plan(trace, "100%", levers="recompute")
+    plan = _replaced(plan, settings=step.decided["settings"], ahead=ahead)
+    peak_bytes = simulate(trace, plan).peak_bytes
+    return _replaced(plan, peak_bytes=peak_bytes, budget_bytes=peak_bytes)
+
+
+def _merged(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients of steps after each of which the frozen weights are written: by the host, where they wait there."""
+    found = []
+    for _ in range(4):
+        _shifted(model, batch).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.requires_grad:
+                    parameter.mul_(0.5)
+        found += [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+    return found
+
+
+@case
+def frozen_weights_come_while_those_before_are_read() -> None:
+    """The same bits, in each order that is allowed; and each wait of the copies is needed for them."""
+    here, batch = torch.device("pretend:0"), _numbers()
+    twin = _half_frozen("pretend")
+    plan = _all_streamed(tightfit.trace(twin, batch, _shifted), "stream_weights")
+    expected, of_merged = _trained(_half_frozen("pretend"), batch), _merged(_half_frozen("pretend"), batch)
+
+    def is_right(steps: Callable[[nn.Module, torch.Tensor], list[torch.Tensor]] = _trained) -> bool:
+        for order, seed in ORDERS:
+            control().order(order, seed)
+            model = _half_frozen("pretend")
+            with replaced(host, "_COMPARED", 0), tightfit.apply(model, plan) as applied:
+                found = steps(model, batch)
+                counts = applied.stats().levers["stream_weights"]
+                assert counts.ahead > counts.copies / 2 and not counts.dropped
+            if not same(expected if steps is _trained else of_merged, found):
+                return False
+        return True
+
+    def is_the_hosts_at_once() -> bool:
+        """May the host write over a weight as soon as somebody has its copy?"""
+        for order, seed in ORDERS:
+            control().order(order, seed)
+            start, pool = torch.randn(300, device=here), Pool()
+            tensor = start.clone()
+            of = types.SimpleNamespace(
+                frozen=types.SimpleNamespace(path=""), pool=pool, stats=host.Streamed(), fetching=None
+            )
+            weight: Any = host._Weight(of, tensor, pool.room_for(tensor), here)  # type: ignore[arg-type]
+            weight.to_compare = 0
+            copied = weight.fresh(weight.begin())
+            weight.room.zero_()
+            if not torch.equal(copied.cpu(), start.cpu()):
+                return False
+        return True
+
+    assert is_right() and is_right(_merged) and is_the_hosts_at_once()
+    with replaced(offload.Coming, "finish", lambda self: None):
+        assert not is_the_hosts_at_once(), "the host, after back"
+        assert is_right(), "the compute has waited for it"
+        with replaced(offload.Coming, "taken", lambda self: self.fresh):
+            assert not is_right(), "the compute, after back"
+    lanes = offload._lanes_of(here)
+    with replaced(lanes, "inward", _Deaf(lanes.inward, "wait_stream")):
+        assert not is_right(), "back, after whoever had the memory before"
+    assert is_right()
+
+
+@case
+def weights_that_come_for_nothing_are_dropped() -> None:
+    """A step that goes another way than the ones before, a weight that is written while its copy is on its way, and a
+    step that fails: the same bits, and nothing stays on the card."""
+
+    class Turning(nn.Module):
+        def __init__(self, where: str) -> None:
+            super().__init__()
+            self.inner = _half_frozen(where)
+            self.skips = self.writes = self.fails = False
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            hidden = self.inner[0](rows)
+            for place in range(1, 7):
+                if self.skips and place == 3:
+                    continue
+                hidden = self.inner[place](hidden)
+                if self.writes and place < 6:
+                    with torch.no_grad():
+                        self.inner[place + 1][0].weight.mul_(0.5)
+                if self.fails and place == 4:
+                    raise ArithmeticError
+            return self.inner[-1](hidden).square().mean()
+
+    def steps(model: nn.Module) -> list[torch.Tensor]:
+        found = []
+        for does in ("", "", "skips", "", "writes", "", "fails", ""):
+            for name in ("skips", "writes", "fails"):
+                setattr(model, name, name == does)
+            try:
+                model(batch).backward()
+            except ArithmeticError:
+                assert model.fails
+            found += [p.grad.cpu().clone() for p in model.parameters() if p.grad is not None]
+            model.zero_grad()
+        return found
+
+    batch = _numbers()
+    expected = steps(Turning("pretend"))
+    plan = _all_streamed(tightfit.trace(Turning("pretend"), batch, lambda m, x: m(x)), "stream_weights")
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        model = Turning("pretend")
+        with tightfit.apply(model, plan) as applied:
+            before = _allocated()
+            assert same(expected, steps(model)), order
+            assert applied.stats().levers["stream_weights"].dropped >= 3  # one for each that goes another way
+            assert _allocated() == before
+    model = Turning("pretend")
+    stale = replaced(fetching, "_is_current", lambda weight, begun: True)
+    with stale, replaced(host, "_COMPARED", 0), tightfit.apply(model, plan):
+        assert not same(expected, steps(model)), "a copy of before the weight was written"
+
+
+@case
+def the_peak_has_the_weights_that_come() -> None:
+    model, batch = _half_frozen("pretend"), _numbers()
+    trace = tightfit.trace(model, batch, _shifted)
+    least, most = (_all_streamed(trace, *ahead).peak_bytes for ahead in ((), ("stream_weights",)))
+    assert most > least
+    for levers in ("stream_weights", "recompute,stream_weights"):
+        found = [tightfit.plan(trace, size, levers=levers) for size in (least, most)]
+        assert [plan.ahead for plan in found] == [(), ("stream_weights",)], [plan.ahead for plan in found]
+        assert found[1].step_seconds < found[0].step_seconds
+        for plan in found:
+            with replaced(host, "_COMPARED", 0):  # the checksums of the first copies take of the card too
+                _measured_as_predicted(model, batch, plan, trace, loss=_shifted)
 
 
 @case
@@ -1087,7 +1233,6 @@ def weights_wait_in_the_file_that_they_were_loaded_from() -> None:
     """Where copies would take too much of the memory that is free; else they are copied, and the file is let go of."""
     from safetensors.torch import load_file, save_file
 
-    from tightfit.levers.stream_weights import host
     from tightfit.step.mapped import Mapped
 
     expected = _trained(_half_frozen("pretend"), _numbers())

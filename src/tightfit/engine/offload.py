@@ -331,6 +331,11 @@ class Coming(NamedTuple):
     arrived: Any = None  # an event; None: it is there
     stream: Any = None  # whose memory it lies in
 
+    def finish(self) -> None:
+        """Return when it is there, so that the host may write over what is copied."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+
     def taken(self) -> torch.Tensor:
         """The copy, for the stream that runs now."""
         if self.arrived is not None:

@@ -127,16 +127,6 @@ def copying_seconds(trace: Trace, out_bytes: int, back_bytes: int, *, ahead: boo
     return max(0.0, max(seconds) - sum(op.seconds for op in trace.ops if op.phase is Phase.OPTIMIZER))
 
 
-def gone_ahead(plan: Plan, lever: Lever, less_seconds: float) -> Plan:
-    """`plan` with the copies of `lever` ahead, which saves so many seconds; itself, where it saves none."""
-    if less_seconds <= 0.0:
-        return plan
-    return dataclasses.replace(
-        plan, ahead=(*plan.ahead, lever.value), other_seconds=max(0.0, plan.other_seconds - less_seconds),
-        step_seconds=plan.step_seconds - less_seconds, status=Status.FEASIBLE,
-    )  # fmt: skip
-
-
 def not_by_parts(trace: Trace) -> str:
     """Why the optimizer of `trace` cannot step a few parameters at a time; empty: it can."""
     at = trace.optimizer

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tightfit.core import InvalidInput, Lever, OptimizerStep, Plan, PlanMismatch, Trace, format_bytes
-from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
+from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked, gone_ahead
 from tightfit.levers.optimizer_step import (
     Waiting,
     by_size,
@@ -27,7 +27,6 @@ from tightfit.levers.optimizer_step import (
     cut_of,
     cut_text,
     eased_to,
-    gone_ahead,
     not_by_parts,
     state_in_host,
     waiting_bytes,
