@@ -914,6 +914,23 @@ def gradients_wait_in_host_memory() -> None:
 
 
 @case
+def a_gradient_may_be_written_as_soon_as_it_is_at_home() -> None:
+    """As by `zero_grad(set_to_none=False)` right after a step that the card is far from having done."""
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        model, pool = _stack(), Pool()
+        optimizer = _adamw(model)
+        with HostGradients(model, optimizer, 1, pool):
+            model(torch.ones(4, 48, device="pretend")).square().mean().backward()
+        plain = [p.grad.cpu() for p in model.parameters()]
+        with HostGradients(model, optimizer, 1, pool) as waiting:
+            with waiting.on_device(model.parameters()):
+                there = [p.grad.detach() for p in model.parameters()]
+            optimizer.zero_grad(set_to_none=False)
+            assert same(plain, [gradient.cpu() for gradient in there]), order
+
+
+@case
 def gradients_in_host_memory_are_put_back_by_whoever_sets_them_aside() -> None:
     """Steps of somebody else in between, with gradients of zero, find room of their own; the real ones come back."""
     model, pool = gpt2(), Pool()
