@@ -113,7 +113,10 @@ class Plan:
     @property
     def decisions(self) -> str:
         """Digest of what the plan has the engine do: equal where two plans differ only in what they say it costs."""
-        does = [self.choices, self.programs, self.in_place_loss, self.advances, self.tiling, self.settings, self.ahead]
+        does: list[object] = [
+            self.choices, self.programs, self.in_place_loss, self.advances, self.tiling, self.settings,
+        ]  # fmt: skip
+        does += [self.ahead] if self.ahead else []  # as digests of before have it
         return hashlib.sha256(json.dumps(to_json(does), sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
