@@ -261,7 +261,7 @@ class LeverDefinition:
 
 def gone_ahead(plan: Plan, lever: Lever, less_seconds: float) -> Plan:
     """`plan` with the copies of `lever` ahead, which saves so many seconds; itself, where it saves none."""
-    if less_seconds <= 0.0:
+    if less_seconds <= 0.0 or lever.value in plan.ahead:
         return plan
     return dataclasses.replace(
         plan, ahead=(*plan.ahead, lever.value), other_seconds=max(0.0, plan.other_seconds - less_seconds),
