@@ -541,7 +541,7 @@ def nf4(card: Card) -> Rows:
 
 def streamed(card: Card) -> Rows:
     """A model in host memory, put on the card but for the frozen weights that its plan streams: gradients against those
-    of the same model on the card, the peak against the prediction, and what the copies cost."""
+    of the same model on the card, the peak against the prediction, and how much of the copies is hidden."""
     _repeatable_products()
     case = _small(card, "llama", method="lora")
     model, batch, _ = step_of(case, torch.device("cpu"))
@@ -573,13 +573,18 @@ def streamed(card: Card) -> Rows:
                         torch.cuda.reset_peak_memory_stats()
                     step(model)
                     peaks.append(torch.cuda.max_memory_allocated() if card.is_cuda else None)
-                found = differences(expected, Outcome(model))
+                found, before = differences(expected, Outcome(model)), applied.stats().levers["stream_weights"]
+                step(model)
+                copied = applied.stats().levers["stream_weights"] - before
                 took = card.in_turn({"streamed": (contextlib.nullcontext, functools.partial(step, model))}, 2)
+                added = took["streamed"]["median"] - seconds["plain"]["median"]
+                alone = _copy_seconds(card, copied.copied_bytes)["back"]  # with nothing beside them
                 yield row | {
                     "identical": not found, "predicted_peak_bytes": applied.plan.peak_bytes, "peak_bytes": peaks,
                     "there_bytes": before_bytes, "settings": dict(applied.plan.settings),
                     "seconds": {**seconds, **took}, "predicted_slowdown": applied.plan.slowdown,
-                    "copied": dataclasses.asdict(applied.stats().levers["stream_weights"]),
+                    "copied": dataclasses.asdict(copied), "ahead": applied.plan.ahead, "copy_seconds": alone,
+                    "hidden": 1 - added / alone if card.is_cuda else None,
                 }  # fmt: skip
         except Exception as error:
             yield row | failed(error)

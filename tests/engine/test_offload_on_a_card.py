@@ -11,6 +11,7 @@ import itertools
 import mmap
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,22 @@ from tightfit import accelerator
 from tightfit.core import Action, Plan, Trace
 from tightfit.engine import offload
 from tightfit.engine.offload import Pool, Shipment
+from tightfit.levers.gradients_in_host.host import HostGradients
+from tightfit.levers.optimizer_step import Waiting
+from tightfit.levers.state_in_host.host import HostState
+from tightfit.levers.stream_weights.host import Streamed, _Weight
 from tightfit.plan import every_block, simulate
 from tightfit.plan.shipping import Shipments
+from tightfit.step.optimizers import Cut, stepping_in_chunks
+
+
+class Event(str):
+    """Its name; what the host waits for is written down too."""
+
+    told: list[str]
+
+    def synchronize(self) -> None:
+        self.told.append(f"host waits for {self}")
 
 
 class Stream:
@@ -36,8 +51,13 @@ class Stream:
     def wait_event(self, event: str) -> None:
         self.told.append(f"{self.name} waits for {event}")
 
-    def record_event(self) -> str:
-        return f"event {sum('event' in each for each in self.told)} of {self.name}"
+    def record_event(self) -> Event:
+        found = Event(f"event {sum('event' in each for each in self.told)} of {self.name}")
+        found.told = self.told
+        return found
+
+    def synchronize(self) -> None:
+        self.told.append(f"host waits for {self.name}")
 
 
 @pytest.fixture
@@ -115,6 +135,62 @@ def test_who_takes_a_buffer_waits_for_the_last_copy_out_of_it(told: list[str]) -
     assert pool.store(torch.randn(100)) is not None
     # what was copied out of the room comes first
     assert any(line.startswith("out waits for event") and line.endswith("of compute") for line in told)
+
+
+def test_state_is_waited_for_by_its_own_step_and_by_the_host_at_the_end(told: list[str]) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
+    optimizer, at = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), [0]
+    step = torch.optim.SGD.step
+
+    def noted(self: Any, *given: Any) -> Any:
+        told.append(f"step {at[0] % 3}")
+        at[0] += 1
+        return step.__wrapped__(self, *given)  # type: ignore[attr-defined]
+
+    torch.optim.SGD.step = noted  # type: ignore[method-assign]
+    try:
+        with HostState(optimizer, Waiting(1), Pool(), ahead=True), stepping_in_chunks(optimizer, Cut(1, False)):
+            for _ in range(2):
+                told.clear()
+                model(torch.ones(2, 8)).sum().backward()
+                optimizer.step()
+    finally:
+        torch.optim.SGD.step = step  # type: ignore[method-assign]
+    names = [" ".join(word for word in each.split() if not word.isdigit()) for each in told]
+    comes, leaves = ["back waits for compute"], ["out waits for compute"]
+    has_come, has_left = ["compute waits for event of back"], ["compute waits for event of out"]
+    assert names == [
+        *comes, "step", *leaves,
+        *has_come, *comes, "step", *has_left, *leaves,
+        *has_come, "step", *has_left, *leaves,
+        *has_left, "host waits for out",
+    ]  # fmt: skip
+
+
+def test_the_host_waits_for_a_weights_copy(told: list[str]) -> None:
+    """Whoever has the copy may write over the weight, and the copy that comes is not used before."""
+    of: Any = SimpleNamespace(frozen=SimpleNamespace(path=""), pool=Pool(), stats=Streamed(), fetching=None)
+    tensor = torch.randn(300)
+    weight: Any = _Weight(of, tensor, of.pool.room_for(tensor), torch.device("cpu"))
+    told.clear()
+    begun = weight.begin()
+    assert told == ["back waits for compute"]
+    weight.fresh(begun)
+    assert [each.split(" event")[0] for each in told[1:]] == ["host waits for", "compute waits for"]
+    told.clear()
+    weight.drop(weight.begin())
+    assert [each.split(" event")[0] for each in told[1:]] == ["host waits for", "compute waits for"]
+
+
+def test_the_host_waits_for_a_gradients_copy(told: list[str]) -> None:
+    model = nn.Linear(8, 8, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(torch.ones(2, 8)).sum().backward()
+    with HostGradients(model, optimizer, 1, Pool()) as waiting:
+        told.clear()
+        with waiting.on_device(model.parameters()):
+            assert not told
+        assert [each.split(" event")[0] for each in told] == ["host waits for"]
 
 
 def test_all_pools_have_the_same_streams(told: list[str]) -> None:

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,10 +34,13 @@ from tightfit.device.allocator import peaks
 from tightfit.engine import Applied, offload
 from tightfit.engine.frame import Frame
 from tightfit.engine.offload import Pool
+from tightfit.levers import as_recorded
 from tightfit.levers.gradients_in_host.host import HostGradients
 from tightfit.levers.optimizer_step import Waiting
 from tightfit.levers.state_in_host.host import HostState, loaded_on_host, settled
-from tightfit.plan import every_block, simulate
+from tightfit.levers.stream_weights import DEFINITION as STREAM
+from tightfit.levers.stream_weights import fetching, host
+from tightfit.plan import every_block, lowest, simulate
 from tightfit.plan.account import account
 from tightfit.plan.simulate import allocations
 from tightfit.step.optimizers import Cut, stepping_in_chunks
@@ -202,12 +206,7 @@ def _holds(make: Callable[[], nn.Module], plan_of: Callable[[Trace], Plan]) -> N
             assert stats.rerun_ops > 0 or applied.pool.copied_bytes > 0
             assert applied.pool.stored_bytes == 0
     control().order("late", 0)
-    proof = tightfit.verify(model, batch, plan)
-    assert proof["gradients"].passed, proof
-    # the card rounds sizes up to 512 bytes and the trace does not, which is all that may be between them
-    measured_bytes = int(proof["prediction"].measured.split("(")[1].split(" ")[0])
-    rounded_bytes, _ = peaks(*allocations(trace, plan), steps=1)
-    assert simulate(trace, plan).peak_bytes <= measured_bytes <= rounded_bytes, (proof["prediction"], rounded_bytes)
+    _measured_as_predicted(model, batch, plan, trace)
 
 
 @case
@@ -675,6 +674,133 @@ def state_waits_in_host_memory() -> None:
         assert same(expected[: len(list(model.parameters()))], [p.detach().cpu() for p in model.parameters()])
 
 
+def _stack(where: str = "pretend") -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(48, 48) for _ in range(6))).to(where)
+
+
+def _rprop(model: nn.Module) -> torch.optim.Optimizer:
+    """The last that its step does is to write state. The card computes what is written before when that is read."""
+    return torch.optim.Rprop(model.parameters(), 1e-2, foreach=False)
+
+
+def _stepped(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[torch.Tensor]:
+    """The numbers that the host reads as soon as each step returns, and what is trained."""
+    found = []
+    for _ in range(count):
+        model(torch.ones(4, 48, device="pretend")).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state = optimizer.state_dict()["state"]
+        found += [v.cpu().clone() for each in state.values() for v in each.values()]
+    return [*found, *(p.detach().cpu().clone() for p in model.parameters())]
+
+
+@case
+def state_comes_and_leaves_beside_the_steps_of_others() -> None:
+    """The same bits, in each order that is allowed; and each wait of the copies is needed for them."""
+    here, plain = torch.device("pretend:0"), _stack()
+    expected = _stepped(plain, _rprop(plain), 3)
+
+    def is_right() -> bool:
+        for order, seed in ORDERS:
+            control().order(order, seed)
+            model, pool = _stack(), Pool()
+            optimizer = _rprop(model)
+            with HostState(optimizer, Waiting(1), pool, ahead=True), stepping_in_chunks(optimizer, Cut(1, False)):
+                found = _stepped(model, optimizer, 3)
+            accelerator.synchronize(here)
+            assert pool.stored_bytes == 0
+            if not same(expected, found):
+                return False
+        return True
+
+    def deaf(direction: str) -> Any:
+        lanes = offload._lanes_of(here)
+        return replaced(lanes, direction, _Deaf(getattr(lanes, direction), "wait_stream"))
+
+    assert is_right()
+    with replaced(offload.Coming, "taken", lambda self: self.fresh):
+        assert not is_right(), "the step, after its state came"
+    with deaf("outward"):
+        assert not is_right(), "out, after the step"
+    with deaf("inward"):
+        assert not is_right(), "back, after whoever had the memory before"
+    with replaced(offload.Leaving, "land", lambda self: None):
+        assert not is_right(), "others in its memory, after out"
+    with replaced(Pool, "finish_out", lambda self, device: None):
+        assert not is_right(), "the host, after out"
+    assert is_right()
+
+
+@case
+def a_step_that_fails_leaves_no_copy_under_way() -> None:
+    """The host's numbers are right when the error comes out, and the next step goes on from them."""
+
+    class Failing(torch.optim.AdamW):
+        fails_at = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.fails_at -= 1
+            if not self.fails_at:
+                raise RuntimeError("no more")
+            return super().step(closure)
+
+    def run(waits: bool) -> list[torch.Tensor]:
+        model = _stack()
+        optimizer = Failing(model.parameters(), 1e-2, foreach=False)
+        with contextlib.ExitStack() as stack:
+            if waits:
+                stack.enter_context(HostState(optimizer, Waiting(1), Pool(), ahead=True))
+            stack.enter_context(stepping_in_chunks(optimizer, Cut(1, False)))
+            _stepped(model, optimizer, 2)
+            model(torch.ones(4, 48, device="pretend")).square().mean().backward()
+            optimizer.fails_at = 4
+            try:
+                optimizer.step()
+            except RuntimeError:
+                pass
+            else:
+                raise AssertionError("it did not fail")
+            state = optimizer.state_dict()["state"]
+            found = [v.cpu().clone() for each in state.values() for v in each.values()]
+            optimizer.zero_grad()
+            return found + _stepped(model, optimizer, 2)
+
+    expected = run(waits=False)
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        assert same(expected, run(waits=True)), order
+
+
+def _measured_as_predicted(model: nn.Module, batch: Any, plan: Plan, trace: Trace, **step: Any) -> Any:
+    proof = tightfit.verify(model, batch, plan, **step)
+    assert proof["gradients"].passed, proof
+    # the card rounds sizes up to 512 bytes and the trace does not, which is all that may be between them
+    measured_bytes = int(proof["prediction"].measured.split("(")[1].split(" ")[0])
+    rounded_bytes, _ = peaks(*allocations(trace, plan), steps=1)
+    assert simulate(trace, plan).peak_bytes <= measured_bytes <= rounded_bytes, (proof["prediction"], rounded_bytes)
+    return proof
+
+
+@case
+def the_peak_has_the_state_that_comes_and_leaves() -> None:
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    model, batch = _stack(), torch.ones(4, 48, device="pretend")
+    optimizer = _adamw(model)
+    trace = tightfit.trace(model, batch, loss, optimizer=optimizer)
+    least = lowest(trace, levers="recompute,state_in_host")
+    assert not least.ahead
+    found = [tightfit.plan(trace, least.peak_bytes + more, levers="recompute,state_in_host") for more in (0, 50_000)]
+    assert [plan.ahead for plan in found] == [(), ("state_in_host",)]
+    assert found[1].step_seconds < found[0].step_seconds and found[1].peak_bytes > found[0].peak_bytes
+    for plan in found:
+        proof = _measured_as_predicted(model, batch, plan, trace, loss=loss, optimizer=optimizer)
+        assert proof["optimizer"].passed, proof
+
+
 @case
 def state_that_waits_goes_on_waiting_when_a_layer_is_unfrozen() -> None:
     """Five of eight equal parameters wait, the first five that are trained. One before them is trained later."""
@@ -788,6 +914,23 @@ def gradients_wait_in_host_memory() -> None:
 
 
 @case
+def a_gradient_may_be_written_as_soon_as_it_is_at_home() -> None:
+    """As by `zero_grad(set_to_none=False)` right after a step that the card is far from having done."""
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        model, pool = _stack(), Pool()
+        optimizer = _adamw(model)
+        with HostGradients(model, optimizer, 1, pool):
+            model(torch.ones(4, 48, device="pretend")).square().mean().backward()
+        plain = [p.grad.cpu() for p in model.parameters()]
+        with HostGradients(model, optimizer, 1, pool) as waiting:
+            with waiting.on_device(model.parameters()):
+                there = [p.grad.detach() for p in model.parameters()]
+            optimizer.zero_grad(set_to_none=False)
+            assert same(plain, [gradient.cpu() for gradient in there]), order
+
+
+@case
 def gradients_in_host_memory_are_put_back_by_whoever_sets_them_aside() -> None:
     """Steps of somebody else in between, with gradients of zero, find room of their own; the real ones come back."""
     model, pool = gpt2(), Pool()
@@ -832,6 +975,7 @@ def _trained(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
         loss = _shifted(model, batch)
         loss.backward()
         found += [loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)]
+        del loss  # it would be there in the next forward, where the peak may be
         optimizer.step()
         optimizer.zero_grad()
     return [*found, *(p.detach().cpu().clone() for p in model.parameters())]
@@ -852,6 +996,147 @@ def frozen_weights_wait_in_host_memory() -> None:
             assert applied.plan.settings["stream_weights"] and _kinds(model) == {"cpu", "pretend"}
             assert same(expected, _trained(model, _numbers())), order
         assert _kinds(model) == {"pretend"}
+
+
+def _all_streamed(trace: Trace, *ahead: str) -> Plan:
+    """Nothing recomputed, everything streamed that can be."""
+    step = list(STREAM.variants(as_recorded(trace)))[-1]
+    plan = tightfit.plan(trace, "100%", levers="recompute")
+    plan = _replaced(plan, settings=step.decided["settings"], ahead=ahead)
+    peak_bytes = simulate(trace, plan).peak_bytes
+    return _replaced(plan, peak_bytes=peak_bytes, budget_bytes=peak_bytes)
+
+
+def _merged(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients of steps after each of which the frozen weights are written: by the host, where they wait there."""
+    found = []
+    for _ in range(4):
+        _shifted(model, batch).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.requires_grad:
+                    parameter.mul_(0.5)
+        found += [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+    return found
+
+
+@case
+def frozen_weights_come_while_those_before_are_read() -> None:
+    """The same bits, in each order that is allowed; and each wait of the copies is needed for them."""
+    here, batch = torch.device("pretend:0"), _numbers()
+    twin = _half_frozen("pretend")
+    plan = _all_streamed(tightfit.trace(twin, batch, _shifted), "stream_weights")
+    expected, of_merged = _trained(_half_frozen("pretend"), batch), _merged(_half_frozen("pretend"), batch)
+
+    def is_right(steps: Callable[[nn.Module, torch.Tensor], list[torch.Tensor]] = _trained) -> bool:
+        for order, seed in ORDERS:
+            control().order(order, seed)
+            model = _half_frozen("pretend")
+            with replaced(host, "_COMPARED", 0), tightfit.apply(model, plan) as applied:
+                found = steps(model, batch)
+                counts = applied.stats().levers["stream_weights"]
+                assert counts.ahead > counts.copies / 2 and not counts.dropped
+            if not same(expected if steps is _trained else of_merged, found):
+                return False
+        return True
+
+    def is_the_hosts_at_once() -> bool:
+        """May the host write over a weight as soon as somebody has its copy?"""
+        for order, seed in ORDERS:
+            control().order(order, seed)
+            start, pool = torch.randn(300, device=here), Pool()
+            tensor = start.clone()
+            of = types.SimpleNamespace(
+                frozen=types.SimpleNamespace(path=""), pool=pool, stats=host.Streamed(), fetching=None
+            )
+            weight: Any = host._Weight(of, tensor, pool.room_for(tensor), here)  # type: ignore[arg-type]
+            weight.to_compare = 0
+            copied = weight.fresh(weight.begin())
+            weight.room.zero_()
+            if not torch.equal(copied.cpu(), start.cpu()):
+                return False
+        return True
+
+    assert is_right() and is_right(_merged) and is_the_hosts_at_once()
+    with replaced(offload.Coming, "finish", lambda self: None):
+        assert not is_the_hosts_at_once(), "the host, after back"
+        assert is_right(), "the compute has waited for it"
+        with replaced(offload.Coming, "taken", lambda self: self.fresh):
+            assert not is_right(), "the compute, after back"
+    lanes = offload._lanes_of(here)
+    with replaced(lanes, "inward", _Deaf(lanes.inward, "wait_stream")):
+        assert not is_right(), "back, after whoever had the memory before"
+    assert is_right()
+
+
+@case
+def weights_that_come_for_nothing_are_dropped() -> None:
+    """A step that goes another way than the ones before, a weight that is written while its copy is on its way, and a
+    step that fails: the same bits, and nothing stays on the card."""
+
+    class Turning(nn.Module):
+        def __init__(self, where: str) -> None:
+            super().__init__()
+            self.inner = _half_frozen(where)
+            self.skips = self.writes = self.fails = False
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            hidden = self.inner[0](rows)
+            for place in range(1, 7):
+                if self.skips and place == 3:
+                    continue
+                hidden = self.inner[place](hidden)
+                if self.writes and place < 6:
+                    with torch.no_grad():
+                        self.inner[place + 1][0].weight.mul_(0.5)
+                if self.fails and place == 4:
+                    raise ArithmeticError
+            return self.inner[-1](hidden).square().mean()
+
+    def steps(model: nn.Module) -> list[torch.Tensor]:
+        found = []
+        for does in ("", "", "skips", "", "writes", "", "fails", ""):
+            for name in ("skips", "writes", "fails"):
+                setattr(model, name, name == does)
+            try:
+                model(batch).backward()
+            except ArithmeticError:
+                assert model.fails
+            found += [p.grad.cpu().clone() for p in model.parameters() if p.grad is not None]
+            model.zero_grad()
+        return found
+
+    batch = _numbers()
+    expected = steps(Turning("pretend"))
+    plan = _all_streamed(tightfit.trace(Turning("pretend"), batch, lambda m, x: m(x)), "stream_weights")
+    for order, seed in ORDERS:
+        control().order(order, seed)
+        model = Turning("pretend")
+        with tightfit.apply(model, plan) as applied:
+            before = _allocated()
+            assert same(expected, steps(model)), order
+            assert applied.stats().levers["stream_weights"].dropped >= 3  # one for each that goes another way
+            assert _allocated() == before
+    model = Turning("pretend")
+    stale = replaced(fetching, "_is_current", lambda weight, begun: True)
+    with stale, replaced(host, "_COMPARED", 0), tightfit.apply(model, plan):
+        assert not same(expected, steps(model)), "a copy of before the weight was written"
+
+
+@case
+def the_peak_has_the_weights_that_come() -> None:
+    model, batch = _half_frozen("pretend"), _numbers()
+    trace = tightfit.trace(model, batch, _shifted)
+    least, most = (_all_streamed(trace, *ahead).peak_bytes for ahead in ((), ("stream_weights",)))
+    assert most > least
+    for levers in ("stream_weights", "recompute,stream_weights"):
+        found = [tightfit.plan(trace, size, levers=levers) for size in (least, most)]
+        assert [plan.ahead for plan in found] == [(), ("stream_weights",)], [plan.ahead for plan in found]
+        assert found[1].step_seconds < found[0].step_seconds
+        for plan in found:
+            with replaced(host, "_COMPARED", 0):  # the checksums of the first copies take of the card too
+                _measured_as_predicted(model, batch, plan, trace, loss=_shifted)
 
 
 @case
@@ -965,7 +1250,6 @@ def weights_wait_in_the_file_that_they_were_loaded_from() -> None:
     """Where copies would take too much of the memory that is free; else they are copied, and the file is let go of."""
     from safetensors.torch import load_file, save_file
 
-    from tightfit.levers.stream_weights import host
     from tightfit.step.mapped import Mapped
 
     expected = _trained(_half_frozen("pretend"), _numbers())

@@ -91,6 +91,7 @@ class Plan:
     solved_by: tuple[str, ...] = ()  # the solver and the ways that found the points and chose among them
     fresh_seconds: float = 0.0  # that the step takes less, below zero, for new memory that it does not touch
     host_budget_bytes: int | None = None  # the most that was to wait in host memory; none: no limit was set
+    ahead: tuple[str, ...] = ()  # levers whose copies begin before they are needed, and run beside the compute
 
     @property
     def added_seconds(self) -> float:
@@ -112,7 +113,10 @@ class Plan:
     @property
     def decisions(self) -> str:
         """Digest of what the plan has the engine do: equal where two plans differ only in what they say it costs."""
-        does = [self.choices, self.programs, self.in_place_loss, self.advances, self.tiling, self.settings]
+        does: list[object] = [
+            self.choices, self.programs, self.in_place_loss, self.advances, self.tiling, self.settings,
+        ]  # fmt: skip
+        does += [self.ahead] if self.ahead else []  # as digests of before have it
         return hashlib.sha256(json.dumps(to_json(does), sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:

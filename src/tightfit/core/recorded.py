@@ -280,6 +280,7 @@ class OptimizerStep:
     waits_some: int = 0  # and that of so many smaller ones, the first
     waits_some_from_bytes: int = 0  # that are not smaller than this
     gradients_wait_from_bytes: int | None = None  # gradients of so many bytes do; none: nobody's
+    state_ahead: bool = False  # state that waits comes while the part before is stepped, and leaves during the next
     clipped: bool = False  # gradients are clipped by their total norm, which has to be known before the first is used
 
 

@@ -169,7 +169,7 @@ class Forecast:
     modes: tuple[Mode, ...]
     plan: Plan | None  # none when nothing fits
     essence: tuple[str, ...]  # the plan in a few lines
-    # with tiles only if the asked size needs them; none: not looked for; a plan that is searched for longer may fit more
+    # with tiles only if the asked size needs them; none: not looked for; a plan of a longer search may fit more
     largest_batch: int | None  # found with tightfit, at this sequence
     longest_seq: int | None  # with tightfit, at this batch, in steps of 64 tokens
     advice: tuple[str, ...]  # what would make it fit, each with its number

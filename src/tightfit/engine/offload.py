@@ -44,7 +44,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tightfit import accelerator
 from tightfit.core import Backing, TightfitError, format_bytes, parse_spill
 
-__all__ = ["Offloaded", "Parcel", "Pool", "Shipment", "held_bytes"]
+__all__ = ["Coming", "Leaving", "Offloaded", "Parcel", "Pool", "Shipment", "held_bytes"]
 
 _GRANULE_BYTES = mmap.PAGESIZE
 _ARENA_BYTES = 64 * 2**20  # the least that is pinned at once, where there is room
@@ -135,6 +135,25 @@ class Pool:
     def give_back(self, parcel: Parcel, last_read: Any) -> None:
         self.stored_bytes -= parcel.buffer.numel()
         self._free[parcel.device, parcel.buffer.numel()].append((parcel.buffer, last_read))
+
+    def begin_out(self, source: torch.Tensor, room: torch.Tensor) -> Leaving:
+        """Begin to copy `source` into `room`, which has its layout and which no other copy of this step reads."""
+        lanes = self.lanes(source.device)
+        if lanes is not None:
+            return lanes.out(source, room, None)
+        room.copy_(source)
+        return Leaving(source)
+
+    def finish_out(self, device: torch.device) -> None:
+        """Return when the host can read all that was sent out of the device."""
+        lanes = self.lanes(device)
+        if lanes is not None:
+            lanes.outward.synchronize()
+
+    def begin_back(self, room: torch.Tensor, device: torch.device) -> Coming:
+        """Begin to copy what is in `room`, which nobody writes any more, to the device."""
+        lanes = self.lanes(device)
+        return Coming(_fresh(room, device).copy_(room)) if lanes is None else lanes.back(room, None)
 
     def lanes(self, device: torch.device) -> _Lanes | None:
         """The streams that copy beside the compute. None: the device has none."""
@@ -251,12 +270,17 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-class _Leaving(NamedTuple):
-    """What is being copied off the device: it stays there until `stream`, on which it was made, has waited."""
+class Leaving(NamedTuple):
+    """What is being copied off the device: it stays there until it has landed."""
 
     source: torch.Tensor
-    written: Any  # an event: the copy is done
-    stream: Any
+    written: Any = None  # an event: the copy is done; None: it was done at once
+    stream: Any = None  # on which the source was made
+
+    def land(self) -> None:
+        """Whoever gets the memory of the source comes after the copy, once the source is let go of."""
+        if self.written is not None:
+            self.stream.wait_event(self.written)
 
 
 @functools.cache
@@ -272,7 +296,7 @@ class _Lanes:
         self.device = device
         self.outward, self.inward = accelerator.new_stream(device), accelerator.new_stream(device)
 
-    def out(self, source: torch.Tensor, buffer: torch.Tensor, last_read: Any) -> _Leaving:
+    def out(self, source: torch.Tensor, buffer: torch.Tensor, last_read: Any) -> Leaving:
         """Copy off the device: after the op that computes `source`, and after the last copy out of `buffer`."""
         current = accelerator.running_stream(self.device)
         self.outward.wait_stream(current)
@@ -281,45 +305,64 @@ class _Lanes:
         with accelerator.on_stream(self.outward):
             buffer.copy_(source, non_blocking=True)
             written = self.outward.record_event()
-        return _Leaving(source, written, current)
+        return Leaving(source, written, current)
 
-    def back(self, buffer: torch.Tensor, written: Any) -> _Coming:
-        """Begin to copy to the device."""
+    def back(self, buffer: torch.Tensor, written: Any) -> Coming:
+        """Begin to copy to the device. `written`: the event after which `buffer` can be read; None: it can."""
         current = accelerator.running_stream(self.device)
-        fresh = torch.empty(buffer.numel(), dtype=torch.uint8, device=self.device)
+        fresh = _fresh(buffer, self.device)
         self.inward.wait_stream(current)  # whoever had this memory before may be at work on it still
-        self.inward.wait_event(written)
+        if written is not None:
+            self.inward.wait_event(written)
         with accelerator.on_stream(self.inward):
             fresh.copy_(buffer, non_blocking=True)
             arrived = self.inward.record_event()
-        return _Coming(fresh, arrived, current)
+        return Coming(fresh, arrived, current)
 
 
-class _Coming(NamedTuple):
-    """What is being copied to the device: it may be used once `arrived` has been waited for."""
+def _fresh(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+
+
+class Coming(NamedTuple):
+    """What is being copied to the device: it may be used, or let go of, once it was taken."""
 
     fresh: torch.Tensor
-    arrived: Any  # an event; None: it is there
-    stream: Any  # whose memory it lies in
+    arrived: Any = None  # an event; None: it is there
+    stream: Any = None  # whose memory it lies in
+
+    def finish(self) -> None:
+        """Return when it is there, so that the host may write over what is copied."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+
+    def taken(self) -> torch.Tensor:
+        """The copy, for the stream that runs now."""
+        if self.arrived is not None:
+            current = accelerator.running_stream(self.fresh.device)
+            current.wait_event(self.arrived)
+            if current != self.stream:  # it was on its way for another one, which gets the memory back
+                self.fresh.record_stream(current)
+        return self.fresh
 
 
 class Parcel:
     """The bytes of one storage, in the pool."""
 
     def __init__(
-        self, pool: Pool, buffer: torch.Tensor, size_bytes: int, device: torch.device, leaving: _Leaving | None = None
+        self, pool: Pool, buffer: torch.Tensor, size_bytes: int, device: torch.device, leaving: Leaving | None = None
     ) -> None:
         self.pool, self.buffer, self.size_bytes, self.device = pool, buffer, size_bytes, device
         self.written = None if leaving is None else leaving.written
         self._leaving = leaving
-        self._coming: _Coming | None = None
+        self._coming: Coming | None = None
         self._is_given_back = False
         self._last_read: Any = None
 
     def land(self) -> None:
         """Let go of what was copied: whoever gets its memory comes after the copy."""
         if self._leaving is not None:
-            self._leaving.stream.wait_event(self._leaving.written)
+            self._leaving.land()
             self._leaving = None
 
     def prefetch(self) -> None:
@@ -330,7 +373,7 @@ class Parcel:
         content = self.buffer[: self.size_bytes]
         if lanes is None:
             fresh = torch.empty(self.size_bytes, dtype=torch.uint8, device=self.device)
-            self._coming = _Coming(fresh.copy_(content), None, None)
+            self._coming = Coming(fresh.copy_(content))
         else:
             self._coming = lanes.back(content, self.written)
             self._last_read = self._coming.arrived
@@ -339,14 +382,8 @@ class Parcel:
         """The bytes, on the device."""
         self.prefetch()
         assert self._coming is not None
-        fresh, arrived, stream = self._coming
-        self._coming = None
-        if arrived is not None:
-            current = accelerator.running_stream(self.device)
-            current.wait_event(arrived)
-            if current != stream:  # it was on its way for another one, which gets the memory back
-                fresh.record_stream(current)
-        return fresh
+        coming, self._coming = self._coming, None
+        return coming.taken()
 
     def give_back(self) -> None:
         """Return the buffer to the pool: the parcel will not be fetched again."""

@@ -199,7 +199,7 @@ def largest_fitting(
     low, high = 0, most + 1  # low fits (or is nothing), high does not
     guess = min(max(1, asked // step), most)
     first = None if tokens is None else int(tokens * asked / (setup.batch * setup.seq * step))
-    near: int | None = None  # the size that `first` leads to: it is next to the end, so a plan of its own tells most there
+    near: int | None = None  # where `first` leads, next to the end: a plan of its own tells most there
     stride = 0  # once a plan of a size's own fits where one from nearby did not: how far the next is, each settled
     while True:
         if low < high - 1:

@@ -74,7 +74,7 @@ def as_recorded(trace: Trace, host_budget_bytes: int | None = None) -> Variant:
 
 def require_known(plan: Plan) -> None:
     """Raises `PlanMismatch` for a plan by a lever that this release does not have."""
-    if unknown := sorted(set(plan.settings).union(plan.inexact) - {lever.value for lever in Lever}):
+    if unknown := sorted(set(plan.settings).union(plan.inexact, plan.ahead) - {lever.value for lever in Lever}):
         raise PlanMismatch(
             f"the plan uses the lever {unknown[0]!r}, which this release of tightfit does not have: make it anew"
         )

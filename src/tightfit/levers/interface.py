@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from tightfit.core import Lever, Plan, Timeline, Trace
+from tightfit.core import Lever, Plan, Status, Timeline, Trace
 
 
 class Grant(enum.Flag):
@@ -178,6 +178,11 @@ class LeverDefinition:
         """What of `seconds`, of one backward's replays and waiting for copies, is spent once more in a step."""
         return 0.0
 
+    def ahead(self, trace: Trace, plan: Plan) -> Plan:
+        """`plan` with the lever's copies begun before they are needed, so that they run beside the compute; itself,
+        where it does not use the lever or nothing is won."""
+        return plan
+
     def begun(self, trace: Trace) -> Mapping[str, Any]:
         """Fields of a plan for `trace`, where it was recorded with the lever in force; else empty."""
         return {}
@@ -193,6 +198,10 @@ class LeverDefinition:
         return plan
 
     # ---------------------------------------------------------------------------------- engine
+
+    def is_ahead(self, plan: Plan) -> bool:
+        """Do its copies in `plan` begin before they are needed?"""
+        return self.lever.value in plan.ahead
 
     def is_used(self, plan: Plan) -> bool:
         """Does `plan` use it? By default: does it have a setting of it, as `Variant.with_setting` makes one?"""
@@ -252,3 +261,13 @@ class LeverDefinition:
     def fact(self, plan: Plan) -> tuple[str, str | int | None] | None:
         """A row of the page's facts: its name and what `plan` does (None: leave the row out)."""
         return None
+
+
+def gone_ahead(plan: Plan, lever: Lever, less_seconds: float) -> Plan:
+    """`plan` with the copies of `lever` ahead, which saves so many seconds; itself, where it saves none."""
+    if less_seconds <= 0.0 or lever.value in plan.ahead:
+        return plan
+    return dataclasses.replace(
+        plan, ahead=(*plan.ahead, lever.value), other_seconds=max(0.0, plan.other_seconds - less_seconds),
+        step_seconds=plan.step_seconds - less_seconds, status=Status.FEASIBLE,
+    )  # fmt: skip

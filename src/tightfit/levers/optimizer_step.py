@@ -27,6 +27,7 @@ from tightfit.core import (
     Value,
 )
 from tightfit.core.by_trace import once_for_a_trace
+from tightfit.device.cost import copy_lanes
 
 T = TypeVar("T")
 
@@ -116,6 +117,16 @@ def added_seconds(trace: Trace, before: Trace) -> float:
     return max(1, counts[0] - counts[1]) * _CALL_SECONDS
 
 
+def copying_seconds(trace: Trace, out_bytes: int, back_bytes: int, *, ahead: bool) -> float:
+    """What the step waits for copies while the optimizer steps. `ahead`: those of both directions run at once, beside
+    the ops."""
+    out, back = copy_lanes(trace)
+    seconds = out_bytes / out.bytes_per_second, back_bytes / back.bytes_per_second
+    if not ahead:
+        return sum(seconds)
+    return max(0.0, max(seconds) - sum(op.seconds for op in trace.ops if op.phase is Phase.OPTIMIZER))
+
+
 def not_by_parts(trace: Trace) -> str:
     """Why the optimizer of `trace` cannot step a few parameters at a time; empty: it can."""
     at = trace.optimizer
@@ -199,8 +210,9 @@ def by_size(at: OptimizerStep) -> list[tuple[Waiting, int]]:
     return found
 
 
-def state_in_host(trace: Trace, waiting: Waiting) -> Trace:
-    """`trace` with the state of these parameters in host memory but for their own step, and the step in chunks."""
+def state_in_host(trace: Trace, waiting: Waiting, *, ahead: bool = False) -> Trace:
+    """`trace` with the state of these parameters in host memory but for their own step, and the step in chunks.
+    `ahead`: it comes while the chunk before is stepped, and is there until the next one was."""
     at = trace.optimizer
     assert at is not None
     state = Category.OPTIMIZER_STATE.value
@@ -210,7 +222,7 @@ def state_in_host(trace: Trace, waiting: Waiting) -> Trace:
         static_bytes={**trace.static_bytes, state: left},
         optimizer=dataclasses.replace(
             at, waits_from_bytes=waiting.from_bytes, waits_some=waiting.some,
-            waits_some_from_bytes=waiting.some_from_bytes,
+            waits_some_from_bytes=waiting.some_from_bytes, state_ahead=ahead,
         ),
     )  # fmt: skip
     return in_chunks(moved_out)
@@ -305,27 +317,54 @@ class _Retold:
         if not stretch.ops:
             return
         self.values += stretch.values
-        brought = []
-        for category, size_bytes, dtype in self._waiting(part, state_waits):
-            brought.append(len(self.values))
-            value = Value(
-                id=len(self.values), size_bytes=size_bytes, dtype=dtype, shape=(), producer=stretch.ops[0].id,
-                unit=None, needed=False, category=category,
-            )  # fmt: skip
-            self.values.append(value)
-        self.ops += stretch.ops
-        self.events += [Event(what=EventKind.ALLOC, subject=value_id) for value_id in brought]
-        self.events += stretch.events
-        self.events += [Event(what=EventKind.FREE, subject=value_id) for value_id in brought]
+        brought = [*self._gradients(part, stretch), *self._state(part, state_waits, stretch)]
+        self._step(stretch)
+        self._let_go(brought)
 
-    def _waiting(self, part: OptimizerPart, state_waits: Iterable[bool]) -> Iterator[tuple[Category, int, str]]:
-        """What the step of `part` needs and waits elsewhere: what it is, its bytes and its dtype."""
+    def put_ahead(self, turns: Iterable[tuple[OptimizerPart, list[bool]]]) -> None:
+        """The steps of parts in turn, where the state of each comes during the step before its own and has left when
+        the step behind its own is done."""
+        stepped = [(part, waits) for part, waits in turns if part.stretch.ops]
+        coming, there, leaving = iter(stepped), list[list[int]](), list[int]()
+        for part, _ in stepped:
+            stretch = moved(part.stretch, len(self.ops), len(self.values))
+            self.values += stretch.values
+            for each, waits in itertools.islice(coming, 1 if there else 2):
+                there.append(list(self._state(each, waits, stretch)))
+            gradients = list(self._gradients(part, stretch))
+            self._step(stretch)
+            self._let_go([*gradients, *leaving])
+            leaving = there.pop(0)
+        self._let_go(leaving)
+
+    def _step(self, stretch: Stretch) -> None:
+        self.ops += stretch.ops
+        self.events += stretch.events
+
+    def _let_go(self, value_ids: Iterable[int]) -> None:
+        self.events += [Event(what=EventKind.FREE, subject=value_id) for value_id in value_ids]
+
+    def _gradients(self, part: OptimizerPart, before: Stretch) -> Iterator[int]:
+        """Those of the gradients of `part` that wait elsewhere come before the ops of `before`."""
         gradients_from = self.at.gradients_wait_from_bytes
-        for parameter, waits in zip(part.parameters, state_waits, strict=True):
+        for parameter in part.parameters:
             if gradients_from is not None and parameter.size_bytes >= gradients_from:
-                yield Category.GRADIENTS, parameter.size_bytes, parameter.dtype
-            if waits and parameter.state_bytes:
-                yield Category.OPTIMIZER_STATE, parameter.state_bytes, parameter.dtype
+                yield self._brought(Category.GRADIENTS, parameter.size_bytes, parameter.dtype, before)
+
+    def _state(self, part: OptimizerPart, waits: Iterable[bool], before: Stretch) -> Iterator[int]:
+        """The same for the state of `part`."""
+        for parameter, is_waiting in zip(part.parameters, waits, strict=True):
+            if is_waiting and parameter.state_bytes:
+                yield self._brought(Category.OPTIMIZER_STATE, parameter.state_bytes, parameter.dtype, before)
+
+    def _brought(self, category: Category, size_bytes: int, dtype: str, before: Stretch) -> int:
+        value = Value(
+            id=len(self.values), size_bytes=size_bytes, dtype=dtype, shape=(), producer=before.ops[0].id, unit=None,
+            needed=False, category=category,
+        )  # fmt: skip
+        self.values.append(value)
+        self.events.append(Event(what=EventKind.ALLOC, subject=value.id))
+        return value.id
 
     def made(self) -> Trace:
         return dataclasses.replace(
@@ -341,8 +380,12 @@ def in_chunks(trace: Trace) -> Trace:
     told = _Retold(trace, at)
     told.events += trace.events[: at.events]
     waits = _state_waits(at, _parameters(at))
-    for part in at.in_chunks:
-        told.put(part, list(itertools.islice(waits, len(part.parameters))))
+    turns = [(part, list(itertools.islice(waits, len(part.parameters)))) for part in at.in_chunks]
+    if at.state_ahead:
+        told.put_ahead(turns)
+    else:
+        for part, state_waits in turns:
+            told.put(part, state_waits)
     return told.made()
 
 

@@ -240,27 +240,44 @@ def _again_seconds(trace: Trace, levers: Collection[LeverDefinition], seconds: f
 
 
 def _eased(trace: Trace, made: Plan) -> Plan:
-    """`made` with as little of each lever as the budget has room for."""
+    """`made` with as little of each lever as the budget has room for, or with copies ahead and as little as it then has
+    room for, whichever adds fewer seconds."""
+    plain, ahead = _with_less(trace, made), _with_copies_ahead(trace, made)
+    return plain if ahead is made else min(plain, _with_less(trace, ahead), key=lambda plan: plan.added_seconds)
+
+
+def _with_copies_ahead(trace: Trace, made: Plan) -> Plan:
+    """`made` with the copies of each lever begun before they are needed, where copies run beside the compute and the
+    budget has room for what then is there at once."""
+    for lever in every() if trace.copies_beside else ():
+        ahead = lever.ahead(trace, made)
+        if ahead is not made and (line := simulate(trace, ahead)).peak_bytes <= made.budget_bytes:
+            made = _told_anew(trace, ahead, line)
+    return made
+
+
+def _with_less(trace: Trace, made: Plan) -> Plan:
     for lever in every():
         eased = lever.eased(trace, made, lambda plan: simulate(trace, plan).peak_bytes)
-        if eased is made:
-            continue
-        line = simulate(trace, eased)
-        less_fresh = fresh_seconds(trace, eased.unplanned_peak_bytes, line.peak_bytes)
-        more_again = _again_seconds(trace, used(eased), line.recompute_seconds - eased.recompute_seconds)
-        made = dataclasses.replace(
-            eased,
-            peak_bytes=line.peak_bytes,
-            step_seconds=eased.step_seconds
-            + (line.recompute_seconds - eased.recompute_seconds)
-            + (less_fresh - eased.fresh_seconds)
-            + more_again,
-            other_seconds=max(0.0, eased.other_seconds + more_again),
-            recompute_seconds=line.recompute_seconds,
-            fresh_seconds=less_fresh,
-            bound_seconds=min(eased.bound_seconds, line.recompute_seconds),
-        )
+        if eased is not made:
+            made = _told_anew(trace, eased, simulate(trace, eased))
     return made
+
+
+def _told_anew(trace: Trace, changed: Plan, line: Timeline) -> Plan:
+    """`changed`, of which the referee says `line`, with what follows from that."""
+    less_fresh = fresh_seconds(trace, changed.unplanned_peak_bytes, line.peak_bytes)
+    more_replays = line.recompute_seconds - changed.recompute_seconds
+    more_again = _again_seconds(trace, used(changed), more_replays)
+    return dataclasses.replace(
+        changed,
+        peak_bytes=line.peak_bytes,
+        step_seconds=changed.step_seconds + more_replays + more_again + (less_fresh - changed.fresh_seconds),
+        other_seconds=max(0.0, changed.other_seconds + more_again),
+        recompute_seconds=line.recompute_seconds,
+        fresh_seconds=less_fresh,
+        bound_seconds=min(changed.bound_seconds, line.recompute_seconds),
+    )
 
 
 def _best(

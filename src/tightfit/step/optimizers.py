@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.optim import Optimizer
@@ -26,9 +26,9 @@ from tightfit.step.geometry import is_dense
 from tightfit.step.parallel import local_of
 
 __all__ = [
-    "MARK", "Cut", "Part", "around_parts", "bare", "bytes_of", "chunks", "close_door", "cut_for", "door", "is_movable",
-    "movable_state",
-    "narrowed", "not_torchs_own", "refusal", "replaced_step", "step_parts", "stepping_in_chunks",
+    "MARK", "Around", "Cut", "Part", "around_parts", "bare", "bytes_of", "chunks", "close_door", "cut_for", "door",
+    "has_gradients", "is_movable", "movable_state", "narrowed", "not_torchs_own", "refusal", "replaced_step",
+    "step_parts", "stepping_in_chunks",
 ]  # fmt: skip
 
 
@@ -134,18 +134,25 @@ def movable_state(optimizer: Optimizer, parameter: torch.Tensor) -> dict[Any, to
     return {name: value for name, value in optimizer.state.get(parameter, {}).items() if is_movable(value)}
 
 
+class Around(Protocol):
+    """Has what the optimizer's step reads elsewhere, and brings it for the step of each part."""
+
+    def there(self, part: Part, following: Part | None) -> contextlib.AbstractContextManager[None]:
+        """Open around the step of `part`. `following`: the part that is stepped next; None: it is not known."""
+
+    def over(self) -> None:
+        """All parts were stepped, or one could not be."""
+
+
 @contextlib.contextmanager
-def around_parts(
-    optimizer: Optimizer, there: Callable[[Part], contextlib.AbstractContextManager[None]]
-) -> Iterator[None]:
-    """`there(part)` is around the step of each part meanwhile, as whoever has its state or its gradients elsewhere
-    brings them."""
+def around_parts(optimizer: Optimizer, around: Around) -> Iterator[None]:
+    """`around` brings what the steps of parts read meanwhile."""
     listed = vars(optimizer).setdefault(_AROUND, [])
-    listed.append(there)
+    listed.append(around)
     try:
         yield
     finally:
-        listed.remove(there)
+        listed.remove(around)
         if not listed:
             delattr(optimizer, _AROUND)
 
@@ -156,15 +163,25 @@ def step_parts(optimizer: Optimizer, parts: Iterable[Part]) -> None:
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):  # torch wraps each class's step so that hooks run
         step = step.__wrapped__
-    for part in parts:
-        with contextlib.ExitStack() as stack:
-            for there in around:
-                stack.enter_context(there(part))
-            if part.slices > 1 and _can_be_sliced(part.parameters[0]):
-                _step_slices(optimizer, part, step)
-            else:
-                with narrowed(optimizer, part):
-                    step(optimizer)
+    turns = list(parts)
+    with contextlib.ExitStack() as whole:
+        for each in around:
+            whole.callback(each.over)
+        for place, part in enumerate(turns):
+            following = next(filter(has_gradients, turns[place + 1 :]), None)
+            with contextlib.ExitStack() as stack:
+                for each in around:
+                    stack.enter_context(each.there(part, following))
+                if part.slices > 1 and _can_be_sliced(part.parameters[0]):
+                    _step_slices(optimizer, part, step)
+                else:
+                    with narrowed(optimizer, part):
+                        step(optimizer)
+
+
+def has_gradients(part: Part) -> bool:
+    """Is anything of `part` stepped?"""
+    return any(parameter.grad is not None for parameter in part.parameters)
 
 
 def _can_be_sliced(parameter: torch.Tensor) -> bool:

@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from torch.utils._foreach_utils import _device_has_foreach_support, _has_foreach_support
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype as _by_kind
 
+from tightfit import accelerator
 from tightfit.core import Unsupported
 from tightfit.step.geometry import is_dense, laid_out_like
 from tightfit.step.optimizers import Part, around_parts, bytes_of
@@ -67,7 +68,7 @@ class HostGradients:
             for parameter in self.model.parameters():
                 self._hook(parameter)
             undo.push(self._undo)
-            undo.enter_context(around_parts(self.optimizer, self._there))
+            undo.enter_context(around_parts(self.optimizer, self))
             undo.enter_context(gradients_placed(self._place))
             undo.enter_context(_functions.for_(self))
             self._undo = undo.pop_all()
@@ -134,12 +135,15 @@ class HostGradients:
     # -- in the step, and where gradients are clipped
 
     @contextlib.contextmanager
-    def _there(self, part: Part) -> Iterator[None]:
+    def there(self, part: Part, following: Part | None) -> Iterator[None]:
         """The gradients of `part` are on the device."""
         for parameter in part.parameters:
             self._hook(parameter)  # one that came later, or is trained only now
         with self.on_device(part.parameters):
             yield
+
+    def over(self) -> None:
+        """Nothing is under way."""
 
     @contextlib.contextmanager
     def on_device(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
@@ -153,9 +157,13 @@ class HostGradients:
                 home = gradient.data
                 self._bring(parameter)
                 moved.append((parameter, gradient, home, gradient._version))
+        devices = {parameter.device for parameter, *_ in moved}
+        read = [accelerator.running_stream(each).record_event() for each in devices if accelerator.has_streams(each)]
         try:
             yield
         finally:
+            for event in read:  # what waits at home may be written by anyone now, and the device may be far behind
+                event.synchronize()
             while moved:
                 parameter, gradient, home, version = moved.pop()
                 if parameter.grad is gradient and gradient._version == version:

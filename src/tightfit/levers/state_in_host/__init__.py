@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tightfit.core import InvalidInput, Lever, OptimizerStep, Plan, PlanMismatch, Trace, format_bytes
-from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
+from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked, gone_ahead
 from tightfit.levers.optimizer_step import (
     Waiting,
     by_size,
+    copying_seconds,
     cut_of,
     cut_text,
     eased_to,
@@ -72,7 +73,7 @@ class StateInHost(LeverDefinition):
                 host_bytes=bytes_moved,
             )  # fmt: skip
             yield dataclasses.replace(made, eases_seconds=made.eases_seconds + seconds - before)
-            before = seconds
+            before = _seconds(step.trace, bytes_moved, ahead=step.trace.copies_beside)
 
     def eased(self, trace: Trace, plan: Plan, peak_bytes: Callable[[Plan], int]) -> Plan:
         at = trace.optimizer
@@ -86,8 +87,18 @@ class StateInHost(LeverDefinition):
 
     def _with(self, at: OptimizerStep, trace: Trace, plan: Plan, waiting: Waiting) -> Plan:
         """`plan` with this state elsewhere and no other."""
-        before, now = (_seconds(trace, waiting_bytes(at, each)) for each in (self._waiting(plan), waiting))
+        sizes = (waiting_bytes(at, each) for each in (self._waiting(plan), waiting))
+        before, now = (_seconds(trace, size_bytes, ahead=self.is_ahead(plan)) for size_bytes in sizes)
         return with_setting(plan, self.lever, f"{waiting} {cut_text(at)}", now - before)
+
+    def ahead(self, trace: Trace, plan: Plan) -> Plan:
+        at = trace.optimizer
+        # where each parameter is stepped in backward, none is known to come next
+        if not self.is_used(plan) or at is None or Lever.STEP_IN_BACKWARD.value in plan.settings:
+            return plan
+        size_bytes = waiting_bytes(at, self._waiting(plan))
+        in_turn, ahead = (_seconds(trace, size_bytes, ahead=each) for each in (False, True))
+        return gone_ahead(plan, self.lever, in_turn - ahead)
 
     def under(self, trace: Trace, plan: Plan) -> Trace:
         if not self.is_used(plan):
@@ -97,7 +108,7 @@ class StateInHost(LeverDefinition):
                 "the plan keeps optimizer state in host memory, and this trace has no such step: trace with the "
                 "optimizer"
             )
-        return state_in_host(trace, self._waiting(plan))
+        return state_in_host(trace, self._waiting(plan), ahead=self.is_ahead(plan))
 
     @contextlib.contextmanager
     def in_force(self, model: Any, plan: Plan, given: Given) -> Iterator[None]:
@@ -109,7 +120,7 @@ class StateInHost(LeverDefinition):
                 "the plan keeps optimizer state in host memory, and no optimizer was given: pass optimizer="
             )
         cut = Cut(*cut_of(plan.settings[self.lever.value].partition(" ")[2]))
-        waiting = HostState(given.optimizer, self._waiting(plan), given.pool)
+        waiting = HostState(given.optimizer, self._waiting(plan), given.pool, ahead=self.is_ahead(plan))
         with waiting, stepping_in_chunks(given.optimizer, cut):
             yield
 
@@ -135,7 +146,8 @@ class StateInHost(LeverDefinition):
         waiting = self._waiting(plan)
         more = f", and of {waiting.some} from {format_bytes(waiting.some_from_bytes)}," if waiting.some else ""
         least = format_bytes(waiting.from_bytes)
-        return f"optimizer state of parameters from {least}{more} waits in host memory: the same bits"
+        ahead = ", copied beside the steps of others" if self.is_ahead(plan) else ""
+        return f"optimizer state of parameters from {least}{more} waits in host memory{ahead}: the same bits"
 
     def fact(self, plan: Plan) -> tuple[str, str | None]:
         return "optimizer state", self.said(plan) if self.is_used(plan) else None
@@ -144,9 +156,9 @@ class StateInHost(LeverDefinition):
         return Waiting.of(plan.settings[self.lever.value].partition(" ")[0])
 
 
-def _seconds(trace: Trace, size_bytes: int) -> float:
+def _seconds(trace: Trace, size_bytes: int, *, ahead: bool = False) -> float:
     """What it takes to copy so many bytes there and back."""
-    return sum(size_bytes / rate for rate in (trace.out_bytes_per_second, trace.back_bytes_per_second) if rate)
+    return copying_seconds(trace, size_bytes, size_bytes, ahead=ahead)
 
 
 DEFINITION = StateInHost()

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from tightfit.core import TightfitError
 from tightfit.levers.optimizer_step import Waiting
 from tightfit.step.geometry import laid_out_like
-from tightfit.step.optimizers import Part, around_parts, bytes_of, is_movable, movable_state
+from tightfit.step.optimizers import Part, around_parts, bytes_of, has_gradients, is_movable, movable_state
 from tightfit.step.run import elsewhere
 
 __all__ = ["HostState", "loaded_on_host", "settled"]
@@ -39,28 +39,64 @@ Take = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 
 class HostState:
     """While it is open, the state of the parameters that `waiting` chooses waits in room of `pool`. What finds no room
-    there stays on the device."""
+    there stays on the device.
 
-    def __init__(self, optimizer: Optimizer, waiting: Waiting, pool: Any) -> None:
-        self.optimizer, self.waiting, self.pool = optimizer, waiting, pool
+    `ahead`: the state of a part comes while the part before is stepped, and leaves while the next one is. The host's
+    numbers are right again when the whole step is over, and the optimizer reads none of them before."""
+
+    def __init__(self, optimizer: Optimizer, waiting: Waiting, pool: Any, *, ahead: bool = False) -> None:
+        self.optimizer, self.waiting, self.pool, self.ahead = optimizer, waiting, pool, ahead
         self._chosen: dict[torch.Tensor, bool] = {}
         # by parameter and name: room in host memory, which is used again in every step
         self._rooms: dict[torch.Tensor, dict[Any, torch.Tensor]] = {}
         self._buffers: dict[torch.Tensor, list[torch.Tensor]] = defaultdict(list)
         self._from_host: set[torch.Tensor] = set()  # parameters whose state was in host memory before
+        self._coming: dict[torch.Tensor, Any] = {}  # by the room, what is on its way out of it
+        self._leaving: list[Any] = []  # what the part before has sent out
+        self._sent_from: set[torch.device] = set()  # since the step began
         self._undo = contextlib.ExitStack()
 
     @contextlib.contextmanager
-    def _there(self, part: Part) -> Iterator[None]:
+    def there(self, part: Part, following: Part | None) -> Iterator[None]:
         """The state of `part` is on the device."""
-        moving = [p for p in part.parameters if p.grad is not None and self._waits(p)]
+        moving, is_stepped = self._moving(part), has_gradients(part)
         for parameter in moving:
             self._bring(parameter)
+        if self.ahead and is_stepped and following is not None:
+            for parameter in self._moving(following):
+                self._fetch(parameter)
         try:
             yield
         finally:
+            if is_stepped:
+                self._land()
             for parameter in moving:
-                self._send(parameter)
+                self._send(parameter, begins=self.ahead)
+
+    def over(self) -> None:
+        """The host's numbers are right, and nothing is under way."""
+        self._land()
+        while self._coming:  # for nothing: its memory must not be used before it is there
+            self._coming.popitem()[1].taken()
+        while self._sent_from:
+            self.pool.finish_out(self._sent_from.pop())
+
+    def _moving(self, part: Part) -> list[torch.Tensor]:
+        return [p for p in part.parameters if p.grad is not None and self._waits(p)]
+
+    def _fetch(self, parameter: torch.Tensor) -> None:
+        """Begin to bring the state of `parameter`. Where there is no room yet, it comes for its own step."""
+        rooms = self._rooms.get(parameter, {})
+        for name, value in movable_state(self.optimizer, parameter).items():
+            if value is rooms.get(name):
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    self._coming[value] = self.pool.begin_back(value, parameter.device)
+
+    def _land(self) -> None:
+        """Let go of what the part before has sent out."""
+        for each in self._leaving:
+            each.land()
+        self._leaving.clear()
 
     def _waits(self, parameter: torch.Tensor) -> bool:
         if parameter not in self._chosen:  # a group may have come
@@ -75,15 +111,19 @@ class HostState:
         rooms = self._rooms.get(parameter, {})
         for name, value in movable_state(self.optimizer, parameter).items():
             if value is rooms.get(name):
+                coming = self._coming.pop(value, None)
+                if coming is not None:
+                    self.optimizer.state[parameter][name] = coming.taken()
+                    continue
                 fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=parameter.device)
                 self.optimizer.state[parameter][name] = fresh.copy_(value, non_blocking=not waits)
 
-    def _send(self, parameter: torch.Tensor) -> None:
+    def _send(self, parameter: torch.Tensor, *, begins: bool = False) -> None:
         for name, value in movable_state(self.optimizer, parameter).items():
-            self.optimizer.state[parameter][name] = self._sent(parameter, name, value)
+            self.optimizer.state[parameter][name] = self._sent(parameter, name, value, begins=begins)
 
-    def _sent(self, parameter: torch.Tensor, name: Any, value: torch.Tensor) -> torch.Tensor:
-        """`value` in its room; itself, where there is none."""
+    def _sent(self, parameter: torch.Tensor, name: Any, value: torch.Tensor, *, begins: bool = False) -> torch.Tensor:
+        """`value` in its room; itself, where there is none. `begins`: it is on its way there when this returns."""
         rooms = self._rooms.setdefault(parameter, {})
         room = rooms.get(name)
         if value is room:
@@ -96,7 +136,11 @@ class HostState:
             if room is None:
                 return value.to(parameter.device)
             rooms[name] = room
-        room.copy_(value)  # done when it returns: the optimizer may read the host's numbers at once
+        if begins and value.device == parameter.device:
+            self._leaving.append(self.pool.begin_out(value, room))
+            self._sent_from.add(value.device)
+        else:
+            room.copy_(value)  # done when it returns: whoever reads the state may read the host's numbers at once
         return room
 
     def _room_like(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
@@ -114,7 +158,7 @@ class HostState:
         return room
 
     def __enter__(self) -> HostState:
-        self._undo.enter_context(around_parts(self.optimizer, self._there))
+        self._undo.enter_context(around_parts(self.optimizer, self))
         for parameter in list(self.optimizer.state):
             if isinstance(parameter, torch.Tensor) and self._waits(parameter):
                 state = movable_state(self.optimizer, parameter).values()

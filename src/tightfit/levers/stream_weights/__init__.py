@@ -20,6 +20,7 @@ from typing import Any
 
 from tightfit.core import (
     Category,
+    Event,
     EventKind,
     FrozenWeights,
     Lever,
@@ -30,8 +31,10 @@ from tightfit.core import (
     Trace,
     format_bytes,
 )
+from tightfit.core.changed import changed
 from tightfit.device.cost import copy_lanes
-from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked
+from tightfit.levers.interface import Given, LeverDefinition, Share, Variant, Walked, gone_ahead
+from tightfit.levers.stream_weights.requests import Request, foreseen, requests_of
 
 __all__ = ["DEFINITION"]
 
@@ -86,7 +89,7 @@ class StreamWeights(LeverDefinition):
                 host_bytes=sum(_bytes(step.trace, each) for each in streamed),
             )  # fmt: skip
             yield dataclasses.replace(made, seconds=made.seconds - in_ops, eases_seconds=seconds - in_ops - before)
-            before = seconds
+            before = copy_seconds(step.trace, streamed, ahead=step.trace.copies_beside)
 
     def eased(self, trace: Trace, plan: Plan, peak_bytes: Callable[[Plan], int]) -> Plan:
         if not self.is_used(plan):
@@ -126,8 +129,9 @@ class StreamWeights(LeverDefinition):
     def _streaming(self, trace: Trace, plan: Plan, streamed: Sequence[FrozenWeights]) -> Plan:
         """`plan` with these weights streamed and no others."""
         known = set(self._paths(plan))
-        before = copy_seconds(trace, [each for each in trace.frozen if each.module in known])
-        more = copy_seconds(trace, streamed) - before
+        ahead = self.is_ahead(plan)
+        before = copy_seconds(trace, [each for each in trace.frozen if each.module in known], ahead=ahead)
+        more = copy_seconds(trace, streamed, ahead=ahead) - before
         settings = {name: text for name, text in plan.settings.items() if name != self.lever.value}
         if streamed:
             settings[self.lever.value] = _text(trace, streamed)
@@ -147,7 +151,15 @@ class StreamWeights(LeverDefinition):
                 f"the plan streams the frozen weights of {lacking!r}, and this trace does not know when they are read: "
                 "make the plan anew, of this step"
             )
-        return streaming(trace, [known[path] for path in paths])
+        return streaming(trace, [known[path] for path in paths], ahead=self.is_ahead(plan))
+
+    def ahead(self, trace: Trace, plan: Plan) -> Plan:
+        if not self.is_used(plan):
+            return plan
+        known = set(self._paths(plan))
+        return gone_ahead(
+            plan, self.lever, _beside_seconds(trace, [each for each in trace.frozen if each.module in known])
+        )
 
     def moved(self, plan: Plan, path: Callable[[str], str]) -> Plan:
         sizes = plan.settings[self.lever.value].split()[:2]
@@ -157,7 +169,9 @@ class StreamWeights(LeverDefinition):
     def in_force(self, model: Any, plan: Plan, given: Given) -> AbstractContextManager[None]:
         from tightfit.levers.stream_weights.host import streaming as streamed_from_host
 
-        return streamed_from_host(model, self._paths(plan), given.pool, given.stats, given.device)
+        return streamed_from_host(
+            model, self._paths(plan), given.pool, given.stats, given.device, ahead=self.is_ahead(plan)
+        )
 
     def left_in_host(self, plan: Plan) -> Collection[str]:
         return frozenset(self._paths(plan)) if self.is_used(plan) else ()
@@ -177,7 +191,7 @@ class StreamWeights(LeverDefinition):
         return Share(
             lever=self.lever,
             bought_bytes=walked.bought_by_setting(self.lever),
-            seconds=copy_seconds(walked.planned, streamed),
+            seconds=copy_seconds(walked.planned, streamed, ahead=self.is_ahead(walked.plan)),
             flops=0,
             what=self.said(walked.plan).removesuffix(": the same bits"),
         )
@@ -190,8 +204,8 @@ class StreamWeights(LeverDefinition):
         count = len(self._paths(plan))
         return (
             f"{format_bytes(host_bytes)} of {format_bytes(frozen_bytes)} of frozen weights wait in host memory "
-            f"({count} module{'s' if count > 1 else ''}), {format_bytes(frozen_bytes - host_bytes)} are resident: "
-            "the same bits"
+            f"({count} module{'s' if count > 1 else ''}), {format_bytes(frozen_bytes - host_bytes)} are resident"
+            f"{', copied while others are read' if self.is_ahead(plan) else ''}: the same bits"
         )
 
     def fact(self, plan: Plan) -> tuple[str, str | None]:
@@ -252,19 +266,34 @@ def _within(trace: Trace, order: Sequence[FrozenWeights], room_bytes: int | None
     return found
 
 
-def copy_seconds(trace: Trace, streamed: Sequence[FrozenWeights]) -> float:
+def copy_seconds(trace: Trace, streamed: Sequence[FrozenWeights], *, ahead: bool = False) -> float:
     """What it takes to copy these weights in a step, but for what replays read. Whole numbers are added up, so that
-    the order of a module's values does not matter."""
+    the order of a module's values does not matter. `ahead`: what of it is not beside the compute."""
     reads = _reads(trace)
     _, back = copy_lanes(trace)
     copies = [(value, len(each.spans) + reads[value]) for each in streamed for value in each.values]
     copied_bytes = sum(trace.values[value].size_bytes * count for value, count in copies)
-    return copied_bytes / back.bytes_per_second + sum(count for _, count in copies) * _COPY_SECONDS
+    seconds = copied_bytes / back.bytes_per_second + sum(count for _, count in copies) * _COPY_SECONDS
+    return seconds - _beside_seconds(trace, streamed) if ahead else seconds
 
 
-def streaming(trace: Trace, streamed: Sequence[FrozenWeights]) -> Trace:
+def _beside_seconds(trace: Trace, streamed: Sequence[FrozenWeights]) -> float:
+    """How long copies that begin one request early run beside the compute."""
+    _, back = copy_lanes(trace)
+    done = [0.0]  # seconds of the ops before each event
+    for event in trace.events:
+        done.append(done[-1] + (trace.ops[event.subject].seconds if event.what is EventKind.OP else 0.0))
+    found = 0.0
+    for one, other in foreseen(requests_of(trace, streamed)):
+        sizes = [trace.values[value].size_bytes for value in other.values]
+        seconds = sum(sizes) / back.bytes_per_second + len(sizes) * _COPY_SECONDS
+        found += min(seconds, done[other.event] - done[one.event])
+    return found
+
+
+def streaming(trace: Trace, streamed: Sequence[FrozenWeights], *, ahead: bool = False) -> Trace:
     """`trace` with these weights elsewhere but while they are read. The copies that an op finds there count as bytes
-    that the op holds beyond its results."""
+    that the op holds beyond its results. `ahead`: copies are there from the request before their own on."""
     static = dict(trace.static_bytes)
     size_of = {value: trace.values[value].size_bytes for each in streamed for value in each.values}
     held: dict[int, int] = defaultdict(int)  # by op id
@@ -283,6 +312,11 @@ def streaming(trace: Trace, streamed: Sequence[FrozenWeights]) -> Trace:
             loaded.pop(event.subject, None)
         elif event.what is EventKind.OP and loaded:
             held[event.subject] += sum(loaded.values())
+    pairs = foreseen(requests_of(trace, streamed)) if ahead else []
+    for one, other in pairs:
+        for event in trace.events[one.event : other.event] if one.phase is Phase.FORWARD else ():
+            if event.what is EventKind.OP:
+                held[event.subject] += sum(size_of[value] for value in other.values)
     _, back = copy_lanes(trace)
     ops = []
     for op in trace.ops:
@@ -296,7 +330,37 @@ def streaming(trace: Trace, streamed: Sequence[FrozenWeights]) -> Trace:
                 seconds=op.seconds + again_bytes / back.bytes_per_second,
             )
         ops.append(op)
-    return dataclasses.replace(trace, static_bytes=static, ops=tuple(ops))
+    made = dataclasses.replace(trace, static_bytes=static, ops=tuple(ops))
+    in_backward = [pair for pair in pairs if pair[0].phase is Phase.BACKWARD]
+    return _fetched_in_backward(made, in_backward) if in_backward else made
+
+
+def _fetched_in_backward(trace: Trace, pairs: Sequence[tuple[Request, Request]]) -> Trace:
+    """`trace` with what is copied ahead in backward as values of its own, since replays in between find it there."""
+    values = list(trace.values)
+    before: dict[int, list[Event]] = defaultdict(list)
+    behind: dict[int, list[Event]] = defaultdict(list)
+    for one, other in pairs:
+        for copied in other.values:
+            like, maker = trace.values[copied], trace.ops[-1].id  # of backward or later, so that it is not of forward
+            values.append(dataclasses.replace(like, id=len(values), producer=maker, needed=False, natural_end=None))
+            begun = behind[one.event] if one.is_load else before[one.event]
+            begun.append(Event(what=EventKind.ALLOC, subject=values[-1].id))
+            before[other.event].insert(0, Event(what=EventKind.FREE, subject=values[-1].id))
+    events: list[Event] = []
+    places = []  # of the events that there are already
+    for place, event in enumerate(trace.events):
+        events += before.get(place, ())
+        places.append(len(events))
+        events += [event, *behind.get(place, ())]
+    places.append(len(events))
+    at = trace.optimizer
+    return dataclasses.replace(
+        trace,
+        values=tuple(v if v.natural_end is None else changed(v, natural_end=places[v.natural_end]) for v in values),
+        events=tuple(events),
+        optimizer=None if at is None else dataclasses.replace(at, events=places[at.events]),
+    )
 
 
 DEFINITION = StreamWeights()

@@ -13,7 +13,8 @@ Each copy is a tensor of its own, which goes when nobody holds it: nothing is ev
 meet another weight in its place. In the first steps copies are compared with the weight by checksum all the same, when
 they come and when their reader is done.
 
-Copies are waited for. On the CPU the room lies outside torch's allocator, as what is offloaded does. What was loaded
+Copies are waited for; where the plan copies ahead, they are made while the weights before are read (`fetching`). On
+the CPU the room lies outside torch's allocator, as what is offloaded does. What was loaded
 into host memory by mapping a file (safetensors) is read from there where a copy of all of it would take too much of the
 machine's memory: the system keeps as much of it in memory as there is room for.
 
@@ -33,7 +34,8 @@ import torch
 from torch import nn
 
 from tightfit import accelerator
-from tightfit.core import InvalidInput, PlanMismatch, ReplayDiverged, Unsupported
+from tightfit.core import InvalidInput, Phase, PlanMismatch, ReplayDiverged, Unsupported
+from tightfit.levers.stream_weights.fetching import Fetching
 from tightfit.step.checksum import checksum
 from tightfit.step.geometry import Geometry, alone
 from tightfit.step.mapped import Mapped
@@ -41,7 +43,7 @@ from tightfit.step.parallel import Strategy, strategy_of
 from tightfit.step.patches import MethodPatch
 from tightfit.step.run import comes_back, is_elsewhere, stays_elsewhere
 from tightfit.step.saved import quietly, without_history
-from tightfit.step.weights import FrozenModule, Lender, frozen_modules, lend, lender_of, nodes_of_its_own
+from tightfit.step.weights import FrozenModule, frozen_modules, lend, lender_of, nodes_of_its_own
 
 __all__ = ["Streamed", "streaming"]
 
@@ -58,6 +60,8 @@ class Streamed:
 
     copies: int = 0
     copied_bytes: int = 0
+    ahead: int = 0  # copies that had begun one request early
+    dropped: int = 0  # that had begun, for a request that did not come
     resident: int = 0  # weights that stay on the device after all
     mapped_bytes: int = 0  # of weights that wait in the file that they were loaded from
 
@@ -65,6 +69,8 @@ class Streamed:
         return Streamed(
             copies=self.copies - other.copies,
             copied_bytes=self.copied_bytes - other.copied_bytes,
+            ahead=self.ahead - other.ahead,
+            dropped=self.dropped - other.dropped,
             resident=self.resident - other.resident,
             mapped_bytes=self.mapped_bytes - other.mapped_bytes,
         )
@@ -74,10 +80,11 @@ class _Weight:
     """One weight in host memory: a parameter, or what belongs to one in 4 bits. A `Lender`."""
 
     def __init__(
-        self, name: str, tensor: torch.Tensor, buffer: torch.Tensor | None, device: torch.device, stats: Any
+        self, module: _Module, tensor: torch.Tensor, buffer: torch.Tensor | None, device: torch.device
     ) -> None:
         """`buffer`: the room in host memory; none: the tensor lies there and stays."""
-        self.name, self.tensor, self.device, self.stats = name, tensor, device, stats
+        self.name, self.tensor, self.device = module.frozen.path or "a weight", tensor, device
+        self.pool, self.stats, self.fetching = module.pool, module.stats, module.fetching
         self.was_on_device = tensor.device == device
         self.geometry = Geometry.of(tensor)
         self.size_bytes = tensor.untyped_storage().nbytes()
@@ -131,10 +138,29 @@ class _Weight:
         """Can what the tensor has now go to the room?"""
         return self.is_home() or (Geometry.of(self.tensor) == self.geometry and self.geometry.storage_offset == 0)
 
-    def fresh(self) -> torch.Tensor:
-        """A copy on the device."""
+    def wanted(self) -> list[_Weight]:
+        """Itself, where backward asks for it alone."""
+        return [self]
+
+    def begin(self) -> Any:
         with quietly():
-            copy = self._on(_copied(self.buffer, self.device))
+            return self.pool.begin_back(self.buffer, self.device)
+
+    def drop(self, coming: Any) -> None:
+        """Let go of a copy that was begun for nothing: neither its memory nor what it reads is written before."""
+        coming.finish()
+        coming.taken()
+        self.stats.dropped += 1
+
+    def fresh(self, coming: Any = None) -> torch.Tensor:
+        """A copy on the device; `coming`: it was begun before."""
+        with quietly():
+            if coming is None:
+                copy = self._on(_copied(self.buffer, self.device))
+            else:
+                coming.finish()
+                copy = self._on(coming.taken())
+                self.stats.ahead += 1
             if self.to_compare > 0:
                 self.compare(copy)
                 self.to_compare -= 1
@@ -144,12 +170,20 @@ class _Weight:
         return copy
 
     def copy(self, version: Any) -> torch.Tensor:
+        self.require(version)
+        return self.fresh()
+
+    def saved(self, version: Any) -> torch.Tensor:
+        """A copy for backward, which saved the weight."""
+        self.require(version)
+        return self.fetching.copies((Phase.BACKWARD, self), [self])[self]
+
+    def require(self, version: Any) -> None:
         if version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"{self.name}, which waits in host memory, was changed between forward and backward"
             )
-        return self.fresh()
 
     def compare(self, copy: torch.Tensor) -> None:
         """Raise `ReplayDiverged` for a copy that is not the weight any more."""
@@ -183,12 +217,12 @@ def _copied(room: torch.Tensor, device: torch.device) -> torch.Tensor:
 class _Away:
     """What autograd holds instead of a weight that it saves."""
 
-    lender: Lender
+    lender: _Weight
     geometry: Geometry
     version: Any
 
     def tensor(self) -> torch.Tensor:
-        copy = self.lender.copy(self.version)
+        copy = self.lender.saved(self.version)
         with quietly():
             return self.geometry.on_storage(copy.untyped_storage())
 
@@ -206,7 +240,7 @@ def _pack(outer: Any, tensor: torch.Tensor) -> Any:
     lender = lender_of(tensor)
     # whoever else listens counts what is saved, whether or not it holds it
     packed: Any = without_history(tensor) if outer is None else _Passed(outer[0](tensor), outer[1])
-    return packed if lender is None else _Away(lender, Geometry.of(tensor), lender.version)
+    return _Away(lender, Geometry.of(tensor), lender.version) if isinstance(lender, _Weight) else packed
 
 
 def _unpack(packed: Any) -> Any:
@@ -219,9 +253,16 @@ class _Module:
     """A module whose weights wait in host memory."""
 
     def __init__(
-        self, frozen: FrozenModule, pool: Any, stats: Streamed, device: torch.device | None, mapped: Mapped
+        self,
+        frozen: FrozenModule,
+        pool: Any,
+        stats: Streamed,
+        device: torch.device | None,
+        mapped: Mapped,
+        fetching: Fetching,
     ) -> None:
         self.frozen, self.pool, self.stats, self.device, self.mapped = frozen, pool, stats, device, mapped
+        self.fetching = fetching
         self.weights: list[_Weight] = []
         self.changed: _Weight | None = None  # one that has another dtype or shape now
         self.look()
@@ -262,17 +303,24 @@ class _Module:
                 self.stats.resident += 1
                 tensor.data = tensor.detach().to(device)
                 return
-            self.weights.append(_Weight(self.frozen.path or "a weight", tensor, buffer, device, self.stats))
+            self.weights.append(_Weight(self, tensor, buffer, device))
+
+    def wanted(self) -> list[_Weight]:
+        """The weights that its next call, or its backward, asks for."""
+        return [weight for weight in self.weights if weight.is_home()]
 
     @contextlib.contextmanager
     def there(self) -> Iterator[dict[_Weight, torch.Tensor]]:
         """The weights are on the device."""
-        copies = {weight: weight.fresh() for weight in self.weights if weight.is_home()}
+        copies = self.fetching.copies((Phase.FORWARD, self), self.wanted())
         with quietly():
             for weight, copy in copies.items():
                 weight.tensor.data = copy
         try:
             yield copies
+        except BaseException:
+            self.fetching.forget()  # what was to come next need not come
+            raise
         finally:
             with quietly():
                 for weight, copy in copies.items():
@@ -322,7 +370,9 @@ class _Module:
         opened: list[contextlib.ExitStack] = []
 
         def before(*_: Any) -> None:
-            copies = {weight: weight.copy(version) for weight, version in versions.items()}
+            for weight, version in versions.items():
+                weight.require(version)
+            copies = self.fetching.copies((Phase.BACKWARD, self), versions)
             undo = contextlib.ExitStack()
             with quietly():
                 targets = [(t, geometry, weight) for t, weight, geometry in held if weight in copies]
@@ -374,10 +424,17 @@ def _left_in_files(weights: Sequence[torch.Tensor], device: torch.device | None)
 
 @contextlib.contextmanager
 def streaming(
-    model: nn.Module, paths: Sequence[str], pool: Any, stats: Streamed, device: torch.device | None = None
+    model: nn.Module,
+    paths: Sequence[str],
+    pool: Any,
+    stats: Streamed,
+    device: torch.device | None = None,
+    *,
+    ahead: bool = False,
 ) -> Iterator[None]:
     """The frozen weights of the modules at `paths` wait in room of `pool`. What finds no room there stays on the
-    device. `device`: the weights are to be used there, wherever they lie now."""
+    device. `device`: the weights are to be used there, wherever they lie now. `ahead`: copies begin one request early.
+    """
     if strategy_of(model) is not Strategy.ONE:
         raise Unsupported("the plan streams weights, which several processes cannot yet: plan without stream_weights")
     known = {each.path: each for each in frozen_modules(model)}
@@ -391,14 +448,16 @@ def streaming(
     opened: list[_Module] = []
     patches: list[MethodPatch] = []
     stats.mapped_bytes = 0  # by what is in force now
+    fetching = Fetching(ahead=ahead)
     try:
         for path in paths:
-            module = _Module(known[path], pool, stats, device, mapped)
+            module = _Module(known[path], pool, stats, device, mapped, fetching)
             opened.append(module)
             patches.append(MethodPatch(known[path].module, functools.partial(_patched, module)))
             patches.append(MethodPatch(known[path].module, functools.partial(_sent, module), "_apply"))
         yield
     finally:
+        fetching.close()
         for patch in reversed(patches):
             patch.undo()
         for module in opened:
