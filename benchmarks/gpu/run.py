@@ -54,9 +54,10 @@ LIMITS: dict[str, float] = {
     "memory-D": 30,
     "nf4": 15,
     "streamed": 10,
+    "state": 10,
     "overhead": 10,
     "memory-S": 10,
-    "compiled": 40,  # takes whatever is left, since nothing comes after it
+    "compiled": 30,  # takes whatever is left, since nothing comes after it
 }
 ALL_SECONDS = 360
 #: Of them, for importing what all steps need and for ending steps that hang.

@@ -30,10 +30,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tightfit
-from tightfit.core import BudgetInfeasible, Plan, dumps
+from tightfit.core import BudgetInfeasible, Category, Plan, dumps
 from tightfit.device.allocator import CachingAllocator
 from tightfit.forecast import Setup, calibrate
 from tightfit.forecast.calibrating import Effort
+from tightfit.plan.account import host_bytes
 from tightfit.step.checksum import checksum
 from tightfit.step.ops import UNWRITTEN, op_name
 from tightfit.step.patches import no_key_value_cache
@@ -590,6 +591,61 @@ def streamed(card: Card) -> Rows:
             yield row | failed(error)
 
 
+def state(card: Card) -> Rows:
+    """Optimizer state that waits in host memory: weights after three steps against those of the plain run, the peak
+    against the prediction, and seconds with copies ahead and without."""
+    _repeatable_products()
+    case = _small(card, "llama")
+    model, batch, optimizer = step_of(case, card.device)
+
+    def steps(times: int = 1) -> None:
+        for _ in range(times):
+            optimizer.zero_grad(set_to_none=True)
+            compute_loss(model, batch).backward()
+            optimizer.step()
+
+    with no_key_value_cache(model), deterministic(True):
+        steps()  # makes the state
+        weights = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+        moments = copy.deepcopy(optimizer.state_dict())
+
+        def again() -> None:
+            for name, parameter in model.named_parameters():
+                parameter.data.copy_(weights[name])
+            optimizer.load_state_dict(copy.deepcopy(moments))
+
+        steps(3)
+        expected = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+        plain = card.in_turn({"plain": (contextlib.nullcontext, steps)}, 2)
+        again()
+        card.empty()
+        trace = tightfit.trace(model, batch, optimizer=optimizer, tiles=False)
+        before_bytes = tightfit.simulate(trace).peak_bytes
+        state_bytes = trace.static_bytes[Category.OPTIMIZER_STATE.value]
+        made = tightfit.plan(trace, before_bytes - int(0.5 * state_bytes), levers="state_in_host")
+        ways = {"in turn": dataclasses.replace(made, ahead=()), "as planned": made}
+        for name, plan in ways.items():
+            row = {"case": case.name, "way": name, "ahead": plan.ahead, "settings": dict(plan.settings)}
+            try:
+                again()
+                with tightfit.apply(model, plan, optimizer=optimizer):
+                    steps(2)
+                    card.empty()
+                    if card.is_cuda:
+                        torch.cuda.reset_peak_memory_stats()
+                    steps()
+                    peak_bytes = torch.cuda.max_memory_allocated() if card.is_cuda else None
+                    off = [n for n, p in model.named_parameters() if not torch.equal(p.detach().cpu(), expected[n])]
+                    took = card.in_turn({name: (contextlib.nullcontext, steps)}, 2)
+                yield row | {
+                    "identical": not off, "predicted_peak_bytes": tightfit.simulate(trace, plan).peak_bytes,
+                    "peak_bytes": peak_bytes, "seconds": {**plain, **took}, "predicted_slowdown": made.slowdown,
+                    "copy_seconds": _copy_seconds(card, sum(host_bytes(trace, plan).values())),
+                }  # fmt: skip
+            except Exception as error:
+                yield row | failed(error)
+
+
 def _plain_there(card: Card, model: Any, step: Callable[[Any], None]) -> tuple[Outcome, dict[str, Any]]:
     """Gradients and seconds of the step of a model that is on the card whole."""
     with no_key_value_cache(model), deterministic(True):
@@ -612,6 +668,7 @@ STEPS: dict[str, Callable[[Card], Rows]] = {
     "memory-D": memory_d,
     "nf4": nf4,
     "streamed": streamed,
+    "state": state,
     "overhead": overhead_step,
     "memory-S": memory_s,
     "compiled": compiled,
