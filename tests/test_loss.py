@@ -14,10 +14,11 @@ from tightfit.core import EventKind, Trace
 from tightfit.levers.loss_in_place import loss as loss_in_place
 from tightfit.levers.loss_in_place import with_loss_in_place
 from tightfit.levers.loss_in_place.loss import in_place
+from tightfit.plan import lowest
 from tightfit.plan.simulate import simulate_choices
 from tightfit.step.run import static_bytes_by_category
 from tightfit.verify.gradients import Outcome, differences
-from tightfit.verify.peak import PeakMeter
+from tightfit.verify.peak import PeakMeter, measured_peak_bytes
 
 ROWS, CLASSES = 96, 512
 
@@ -216,3 +217,21 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     plan = tightfit.plan(tightfit.trace(model, batch), "75%")
     plan.save(tmp_path / "plan.json")
     assert tightfit.Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_the_targets_are_there_until_the_gradient_of_the_logits_is() -> None:
+    """Torch lets go of them between the two ops of the loss's backward, of which the plan makes one."""
+
+    def shifted(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 192), nn.GELU(), nn.Linear(192, 48)) for _ in range(14)]
+    model, ids = nn.Sequential(nn.Embedding(500, 48), *blocks, nn.Linear(48, 500)), torch.randint(0, 500, (8, 65))
+    trace = tightfit.trace(model, ids, loss=shifted)
+    levers = "recompute,loss_in_place,nest"
+    for share in (1.001, 1.03, 1.1):
+        budget = int(lowest(trace, levers=levers).peak_bytes * share)
+        plan = tightfit.plan(trace, budget, levers=levers)
+        assert plan.in_place_loss and "log_softmax_backward" in tightfit.simulate(trace, plan).peak_owner
+        assert measured_peak_bytes(model, ids, tightfit.apply(model, plan), shifted) == plan.peak_bytes

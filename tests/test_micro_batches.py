@@ -540,6 +540,26 @@ def _masked(model: nn.Module, batch: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(model(batch[0]), torch.where(batch[1] == 0, -100, batch[1]))
 
 
+def test_where_labels_have_another_name_the_refusal_says_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20))
+    targets = torch.randint(0, 20, (6, 5))
+    targets[2, :4] = -100
+
+    def over(name: str) -> Any:
+        def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+            return nn.functional.cross_entropy(model(batch["x"]).flatten(0, 1), batch[name].flatten())
+
+        return loss
+
+    batch = {"x": torch.randint(0, 20, (6, 5)), "y": targets}
+    with pytest.raises(Unsupported, match="is known where the batch has them as 'labels'"):
+        tightfit.fit(model, batch, "10MiB", loss=over("y"), micro_batch=2)
+    batch = {"x": batch["x"], "labels": targets}
+    applied = tightfit.fit(model, batch, "10MiB", loss=over("labels"), micro_batch=2)
+    assert applied.micro_batches is not None and applied.micro_batches.weighed == Divisor.LABELS.value
+
+
 def test_a_mask_that_only_other_rows_show_is_found() -> None:
     """The rows that are compared first have nothing that is left out, so the loss looks like a mean over rows."""
     torch.manual_seed(0)

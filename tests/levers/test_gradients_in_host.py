@@ -13,6 +13,7 @@ import torch
 from tests.levers.test_optimizer import BLANK, IDS, OPTIMIZERS, Tied, assert_same, everything, groups_of, heavy
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tightfit
 from tightfit.core import Category, InvalidInput, Lever, Plan, PlanMismatch, Trace, Unsupported, dumps, loads
@@ -27,7 +28,7 @@ from tightfit.levers.state_in_host import DEFINITION as STATE
 from tightfit.levers.step_in_backward import DEFINITION as BACKWARD
 from tightfit.plan import lowest, simulate
 from tightfit.plan.account import host_bytes
-from tightfit.step.run import is_elsewhere
+from tightfit.step.run import elsewhere, is_elsewhere
 from tightfit.verify.peak import PeakMeter, static_bytes
 from tightfit.verify.stepped import check_of_optimizer
 
@@ -484,3 +485,29 @@ def test_a_loop_that_accumulates_by_itself() -> None:
     found, planned = run(NAME)
     assert planned == losses
     assert_same(found, expected)
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lever", [STATE, GRADIENTS], ids=lambda lever: lever.lever.value)
+def test_what_is_brought_back_is_no_op_of_whoever_runs(lever: Any) -> None:
+    """A plan that was dropped is left by Python's collector, which may run in the forward of a unit of another model.
+    What it copies there was recorded as the unit's own, and its backward stopped: ReplayDiverged."""
+    model, optimizer = heavy()
+    model(IDS).backward()
+    optimizer.step()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(in_force(model, optimizer, [lever]))
+        waits = [p.grad for p in model.parameters()] + [v for s in optimizer.state.values() for v in s.values()]
+        assert any(is_elsewhere(each) or each in elsewhere for each in waits if isinstance(each, torch.Tensor))
+        with _Seen() as seen:
+            stack.close()
+    assert seen.ops == []

@@ -7,6 +7,7 @@ import heapq
 import itertools
 import random
 from math import comb
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tightfit.core import Status, Trace
 from tightfit.device.cost import NOMINAL_CPU, retimed
 from tightfit.plan import nest
 from tightfit.plan.nest import Sweep, _reversed, _Tables, nestings, schedule
-from tightfit.plan.planning import _best, _from_the_first
+from tightfit.plan.planning import _best, _from_the_first, _lowest
 from tightfit.plan.simulate import simulate_choices
 from tightfit.plan.ways import Way, way_of
 
@@ -184,3 +185,23 @@ def test_a_kind_that_has_little_of_the_step_gets_fewer_points() -> None:
     assert max(shares.values()) == 1.0
     few, many = model._many(program, 1 / 40, 2), model._many(program, 1 / 8, 2)
     assert few == 24 and many == model._many(program, 1.0, 1)
+
+
+class _Way:
+    """As much of a way as the lowest peak is looked for by."""
+
+    def __init__(self, name: str, peak_bytes: int, floors: tuple[int, ...] = ()) -> None:
+        line = SimpleNamespace(peak_bytes=peak_bytes)
+        self.named = self.in_one_step = name
+        self.static_bytes = self.optimizer_bytes = 0
+        self.lowest, self.floor, self.lowered = SimpleNamespace(line=line), line, name
+        self.nested = [_Way(f"{name}, nested", floor) for floor in floors]
+
+
+@pytest.mark.parametrize(
+    "floors, found", [((95, 60), "other, nested"), ((110, 98), "one, nested"), ((), "one, nested")]
+)
+def test_the_lowest_of_all_ways_once_units_are_nested(floors: tuple[int, ...], found: str) -> None:
+    """A way that holds more as it is may hold less with nested units."""
+    ways: Any = [_Way("one", 100, (99, 90)), _Way("other", 105, floors)]
+    assert _lowest(ways, None)[1] == found

@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -233,7 +233,7 @@ class Cut:
                 self.model, whole, parts, (1, len(others)), self.loss, divisors, in_float64=self.in_float64
             )
         if not held:
-            raise Unsupported(not_additive(check.measured, check.tolerance))
+            raise Unsupported(not_additive(batch, check.measured, check.tolerance))
         rows = range(row_count(batch))
         for begin in rows[::_COMPARED]:
             self._look_at(batch, rows[begin : begin + _COMPARED], held)
@@ -254,15 +254,18 @@ class Cut:
         if apart and not any(distance <= limit for distance, limit in apart):  # the mean of nothing is no number
             distance, limit = apart[0]
             measured = f"{distance:.2g} apart in rows {', '.join(map(str, rows))} of a batch"
-            raise Unsupported(not_additive(measured, f"{limit:.2g}"))
+            raise Unsupported(not_additive(batch, measured, f"{limit:.2g}"))
 
 
-def not_additive(measured: str, tolerance: str) -> str:
+def not_additive(batch: Any, measured: str, tolerance: str) -> str:
+    """Why `batch` cannot be cut."""
+    has_labels = isinstance(batch, Mapping) and "labels" in batch
     most = f", of at most {tolerance.partition(':')[0]}" if tolerance else ""
     return (
         "the batch cannot be cut into micro-batches: the loss of a batch is not a sum or a mean of the losses of its "
         f"rows (cut and uncut are {measured}{most}). Batch normalisation, contrastive "
         "losses and load-balancing losses of experts are like that: leave micro-batches out"
+        + ("" if has_labels else "; a mean over labels is known where the batch has them as 'labels'")
     )
 
 

@@ -209,7 +209,7 @@ class InParts:
             parts = [rows_taken(told, slice(0, 1)), rows_taken(told, slice(1, len(examples)))]
             held = self._compared(trainer, told, parts, rows, held)[0] or held
         if not held:
-            raise Unsupported(micro_batches.not_additive(check.measured, check.tolerance))
+            raise Unsupported(micro_batches.not_additive(whole, check.measured, check.tolerance))
         self._weigher.divisors = held
         assert self.chosen is not None
         self.chosen = micro_batches.weighed(self.chosen, held[0], check)

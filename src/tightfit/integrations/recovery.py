@@ -308,11 +308,10 @@ class _Start:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.random = random_states()
-        self.random["torch"] = self.random["torch"].numpy().copy()  # not a tensor, which would count in the step's peak
         self.statistics = {n: copy.deepcopy(vars(trainer)[n]) for n in _STATISTICS if n in vars(trainer)}
 
     def put_back(self) -> None:
-        restore_random_states({**self.random, "torch": torch.from_numpy(self.random["torch"])})
+        restore_random_states(self.random)
         vars(self.trainer).update(copy.deepcopy(self.statistics))
 
 

@@ -459,11 +459,15 @@ def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Ref
     ways = [way for way in ways if way is leanest or way.static_bytes < leanest.lowest.line.peak_bytes]
     ways = _that_matter(ways, lambda plain: plain.lowest.line.peak_bytes <= plain.optimizer_bytes)
     best = min(ways, key=lambda way: way.lowest.line.peak_bytes)
-    if Grant.SWEEP in granted(levers) and best.nested:
-        least_bytes = best.nested[-1].floor.peak_bytes
+    nestable = [way for way in ways if way.nested] if Grant.SWEEP in granted(levers) else []
+    # another way may be the lower one once units are nested
+    flattest = min(nestable, key=lambda way: (way.nested[-1].floor.peak_bytes, way is not best), default=best)
+    tried = [best]
+    for way in dict.fromkeys(way for way in (best, flattest) if way in nestable):
+        least_bytes = way.nested[-1].floor.peak_bytes
         if least_bytes < best.lowest.line.peak_bytes * _WORTH:
-            nested = _from_the_first(best.nested, int(least_bytes / _WORTH))[0]
-            best = min(best, nested, key=lambda way: way.lowest.line.peak_bytes)
+            tried.append(_from_the_first(way.nested, int(least_bytes / _WORTH))[0])
+    best = min(tried, key=lambda way: way.lowest.line.peak_bytes)
     return best, best.lowered
 
 

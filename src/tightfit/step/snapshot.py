@@ -244,9 +244,10 @@ def _storage_of(tensor: torch.Tensor) -> int | None:
 
 
 def random_states() -> dict[str, Any]:
-    """Every generator's state: torch's on each device, Python's, NumPy's."""
+    """Every generator's state: torch's on each device, Python's, NumPy's. The host's is kept outside of torch's memory,
+    whose peak may be measured meanwhile."""
     states: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
+        "torch": torch.get_rng_state().numpy().copy(),
         "cards": accelerator.drawn_states(),
         "python": random.getstate(),
     }
@@ -258,7 +259,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: Mapping[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
+    torch.set_rng_state(torch.from_numpy(states["torch"]))
     random.setstate(states["python"])
     accelerator.put_back_states(states["cards"])
     if "numpy" in states:

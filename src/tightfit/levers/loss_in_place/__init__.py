@@ -88,6 +88,7 @@ def with_loss_in_place(trace: Trace) -> Trace:
     """`trace` as it would be with the loss in place: one tensor of the logits' size instead of three."""
     values, ops, events = list(trace.values), list(trace.ops), list(trace.events)
     freed = {e.subject: i for i, e in enumerate(events) if e.what is EventKind.FREE}
+    position = {e.subject: i for i, e in enumerate(events) if e.what is EventKind.OP}
     for loss in trace.losses:
         (of_likelihood,) = (v for v in ops[loss.nll_backward].outputs if v is not None)
         (of_softmax,) = (v for v in ops[loss.softmax_backward].outputs if v is not None)
@@ -97,9 +98,13 @@ def with_loss_in_place(trace: Trace) -> Trace:
         # the saved bytes live on as the gradient
         events[freed[saved]] = Event(what=EventKind.FREE, subject=of_softmax)
         events[freed[of_softmax]] = Event(what=EventKind.FREE, subject=saved)
+        # both are one backward, and what the first of them reads (the targets) goes when it is over
+        between = events[position[loss.nll_backward] : position[loss.softmax_backward]]
+        held_bytes = sum(values[e.subject].size_bytes for e in between if e.what is EventKind.FREE)
         ops[loss.nll_backward] = dataclasses.replace(ops[loss.nll_backward], scratch_bytes=0)
-        ops[loss.softmax_backward] = dataclasses.replace(ops[loss.softmax_backward], scratch_bytes=loss.rows_bytes * 2)
-    position = {e.subject: i for i, e in enumerate(events) if e.what is EventKind.OP}
+        ops[loss.softmax_backward] = dataclasses.replace(
+            ops[loss.softmax_backward], scratch_bytes=loss.rows_bytes * 2 + held_bytes
+        )
     buffers: dict[int, int] = {}
     for stretch in trace.rowwise:
         buffers[stretch.buffer] = max(buffers.get(stretch.buffer, 0), stretch.buffer_bytes)

@@ -29,6 +29,7 @@ from tightfit.levers.optimizer_step import Waiting
 from tightfit.step.geometry import laid_out_like
 from tightfit.step.optimizers import Part, around_parts, bytes_of, has_gradients, is_movable, movable_state
 from tightfit.step.run import elsewhere
+from tightfit.step.saved import quietly
 
 __all__ = ["HostState", "loaded_on_host", "settled"]
 
@@ -173,6 +174,14 @@ class HostState:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._undo.close()
+        with quietly():  # a plan that was dropped is left by Python's collector, which may run in a recorded forward
+            left = self._brought_back()
+        self._rooms.clear()
+        self._buffers.clear()  # of what stays in host memory; its state holds them
+        _warn_of(left)
+
+    def _brought_back(self) -> int:
+        """Put all that waits on the device. For how many parameters there is no room."""
         left = 0
         for parameter in list(self._rooms):
             if parameter in self._from_host:
@@ -184,9 +193,7 @@ class HostState:
                 continue
             for buffer in self._buffers.pop(parameter, ()):
                 self.pool.room_is_free(buffer, parameter.device)
-        self._rooms.clear()
-        self._buffers.clear()  # of what stays in host memory; its state holds them
-        _warn_of(left)
+        return left
 
 
 @contextlib.contextmanager
