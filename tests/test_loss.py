@@ -157,9 +157,9 @@ def test_the_lever_only_moves_bytes() -> None:
     assert plain.live_bytes[-1] == levered.live_bytes[-1]
     assert len(plain.live_bytes) == len(levered.live_bytes)
     at = next(i for i, label in enumerate(plain.labels) if "_log_softmax_backward_data" in label)
-    # there were the log-probabilities and two gradients; now there is one, and some rows
-    rows_bytes = trace.losses[0].rows_bytes
-    assert plain.live_bytes[at] - levered.live_bytes[at] == 2 * logits_bytes - 2 * rows_bytes
+    # there were the log-probabilities and two gradients; now there is one, some rows, and the weight of the mean still
+    rows_bytes, weight_bytes = trace.losses[0].rows_bytes, 4
+    assert plain.live_bytes[at] - levered.live_bytes[at] == 2 * logits_bytes - 2 * rows_bytes - weight_bytes
     # after it only the gradient is left in both
     after = next(i for i in range(at + 1, len(plain.labels)) if "mm" in plain.labels[i])
     assert plain.live_bytes[after] == levered.live_bytes[after]
