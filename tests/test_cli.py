@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,15 +34,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def tightfit(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tightfit.cli", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def tightfit(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The command line in this process, which has its imports behind it; whole processes are in `test_stdout`."""
+
+    def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        capfd.readouterr()
+        status = main(arguments)
+        return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
+
+    return run
 
 
 SMALL = ("--batch", "2", "--seq", "64")
@@ -75,7 +81,9 @@ SMALL = ("--batch", "2", "--seq", "64")
         (("plan",), 2, "MODEL"),
     ],
 )
-def test_wrong_input(arguments: tuple[str, ...], status: int, said: str, model: str, tmp_path: Path) -> None:
+def test_wrong_input(
+    tightfit: Command, arguments: tuple[str, ...], status: int, said: str, model: str, tmp_path: Path
+) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     before = sorted(str(p) for p in tmp_path.rglob("*"))
@@ -90,7 +98,21 @@ def test_wrong_input(arguments: tuple[str, ...], status: int, said: str, model: 
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before, "something was left behind"
 
 
-def test_measure_json(model: str, tmp_path: Path) -> None:
+def test_a_misspelt_model_is_refused_at_once() -> None:
+    child = """
+import sys
+from tightfit.cli import main
+commands = ("measure", "plan", "check", "doctor")
+codes = [main([command, name]) for command in commands for name in ("gpt3", "no/such/one")]
+assert codes == [2] * 8, codes
+assert not {"torch", "transformers"} & set(sys.modules), "seconds of imports before the answer"
+"""
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("unknown model") == 8
+
+
+def test_measure_json(tightfit: Command, model: str, tmp_path: Path) -> None:
     done = tightfit("measure", model, *SMALL, "--budget", "75%", "--repeats", "1", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -113,14 +135,14 @@ def test_measure_json(model: str, tmp_path: Path) -> None:
     assert "get_memory_footprint" in found["note"]
 
 
-def test_measure_says_when_checkpointing_backfires(model: str, tmp_path: Path) -> None:
+def test_measure_says_when_checkpointing_backfires(tightfit: Command, model: str, tmp_path: Path) -> None:
     done = tightfit("measure", model, "--batch", "1", "--seq", "2", "--budget", "100%", "--repeats", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "backfires" in done.stdout
     assert "no checkpointing" in done.stdout
 
 
-def test_plan_writes_a_plan_and_explains_it(model: str, tmp_path: Path) -> None:
+def test_plan_writes_a_plan_and_explains_it(tightfit: Command, model: str, tmp_path: Path) -> None:
     done = tightfit("plan", model, *SMALL, "--budget", "75%", "--explain", "--method", "lora", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plan = Plan.load(tmp_path / "plan.json")
@@ -131,14 +153,14 @@ def test_plan_writes_a_plan_and_explains_it(model: str, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["budget_bytes"] == Plan.load(tmp_path / "other.json").budget_bytes
 
 
-def test_doctor(tmp_path: Path) -> None:
+def test_doctor(tightfit: Command, tmp_path: Path) -> None:
     done = tightfit("doctor", "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["torch"]
     assert done.stderr == ""
     assert "transformers" in tightfit("doctor", cwd=tmp_path).stdout
 
 
-def test_train_leaves_the_evidence(model: str, tmp_path: Path) -> None:
+def test_train_leaves_the_evidence(tightfit: Command, model: str, tmp_path: Path) -> None:
     data = tmp_path / "text.txt"
     data.write_text("the quick brown fox jumps over the lazy dog. " * 400)
     arguments = (
@@ -393,7 +415,7 @@ def test_more_than_all_of_a_device_is_refused(model: str, capsys: pytest.Capture
         Run._budget(on_a_gpu)
 
 
-def test_a_budget_that_nothing_holds_is_an_answer_in_json(tmp_path: Path) -> None:
+def test_a_budget_that_nothing_holds_is_an_answer_in_json(tightfit: Command, tmp_path: Path) -> None:
     done = tightfit("plan", "tightfit-demo", "--batch", "1", "--seq", "8", "--budget", "1MB", "--json", cwd=tmp_path)
     answer = json.loads(done.stdout)
     assert done.returncode == 1 and answer["fits"] is False

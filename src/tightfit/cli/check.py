@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from tightfit.core import Trace
+from tightfit.catalog import require_model
 from tightfit.cli.options import MODEL_HELP, Calibration, GlobalBatch, HostBudget, Html, Json, Levers, batches_asked
 from tightfit.cli.output import EXIT_NO, can_write, console_on_stdout, emit, progress_shown, write_page
 from tightfit.cli.site import refuse_beside_site, write_site
@@ -116,6 +117,8 @@ def check(
         return
     if model is None and calibrate is None:
         raise InvalidInput("say which model: tightfit check MODEL; without one, --site OUT asks about all of them")
+    if model is not None:
+        require_model(model)
     from tightfit import forecast
     from tightfit.report import MODES, forecast_document, forecast_report, forecast_table, gpus_table, study
 

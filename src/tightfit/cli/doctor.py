@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tightfit.catalog import require_model
 from tightfit.cli.options import Calibration, Json
 from tightfit.cli.output import EXIT_NO, console_on_stdout, emit, progress_shown, progress_unsaid
 from tightfit.core import (
     InvalidInput,
 )
 from tightfit.core.errors import unknown
+
+#: Endings of what is a run's settings or its script, and no model.
+_FILES = (".yaml", ".yml", ".json", ".py")
 
 
 def doctor(
@@ -51,6 +56,8 @@ def doctor(
     Every trap is probed on the installed versions. For a model or a run it is also said whether the trap bites there
     (exit status 1 if one does), who owns the peak of its step, and the cheapest fix, simulated.
     """
+    if asked is not None and Path(asked).suffix.lower() not in _FILES:
+        require_model(asked)
     from tightfit import doctor as consultation
     from tightfit.report import doctor_table
 

@@ -8,11 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tightfit.core import (
-    InvalidInput,
-    Unsupported,
-    parse_bytes,
-)
+from tightfit.catalog import require_model
+from tightfit.core import InvalidInput, Unsupported, parse_bytes
 from tightfit.core.errors import unknown
 
 if TYPE_CHECKING:
@@ -44,6 +41,7 @@ def prepare(
     for option, value, least in (("--batch", batch, 1), ("--seq", seq, 2)):
         if value < least:
             raise InvalidInput(f"expected {option} of at least {least}, not {value}")
+    require_model(name)
     from tightfit.accelerator import device_named
     from tightfit.integrations.transformers import (
         config_named,

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tightfit import accelerator
-from tightfit.catalog import model_names, model_shape, nearest
+from tightfit.catalog import model_folder, model_names, model_shape, require_config, require_hub_id
 from tightfit.core import InvalidInput, format_bytes, reason_of, refused_bytes
 from tightfit.core.errors import unknown
 
@@ -85,27 +85,18 @@ def config_named(name: str) -> Any:
 
 
 def _config_named(name: str) -> Any:
-    folder = _folder(name)
+    folder = model_folder(name)
     if name.strip().lower() in model_names():
         shape = model_shape(name)
         with _one_line(f"the catalog's entry {name!r} is no config"):
             return AutoConfig.for_model(shape.model_type, **copy.deepcopy(dict(shape.config)))
     if folder.is_dir():
-        _require_config(folder)
+        require_config(folder)
         with _one_line(f"cannot read the config in {str(folder)!r}"):
             return _sized(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
-    _require_hub_id(name)
+    require_hub_id(name)
     with _one_line(f"cannot load the config of {name!r} from the hub"):
         return _sized(AutoConfig.from_pretrained(name, trust_remote_code=False))
-
-
-def _folder(name: str) -> Path:
-    """The folder that `name` would be. An empty name is not the folder that one happens to be in."""
-    if not name.strip():
-        raise InvalidInput(
-            "the name of the model is empty: give a name in the catalog, a folder or a hub id; . is here"
-        )
-    return Path(name).expanduser()
 
 
 #: Without one of each there is no language model, whatever its architecture.
@@ -124,22 +115,6 @@ def _sized(config: Any) -> Any:
     return config
 
 
-def _require_config(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        hint = "; it holds an adapter, give its base model" if (folder / "adapter_config.json").is_file() else ""
-        raise InvalidInput(f"the folder {str(folder)!r} has no config.json{hint}")
-
-
-def _require_hub_id(name: str) -> None:
-    """Raise `InvalidInput` unless `name`, which is no folder and not in the catalog, can be a hub id."""
-    if Path(name).expanduser().is_file():
-        raise InvalidInput(f"{name!r} is a file: give the folder that holds its config.json")
-    if len(name.split("/")) != 2 or not all(name.split("/")) or name.startswith((".", "~")):
-        raise InvalidInput(
-            f"unknown model {name!r}: it is no folder, no hub id (owner/name) and not in the catalog; {nearest(name)}"
-        )
-
-
 def load_model(
     name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0, **init: Any
 ) -> tuple[PreTrainedModel, str]:
@@ -153,13 +128,13 @@ def load_model(
     """
     init = {"trust_remote_code": False, **init}
     device = torch.device(device)
-    folder = _folder(name)
+    folder = model_folder(name)
     if name.strip().lower() in model_names():
         origin = f"random weights (seed {seed}) in the shape {model_shape(name).source}"
         return _random_model(config_named(name), dtype, device, seed, init), origin
     if folder.is_dir():
         return _model_in_folder(folder, dtype, device, seed, init)
-    _require_hub_id(name)
+    require_hub_id(name)
     with _one_line(f"cannot load {name!r} from the hub"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **init)
     commit = getattr(model.config, "_commit_hash", "") or ""
@@ -169,7 +144,7 @@ def load_model(
 def _model_in_folder(
     folder: Path, dtype: torch.dtype, device: torch.device, seed: int, init: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, str]:
-    _require_config(folder)
+    require_config(folder)
     has_weights = any((folder / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles and not has_weights:
