@@ -56,9 +56,8 @@ def test_what_a_script_imports_is_there(script: Path) -> None:
 
 
 def test_what_is_measured_is_there() -> None:
-    for name in drawn.MEASURES:
-        for part in drawn.measures(name):
-            assert drawn.digest(part), f"{name} measures {part}, which is not in src/tightfit"
+    for part in sorted({part for name in drawn.MEASURES for part in drawn.measures(name)}):
+        assert drawn.digest(part), f"{part} is measured, and is not in src/tightfit"
 
 
 @pytest.fixture

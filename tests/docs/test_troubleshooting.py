@@ -7,6 +7,7 @@ read with … for their braces.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -27,13 +28,14 @@ def said(node: ast.expr) -> str:
     return "…"
 
 
-def messages_of_the_source() -> list[str]:
+@functools.cache  # parsing the whole source takes seconds
+def messages_of_the_source() -> tuple[str, ...]:
     found = []
     for path in sorted((ROOT / "src").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Constant, ast.JoinedStr)) and (text := said(node)).strip("… "):
                 found.append(text)
-    return found
+    return tuple(found)
 
 
 def documented() -> list[str]:
@@ -41,7 +43,7 @@ def documented() -> list[str]:
     return [match[1] for line in lines if (match := MESSAGE.fullmatch(line))]
 
 
-def is_said(message: str, source: list[str]) -> bool:
+def is_said(message: str, source: tuple[str, ...]) -> bool:
     """Do the fixed words of `message` stand in one string of the source, in order and next to what varies?"""
     pattern = re.compile("…*".join(re.escape(part) for part in re.split("…+", message)))
     return any(pattern.search(text) for text in source)
