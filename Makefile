@@ -13,8 +13,9 @@ SITE_STAMP := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 # A file's tests stay on one worker, since they share launches of several processes, models and traces. One thread per
-# worker: two workers with torch's default of one thread per core only fight over the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --durations=15
+# worker: two workers with torch's default of one thread per core only fight over the cores. The tests start many
+# processes, so what they import is compiled once, whatever the environment says.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --durations=15
 
 .PHONY: help demo test test-slow fresh wheel lint docs site bench versions clean
 .DEFAULT_GOAL := help
@@ -54,7 +55,7 @@ test: lint
 	@$(PYTEST) $(ARGS)
 
 test-slow: $(STAMP)
-	@$(PYTEST) -m "slow and not gpu" $(ARGS)
+	@TIGHTFIT_TESTS_TIME_OPS=1 $(PYTEST) -m "slow and not gpu" $(ARGS)
 
 wheel: $(STAMP)
 	@rm -rf dist

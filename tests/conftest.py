@@ -6,7 +6,8 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,6 +37,44 @@ def load_benchmark(name: str) -> ModuleType:
         sys.modules[key] = module
         spec.loader.exec_module(module)
     return sys.modules[key]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def seconds_by_the_book() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Ops take what their FLOPs and bytes say, not what a busy machine gives: a test plans the same each time, and
+    steps that are alike share the planner's tables. A test of what is measured asks for `clock`, and in `make test-slow`
+    all of it is."""
+    from tightfit.device.cost import op_seconds
+    from tightfit.trace import passes
+
+    def by_work(groups: Iterable[Any]) -> dict[int, float]:
+        return {n: op_seconds(each.flops, each.moved_bytes, "float32") for each in groups for n in each.calls}
+
+    names = ((passes, "fitted", by_work), (passes.StepRecording, "_time_again", lambda *_: None))
+    measured = [(owner, name, getattr(owner, name)) for owner, name, _ in names]
+
+    def put(those: Iterable[tuple[Any, str, Any]]) -> None:
+        for owner, name, value in those:
+            setattr(owner, name, value)
+
+    @contextmanager
+    def timed() -> Iterator[None]:
+        put(measured)
+        try:
+            yield
+        finally:
+            put(names)
+
+    put(measured if os.environ.get("TIGHTFIT_TESTS_TIME_OPS") else names)
+    yield timed
+    put(measured)
+
+
+@pytest.fixture
+def clock(seconds_by_the_book: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Ops are timed, as they are for users."""
+    with seconds_by_the_book():
+        yield
 
 
 @pytest.fixture(scope="session")

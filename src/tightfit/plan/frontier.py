@@ -150,7 +150,7 @@ def _enumerated(model: _Model, total: int, many: int) -> list[Point]:
         # near the upper point, one search may show that there is nothing in between; halving never wastes much
         width_bytes = one.kept_bytes - other.limit_bytes
         limit_bytes = one.kept_bytes - (max(1, width_bytes // 2) if halve else narrow_bytes)
-        kept = model.solve(limit_bytes)
+        kept = model.solve(limit_bytes, other.kept)
         if kept is None or not _note(model, found, limit_bytes, kept):
             closed.add((one.kept, other.kept))
         halve = not halve
@@ -287,15 +287,17 @@ class _Model:
             passed_bytes=kept_bytes - last.kept_bytes + last.passed_bytes,
         )
 
-    def solve(self, limit_bytes: int) -> frozenset[int] | None:
+    def solve(self, limit_bytes: int, known: frozenset[int] | None = None) -> frozenset[int] | None:
         """The kept set of the fewest seconds within `limit_bytes`, and of the fewest bytes among those. None: no kept
-        set is within the limit."""
+        set is within the limit. `known`: an answer for a lower limit, which is the answer where nothing is faster."""
         program = self._within(self.bytes_row, limit_bytes / self.scale, self.mixed)
         fastest = solver.solve(program, seconds=POINT_SECONDS)
         if fastest.verdict is Verdict.OPTIMAL:
             assert fastest.values is not None
             self.how.add(fastest.how)
             least = program.cost(fastest.values) * (1 + 1e-7) + 1e-9
+            if known is not None and self._cost_of(known) <= least:
+                return known
             fewer = dataclasses.replace(self._within(self.bytes_row + 1, least, program), costs=self.weights)
             smallest = solver.solve(fewer, seconds=POINT_SECONDS)
             return self._kept(fastest.values if smallest.values is None else smallest.values)
@@ -305,6 +307,9 @@ class _Model:
         corner = next((kept for kept in self.corners if self.bytes_of(kept) <= limit_bytes), None)
         self.how.add(MINIMUM_CUTS)
         return corner
+
+    def _cost_of(self, kept: frozenset[int]) -> float:
+        return float(sum(self.costs[self.offset + cluster] for cluster in live_clusters(self.program, kept)))
 
     def _within(self, row: int, high: float, program: MixedProgram) -> MixedProgram:
         row_high = program.row_high.copy()
