@@ -144,7 +144,7 @@ def test_several_processes_run_the_step_equally_often(monkeypatch: pytest.Monkey
     assert len(runs) == 3
 
 
-def test_a_step_that_others_disturb_is_timed_anew_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_others_disturb_is_timed_anew_on_one_thread(clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
 
     class Block(nn.Module):
