@@ -42,8 +42,8 @@ def load_benchmark(name: str) -> ModuleType:
 @pytest.fixture(scope="session", autouse=True)
 def seconds_by_the_book() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Ops take what their FLOPs and bytes say, not what a busy machine gives: a test plans the same each time, and
-    steps that are alike share the planner's tables. A test of what is measured asks for `clock`, and in `make test-slow`
-    all of it is."""
+    steps that are alike share the planner's tables. A test of what is measured asks for `clock`. In `make test-slow`
+    all ops are timed."""
     from tightfit.device.cost import op_seconds
     from tightfit.trace import passes
 
