@@ -206,6 +206,7 @@ def test_a_unit_that_must_keep_everything_is_refused(plan: Plan) -> None:
         rebased(plan, pinned)
 
 
+@pytest.mark.slow
 def test_tiles_are_taken_with_a_word_or_not_at_all() -> None:
     recorded = tightfit.trace(model().train(), batch(), tiles=True)
     made = tightfit.plan.lowest(recorded, levers="recompute,tile")

@@ -621,6 +621,7 @@ def test_a_plan_in_tiles_is_no_failure(
     assert record["observed"]["host_taken_bytes"] == {"pinned": 0, "pageable": 0, "file": 0}
 
 
+@pytest.mark.slow
 def test_the_record_has_the_account_of_the_process(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1003,28 +1004,31 @@ def test_resuming_what_cannot_be(place: Path, whole: RunResult, tmp_path: Path) 
         train(TrainOptions(resume=True))
 
 
-def test_a_full_disk(place: Path, tmp_path: Path) -> None:
+def test_a_full_disk(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Files above a limit cannot be written, as on a full disk: one line, a whole record, no half checkpoint."""
-    child = (
-        "import resource, sys; from tightfit.train import run as t\n"
-        "real = t.Run.open\n"
-        "def open(self, *a):\n"
-        "    real(self, *a)\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "t.Run.open = open\n"
-        "from tightfit.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)
+    from tightfit.cli.program import main
+
+    before, opened = resource.getrlimit(resource.RLIMIT_FSIZE), training.Run.open
+
+    def full_from_here(run: training.Run, *asked: Any) -> None:
+        opened(run, *asked)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+
+    monkeypatch.setattr(training.Run, "open", full_from_here)
     out = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-c", child, "train", "--model", str(place / "tiny"), "--data", str(place / "text.txt"),
-         "--batch", "4", "--seq", "64", "--steps", "4", "--budget", "80%", "--compare-steps", "0", "--out", str(out),
-         "--save_steps", "2"],
-        capture_output=True, text=True, timeout=300, check=False, env=os.environ,
-    )  # fmt: skip
-    lines = [line for line in done.stderr.splitlines() if line.startswith("tightfit:")]
-    assert done.returncode == 1 and len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
+    try:
+        status = main([
+            "train", "--model", str(place / "tiny"), "--data", str(place / "text.txt"), "--batch", "4", "--seq", "64",
+            "--steps", "4", "--budget", "80%", "--compare-steps", "0", "--out", str(out), "--save_steps", "2",
+        ])  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("tightfit:")]
+    assert status == 1 and len(lines) == 1, said
+    assert "Traceback" not in said
     record = json.loads((out / "record.json").read_text())
     assert record["status"] == "failed" and record["error"]
     assert last_checkpoint(out / "checkpoints") is None

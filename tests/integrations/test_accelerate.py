@@ -26,11 +26,11 @@ IDS = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(1))
 BATCH = {"input_ids": IDS, "labels": IDS}
 
 
-def llama() -> Any:
+def llama(layers: int = 4) -> Any:
     """Llama-2-7B's proportions at a small size."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, vocab_size=256,
+        hidden_size=64, intermediate_size=172, num_hidden_layers=layers, num_attention_heads=4, vocab_size=256,
         attention_dropout=0.1,
     )  # fmt: skip
     return LlamaForCausalLM(config).train()
@@ -77,7 +77,8 @@ def test_trainable_weights_on_disk_are_refused(tmp_path: Path) -> None:
 def two_devices(model: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The step of a CPU model as if its halves ran on two GPUs."""
     recorded = tightfit.trace(model, BATCH)
-    devices = {unit.path: f"cuda:{int(unit.path[-1]) // 2}" for unit in recorded.units}
+    half = len(recorded.units) // 2
+    devices = {unit.path: f"cuda:{int(unit.path[-1]) // half}" for unit in recorded.units}
     fixed = static_bytes_by_category(model, BATCH)
     halves = {device: {kind: size // 2 for kind, size in fixed.items()} for device in ("cuda:0", "cuda:1")}
     return recorded, devices, accelerate.device_traces(recorded, devices, halves)
@@ -114,7 +115,7 @@ def test_only_the_tight_device_recomputes(tight: str) -> None:
 
 
 def test_the_device_that_is_too_small_is_named() -> None:
-    recorded, devices, traces = two_devices(llama())
+    recorded, devices, traces = two_devices(llama(layers=2))
     with pytest.raises(BudgetInfeasible, match="on cuda:1"):
         accelerate.plan(recorded, traces, {"cuda:0": "100%", "cuda:1": "5%"}, devices)
 
@@ -125,7 +126,8 @@ def test_budgets_for_other_devices(budget: dict[Any, Any], said: str) -> None:
         accelerate.fit(llama(), BATCH, budget)
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("no", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_accumulation_and_mixed_precision_through_accelerator(precision: str) -> None:
     def losses(budget: str | None) -> list[float]:
         AcceleratorState._reset_state(True)

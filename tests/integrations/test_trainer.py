@@ -34,7 +34,8 @@ slow = pytest.mark.slow
 #: A TRL whose own loss goes through the logits in chunks, which a plan makes next to nothing of.
 CHUNKED = importlib.util.find_spec("trl.kernels") is not None
 KINDS = [
-    ("trainer", "full", "85%"), ("dpo", "lora", "15%" if CHUNKED else "95%"),
+    ("trainer", "full", "85%"),
+    pytest.param("dpo", "lora", "15%" if CHUNKED else "95%", marks=slow),
     pytest.param("sft", "4bit", "15%" if CHUNKED else "95%", marks=slow),
     pytest.param("trainer", "4bit", "85%", marks=slow),
     pytest.param("packing", "lora", "20%" if CHUNKED else "95%", marks=slow),
@@ -182,6 +183,7 @@ def test_trls_own_loss_is_made_smaller(tmp_path: Path) -> None:
         assert torch.equal(ours.model.state_dict()[name], value), name
 
 
+@slow
 def test_a_trainer_of_a_model_whose_frozen_weights_wait(tmp_path: Path) -> None:
     """`fit` came first, and the Trainer sends the model to its device."""
     kept = model("lora")

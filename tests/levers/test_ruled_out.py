@@ -175,6 +175,7 @@ def test_compiled_steps_are_planned_without_what_was_named_beside() -> None:
 SMALL = Setup(model="tightfit-demo", method="full", batch=1, seq=64, optimizer="paged-adamw8bit")
 
 
+@pytest.mark.slow
 def test_a_forecast_says_it_whether_or_not_it_fits() -> None:
     levers = parse_levers("recompute,state_in_host")
     lacks = "state_in_host was asked for, and this step does not allow it: paged-adamw8bit steps by kernels"

@@ -199,6 +199,7 @@ def test_an_account_survives_json(moved: tuple[Trace, Plan]) -> None:
 # ------------------------------------------------------------------------------------------ who shows it
 
 
+@pytest.mark.slow
 def test_check_says_the_account_of_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = forecast.Setup(model="tightfit-demo", method="full", batch=1, seq=64, dtype="bf16", optimizer="adamw")
     allowed, device = parse_levers("recompute,state_in_host,optimizer_chunks"), forecast.device_asked("24GiB")
