@@ -1015,8 +1015,8 @@ def test_a_full_disk(
         opened(run, *asked)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
 
-    monkeypatch.setattr(training.Run, "open", full_from_here)
     out = tmp_path / "run"
+    monkeypatch.setattr(training.Run, "open", full_from_here)
     try:
         status = main([
             "train", "--model", str(place / "tiny"), "--data", str(place / "text.txt"), "--batch", "4", "--seq", "64",
@@ -1024,6 +1024,7 @@ def test_a_full_disk(
         ])  # fmt: skip
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.undo()
     said = capsys.readouterr().err
     lines = [line for line in said.splitlines() if line.startswith("tightfit:")]
     assert status == 1 and len(lines) == 1, said
