@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -39,18 +40,29 @@ def load_benchmark(name: str) -> ModuleType:
     return sys.modules[key]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """What is there when a file's tests begin is not looked at again when Python, accelerate or a recording look for
+    garbage: a million objects of torch, transformers and the tests themselves, each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def seconds_by_the_book() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Ops take what their FLOPs and bytes say, not what a busy machine gives: a test plans the same each time, and
     steps that are alike share the planner's tables. A test of what is measured asks for `clock`. In `make test-slow`
     all ops are timed."""
     from tightfit.device.cost import op_seconds
-    from tightfit.trace import passes
+    from tightfit.trace import passes, timing
 
     def by_work(groups: Iterable[Any]) -> dict[int, float]:
         return {n: op_seconds(each.flops, each.moved_bytes, "float32") for each in groups for n in each.calls}
 
-    names = ((passes, "fitted", by_work), (passes.StepRecording, "_time_again", lambda *_: None))
+    names = (
+        (passes, "fitted", by_work), (passes.StepRecording, "_time_again", lambda *_: None),
+        (timing, "_faults", lambda: 0),
+    )  # fmt: skip
     measured = [(owner, name, getattr(owner, name)) for owner, name, _ in names]
 
     def put(those: Iterable[tuple[Any, str, Any]]) -> None:

@@ -518,6 +518,7 @@ def test_the_simulated_fixes_are_what_the_allocator_counts(folder: str) -> None:
     assert [fix.before_bytes for fix in why.steps[1:]] == [fix.peak_bytes for fix in why.steps[:-1]]
 
 
+@pytest.mark.slow
 def test_the_optimizers_step_owns_the_peak(tmp_path: Path) -> None:
     small = {**TINY, "vocab_size": 64, "hidden_size": 128, "intermediate_size": 512}
     (tmp_path / "config.json").write_text(json.dumps(small))

@@ -331,6 +331,7 @@ def test_one_file_in_the_trainer_in_lightning_and_in_a_plain_loop(tmp_path: Path
     assert all(all(map(torch.equal, weights[0], other)) for other in weights[1:])
 
 
+@pytest.mark.slow
 def test_a_plan_that_steps_in_backward_is_none_for_a_trainer_that_accumulates(tmp_path: Path) -> None:
     subject = model().train()
     optimizer = torch.optim.AdamW(subject.parameters())

@@ -115,7 +115,7 @@ def test_the_number_of_threads_is_put_back() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_new_pages_are_counted() -> None:
+def test_new_pages_are_counted(clock: None) -> None:
     """A block of 64 MiB is always mapped anew."""
     pytest.importorskip("resource")
     watch = Stopwatch(torch.device("cpu"))

@@ -211,6 +211,7 @@ def test_a_change_in_place_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         step()
 
 
+@pytest.mark.slow
 def test_the_lowest_peak_is_below_that_of_every_block() -> None:
     model, batch = llama(12), tokens(4, 192)
     trace = tightfit.trace(model, batch)

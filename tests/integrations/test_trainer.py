@@ -240,6 +240,7 @@ def test_a_longer_batch_of_a_stream_is_planned_for_when_it_comes(tmp_path: Path)
     assert max(callback.peaks) == pytest.approx(callback.plan.peak_bytes, rel=0.005)  # type: ignore[union-attr]
 
 
+@slow
 def test_a_longer_batch_that_nothing_holds_does_not_end_the_training(tmp_path: Path) -> None:
     changes = {"max_steps": 16, "per_device_train_batch_size": 20, "accelerator_config": {"dispatch_batches": False}}
     callback = TightfitCallback("90%")

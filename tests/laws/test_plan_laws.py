@@ -17,7 +17,7 @@ import tightfit
 from tightfit.core import BudgetInfeasible, EventKind, Plan, Trace, dumps, loads
 
 LAW = settings(
-    derandomize=True, deadline=None, max_examples=24, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    derandomize=True, deadline=None, max_examples=16, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 seeds = st.integers(0, 39)
 shares = st.floats(0.05, 1.0)

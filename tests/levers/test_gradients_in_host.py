@@ -404,6 +404,7 @@ def test_a_host_budget_is_kept(recorded: dict[bool, Trace]) -> None:
         assert sum(host_bytes(trace, plan).values()) <= limit
 
 
+@pytest.mark.slow
 def test_micro_batches_are_fitted_with_it() -> None:
     """Ten steps of a global batch, within a budget that no plan of activations holds, each measured."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import random
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import nn
 import tightfit
 from tightfit.core import Status, Trace, Unsupported
 from tightfit.device.cost import NOMINAL_CPU, retimed
-from tightfit.plan import exact, solver, ways
+from tightfit.plan import exact, lowest, planning, solver, ways
 from tightfit.plan.exact import WholeStep
 from tightfit.plan.moments import Linear, LiveBytes
 from tightfit.plan.program import clusters, live_clusters
@@ -302,3 +304,21 @@ def test_without_a_solver_plans_are_made_as_before(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ways, "_latest", {})
     assert made.peak_bytes <= budget
     assert WholeStep(trace).cheapest(made.choices, budget, 1e-3).choices is None
+
+
+def test_a_way_that_leaves_no_more_room_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the loss in place or without, the units have the same room: the program over the whole step is put once."""
+    config = transformers.GPT2Config(vocab_size=300, n_embd=48, n_layer=2, n_head=4)
+    ids = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(0))
+    model: Any = transformers.AutoModelForCausalLM.from_config(config).train()
+    trace = retimed(tightfit.trace(model, {"input_ids": ids, "labels": ids}, tiles=False), NOMINAL_CPU)
+    budget, found, put = int(1.08 * lowest(trace).peak_bytes), [], []
+    cheapest = WholeStep.cheapest
+    monkeypatch.setattr(WholeStep, "cheapest", lambda self, *asked: put.append(self) or cheapest(self, *asked))
+    for same in (planning._SAME, -math.inf):  # the latter: nothing is the same
+        monkeypatch.setattr(planning, "_SAME", same)
+        found.append((tightfit.plan(dataclasses.replace(trace), budget).step_seconds, len(put)))
+        put.clear()
+    (once_seconds, once), (twice_seconds, twice) = found
+    assert (once, twice) == (1, 2)
+    assert once_seconds <= 1.001 * twice_seconds

@@ -158,7 +158,7 @@ def test_more_sweeping_is_tried_as_long_as_it_costs_less() -> None:
     assert plan.advances and plan.status is Status.FEASIBLE
     way, unplanned = way_of(trace), simulate_choices(trace, ())
     ways = (Way(way.step, way.effort, nesting=nesting, plain=way) for nesting in nestings(trace))
-    found = [_best(trace, each, budget, unplanned, None) for each in ways if each.floor.peak_bytes <= budget]
+    found = [_best(trace, each, budget, unplanned, None)[0] for each in ways if each.floor.peak_bytes <= budget]
     assert plan.recompute_seconds <= 1.01 * min(each.recompute_seconds for each in found if each is not None)
     assert tightfit.verify(model, batch, plan, loss=loss).passed
 

@@ -53,7 +53,7 @@ class Flat(nn.Module):
 @pytest.fixture(scope="module")
 def loop() -> tuple[nn.Module, Any, Trace]:
     torch.manual_seed(0)
-    model, batch = Loop(), (torch.randn(48, 24, 16), torch.randint(4, (48,)))
+    model, batch = Loop(), (torch.randn(48, 16, 16), torch.randint(4, (48,)))
     return model, batch, tightfit.trace(model, batch)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import metadata
 
@@ -192,13 +193,15 @@ def _searched(
             continue
         ways = _that_matter(alike, lambda plain: plain.optimizer_bytes > budget_bytes)
         best: Plan | None = None
+        at_first = math.inf
         for way in ways:
             if best is None or best.added_seconds > way.step.seconds - way.step.eases_seconds:
-                best = _cheaper(best, _best(trace, way, budget_bytes, unplanned, levers))
+                made, found_seconds = _best(trace, way, budget_bytes, unplanned, levers, at_first)
+                best, at_first = _cheaper(best, made), min(at_first, found_seconds)
         in_vain = 0
         for way in _nested(ways, best, budget_bytes, levers):
             before = best
-            best = _cheaper(before, _best(trace, way, budget_bytes, unplanned, levers))
+            best = _cheaper(before, _best(trace, way, budget_bytes, unplanned, levers)[0])
             in_vain = in_vain + 1 if best is before else 0
             if in_vain == _NESTINGS:
                 break
@@ -281,24 +284,35 @@ def _told_anew(trace: Trace, changed: Plan, line: Timeline) -> Plan:
 
 
 def _best(
-    trace: Trace, way: Way, budget_bytes: int, unplanned: Timeline, levers: Collection[Lever] | None
-) -> Plan | None:
-    """The best plan for `trace` by `way`, whose step is the trace's own or a variant of it. None: this way finds no
-    plan."""
+    trace: Trace,
+    way: Way,
+    budget_bytes: int,
+    unplanned: Timeline,
+    levers: Collection[Lever] | None,
+    elsewhere_seconds: float = math.inf,
+) -> tuple[Plan | None, float]:
+    """The best plan for `trace` by `way`, whose step is the trace's own or a variant of it, and the seconds that
+    the choice across the units alone reruns. None, and infinite seconds: this way finds no plan.
+
+    `elsewhere_seconds` is what that choice found in another way, in which more was looked for. Where it finds no less
+    here, this way leaves the units no more room, and looking for more would find the same once again.
+    """
     if way.static_bytes > budget_bytes:
-        return None
+        return None, math.inf
     model = way.model
     if way.nesting is None:
         line = simulate_choices(way.trace, ())
         if line.peak_bytes <= budget_bytes:
             nothing = way.choices(dict.fromkeys(model.options, 0))
             made = _plan(trace, way, budget_bytes, nothing, line, unplanned, 0.0)
-            return _in_host(trace, _eased(trace, made))
+            return _in_host(trace, _eased(trace, made)), 0.0
     if Grant.DROP not in granted(levers):
-        return None
+        return None, math.inf
     if way.proves and model.is_ruled_out(budget_bytes):
-        return None
+        return None, math.inf
     found = _fitting(way, model, budget_bytes)
+    at_first = math.inf if found is None else found.line.recompute_seconds
+    is_settled = found is not None and at_first >= elsewhere_seconds * (1 - _SAME)
     bound, near = 0.0, _NEAR * sum(op.seconds for op in trace.ops)
     is_asked = way.proves and (found is None or found.line.recompute_seconds > 0)
     # of a nesting nothing is claimed by the bound: there it only says whether more options are worth a look
@@ -308,18 +322,19 @@ def _best(
     def is_far() -> bool:
         return way.proves and (found is None or found.line.recompute_seconds - bound > near)
 
-    if is_far():
+    if is_far() and not is_settled:
         found, bound = _whole(way, found, budget_bytes, bound)
-    if is_far() and way.lean_model is not model:
+    if is_far() and not is_settled and way.lean_model is not model:
         both = (found, _fitting(way, way.lean_model, budget_bytes))
         found = min((each for each in both if each), key=lambda each: each.line.recompute_seconds, default=None)
     if found is None:
         if not way.holds(way.lowest.line, budget_bytes):
-            return None
+            return None, math.inf
         found = _unhurried(way, model, budget_bytes, budget_bytes, way.lowest)
-    found = _polished(way, found, budget_bytes, bound + near)
+    if not is_settled:
+        found = _polished(way, found, budget_bytes, bound + near)
     made = _plan(trace, way, budget_bytes, found.choices, found.line, unplanned, bound, found.how)
-    return _in_host(trace, _eased(trace, made))
+    return _in_host(trace, _eased(trace, made)), at_first
 
 
 def _whole(way: Way, found: Refereed | None, budget_bytes: int, bound: float) -> tuple[Refereed | None, float]:
@@ -387,6 +402,9 @@ def _unhurried(way: Way, model: Model, budget_bytes: int, target_bytes: int, fou
         found = Refereed(choices, line, solution.how)
     return found
 
+
+#: Seconds that differ by less than this part of them are the same.
+_SAME = 1e-3
 
 #: A plan within this part of the step's seconds of its bound is near enough. Otherwise options are added and tried.
 _NEAR = 0.01
