@@ -69,15 +69,17 @@ def seconds_by_the_book() -> Iterator[Callable[[], AbstractContextManager[None]]
         for owner, name, value in those:
             setattr(owner, name, value)
 
+    usual = measured if os.environ.get("TIGHTFIT_TESTS_TIME_OPS") else names
+
     @contextmanager
     def timed() -> Iterator[None]:
         put(measured)
         try:
             yield
         finally:
-            put(names)
+            put(usual)
 
-    put(measured if os.environ.get("TIGHTFIT_TESTS_TIME_OPS") else names)
+    put(usual)
     yield timed
     put(measured)
 
