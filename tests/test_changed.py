@@ -53,6 +53,7 @@ def cycle() -> weakref.ref[Holder]:
 
 
 def test_garbage_is_looked_for_at_rests_and_what_survives_is_let_go_of_in_the_end() -> None:
+    gc.unfreeze()  # what the tests' set-up froze
     gone = cycle()
     with collecting_at_rests():
         assert not gc.isenabled()

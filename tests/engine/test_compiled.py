@@ -602,7 +602,8 @@ def test_measure_refuses_a_compiled_model() -> None:
 # ------------------------------------------------------------------------------------------ fit and verify
 
 
-@pytest.mark.parametrize("compile_it", [compile_wrapped, pytest.param(compile_blocks, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compile_it", [compile_wrapped, compile_blocks])
 def test_fit_measures_what_it_promises(compile_it: Any) -> None:
     batch = data(256)
     model = compile_it(Stack())
