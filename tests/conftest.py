@@ -7,8 +7,7 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,7 +48,7 @@ def imports_are_no_garbage() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def seconds_by_the_book() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+def seconds_by_the_book() -> Iterator[list[tuple[Any, str, Any]]]:
     """Ops take what their FLOPs and bytes say, not what a busy machine gives: a test plans the same each time, and
     steps that are alike share the planner's tables. A test of what is measured asks for `clock`. In `make test-slow`
     all ops are timed."""
@@ -59,36 +58,22 @@ def seconds_by_the_book() -> Iterator[Callable[[], AbstractContextManager[None]]
     def by_work(groups: Iterable[Any]) -> dict[int, float]:
         return {n: op_seconds(each.flops, each.moved_bytes, "float32") for each in groups for n in each.calls}
 
-    names = (
+    book = (
         (passes, "fitted", by_work), (passes.StepRecording, "_time_again", lambda *_: None),
         (timing, "_faults", lambda: 0),
     )  # fmt: skip
-    measured = [(owner, name, getattr(owner, name)) for owner, name, _ in names]
-
-    def put(those: Iterable[tuple[Any, str, Any]]) -> None:
-        for owner, name, value in those:
-            setattr(owner, name, value)
-
-    usual = measured if os.environ.get("TIGHTFIT_TESTS_TIME_OPS") else names
-
-    @contextmanager
-    def timed() -> Iterator[None]:
-        put(measured)
-        try:
-            yield
-        finally:
-            put(usual)
-
-    put(usual)
-    yield timed
-    put(measured)
+    measured = [(owner, name, getattr(owner, name)) for owner, name, _ in book]
+    with pytest.MonkeyPatch.context() as patched:
+        for each in () if os.environ.get("TIGHTFIT_TESTS_TIME_OPS") else book:
+            patched.setattr(*each)
+        yield measured
 
 
 @pytest.fixture
-def clock(seconds_by_the_book: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+def clock(seconds_by_the_book: list[tuple[Any, str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops are timed, as they are for users."""
-    with seconds_by_the_book():
-        yield
+    for each in seconds_by_the_book:
+        monkeypatch.setattr(*each)
 
 
 @pytest.fixture(scope="session")

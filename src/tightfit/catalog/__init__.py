@@ -23,19 +23,7 @@ from typing import Any
 
 from tightfit.core import Device, InvalidInput
 
-__all__ = [
-    "ModelShape",
-    "driver_name",
-    "gpu",
-    "gpu_names",
-    "model_folder",
-    "model_names",
-    "model_shape",
-    "nearest",
-    "require_config",
-    "require_hub_id",
-    "require_model",
-]
+__all__ = ["ModelShape", "driver_name", "gpu", "gpu_names", "model_names", "model_shape", "nearest", "require_model"]
 
 #: Names a TOML file with models and GPUs of one's own.
 VARIABLE = "TIGHTFIT_CATALOG"
@@ -115,42 +103,31 @@ def model_shape(name: str) -> ModelShape:
     )
 
 
-def require_model(name: str) -> None:
-    """Raise `InvalidInput` when `name` can be no model: neither in the catalog, nor a folder with `config.json`, nor
-    of the form of a hub id. So a command refuses a misspelt name before it imports what models are built with."""
-    folder = model_folder(name)
-    if name.strip().lower() in model_names():
-        return
-    if folder.is_dir():
-        require_config(folder)
-    else:
-        require_hub_id(name)
+def require_model(name: str) -> Path:
+    """The folder that `name` would be, which need not be there where it is a name of the catalog or a hub id.
 
-
-def model_folder(name: str) -> Path:
-    """The folder that `name` would be. An empty name is not the folder that one happens to be in."""
-    if not name.strip():
+    Raises `InvalidInput` when `name` can be no model: neither in the catalog, nor a folder with `config.json`, nor of
+    the form of a hub id. So a command refuses a misspelt name before it imports what models are built with.
+    """
+    if not name.strip():  # that is not the folder that one happens to be in
         raise InvalidInput(
             "the name of the model is empty: give a name in the catalog, a folder or a hub id; . is here"
         )
-    return Path(name).expanduser()
-
-
-def require_config(folder: Path) -> None:
-    """Raise `InvalidInput` unless `folder` has a `config.json`."""
-    if not (folder / "config.json").is_file():
-        hint = "; it holds an adapter, give its base model" if (folder / "adapter_config.json").is_file() else ""
-        raise InvalidInput(f"the folder {str(folder)!r} has no config.json{hint}")
-
-
-def require_hub_id(name: str) -> None:
-    """Raise `InvalidInput` unless `name`, which is no folder and not in the catalog, can be a hub id."""
-    if Path(name).expanduser().is_file():
+    folder = Path(name).expanduser()
+    if name.strip().lower() in model_names():
+        return folder
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            hint = "; it holds an adapter, give its base model" if (folder / "adapter_config.json").is_file() else ""
+            raise InvalidInput(f"the folder {str(folder)!r} has no config.json{hint}")
+        return folder
+    if folder.is_file():
         raise InvalidInput(f"{name!r} is a file: give the folder that holds its config.json")
     if len(name.split("/")) != 2 or not all(name.split("/")) or name.startswith((".", "~")):
         raise InvalidInput(
             f"unknown model {name!r}: it is no folder, no hub id (owner/name) and not in the catalog; {nearest(name)}"
         )
+    return folder
 
 
 def nearest(name: str, names: Callable[[], Iterable[str]] = model_names) -> str:

@@ -115,9 +115,9 @@ def check(
             optimizer=optimizer, rank=rank, trainer=trainer, accumulate=accumulate,
         )  # fmt: skip
         return
-    if model is None and calibrate is None:
-        raise InvalidInput("say which model: tightfit check MODEL; without one, --site OUT asks about all of them")
-    if model is not None:
+    if calibrate is None:
+        if model is None:
+            raise InvalidInput("say which model: tightfit check MODEL; without one, --site OUT asks about all of them")
         require_model(model)
     from tightfit import forecast
     from tightfit.report import MODES, forecast_document, forecast_report, forecast_table, gpus_table, study

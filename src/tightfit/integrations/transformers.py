@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tightfit import accelerator
-from tightfit.catalog import model_folder, model_names, model_shape, require_config, require_hub_id
+from tightfit.catalog import model_names, model_shape, require_model
 from tightfit.core import InvalidInput, format_bytes, reason_of, refused_bytes
 from tightfit.core.errors import unknown
 
@@ -85,16 +85,14 @@ def config_named(name: str) -> Any:
 
 
 def _config_named(name: str) -> Any:
-    folder = model_folder(name)
+    folder = require_model(name)
     if name.strip().lower() in model_names():
         shape = model_shape(name)
         with _one_line(f"the catalog's entry {name!r} is no config"):
             return AutoConfig.for_model(shape.model_type, **copy.deepcopy(dict(shape.config)))
     if folder.is_dir():
-        require_config(folder)
         with _one_line(f"cannot read the config in {str(folder)!r}"):
             return _sized(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
-    require_hub_id(name)
     with _one_line(f"cannot load the config of {name!r} from the hub"):
         return _sized(AutoConfig.from_pretrained(name, trust_remote_code=False))
 
@@ -128,13 +126,12 @@ def load_model(
     """
     init = {"trust_remote_code": False, **init}
     device = torch.device(device)
-    folder = model_folder(name)
+    folder = require_model(name)
     if name.strip().lower() in model_names():
         origin = f"random weights (seed {seed}) in the shape {model_shape(name).source}"
         return _random_model(config_named(name), dtype, device, seed, init), origin
     if folder.is_dir():
         return _model_in_folder(folder, dtype, device, seed, init)
-    require_hub_id(name)
     with _one_line(f"cannot load {name!r} from the hub"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **init)
     commit = getattr(model.config, "_commit_hash", "") or ""
@@ -144,7 +141,6 @@ def load_model(
 def _model_in_folder(
     folder: Path, dtype: torch.dtype, device: torch.device, seed: int, init: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, str]:
-    require_config(folder)
     has_weights = any((folder / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles and not has_weights:

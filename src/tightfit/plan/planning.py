@@ -313,7 +313,7 @@ def _best(
     found = _fitting(way, model, budget_bytes)
     at_first = math.inf if found is None else found.line.recompute_seconds
     is_settled = found is not None and at_first >= elsewhere_seconds * (1 - _SAME)
-    bound, near = 0.0, _NEAR * sum(op.seconds for op in trace.ops)
+    bound, near = 0.0, math.inf if is_settled else _NEAR * sum(op.seconds for op in trace.ops)
     is_asked = way.proves and (found is None or found.line.recompute_seconds > 0)
     # of a nesting nothing is claimed by the bound: there it only says whether more options are worth a look
     if is_asked and (way.nesting is None or way.lean_model is not model):
@@ -322,17 +322,16 @@ def _best(
     def is_far() -> bool:
         return way.proves and (found is None or found.line.recompute_seconds - bound > near)
 
-    if is_far() and not is_settled:
+    if is_far():
         found, bound = _whole(way, found, budget_bytes, bound)
-    if is_far() and not is_settled and way.lean_model is not model:
+    if is_far() and way.lean_model is not model:
         both = (found, _fitting(way, way.lean_model, budget_bytes))
         found = min((each for each in both if each), key=lambda each: each.line.recompute_seconds, default=None)
     if found is None:
         if not way.holds(way.lowest.line, budget_bytes):
             return None, math.inf
         found = _unhurried(way, model, budget_bytes, budget_bytes, way.lowest)
-    if not is_settled:
-        found = _polished(way, found, budget_bytes, bound + near)
+    found = _polished(way, found, budget_bytes, bound + near)
     made = _plan(trace, way, budget_bytes, found.choices, found.line, unplanned, bound, found.how)
     return _in_host(trace, _eased(trace, made)), at_first
 
