@@ -486,9 +486,10 @@ def test_a_guard_that_guards_nothing_is_refused(
 
 def test_advice_is_in_the_command_lines_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["plan", "tightfit-demo", "--batch", "1", "--seq", "16", "--budget", "60%"]
-    asked += ["--out", str(tmp_path / "plan.json")]
+    asked += ["--out", str(tmp_path / "plan.json"), "--json"]
     assert main(asked) == 1
-    said = capsys.readouterr().err
-    assert "beside=" not in said
-    (levers,) = re.findall(r"--levers ([a-z_,]+) would take", said)
+    said = capsys.readouterr()
+    assert "beside=" not in said.err + said.out
+    (levers,) = re.findall(r"--levers ([a-z_,]+) would take", said.err)
+    assert any(levers in advice for advice in json.loads(said.out)["advice"])
     assert main([*asked, "--levers", levers]) == 0

@@ -129,7 +129,7 @@ def _run(asked: list[str]) -> int:
         if isinstance(error, BudgetInfeasible) and "--json" in given:  # the answer is no, and it has its figures
             emit(json.dumps({
                 "fits": False, "budget_bytes": error.budget_bytes, "least_bytes": error.least_bytes,
-                "advice": list(error.advice),
+                "advice": [_by_options(each) for each in error.advice],
                 **({} if error.host_budget_bytes is None else {
                     "host_budget_bytes": error.host_budget_bytes, "host_bytes": error.host_bytes,
                 }),
