@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import tightfit
 from tightfit import forecast
@@ -468,11 +469,23 @@ def test_a_solver_without_time_still_gives_the_lowest_plan() -> None:
     assert hasty.peak_bytes <= tightfit.simulate(recorded).peak_bytes
 
 
-def test_units_that_are_kept_whole_are_said_and_every_block_is_still_every_block(tmp_path: Path) -> None:
+def test_units_that_are_kept_whole_are_said_and_every_block_is_still_every_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = MixtralSparseMoeBlock.forward
+
+    def reshaping(self: Any, hidden: torch.Tensor) -> Any:
+        return forward(self, hidden.clone().unsqueeze_(0).squeeze_(0))
+
     setup = Setup(model=folder(tmp_path / "moe", **MIXTRAL), method="lora", batch=4, seq=256, optimizer="none")
     answer = forecast.check(setup, forecast.device_asked("8GiB"), search=False)
     none, blocks, _ = answer.modes
-    assert any("keeps 3 of 3 units whole" in note for note in answer.notes)
+    assert not any("units whole" in note for note in answer.notes)
+    assert blocks.peak_bytes < 0.8 * none.peak_bytes and blocks.recompute_flops > 0
+    monkeypatch.setattr(MixtralSparseMoeBlock, "forward", reshaping)
+    answer = forecast.check(dataclasses.replace(setup, seq=255), forecast.device_asked("8GiB"), search=False)
+    none, blocks, _ = answer.modes
+    assert any("keeps 3 of 3 units whole: aten.squeeze_" in note for note in answer.notes), answer.notes
     assert blocks.peak_bytes < 0.8 * none.peak_bytes and blocks.recompute_flops > 0
 
 

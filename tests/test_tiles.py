@@ -33,6 +33,7 @@ from tightfit.levers.tile.head import TileStats
 from tightfit.levers.tile.recording import head_sought
 from tightfit.plan import lowest
 from tightfit.step.run import compute_loss
+from tightfit.trace.fake import FakeStep, faked
 from tightfit.verify import float64 as float64_module
 from tightfit.verify.float64 import _double, float64_arithmetic
 from tightfit.verify.rounding import _INDEPENDENT, TILE_FACTOR, Errors, limit
@@ -609,8 +610,6 @@ def mlp(**more: Any) -> nn.Module:
 
 def proven(module: nn.Module) -> tuple[bool, bool]:
     """By a perturbed token, and by the ops on fake tensors."""
-    from tightfit.trace.fake import FakeStep, faked
-
     real = modules.is_token_wise(module, WIDTH, torch.float32, torch.device("cpu"))
     with faked(module, (), FakeStep(None)):
         return real, modules.is_token_wise_by_shape(module, WIDTH, torch.float32)
@@ -629,6 +628,21 @@ def test_what_is_token_wise_is_proven_and_what_is_not_is_refused() -> None:
     assert proven(Mixing()) == (False, False)
     assert proven(Centred()) == (False, False)
     assert proven(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1))) == (False, False)
+
+
+def test_what_follows_an_op_that_mixes_tokens_is_not_run() -> None:
+    """A router is followed by kernels that a made-up number of tokens does not suit, and torch logs what they raise."""
+    ran: list[int] = []
+
+    class Experts(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ran.append(x.shape[1])
+            return x
+
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), Mixing(), Experts())
+    with faked(module, (), FakeStep(None)):
+        assert not modules.is_token_wise_by_shape(module, WIDTH, torch.float32)
+    assert not ran
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import tightfit
-from tightfit.core import Category, InvalidInput, Kind, Phase, Trace, Unsupported, dumps, loads
+from tightfit.core import Category, InvalidInput, Kind, Phase, Trace, Unsupported, dumps, format_bytes, loads
+from tightfit.plan import every_block
 from tightfit.step import run
 from tightfit.step.modules import find_units
 from tightfit.step.snapshot import undisturbed
@@ -425,3 +426,23 @@ def test_a_jagged_batch_is_refused_in_one_line(where: str) -> None:
         ) as error:
             call(Jagged(), rows if where == "alone" else {"x": rows})
         assert "\n" not in str(error.value)
+
+
+def test_what_a_prompt_shows_is_short() -> None:
+    """A trace printed whole is a megabyte, a plan's choices thousands of words."""
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(4)]
+    model, x = nn.Sequential(*blocks), torch.randn(16, 8)
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model(batch).square().mean()
+        return found
+
+    recorded = tightfit.trace(model, x, loss, tiles=False)
+    plan = every_block(recorded)
+    for each in (recorded, plan, tightfit.simulate(recorded, plan)):
+        assert len(repr(each)) < 200 and "\n" not in repr(each) and str(each) == repr(each)
+    assert f"{len(recorded.ops)} ops" in repr(recorded) and recorded.digest in repr(recorded)
+    assert format_bytes(plan.peak_bytes) in repr(plan) and plan.status.value in repr(plan)
+    proof = tightfit.verify(model, x, plan, loss=loss)
+    said = str(proof).splitlines()
+    assert len(said) == len(proof.checks) and said[0].startswith("passed gradients: ")

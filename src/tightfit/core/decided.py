@@ -15,6 +15,7 @@ from pathlib import Path
 from tightfit.core.documents import dumps, loads, to_json
 from tightfit.core.errors import InvalidInput
 from tightfit.core.files import write_text
+from tightfit.core.formats import format_bytes
 from tightfit.core.recorded import Program, Tiling
 
 
@@ -93,6 +94,15 @@ class Plan:
     host_budget_bytes: int | None = None  # the most that was to wait in host memory; none: no limit was set
     ahead: tuple[str, ...] = ()  # levers whose copies begin before they are needed, and run beside the compute
 
+    def __repr__(self) -> str:
+        """One line for a prompt. `report.explain` and `save` say the rest."""
+        planned = sum(not choice.keeps_all for choice in self.choices)
+        return (
+            f"<Plan for {format_bytes(self.budget_bytes)}: peak {format_bytes(self.peak_bytes)}, "
+            f"{format_bytes(self.unplanned_peak_bytes)} without it; {planned} of {len(self.choices)} units recompute, "
+            f"{self.slowdown:.2f} x the time, {self.status.value}>"
+        )
+
     @property
     def added_seconds(self) -> float:
         """What the plan adds to the step without it."""
@@ -148,3 +158,8 @@ class Timeline:
     replays: int
     offloaded_bytes: int = 0  # copied off the device in forward
     fetched_bytes: int = 0  # copied back in backward
+
+    def __repr__(self) -> str:
+        """One line for a prompt."""
+        peak = format_bytes(self.peak_bytes)
+        return f"<Timeline of {len(self.labels)} moments: peak {peak} at {self.peak_owner}, {self.replays} replays>"

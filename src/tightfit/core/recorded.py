@@ -331,6 +331,13 @@ class Trace:
         one_each = {frame: program.the_first() for frame, program in self.programs.items()}
         object.__setattr__(self, "programs", one_each)
 
+    def __repr__(self) -> str:
+        """One line for a prompt: a whole trace is megabytes of text. `to_json` writes all of it."""
+        return (
+            f"<Trace {self.digest}: {len(self.units)} units, {len(self.ops)} ops, {len(self.values)} values, "
+            f"{len(self.saved)} saved tensors, on {self.device}>"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:

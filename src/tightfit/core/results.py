@@ -33,6 +33,14 @@ class Proof:
     def __getitem__(self, name: str) -> Check:
         return next(check for check in self.checks if check.name == name)
 
+    def __str__(self) -> str:
+        """A line for each check."""
+        return "\n".join(
+            f"{'passed' if each.passed else 'FAILED'} {each.name}: {each.measured} (expected {each.expected}; "
+            f"tolerance: {each.tolerance})"
+            for each in self.checks
+        )
+
 
 #: What asks for the best size of micro-batches, where a number would ask for that size.
 AUTO = "auto"

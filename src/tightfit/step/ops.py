@@ -69,6 +69,19 @@ def is_random(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bo
     return True
 
 
+def changes_nothing(func: Any, args: tuple[Any, ...]) -> bool:
+    """Does the call put a tensor where it already is? `torch.nn.utils.parametrize` does so with a parameter that it is
+    given, and PEFT gives it one in every forward where an adapter is of a parameter and not of a module (experts)."""
+    if func is not _aten.set_.source_Tensor:
+        return False
+    tensor, source = args
+    return tensor is source or (
+        tensor.untyped_storage()._cdata == source.untyped_storage()._cdata
+        and tensor.storage_offset() == source.storage_offset()
+        and (tensor.shape, tensor.stride()) == (source.shape, source.stride())
+    )
+
+
 def is_uncounted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Ops that may happen in the forward and not in its replay, or the other way round, without any meaning.
 
@@ -78,6 +91,8 @@ def is_uncounted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     inside its own cast it is switched off and cannot be asked.
     """
     if func.is_view or func.namespace in ("profiler", "prim"):  # marks of a span; a fake tensor asked for its device
+        return True
+    if changes_nothing(func, args):
         return True
     if func is _aten._to_copy.default:
         source, dtype = args[0], kwargs.get("dtype")

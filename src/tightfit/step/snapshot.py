@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit import accelerator
+from tightfit.step.ops import changes_nothing
 from tightfit.step.parallel import (
     forget_step,
     local_of,
@@ -177,6 +178,8 @@ class Snapshot:
 
     def before(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """`func` is about to run."""
+        if changes_nothing(func, args):
+            return
         self._note_generators((*args, *kwargs.values()))
         for tensor in tensors_in((args, kwargs)):
             if not (tensor.requires_grad and tensor.is_leaf) or id(tensor) in self._leaves:

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit import accelerator
-from tightfit.step.ops import op_name
+from tightfit.step.ops import changes_nothing, op_name
 from tightfit.trace.timing import Sample, Stopwatch
 
 _aten = torch.ops.aten
@@ -33,7 +33,7 @@ class Timer(TorchDispatchMode):
         self.risen_bytes: list[int] = []  # zeros on a card that does not count them; the host's profiler knows its own
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _aten.detach.default or func.namespace == "profiler":
+        if func is _aten.detach.default or func.namespace == "profiler" or changes_nothing(func, args):
             return func(*args, **(kwargs or {}))
         self.names.append(op_name(func))
         self.finished.append(False)

@@ -28,7 +28,16 @@ from tightfit.core import (
     Unsupported,
 )
 from tightfit.levers.loss_in_place.loss import rows_at_once
-from tightfit.step.ops import BATCH_NORMS, METADATA_ONLY, UNWRITTEN, is_random, is_uncounted, op_flops, op_name
+from tightfit.step.ops import (
+    BATCH_NORMS,
+    METADATA_ONLY,
+    UNWRITTEN,
+    changes_nothing,
+    is_random,
+    is_uncounted,
+    op_flops,
+    op_name,
+)
 from tightfit.step.parallel import (
     local_of,
 )
@@ -283,7 +292,7 @@ class Recorder(TorchDispatchMode):
                 f"the model calls {func}, an operator that runs functions of its own, in which nothing can be seen: "
                 "leave it out of eager steps, or mark the parts around it with tightfit.checkpoint"
             )
-        if func is _aten.detach.default:
+        if func is _aten.detach.default or changes_nothing(func, args):
             return func(*args, **kwargs) if self.fake is None else self.fake.run(func, args, kwargs)
         if func in _QUERIES or func.namespace == "profiler":
             # half of all calls ask for a device, which a fake tensor knows without another dispatch

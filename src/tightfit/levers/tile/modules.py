@@ -128,9 +128,14 @@ def is_token_wise(module: nn.Module, width: int, dtype: torch.dtype, device: tor
         return True
 
 
+class _NotByRows(Exception):
+    """An op may mix what lies along the tokens."""
+
+
 class _RowProof(TorchDispatchMode):
     """Follows the rows of one input through ops on fake tensors: every tensor that depends on it must have one
-    dimension of tokens, and no op may mix what lies along it."""
+    dimension of tokens, and no op may mix what lies along it. Raises `_NotByRows` at the first that may: the ops that
+    follow it (a router's experts) need not run, and some cannot on a number of tokens that is made up."""
 
     TOKENS = 7919  # a prime that is no width
 
@@ -138,7 +143,6 @@ class _RowProof(TorchDispatchMode):
         super().__init__()
         self.depends: Any = WeakIdKeyDictionary()
         self.depends[given] = True
-        self.holds = True
 
     def _dim(self, tensor: torch.Tensor) -> int | None:
         """The dimension of tokens, from the right; None: there is none, or more than one."""
@@ -153,7 +157,8 @@ class _RowProof(TorchDispatchMode):
         if given and func is not torch.ops.prim.device.default:
             for tensor in tensors_in(out):
                 self.depends[tensor] = True
-            self.holds = self.holds and self._keeps_rows(func, args, kwargs, given, out)
+            if not self._keeps_rows(func, args, kwargs, given, out):
+                raise _NotByRows
         return out
 
     def _keeps_rows(self, func: Any, args: Any, kwargs: Any, given: list[torch.Tensor], out: Any) -> bool:
@@ -190,10 +195,12 @@ def is_token_wise_by_shape(module: nn.Module, width: int, dtype: torch.dtype) ->
     if refusal(module):
         return False
     given = torch.empty(1, _RowProof.TOKENS, width, dtype=dtype)
-    proof = _RowProof(given)
-    with torch.no_grad(), proof:
-        out = module.forward(given)
-    return proof.holds and isinstance(out, torch.Tensor) and out.shape[:-1] == given.shape[:-1]
+    try:
+        with torch.no_grad(), _RowProof(given):
+            out = module.forward(given)
+    except _NotByRows:
+        return False
+    return isinstance(out, torch.Tensor) and out.shape[:-1] == given.shape[:-1]
 
 
 @contextlib.contextmanager
