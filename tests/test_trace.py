@@ -428,6 +428,35 @@ def test_a_jagged_batch_is_refused_in_one_line(where: str) -> None:
         assert "\n" not in str(error.value)
 
 
+class SparseChange(nn.Module):
+    """A frozen weight with trained entries at fixed places, as in PEFT's SHiRA: autograd saves what is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(96, 96) / 10, requires_grad=False)
+        self.entries = nn.Parameter(torch.randn(2000) / 10)
+        self.register_buffer("places", torch.randint(0, 96, (2, 2000), dtype=torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        changed = self.weight.clone()
+        changed += torch.sparse_coo_tensor(self.places, self.entries * 2.0, (96, 96))
+        return x + F.gelu(F.linear(x, changed))
+
+
+def test_a_sparse_tensor_that_is_made_in_a_block_stays_and_is_counted() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(SparseChange() for _ in range(4))), torch.randn(128, 96)
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model(batch).square().mean()
+        return found
+
+    plan = every_block(tightfit.trace(model, x, loss, tiles=False))
+    assert not all(choice.keeps_all for choice in plan.choices)
+    proof = tightfit.verify(model, x, plan, loss=loss)
+    assert proof.passed, str(proof)
+
+
 def test_what_a_prompt_shows_is_short() -> None:
     """A trace printed whole is a megabyte, a plan's choices thousands of words."""
     blocks = [nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(4)]

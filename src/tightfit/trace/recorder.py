@@ -432,7 +432,9 @@ class Recorder(TorchDispatchMode):
 
     def pack(self, tensor: torch.Tensor) -> _Holder:
         saved = self.note_saved(tensor)
-        return _Holder(None if self.dry else without_history(tensor), saved, self)
+        # no plan lets go of a sparse tensor, nor of the indices and values that it holds
+        is_thrown_away = self.dry and tensor.layout is torch.strided
+        return _Holder(None if is_thrown_away else without_history(tensor), saved, self)
 
     def note_saved(self, tensor: torch.Tensor) -> int:
         value, _ = self.value_of(tensor)
