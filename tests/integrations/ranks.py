@@ -166,7 +166,7 @@ def sharded_inside(_: str) -> dict[str, Any]:
     fully_shard(model)
     found = refused(lambda: tightfit.fit(model, batch(0), "60%"))
     pinned = {unit.pinned for unit in tightfit.trace(model, batch(0), tiles=False).units}
-    applied = tightfit.fit(model, batch(0), "80%", units=parts)
+    applied = tightfit.fit(model, batch(0), "80%", units=parts, levers="recompute")
     mine = trained(model, False, steps=3)
     stats = applied.stats()
     return {
@@ -192,7 +192,7 @@ def other_budgets(_: str) -> dict[str, Any]:
     model = spread("fsdp")
     needs = tightfit.simulate(tightfit.trace(model, batch(0), tiles=False)).peak_bytes
     asked = int(needs * (0.9 if dist.get_rank() else 0.75))
-    applied = tightfit.fit(model, batch(0), asked)
+    applied = tightfit.fit(model, batch(0), asked, levers="recompute")
     return {"asked": asked, "budget": applied.plan.budget_bytes, "peak": applied.plan.peak_bytes}
 
 
@@ -203,7 +203,7 @@ def smaller_share(_: str) -> dict[str, Any]:
     share = int(needs * 0.8) if dist.get_rank() else None
     with warnings.catch_warnings(record=True) as said, mock.patch.object(planning, "share_of_device", lambda _: share):
         warnings.simplefilter("always")
-        applied = tightfit.fit(model, batch(0), "95%")
+        applied = tightfit.fit(model, batch(0), "95%", levers="recompute")
     lines = [str(line.message) for line in said if "of its card" in str(line.message)]
     return {"needs": needs, "budget": applied.plan.budget_bytes, "peak": applied.plan.peak_bytes, "said": lines}
 
@@ -276,7 +276,7 @@ def given_plan(_: str) -> dict[str, Any]:
     """A file that one process made alone is the plan of all; where it is none for one rank, all are told."""
     file = Path(sys.argv[1]) / "plan.json"
     if dist.get_rank() == 0:
-        tightfit.plan(tightfit.trace(llama("lora"), batch(0), tiles=False), "70%").save(file)
+        tightfit.plan(tightfit.trace(llama("lora"), batch(0), tiles=False), "70%", levers="recompute").save(file)
     dist.barrier()
     alone = tightfit.Plan.load(file)
     reference = trained(spread("ddp-lora"), accumulates=False, steps=2)
