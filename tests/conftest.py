@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
@@ -61,6 +62,20 @@ def clock(seconds_by_the_book: list[tuple[Any, str, Any]], monkeypatch: pytest.M
     """Ops are timed, as they are for users."""
     for each in seconds_by_the_book:
         monkeypatch.setattr(*each)
+
+
+@pytest.fixture(scope="module")
+def short_studies() -> Iterator[None]:
+    """Pages have few plans for other budgets, which nobody looks at; that there are many is tested in
+    `report/test_html.py`."""
+    import tightfit.report
+    from tightfit.train import record
+
+    few = functools.partial(tightfit.report.study, points=3)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tightfit.report, "study", few)
+        patched.setattr(record, "study", few)
+        yield
 
 
 @pytest.fixture(scope="session")

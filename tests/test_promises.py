@@ -20,6 +20,7 @@ import tightfit
 from tightfit.core import BudgetInfeasible, InvalidInput, Lever, Trace, format_bytes, levers_named
 from tightfit.integrations.trainer import TightfitCallback
 from tightfit.plan import lowest
+from tightfit.plan.micro_batches import QUICK
 from tightfit.plan.tighter import tighter
 from tightfit.verify.gradients import Outcome, differences
 from tightfit.verify.peak import peak_checks
@@ -173,7 +174,7 @@ def test_a_plan_in_force_says_what_it_is() -> None:
         assert line[0] == format_bytes(lower_bytes)
         assert float(line[1]) == pytest.approx(lower.slowdown, abs=0.02)
     assert shown.startswith("<table>") and shown.count("<tr>") == len(said.splitlines())
-    with tightfit.apply(model, lowest(recorded(tiles=True))) as applied:
+    with tightfit.apply(model, lowest(recorded(tiles=True), effort=QUICK)) as applied:
         assert "a tenth less" not in str(applied)  # a plan alone does not say what the step's values are
         applied.trace = recorded(tiles=True)
         assert "a tenth less: no plan without nested recompute holds " in str(applied)
