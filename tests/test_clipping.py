@@ -79,7 +79,7 @@ def plain_outcome(name: str, max_norm: float) -> list[torch.Tensor]:
 
 
 def least_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    trace = tightfit.trace(model, BATCH, optimizer=optimizer, tiles=False)
+    trace = tightfit.trace(model, BATCH, optimizer=optimizer)
     return lowest(trace, levers="recompute,step_in_backward").peak_bytes
 
 
@@ -167,7 +167,7 @@ def test_the_second_pass_has_its_price() -> None:
 
 def test_the_second_pass_is_priced_with_its_replays() -> None:
     model = Model()
-    trace = tightfit.trace(model, BATCH, optimizer=OPTIMIZERS["adamw"](model.parameters()), tiles=False)
+    trace = tightfit.trace(model, BATCH, optimizer=OPTIMIZERS["adamw"](model.parameters()))
     assert trace.optimizer is not None
     clipped = dataclasses.replace(trace, optimizer=dataclasses.replace(trace.optimizer, clipped=True))
     levers = "recompute,step_in_backward"
@@ -223,7 +223,7 @@ def test_a_longer_batch_and_a_frozen_layer_are_planned_for_in_the_pass() -> None
     expected = trained(plain, optimizer, by_hand)
     model = Model()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    trace = tightfit.trace(model, longer, optimizer=optimizer, tiles=False)
+    trace = tightfit.trace(model, longer, optimizer=optimizer)
     budget = lowest(trace, levers="recompute,step_in_backward").peak_bytes
     applied = tightfit.fit(
         model, BATCH, budget, optimizer=optimizer, levers="recompute,step_in_backward,optimizer_chunks", max_norm=0.05
@@ -231,7 +231,7 @@ def test_a_longer_batch_and_a_frozen_layer_are_planned_for_in_the_pass() -> None
     found = trained(model, optimizer, applied.backward)
     assert [torch.equal(*pair) for pair in zip(expected, found, strict=True)] == [True] * len(expected)
     applied.remove()
-    static = tightfit.trace(model, BATCH, optimizer=optimizer, tiles=False).static_bytes["optimizer_state"]
+    static = tightfit.trace(model, BATCH, optimizer=optimizer).static_bytes["optimizer_state"]
     held = sum(v.nbytes for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor))
     never_used = sum(2 * p.nbytes + 4 for p in model.unused.parameters())  # has no state as long as it has no gradient
     assert static == held + never_used  # what was trained before still has its state
@@ -271,7 +271,7 @@ def test_the_first_pass_leaves_no_mark() -> None:
 
         step: Any = by_hand
         if clips:
-            trace = tightfit.trace(model, BATCH, loss=loss, optimizer=optimizer, tiles=False)
+            trace = tightfit.trace(model, BATCH, loss=loss, optimizer=optimizer)
             budget = lowest(trace, levers="recompute,step_in_backward").peak_bytes
             applied = tightfit.fit(
                 model, BATCH, budget, loss=loss, optimizer=optimizer, beside="step_in_backward", max_norm=0.05

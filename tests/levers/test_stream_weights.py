@@ -74,7 +74,7 @@ def adapted() -> tuple[nn.Module, torch.Tensor]:
 @functools.cache
 def plan_of_adapted() -> Plan:
     """Everything streamed, in the model of `adapted`."""
-    return all_streamed(tightfit.trace(*adapted(), tiles=False))
+    return all_streamed(tightfit.trace(*adapted()))
 
 
 def all_streamed(trace: Trace) -> Plan:
@@ -124,7 +124,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 def test_the_trace_knows_what_can_be_streamed_and_when_it_is_read() -> None:
     model, batch = adapted()
-    trace = tightfit.trace(model, batch, tiles=False)
+    trace = tightfit.trace(model, batch)
     modules = {each.module: each for each in trace.frozen}
     of_blocks = {f"blocks.{i}.{name}" for i in range(2) for name in ("up", "down", "norm")}
     assert set(modules) == {"embedding", "head", *of_blocks}
@@ -140,7 +140,7 @@ def test_the_trace_knows_what_can_be_streamed_and_when_it_is_read() -> None:
 
 def test_everything_streamed_leaves_one_modules_copy_on_the_device() -> None:
     model, batch = adapted()
-    trace = tightfit.trace(model, batch, tiles=False)
+    trace = tightfit.trace(model, batch)
     plan = all_streamed(trace)
     frozen = sum(p.numel() * 4 for p in model.parameters() if not p.requires_grad)
     before = static_bytes(model)
@@ -170,7 +170,7 @@ def test_a_peak_at_a_copy_that_backward_reads_is_predicted() -> None:
 
 def test_a_budget_between_is_used_and_time_falls_with_it() -> None:
     model, batch = adapted()
-    trace = tightfit.trace(model, batch, tiles=False)
+    trace = tightfit.trace(model, batch)
     least = simulate(trace, all_streamed(trace)).peak_bytes
     most = simulate(trace).peak_bytes
     seconds, host_bytes = [], []
@@ -214,7 +214,7 @@ def test_few_walks_tell_how_many_may_stay(part: float) -> None:
 
 def test_what_is_there_throughout_may_be_too_much_already() -> None:
     model, batch = adapted()
-    trace, levers = tightfit.trace(model, batch, tiles=False), frozenset({Lever.RECOMPUTE, Lever.STREAM_WEIGHTS})
+    trace, levers = tightfit.trace(model, batch), frozenset({Lever.RECOMPUTE, Lever.STREAM_WEIGHTS})
     budget = sum(trace.static_bytes.values()) - 1
     assert feasible(trace, budget, effort=THOROUGH, levers=levers) is not None
     ways = way_of(trace, THOROUGH).ways(levers)
@@ -227,7 +227,7 @@ def test_the_lowest_peak_is_looked_for_where_it_can_be() -> None:
     """A step that begins with more than another way's peak is not planned: parts of the weights, where all of them may
     be streamed."""
     model, ids = adapted()
-    trace, levers = tightfit.trace(model, ids[:1, :2], tiles=False), frozenset({Lever.RECOMPUTE, Lever.STREAM_WEIGHTS})
+    trace, levers = tightfit.trace(model, ids[:1, :2]), frozenset({Lever.RECOMPUTE, Lever.STREAM_WEIGHTS})
     found = lowest(trace, levers=levers)
     ways = way_of(trace, THOROUGH).ways(levers)
     too_much = [way for way in ways if way.static_bytes >= found.peak_bytes]
@@ -239,7 +239,7 @@ def test_the_lowest_peak_is_looked_for_where_it_can_be() -> None:
 def test_verify_proves_a_plan_that_recomputes_what_it_streams() -> None:
     model, batch = adapted()
     optimizer = torch.optim.AdamW(trained(model))
-    trace = tightfit.trace(model, batch, optimizer=optimizer, tiles=False)
+    trace = tightfit.trace(model, batch, optimizer=optimizer)
     plan = lowest(trace, levers=EXACT)
     assert plan.replays
     assert plan.peak_bytes < 0.8 * lowest(trace).peak_bytes
@@ -250,7 +250,7 @@ def test_verify_proves_a_plan_that_recomputes_what_it_streams() -> None:
 
 def test_a_budget_that_does_not_fit_is_told_of_the_lever() -> None:
     model, batch = adapted()
-    trace = tightfit.trace(model, batch, tiles=False)
+    trace = tightfit.trace(model, batch)
     budget = lowest(trace).peak_bytes - 3 * 4 * WIDTH * WIDTH * 4
     with pytest.raises(BudgetInfeasible, match="beside='stream_weights' would take"):
         tightfit.plan(trace, budget)
@@ -263,7 +263,7 @@ def test_a_budget_that_does_not_fit_is_told_of_the_lever() -> None:
 
 def test_a_plan_for_other_weights_is_refused() -> None:
     model, batch = adapted()
-    trace = tightfit.trace(model, batch, tiles=False)
+    trace = tightfit.trace(model, batch)
     plan = all_streamed(trace)
     with pytest.raises(PlanMismatch, match="does not know when they are read"):
         simulate(dataclasses.replace(trace, frozen=()), plan)
@@ -299,7 +299,7 @@ class Odd(nn.Module):
 
 def test_what_cannot_be_streamed_stays() -> None:
     model, batch = Odd(), torch.randint(0, WORDS, (2, 8))
-    trace = tightfit.trace(model, batch, units=["plain"], tiles=False)
+    trace = tightfit.trace(model, batch, units=["plain"])
     assert {each.module for each in trace.frozen} == {"plain", "partly"}
     plan = all_streamed(trace)
     assert same(stepped(model, batch, None, 2), stepped(model, batch, plan, 2))
@@ -316,7 +316,7 @@ def test_what_cannot_be_streamed_stays() -> None:
 )
 def test_ten_steps_are_the_same_bits(levers: str) -> None:
     model, batch = adapted()
-    trace = tightfit.trace(model, batch, tiles=False)
+    trace = tightfit.trace(model, batch)
     plan = lowest(trace, levers=levers) if levers else all_streamed(trace)
     assert "stream_weights" in plan.settings
     assert same(stepped(model, batch, None, 10), stepped(model, batch, plan, 10))
@@ -336,7 +336,7 @@ def test_four_bit_weights_that_a_ctx_holds(levers: str) -> None:
     for block, (first, second) in zip(base, adapters, strict=True):
         block.first, block.second = first.requires_grad_(True), second.requires_grad_(True)
     with no_repacking(model):
-        trace = tightfit.trace(model, batch, tiles=False)
+        trace = tightfit.trace(model, batch)
         four_bit = [each for each in trace.frozen if each.is_quantised]
         assert len(four_bit) == 5  # the head is a plain linear layer of this model, too
         assert max(len(each.spans) for each in four_bit) == 2  # forward, and a backward that reads what ctx holds
@@ -375,7 +375,7 @@ def test_stacked_experts_are_streamed_but_for_those_that_peft_adapts(targets: An
 
     torch.manual_seed(0)
     model, batch = Own().train(), torch.randint(0, WORDS, (2, 12))
-    trace = tightfit.trace(model, batch, tiles=False)
+    trace = tightfit.trace(model, batch)
     plan = all_streamed(trace)
     assert same(stepped(model, batch, None, 3), stepped(model, batch, plan, 3))
     assert measured(model, batch, plan) == pytest.approx(plan.peak_bytes, rel=1e-3)
@@ -406,7 +406,7 @@ def test_a_forward_that_leaves_the_plan_is_replayed_whole() -> None:
     torch.manual_seed(0)
     model, batch = nn.Sequential(Either(), Either()), torch.randn(4, WIDTH)
     loss = lambda model, batch: model(batch).square().mean()  # noqa: E731
-    plan = lowest(tightfit.trace(model, batch, loss=loss, tiles=False), levers=EXACT)
+    plan = lowest(tightfit.trace(model, batch, loss=loss), levers=EXACT)
     assert plan.replays
     found = []
     for each in (None, plan):
@@ -435,7 +435,7 @@ def test_a_slot_that_is_used_again_too_early_is_seen(monkeypatch: pytest.MonkeyP
 
     model, batch = nn.Sequential(Two(), Two()), torch.randn(4, WIDTH)
     loss = lambda model, batch: model(batch).square().mean()  # noqa: E731
-    plan = all_streamed(tightfit.trace(model, batch, loss=loss, tiles=False))
+    plan = all_streamed(tightfit.trace(model, batch, loss=loss))
     slots: dict[int, torch.Tensor] = {}
 
     def into_slot(room: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -475,7 +475,7 @@ def test_a_slot_under_a_ctx_in_backward_is_seen(monkeypatch: pytest.MonkeyPatch)
     sabotaged = False
     model, batch = nn.Sequential(Kept(), Kept()), torch.randn(4, WIDTH)
     loss = lambda model, batch: model(batch).square().mean()  # noqa: E731
-    plan = all_streamed(tightfit.trace(model, batch, loss=loss, tiles=False))
+    plan = all_streamed(tightfit.trace(model, batch, loss=loss))
     loss(model, batch).backward()
     plain = [p.grad.clone() for p in trained(model)]
     model.zero_grad()
@@ -627,7 +627,7 @@ def test_graphs_outlive_the_plan_and_may_be_kept() -> None:
 def test_only_one_plan_and_no_trace_at_once() -> None:
     with streamed() as (model, batch, applied):
         with pytest.raises(InvalidInput, match="a plan is in force on this model"):
-            tightfit.trace(model, batch, tiles=False)
+            tightfit.trace(model, batch)
         with pytest.raises(InvalidInput, match="streamed by a plan that is in force already"):
             apply(model, applied.plan)
         assert is_elsewhere(model.head.weight)
@@ -638,7 +638,7 @@ def test_compiled_models_are_planned_without_it() -> None:
     plan = plan_of_adapted()
     for block in model.blocks:
         block.compile(backend="eager")
-    assert tightfit.trace(model, batch, tiles=False).frozen == ()
+    assert tightfit.trace(model, batch).frozen == ()
     assert STREAM.not_compiled(plan, whole=True)
 
 
@@ -668,7 +668,7 @@ def test_weights_wait_in_a_file(tmp_path: Any) -> None:
 def test_every_lever_at_once_over_ten_steps(levers: str) -> None:
     model, batch = adapted()
     optimizer = torch.optim.AdamW(trained(model))
-    trace = tightfit.trace(model, batch, optimizer=optimizer, tiles=False)
+    trace = tightfit.trace(model, batch, optimizer=optimizer)
     least = lowest(trace, levers=levers)
     assert "stream_weights" in least.settings
     most = simulate(trace).peak_bytes
@@ -695,7 +695,7 @@ def test_peft_merges_unmerges_and_unloads() -> None:
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
     ids = torch.randint(0, 64, (2, 12))
     batch = {"input_ids": ids, "labels": ids}
-    plan = lowest(tightfit.trace(model, batch, tiles=False), levers=EXACT)
+    plan = lowest(tightfit.trace(model, batch), levers=EXACT)
     assert "stream_weights" in plan.settings
     model.eval()
     twin = copy.deepcopy(model)

@@ -47,7 +47,7 @@ class Planned:
     def __init__(self, lever: str) -> None:
         self.model, self.batch = stack(), torch.randn(ROWS, WIDTH).requires_grad_()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad])
-        self.trace = tightfit.trace(self.model, self.batch, loss=loss, optimizer=self.optimizer, tiles=False)
+        self.trace = tightfit.trace(self.model, self.batch, loss=loss, optimizer=self.optimizer)
         if lever == "offload":
             self.plan = tightfit.plan(self.trace, "90%", levers=["recompute", lever])
         else:

@@ -65,14 +65,14 @@ def step_of(name: str) -> Trace:
             )  # fmt: skip
         ids = torch.randint(0, 100, (2, 16))
         model = transformers.AutoModelForCausalLM.from_config(config).train()
-        return retimed(tightfit.trace(model, {"input_ids": ids, "labels": ids}, tiles=False), NOMINAL_CPU)
+        return retimed(tightfit.trace(model, {"input_ids": ids, "labels": ids}), NOMINAL_CPU)
     inner, batch = {
         "in place": (InPlace(), torch.randn(32, 16)),
         "autocast": (Autocast(InPlace()), torch.randn(32, 16)),
         "resnet": (ResNet(), torch.randn(4, 3, 16, 16)),
         "unet": (UNet(), torch.randn(4, 3, 16, 16)),
     }[name]
-    return retimed(tightfit.trace(inner, batch, loss=mean_square, tiles=False), NOMINAL_CPU)
+    return retimed(tightfit.trace(inner, batch, loss=mean_square), NOMINAL_CPU)
 
 
 def columns_of(step: WholeStep, kept: exact.Kept, walk: Any) -> dict[int, float]:
@@ -212,7 +212,7 @@ def test_the_lowest_peak_of_blocks_is_lower_by_it(monkeypatch: pytest.MonkeyPatc
     )
     ids = torch.randint(0, 500, (2, 96))
     model = transformers.LlamaForCausalLM(config).train()
-    trace = retimed(tightfit.trace(model, {"input_ids": ids, "labels": ids}, tiles=False), NOMINAL_CPU)
+    trace = retimed(tightfit.trace(model, {"input_ids": ids, "labels": ids}), NOMINAL_CPU)
     low = tightfit.plan.lowest(trace, levers=("recompute",))
     monkeypatch.setattr(ways, "_WHOLE_EVENTS", 0)
     monkeypatch.setattr(ways, "_latest", {})
@@ -259,7 +259,7 @@ class Cast(nn.Module):
 def test_what_a_cast_takes_is_no_part_of_a_bound() -> None:
     """A kept set that takes longer by its ops may cast less, and the frontier does not know of casts."""
     torch.manual_seed(2)
-    trace = retimed(tightfit.trace(Cast(), torch.randn(64, 8), units="blocks.*", tiles=False), NOMINAL_CPU)
+    trace = retimed(tightfit.trace(Cast(), torch.randn(64, 8), units="blocks.*"), NOMINAL_CPU)
     step, every = WholeStep(trace), []
     ((path, program),) = step.programs.items()
     values = [v for v in range(program.values) if step.live.keeps[path, v].columns]
