@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from tests import by_the_book
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -49,23 +51,9 @@ def imports_are_no_garbage() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def seconds_by_the_book() -> Iterator[list[tuple[Any, str, Any]]]:
-    """Ops take what their FLOPs and bytes say, not what a busy machine gives: a test plans the same each time, and
-    steps that are alike share the planner's tables. A test of what is measured asks for `clock`. In `make test-slow`
-    all ops are timed."""
-    from tightfit.device.cost import op_seconds
-    from tightfit.trace import passes, timing
-
-    def by_work(groups: Iterable[Any]) -> dict[int, float]:
-        return {n: op_seconds(each.flops, each.moved_bytes, "float32") for each in groups for n in each.calls}
-
-    book = (
-        (passes, "fitted", by_work), (passes.StepRecording, "_time_again", lambda *_: None),
-        (timing, "_faults", lambda: 0),
-    )  # fmt: skip
-    measured = [(owner, name, getattr(owner, name)) for owner, name, _ in book]
-    with pytest.MonkeyPatch.context() as patched:
-        for each in () if os.environ.get("TIGHTFIT_TESTS_TIME_OPS") else book:
-            patched.setattr(*each)
+    """Ops take what their FLOPs and bytes say: a test plans the same each time, and steps that are alike share the
+    planner's tables. A test of what is measured asks for `clock`."""
+    with by_the_book.seconds_by_the_book() as measured:
         yield measured
 
 
@@ -74,6 +62,20 @@ def clock(seconds_by_the_book: list[tuple[Any, str, Any]], monkeypatch: pytest.M
     """Ops are timed, as they are for users."""
     for each in seconds_by_the_book:
         monkeypatch.setattr(*each)
+
+
+@pytest.fixture(scope="module")
+def short_studies() -> Iterator[None]:
+    """Pages have few plans for other budgets, which nobody looks at; that there are many is tested in
+    `report/test_html.py`."""
+    import tightfit.report
+    from tightfit.train import record
+
+    few = functools.partial(tightfit.report.study, points=3)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tightfit.report, "study", few)
+        patched.setattr(record, "study", few)
+        yield
 
 
 @pytest.fixture(scope="session")

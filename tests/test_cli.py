@@ -34,6 +34,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+pytestmark = pytest.mark.usefixtures("short_studies")
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -19,6 +19,9 @@ from tightfit.fitting import fit as fitting
 from tightfit.verify.gradients import Outcome, differences
 from tightfit.verify.peak import PeakMeter, static_bytes
 
+#: Where it is of no account what the plan is like: it is found soonest.
+RECOMPUTE = "recompute"
+
 
 def gpt2() -> Any:
     torch.manual_seed(0)
@@ -205,12 +208,12 @@ def test_a_model_fitted_with_gradients_needs_no_second_plan(traces: list[int]) -
 
 def test_accumulated_gradients_refused_and_allowed(traces: list[int]) -> None:
     model, batch = gpt2(), tokens(2, 64)
-    with tightfit.fit(model, batch, "80%", longer="refuse"):
+    with tightfit.fit(model, batch, "80%", longer="refuse", levers=RECOMPUTE):
         model(**batch).loss.backward()
         with pytest.raises(InvalidInput, match="have gradients already"):
             model(**batch)
     model.zero_grad()
-    with tightfit.fit(model, batch, "80%", longer="allow"):
+    with tightfit.fit(model, batch, "80%", longer="allow", levers=RECOMPUTE):
         model(**batch).loss.backward()
         with pytest.warns(UserWarning, match="the budget is not promised"):
             model(**batch).loss.backward()
@@ -222,7 +225,7 @@ def test_accumulated_gradients_refused_and_allowed(traces: list[int]) -> None:
 
 def test_accumulated_gradients_when_the_loss_functions_batch_is_gone() -> None:
     model = gpt2()
-    with tightfit.fit(model, tokens(2, 64), "80%", loss=logits_loss):
+    with tightfit.fit(model, tokens(2, 64), "80%", loss=logits_loss, levers=RECOMPUTE):
         logits_loss(model, tokens(2, 64)).backward()
         with pytest.warns(UserWarning, match="fit the model while it has gradients"):
             logits_loss(model, tokens(2, 64)).backward()
@@ -281,12 +284,12 @@ def test_layers_that_are_frozen_and_freed_have_plans_of_their_own(traces: list[i
 
 def test_another_adapter_refused_and_allowed(traces: list[int]) -> None:
     model, batch = adapted(), tokens(2, 64)
-    with tightfit.fit(model, batch, "80%", longer="refuse"):
+    with tightfit.fit(model, batch, "80%", longer="refuse", levers=RECOMPUTE):
         model.set_adapter("b")
         with pytest.raises(InvalidInput, match="a step that trains other parameters"):
             model(**batch)
     model.set_adapter("a")
-    with tightfit.fit(model, batch, "80%", longer="allow"):
+    with tightfit.fit(model, batch, "80%", longer="allow", levers=RECOMPUTE):
         model.set_adapter("b")
         with pytest.warns(UserWarning, match="the budget is not promised; fit the model anew"):
             found = outcome(model, batch)
@@ -299,7 +302,7 @@ def test_a_forward_that_trains_nothing_is_let_through(traces: list[int], longer:
     model, batch = adapted(), tokens(2, 64)
     with model.disable_adapter():
         plain = model(**batch).loss.item()
-    with tightfit.fit(model, batch, "80%", longer=longer) as applied:
+    with tightfit.fit(model, batch, "80%", longer=longer, levers=RECOMPUTE) as applied:
         before = applied.plan
         with model.disable_adapter():
             assert model(**batch).loss.item() == plain
@@ -309,7 +312,7 @@ def test_a_forward_that_trains_nothing_is_let_through(traces: list[int], longer:
 def test_an_optimizer_of_other_parameters_is_told() -> None:
     model, batch = adapted(), tokens(2, 64)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    with tightfit.fit(model, batch, "80%", optimizer=optimizer):
+    with tightfit.fit(model, batch, "80%", optimizer=optimizer, levers=RECOMPUTE):
         model.set_adapter("b")
         with pytest.raises(
             InvalidInput, match=r"holds none of the parameters that are trained now.*fit the model anew"
@@ -321,7 +324,7 @@ def test_an_adapter_that_no_plan_fits_is_told_before_it_runs() -> None:
     model, batch = adapted(), tokens(4, 64)
     model.add_adapter("large", peft.LoraConfig(r=512, target_modules=["up_proj", "down_proj"]))
     model.set_adapter("a")
-    with tightfit.fit(model, batch, "70%") as applied:
+    with tightfit.fit(model, batch, "70%", levers=RECOMPUTE) as applied:
         before = applied.plan
         model.set_adapter("large")
         with pytest.raises(BudgetInfeasible):

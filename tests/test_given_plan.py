@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tightfit
-from tightfit.core import Action, InvalidInput, Plan, PlanMismatch, Status, Unsupported
+from tightfit.core import Action, InvalidInput, Plan, PlanMismatch, Status, Trace, Unsupported
 from tightfit.fitting.planning import what_is_given
 from tightfit.integrations.longest import longest_batch
 from tightfit.integrations.peft import add_lora
@@ -49,9 +49,14 @@ def gradients(subject: nn.Module, step: dict[str, torch.Tensor]) -> list[torch.T
 
 
 @pytest.fixture(scope="module")
-def plan() -> Plan:
-    """Of the bare model."""
-    return tightfit.plan(tightfit.trace(model().train(), batch()), "75%")
+def bare() -> Trace:
+    """The step of the bare model."""
+    return tightfit.trace(model().train(), batch(), tiles=False)
+
+
+@pytest.fixture(scope="module")
+def plan(bare: Trace) -> Plan:
+    return tightfit.plan(bare, "75%")
 
 
 def test_the_file_fits_the_same_model_and_a_wrapped_one(plan: Plan, tmp_path: Path) -> None:
@@ -116,7 +121,7 @@ def test_sweeps_go_to_the_units_of_the_wrapped_model() -> None:
         return found
 
     rows, subject = torch.randn(256, 32), Around()
-    made = tightfit.plan.lowest(tightfit.trace(blocks(), rows, loss=loss))
+    made = tightfit.plan.lowest(tightfit.trace(blocks(), rows, loss=loss, tiles=False))
     assert made.advances and not any(each.base.startswith("inner.") for each in made.advances)
     applied = tightfit.fit(subject, rows, loss=loss, plan=made)
     assert {path.partition(".")[0] for each in applied.plan.advances for path in (each.base, each.target)} == {"inner"}
@@ -172,7 +177,7 @@ def test_another_step_is_refused_with_what_differs(plan: Plan) -> None:
         assert says in str(error.value) and "make the plan anew, of this step" in str(error.value)
 
 
-def test_a_model_that_has_the_units_twice_is_refused() -> None:
+def test_a_model_that_has_the_units_twice_is_refused(plan: Plan) -> None:
     class Twins(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -181,26 +186,23 @@ def test_a_model_that_has_the_units_twice_is_refused() -> None:
         def forward(self, **step: Any) -> Any:
             return self.left(**step).loss + self.right(**step).loss
 
-    made = tightfit.plan(tightfit.trace(model().train(), batch()), "75%")
     with pytest.raises(PlanMismatch, match=r"'left.model.layers.0' or 'right.model.layers.0'"):
-        tightfit.fit(Twins().train(), batch(), plan=made)
+        tightfit.fit(Twins().train(), batch(), plan=plan)
 
 
-def test_a_damaged_plan_is_refused(plan: Plan) -> None:
-    recorded = tightfit.trace(model().train(), batch())
+def test_a_damaged_plan_is_refused(bare: Trace, plan: Plan) -> None:
     with pytest.raises(PlanMismatch, match="the plan is damaged"):
-        rebased(dataclasses.replace(plan, programs={}), recorded)
+        rebased(dataclasses.replace(plan, programs={}), bare)
     first = next(choice for choice in plan.choices if not choice.keeps_all)
     short = dataclasses.replace(first, actions=(*first.actions, Action.KEEP))
     others = tuple(short if choice is first else choice for choice in plan.choices)
     with pytest.raises(PlanMismatch, match="the plan is damaged"):
-        rebased(dataclasses.replace(plan, choices=others), recorded)
+        rebased(dataclasses.replace(plan, choices=others), bare)
 
 
-def test_a_unit_that_must_keep_everything_is_refused(plan: Plan) -> None:
-    recorded = tightfit.trace(model().train(), batch())
+def test_a_unit_that_must_keep_everything_is_refused(bare: Trace, plan: Plan) -> None:
     pinned = dataclasses.replace(
-        recorded, units=tuple(dataclasses.replace(unit, pinned="it is pinned") for unit in recorded.units)
+        bare, units=tuple(dataclasses.replace(unit, pinned="it is pinned") for unit in bare.units)
     )
     with pytest.raises(PlanMismatch, match=r"has to keep everything in this step .it is pinned."):
         rebased(plan, pinned)
@@ -288,7 +290,7 @@ def test_one_file_in_the_trainer_in_lightning_and_in_a_plain_loop(tmp_path: Path
     file = tmp_path / "plan.json"
     subject = model().train()
     optimizer = torch.optim.AdamW(subject.parameters())
-    tightfit.plan(tightfit.trace(subject, collated(), optimizer=optimizer), "90%").save(file)
+    tightfit.plan(tightfit.trace(subject, collated(), optimizer=optimizer, tiles=False), "90%").save(file)
     made = Plan.load(file)
 
     plain = trainer("trainer", tmp_path, max_steps=5)

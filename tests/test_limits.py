@@ -15,7 +15,7 @@ from torch import nn
 import tightfit
 from tightfit import accelerator
 from tightfit.accelerator import control_groups
-from tightfit.core import BudgetInfeasible, InvalidInput, PlanMismatch, parse_levers
+from tightfit.core import BudgetInfeasible, InvalidInput, PlanMismatch, Trace, parse_levers
 from tightfit.engine import apply, limits
 from tightfit.engine.offload import held_bytes
 from tightfit.fitting import fit as fitting
@@ -120,8 +120,13 @@ def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@functools.cache
+def recorded() -> Trace:
+    return tightfit.trace(stack(), torch.randn(512, 64), loss=loss, tiles=False)
+
+
 def test_a_budget_beyond_the_share_of_a_card_is_lowered_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    trace = tightfit.trace(stack(), torch.randn(512, 64), loss=loss)
+    trace = recorded()
     peak_bytes = tightfit.simulate(trace).peak_bytes
     card = Card(2 * peak_bytes, 0.4)
     monkeypatch.setattr(accelerator, "_module", lambda _: card)
@@ -142,7 +147,7 @@ def test_a_budget_beyond_the_share_of_a_card_is_lowered_and_said(monkeypatch: py
 def test_a_budget_beyond_the_control_groups_limit_is_lowered_and_said(system: Any) -> None:
     """On the CPU too; a limit beyond the budget changes nothing, and a machine without one is not looked at."""
     model, rows = stack(), torch.randn(512, 64)
-    trace = tightfit.trace(model, rows, loss=loss)
+    trace = recorded()
     peak_bytes = tightfit.simulate(trace).peak_bytes
     limit = int(peak_bytes * 0.8)
     system("0::/job\n", **{"job/memory.max": str(limit)})
@@ -162,7 +167,7 @@ def test_a_plan_that_was_given_names_the_limit_that_it_does_not_keep(
     system: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, rows = stack(), torch.randn(512, 64)
-    trace = tightfit.trace(model, rows, loss=loss)
+    trace = recorded()
     whole, waits = tightfit.plan(trace, "100%"), tightfit.plan(trace, "60%", levers="recompute,offload")
     system("0::/job\n", **{"job/memory.max": str(int(whole.peak_bytes * 0.8))})
     with (
@@ -200,7 +205,7 @@ def test_a_limit_of_nothing_is_told_in_one_line(budget: str, more: Any, system: 
 @pytest.mark.parametrize("is_percentage", [False, True])
 def test_so_it_is_for_micro_batches(micro_batch: Any, is_percentage: bool, system: Any) -> None:
     model, rows = stack(), torch.randn(512, 64)
-    peak_bytes = tightfit.simulate(tightfit.trace(model, rows, loss=loss)).peak_bytes
+    peak_bytes = tightfit.simulate(recorded()).peak_bytes
     limit = int(peak_bytes * 0.8)
     system("0::/job\n", **{"job/memory.max": str(limit)})
     with warnings.catch_warnings(record=True) as said:
@@ -222,8 +227,8 @@ def fitted(part: float, **more: Any) -> tuple[tightfit.Plan, int]:
 def test_a_plan_beyond_what_the_machine_leaves_is_another_or_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    once = functools.cache(lambda: tightfit.trace(stack(), torch.randn(512, 64), loss=loss))
-    monkeypatch.setattr(fitting, "trace", lambda *_, **__: once())  # seconds that are measured anew give other plans
+    # seconds that are measured anew give other plans
+    monkeypatch.setattr(fitting, "trace", lambda *_, **__: recorded())
     free, wanted_bytes = fitted(0.6)
     assert wanted_bytes > 0 and free.host_budget_bytes is None
     monkeypatch.setattr(limits, "_beside_step", lambda *_: wanted_bytes)
@@ -233,7 +238,7 @@ def test_a_plan_beyond_what_the_machine_leaves_is_another_or_refused(
     assert waiting_bytes <= wanted_bytes // 2 == made.host_budget_bytes
     with pytest.warns(UserWarning, match="and this machine leaves"):
         assert fitted(0.6, host_budget="1GiB")[1] == wanted_bytes  # the user's own word
-    trace = tightfit.trace(stack(), torch.randn(512, 64), loss=loss)
+    trace = recorded()
     floors = [lowest(trace, levers=parse_levers(n)).peak_bytes for n in ("recompute,offload", "recompute")]
     monkeypatch.setattr(limits, "_beside_step", lambda *_: 4096)
     assert fitted(0.6, spill=tmp_path)[1] == wanted_bytes  # what waits in a file needs none of it
@@ -255,7 +260,7 @@ def test_micro_batches_wait_within_what_the_machine_leaves(
 
     # so little that only with offload half the rows run
     with gradients_in_place(model, True):
-        trace = tightfit.trace(model, rows[:256], loss=loss)
+        trace = tightfit.trace(model, rows[:256], loss=loss, tiles=False)
     floors = [lowest(trace, levers=parse_levers(names)).peak_bytes for names in ("recompute,offload", "recompute")]
     budget_bytes = sum(floors) // 2
     free, wanted_bytes = cut()
@@ -273,7 +278,7 @@ def test_micro_batches_wait_within_what_the_machine_leaves(
 
 
 def test_what_is_left_counts_the_step_where_the_host_is_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    trace = tightfit.trace(stack(), torch.randn(512, 64), loss=loss)
+    trace = recorded()
     weights = sum(p.numel() * 4 for p in stack().parameters())
     monkeypatch.setattr(accelerator, "free_bytes", lambda _: 100 * MIB)
     held = 7 * MIB  # by pools, which counts as free
@@ -289,7 +294,7 @@ def test_what_is_left_counts_the_step_where_the_host_is_the_device(monkeypatch: 
 def test_what_pools_hold_is_no_reason_against_the_next_plan() -> None:
     model, rows = stack(), torch.randn(512, 64)
     before = held_bytes()
-    trace = tightfit.trace(model, rows, loss=loss)
+    trace = recorded()
     plan = tightfit.plan(trace, "60%", levers="recompute,offload")
     with apply(model, plan) as applied:
         loss(model, rows).backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 import warnings
 from typing import Any
@@ -16,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tightfit
-from tightfit.core import BudgetInfeasible, InvalidInput, Lever, format_bytes, levers_named
+from tightfit.core import BudgetInfeasible, InvalidInput, Lever, Trace, format_bytes, levers_named
 from tightfit.integrations.trainer import TightfitCallback
 from tightfit.plan import lowest
+from tightfit.plan.micro_batches import QUICK
 from tightfit.plan.tighter import tighter
 from tightfit.verify.gradients import Outcome, differences
 from tightfit.verify.peak import peak_checks
@@ -35,6 +37,11 @@ def made(vocabulary: int = 256, layers: int = 3) -> tuple[Any, dict[str, torch.T
     return model, {"input_ids": ids, "labels": ids}
 
 
+@functools.cache
+def recorded(tiles: bool = False) -> Trace:
+    return tightfit.trace(*made(), tiles=tiles)
+
+
 def outcome(model: nn.Module, batch: Any) -> Outcome:
     model.zero_grad(set_to_none=True)
     torch.manual_seed(3)
@@ -45,10 +52,10 @@ def outcome(model: nn.Module, batch: Any) -> Outcome:
 def test_a_models_own_checkpointing_makes_way_and_comes_back() -> None:
     model, batch = made()
     expected = outcome(copy.deepcopy(model), batch)
-    unplanned = tightfit.simulate(tightfit.trace(model, batch), None).peak_bytes
+    unplanned = tightfit.simulate(recorded(), None).peak_bytes
     switch_on(model, {"use_reentrant": False})
     flags = [getattr(module, "gradient_checkpointing", None) for module in model.modules()]
-    assert tightfit.simulate(tightfit.trace(model, batch), None).peak_bytes == unplanned
+    assert tightfit.simulate(tightfit.trace(model, batch, tiles=False), None).peak_bytes == unplanned
     assert [getattr(module, "gradient_checkpointing", None) for module in model.modules()] == flags
     with pytest.warns(UserWarning, match="own checkpointing is off while tightfit's plan is in force"):
         applied = tightfit.fit(model, batch, "95%")
@@ -85,7 +92,7 @@ def test_the_proof_is_of_the_plan_and_not_of_the_models_own_checkpointing(switch
         return model(batch).square().mean()
 
     model, batch = Blocks(), torch.randn(256, 64)
-    unplanned = tightfit.simulate(tightfit.trace(model, batch, loss=loss)).peak_bytes
+    unplanned = tightfit.simulate(tightfit.trace(model, batch, loss=loss, tiles=False)).peak_bytes
     setattr(model, switch, on)
     with pytest.warns(UserWarning, match="own checkpointing is off while tightfit's plan is in force"):
         applied = tightfit.fit(model, batch, "90%", loss=loss)
@@ -126,8 +133,7 @@ def test_a_plan_that_is_not_exact_is_said_once_and_can_be_forbidden() -> None:
 
 
 def test_levers_are_given_by_name() -> None:
-    model, batch = made()
-    trace = tightfit.trace(model, batch)
+    (model, batch), trace = made(), recorded()
     by_name = tightfit.plan(trace, "90%", levers=("recompute", Lever.LOSS_IN_PLACE))
     assert by_name == tightfit.plan(trace, "90%", levers={Lever.RECOMPUTE, Lever.LOSS_IN_PLACE})
     assert by_name == tightfit.plan(trace, "90%", levers="recompute,loss-in-place")
@@ -146,8 +152,8 @@ def test_a_name_that_is_nearly_right_is_suggested(asked: Any) -> None:
 
 
 def test_no_bits_are_promised_of_compiled_models() -> None:
-    model, batch = made()
-    plan = tightfit.plan(tightfit.trace(model, batch, tiles=False), "80%")
+    model, _ = made()
+    plan = tightfit.plan(recorded(), "80%")
     assert plan.exact
     model.compile(backend="eager")
     with tightfit.apply(model, plan) as applied:
@@ -168,10 +174,9 @@ def test_a_plan_in_force_says_what_it_is() -> None:
         assert line[0] == format_bytes(lower_bytes)
         assert float(line[1]) == pytest.approx(lower.slowdown, abs=0.02)
     assert shown.startswith("<table>") and shown.count("<tr>") == len(said.splitlines())
-    trace = tightfit.trace(model, batch)
-    with tightfit.apply(model, lowest(trace)) as applied:
+    with tightfit.apply(model, lowest(recorded(tiles=True), effort=QUICK)) as applied:
         assert "a tenth less" not in str(applied)  # a plan alone does not say what the step's values are
-        applied.trace = trace
+        applied.trace = recorded(tiles=True)
         assert "a tenth less: no plan without nested recompute holds " in str(applied)
 
 
@@ -179,8 +184,7 @@ def test_tiles_that_were_not_tried_are_not_said_to_fail(monkeypatch: pytest.Monk
     def refused(*_: Any, **__: Any) -> Any:
         raise BudgetInfeasible(1, 2, "")
 
-    model, batch = made()
-    trace = tightfit.trace(model, batch)
+    trace = recorded(tiles=True)
     exact = tightfit.plan(trace, "100%")
     monkeypatch.setitem(tighter.__globals__, "plan", refused)
     assert exact.exact and tighter(trace, exact).startswith("no exact plan without nested recompute holds ")
@@ -188,16 +192,14 @@ def test_tiles_that_were_not_tried_are_not_said_to_fail(monkeypatch: pytest.Monk
 
 def test_advice_is_in_the_batch_that_the_user_counts() -> None:
     """KTO's trainer makes one row of all tokens, beside a batch of two."""
-    model, batch = made()
-    trace = dataclasses.replace(tightfit.trace(model, batch), batch_sizes=(160, 4, 4, 4))
+    trace = dataclasses.replace(recorded(), batch_sizes=(160, 4, 4, 4))
     peak, fixed = tightfit.simulate(trace).peak_bytes, sum(trace.static_bytes.values())
     with pytest.raises(BudgetInfeasible, match=r"a batch of [123] instead of 4 would need about"):
         tightfit.plan(trace, fixed + (peak - fixed) * 6 // 10, levers=["loss_in_place"])
 
 
 def test_advice_names_the_units_that_are_kept_whole() -> None:
-    model, batch = made()
-    trace = tightfit.trace(model, batch)
+    trace = recorded()
     units = tuple(dataclasses.replace(unit, pinned="it is given a cache") for unit in trace.units)
     with pytest.raises(BudgetInfeasible, match=r"3 of 3 units are kept whole, as model.layers.0: it is given a cache"):
         tightfit.plan(dataclasses.replace(trace, units=units), sum(trace.static_bytes.values()) + 1)

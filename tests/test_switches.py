@@ -95,7 +95,7 @@ def test_on_asked_off(name: str, how: str) -> None:
         found = tightfit.enable(model)
         assert found.basis == "unknown" and found.saves_bytes is None and found.by == "whole units"
     else:
-        probe = tightfit.trace(copy.deepcopy(model), batch)
+        probe = tightfit.trace(copy.deepcopy(model), batch, tiles=False)
         fixed, top = sum(probe.static_bytes.values()), tightfit.simulate(probe).peak_bytes
         found = tightfit.enable(model, batch, (fixed + 4 * top) // 5 if how == "budget" else None)
         assert found.by == "plan" and found.basis == "predicted" and found.plan is not None

@@ -43,6 +43,7 @@ STEPS = 10
 #: A TRL whose own loss goes through the logits in chunks, which a plan makes next to nothing of.
 CHUNKED = importlib.util.find_spec("trl.kernels") is not None
 TRL_OPTIONS = ("--save_steps", "3", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5")
+pytestmark = pytest.mark.usefixtures("short_studies")
 
 
 @pytest.fixture(scope="module")

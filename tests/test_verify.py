@@ -47,7 +47,7 @@ def subject() -> tuple[nn.Module, torch.Tensor, torch.optim.Optimizer, Plan]:
     torch.manual_seed(0)
     model, batch = Model(), torch.randn(256, WIDTH)
     optimizer = torch.optim.AdamW(model.parameters())
-    trace = tightfit.trace(model, batch, optimizer=optimizer)
+    trace = tightfit.trace(model, batch, optimizer=optimizer, tiles=False)
     return model, batch, optimizer, tightfit.plan(trace, "55%")
 
 
@@ -118,7 +118,7 @@ def test_last_bit(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_random_state(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, optimizer, _ = subject
-    trace = tightfit.trace(model, batch, optimizer=optimizer)
+    trace = tightfit.trace(model, batch, optimizer=optimizer, tiles=False)
     from tightfit.plan import every_block
 
     plan = every_block(trace)  # every mask is drawn again
@@ -155,7 +155,7 @@ def test_dropped_gradient(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None
 def test_running_statistics_updated_twice(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tape, "spare_running_statistics", lambda func, args, kwargs: (args, kwargs))
     model, batch, optimizer, _ = subject
-    trace = tightfit.trace(model, batch, optimizer=optimizer)
+    trace = tightfit.trace(model, batch, optimizer=optimizer, tiles=False)
     from tightfit.plan import every_block
 
     check = tightfit.verify(model, batch, every_block(trace))["buffers"]
@@ -262,7 +262,7 @@ class _Calm(nn.Module):
 def test_calls_of_one_unit_that_save_different_tensors_share_a_plan(share: str) -> None:
     torch.manual_seed(0)
     model, batch = _Looped(), torch.randn(1024, WIDTH)
-    trace = tightfit.trace(model, batch)
+    trace = tightfit.trace(model, batch, tiles=False)
     assert len({program.slots for program in trace.programs.values()}) == 2
     plan = tightfit.plan(trace, share)
     assert plan.replays
@@ -275,7 +275,7 @@ def test_calls_of_one_unit_that_save_different_tensors_share_a_plan(share: str) 
 def test_a_unit_whose_calls_take_different_branches_is_kept_whole_and_says_so() -> None:
     torch.manual_seed(0)
     model, batch = _Looped(branches=True), torch.randn(1024, WIDTH)
-    trace = tightfit.trace(model, batch)
+    trace = tightfit.trace(model, batch, tiles=False)
     assert all("different ops" in unit.pinned for unit in trace.units)
     with pytest.raises(BudgetInfeasible):
         tightfit.plan(trace, "80%")
@@ -316,7 +316,7 @@ class Unsteady(nn.Module):
 def unsteady() -> tuple[nn.Module, torch.Tensor, None, Plan]:
     torch.manual_seed(0)
     model, batch = Unsteady(), torch.randn(256, WIDTH)
-    return model, batch, None, tightfit.plan(tightfit.trace(model, batch), "60%")
+    return model, batch, None, tightfit.plan(tightfit.trace(model, batch, tiles=False), "60%")
 
 
 def test_what_varies_without_the_plan_is_named_and_held_to_its_own_repeats(unsteady: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,6 +40,12 @@ def tokens(batch: int = 2, seq: int = 128) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
+@functools.cache
+def recorded(make: Callable[[], nn.Module]) -> Trace:
+    """The step of a model as `make` makes it, recorded once for all tests that plan it."""
+    return tightfit.trace(make(), tokens(), tiles=False)
+
+
 def nested(trace: Trace, slots: int, start: Plan | None = None) -> Plan:
     """Every unit keeps nothing, and of the chain's inputs at most `slots` are stored at once."""
     (links,) = chains(trace)
@@ -67,7 +75,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_gradients_and_peak(make: Any, slots: int) -> None:
     model, batch = make(), tokens()
-    trace = tightfit.trace(model, batch)
+    trace = recorded(make)
     plan = nested(trace, slots)
     assert plan.advances
     proof = tightfit.verify(model, batch, plan)
@@ -81,7 +89,7 @@ def test_the_ops_that_run_again_are_those_of_the_sweeps() -> None:
 
     model, batch = llama(), tokens()
     model.set_attn_implementation("eager")  # torch's counter does not know the CPU's attention kernel
-    trace = tightfit.trace(model, batch)
+    trace = tightfit.trace(model, batch, tiles=False)
     with FlopCounterMode(display=False) as plain:
         gradients(model, batch)
     for slots in (0, 1, 3):
@@ -93,7 +101,7 @@ def test_the_ops_that_run_again_are_those_of_the_sweeps() -> None:
 
 def test_a_graph_that_is_kept_can_be_walked_again() -> None:
     model, batch = llama(), tokens()
-    trace = tightfit.trace(model, batch)
+    trace = recorded(llama)
 
     def twice(loss: torch.Tensor) -> None:
         loss.backward(retain_graph=True)
@@ -107,7 +115,7 @@ def test_a_graph_that_is_kept_can_be_walked_again() -> None:
 
 def test_two_forwards_before_their_backwards() -> None:
     model, one, two = gpt2(), tokens(), tokens(seq=96)
-    trace = tightfit.trace(model, one)
+    trace = recorded(gpt2)
 
     def both() -> list[torch.Tensor]:
         model.zero_grad()
@@ -143,7 +151,7 @@ class Between(nn.Module):
 def test_what_the_model_does_between_units(change: str) -> None:
     torch.manual_seed(0)
     model, x = Between(), torch.randn(48, 32)
-    plan = nested(tightfit.trace(model, x), 0)
+    plan = nested(tightfit.trace(model, x, tiles=False), 0)
     if change == "new tensor":
         model.between = lambda hidden: hidden * 2
     elif change == "view":
@@ -186,7 +194,7 @@ def test_a_change_in_place_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     torch.manual_seed(0)
     model, x = Model(), torch.randn(8, 16)
-    plan = nested(tightfit.trace(model, x), 0)
+    plan = nested(tightfit.trace(model, x, tiles=False), 0)
     model.shift = 0.5
 
     def step() -> list[torch.Tensor]:
@@ -221,7 +229,6 @@ def test_the_lowest_peak_is_below_that_of_every_block() -> None:
 
 
 def test_a_plan_with_sweeps_survives_json(tmp_path: Any) -> None:
-    model, batch = llama(), tokens()
-    plan = nested(tightfit.trace(model, batch), 1)
+    plan = nested(recorded(llama), 1)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import gc
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,12 @@ def llama() -> nn.Module:
 def tokens(batch: int = 2, seq: int = 128) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, 96, (batch, seq), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "labels": ids}
+
+
+@functools.cache
+def recorded(make: Callable[[], nn.Module]) -> Trace:
+    """The step of a model as `make` makes it, recorded once for all tests that plan it."""
+    return tightfit.trace(make(), tokens(), tiles=False)
 
 
 def offloaded(trace: Trace, *, kept: bool, inputs: bool) -> Plan:
@@ -85,7 +93,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_gradients_and_peak(make: Any, kept: bool, inputs: bool) -> None:
     model, batch = make(), tokens()
-    trace = tightfit.trace(model, batch)
+    trace = recorded(make)
     plan = offloaded(trace, kept=kept, inputs=inputs)
     proof = tightfit.verify(model, batch, plan)
     assert proof["gradients"].passed and proof["prediction"].passed, proof
@@ -102,15 +110,14 @@ def test_gradients_and_peak(make: Any, kept: bool, inputs: bool) -> None:
 
 
 def test_offloading_lowers_the_peak() -> None:
-    model, batch = llama(), tokens(4, 256)
-    trace = tightfit.trace(model, batch)
+    trace = tightfit.trace(llama(), tokens(4, 256), tiles=False)
     assert offloaded(trace, kept=False, inputs=True).peak_bytes < every_block(trace).peak_bytes
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 9])
 def test_prefetching_changes_no_gradient(ahead: int) -> None:
     model, batch = gpt2(), tokens()
-    plan = offloaded(tightfit.trace(model, batch), kept=True, inputs=True)
+    plan = offloaded(recorded(gpt2), kept=True, inputs=True)
     expected = gradients(model, batch)
     pool = Pool(ahead=ahead)
     with Applied(model, plan, pool=pool):
@@ -121,7 +128,7 @@ def test_prefetching_changes_no_gradient(ahead: int) -> None:
 
 def test_prefetching_has_the_unit_before_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = llama(), tokens()
-    plan = offloaded(tightfit.trace(model, batch), kept=False, inputs=True)
+    plan = offloaded(recorded(llama), kept=False, inputs=True)
     order: list[tuple[str, int]] = []
     pool = Pool(ahead=1)
     number: dict[int, int] = {}
@@ -147,7 +154,7 @@ def test_prefetching_has_the_unit_before_on_its_way(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("asked", "limit"), [("1MiB", 2**20), (0, 0), ("0", 0)])
 def test_a_pool_without_room_leaves_tensors_where_they_are(asked: str | int, limit: int) -> None:
     model, batch = llama(), tokens()
-    plan = offloaded(tightfit.trace(model, batch), kept=True, inputs=True)
+    plan = offloaded(recorded(llama), kept=True, inputs=True)
     expected = gradients(model, batch)
     with tightfit.apply(model, plan, host_bytes=asked) as applied:
         assert same(expected, gradients(model, batch))
@@ -158,14 +165,14 @@ def test_a_pool_without_room_leaves_tensors_where_they_are(asked: str | int, lim
 @pytest.mark.parametrize("asked", [-1, "50%", "much"])
 def test_what_is_no_size_of_host_memory_is_refused(asked: str | int) -> None:
     model = llama()
-    plan = offloaded(tightfit.trace(model, tokens()), kept=True, inputs=True)
+    plan = offloaded(recorded(llama), kept=True, inputs=True)
     with pytest.raises(tightfit.InvalidInput, match="host budget"):
         tightfit.apply(model, plan, host_bytes=asked)
 
 
 def test_a_graph_that_is_kept_can_be_walked_again() -> None:
     model, batch = llama(), tokens()
-    plan = offloaded(tightfit.trace(model, batch), kept=True, inputs=True)
+    plan = offloaded(recorded(llama), kept=True, inputs=True)
 
     def twice(loss: torch.Tensor) -> None:
         loss.backward(retain_graph=True)
@@ -203,7 +210,7 @@ def test_shared_and_viewed_storages() -> None:
 
     torch.manual_seed(0)
     model, x = Model(), torch.randn(24, 16, requires_grad=True)
-    plan = offloaded(tightfit.trace(model, x), kept=True, inputs=True)
+    plan = offloaded(tightfit.trace(model, x, tiles=False), kept=True, inputs=True)
 
     def step() -> list[torch.Tensor]:
         model.zero_grad()
@@ -220,7 +227,7 @@ def test_shared_and_viewed_storages() -> None:
 
 def test_spilling_to_a_file(tmp_path: Path) -> None:
     model, batch = llama(), tokens()
-    plan = offloaded(tightfit.trace(model, batch), kept=True, inputs=True)
+    plan = offloaded(recorded(llama), kept=True, inputs=True)
     expected = gradients(model, batch)
     with tightfit.apply(model, plan, spill=tmp_path) as applied:
         assert same(expected, gradients(model, batch))
@@ -230,7 +237,7 @@ def test_spilling_to_a_file(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = llama(), tokens()
-    plan = offloaded(tightfit.trace(model, batch), kept=True, inputs=True)
+    plan = offloaded(recorded(llama), kept=True, inputs=True)
     expected = gradients(model, batch)
 
     def full(*_: Any) -> None:
@@ -249,7 +256,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_nothing_is_left_when_a_graph_is_thrown_away() -> None:
     model, batch = llama(), tokens()
-    plan = offloaded(tightfit.trace(model, batch), kept=True, inputs=True)
+    plan = offloaded(recorded(llama), kept=True, inputs=True)
     gc.disable()
     try:
         with tightfit.apply(model, plan) as applied:
@@ -267,7 +274,7 @@ def test_nothing_is_left_when_a_graph_is_thrown_away() -> None:
 def test_a_broken_copy_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The saboteur: a parcel that comes back with one wrong byte must not become a gradient."""
     model, batch = llama(), tokens()
-    plan = offloaded(tightfit.trace(model, batch), kept=False, inputs=True)
+    plan = offloaded(recorded(llama), kept=False, inputs=True)
     fetch = offload_module.Parcel.fetch
 
     def wrong(self: Any) -> torch.Tensor:

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from tests.by_the_book import seconds_by_the_book
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -47,7 +48,7 @@ def config() -> Any:
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=250, attention_dropout=0.1, use_cache=False,
     )  # fmt: skip
 
@@ -164,8 +165,8 @@ def sharded_inside(_: str) -> dict[str, Any]:
         fully_shard(layer)
     fully_shard(model)
     found = refused(lambda: tightfit.fit(model, batch(0), "60%"))
-    pinned = {unit.pinned for unit in tightfit.trace(model, batch(0)).units}
-    applied = tightfit.fit(model, batch(0), "80%", units=parts)
+    pinned = {unit.pinned for unit in tightfit.trace(model, batch(0), tiles=False).units}
+    applied = tightfit.fit(model, batch(0), "80%", units=parts, levers="recompute")
     mine = trained(model, False, steps=3)
     stats = applied.stats()
     return {
@@ -189,20 +190,20 @@ def longer(case: str) -> dict[str, Any]:
 def other_budgets(_: str) -> dict[str, Any]:
     """Each rank asks for another size: the one plan holds the least."""
     model = spread("fsdp")
-    needs = tightfit.simulate(tightfit.trace(model, batch(0))).peak_bytes
+    needs = tightfit.simulate(tightfit.trace(model, batch(0), tiles=False)).peak_bytes
     asked = int(needs * (0.9 if dist.get_rank() else 0.75))
-    applied = tightfit.fit(model, batch(0), asked)
+    applied = tightfit.fit(model, batch(0), asked, levers="recompute")
     return {"asked": asked, "budget": applied.plan.budget_bytes, "peak": applied.plan.peak_bytes}
 
 
 def smaller_share(_: str) -> dict[str, Any]:
     """Rank 1 may take less of its card than the budget that all ask for."""
     model = spread("ddp")
-    needs = tightfit.simulate(tightfit.trace(model, batch(0))).peak_bytes
+    needs = tightfit.simulate(tightfit.trace(model, batch(0), tiles=False)).peak_bytes
     share = int(needs * 0.8) if dist.get_rank() else None
     with warnings.catch_warnings(record=True) as said, mock.patch.object(planning, "share_of_device", lambda _: share):
         warnings.simplefilter("always")
-        applied = tightfit.fit(model, batch(0), "95%")
+        applied = tightfit.fit(model, batch(0), "95%", levers="recompute")
     lines = [str(line.message) for line in said if "of its card" in str(line.message)]
     return {"needs": needs, "budget": applied.plan.budget_bytes, "peak": applied.plan.peak_bytes, "said": lines}
 
@@ -266,7 +267,7 @@ def refused(run: Callable[[], Any]) -> dict[str, Any]:
 def another_plan(_: str) -> dict[str, Any]:
     model = spread("fsdp")
     shares = ("75%", "60%")
-    plan = tightfit.plan(tightfit.trace(model, batch(0)), shares[dist.get_rank() % 2])
+    plan = tightfit.plan(tightfit.trace(model, batch(0), tiles=False), shares[dist.get_rank() % 2])
     found = refused(lambda: tightfit.apply(model, plan))
     return {**found, "untouched": all(not hasattr(m.forward, "__tightfit__") for m in model.modules())}
 
@@ -275,7 +276,7 @@ def given_plan(_: str) -> dict[str, Any]:
     """A file that one process made alone is the plan of all; where it is none for one rank, all are told."""
     file = Path(sys.argv[1]) / "plan.json"
     if dist.get_rank() == 0:
-        tightfit.plan(tightfit.trace(llama("lora"), batch(0)), "70%").save(file)
+        tightfit.plan(tightfit.trace(llama("lora"), batch(0), tiles=False), "70%", levers="recompute").save(file)
     dist.barrier()
     alone = tightfit.Plan.load(file)
     reference = trained(spread("ddp-lora"), accumulates=False, steps=2)
@@ -290,7 +291,7 @@ def given_plan(_: str) -> dict[str, Any]:
 
 def too_little(_: str) -> dict[str, Any]:
     model = spread("fsdp")
-    return refused(lambda: tightfit.fit(model, batch(0), 1000))
+    return refused(lambda: tightfit.fit(model, batch(0), 1000, levers="recompute"))
 
 
 def late(_: str) -> dict[str, Any]:
@@ -314,7 +315,7 @@ def waiting(_: str) -> dict[str, Any]:
         parameter.grad = None
     synchronise(model, False)
     model(**batch(0)).loss.backward()
-    found = refused(lambda: tightfit.trace(model, batch(0)))
+    found = refused(lambda: tightfit.trace(model, batch(0), tiles=False))
     synchronise(model, True)
     model(**batch(0)).loss.backward()
     twice = [local_of(p.grad) for p in model.parameters()]  # type: ignore[arg-type]
@@ -397,10 +398,11 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     folder = Path(sys.argv[1])
-    for case in sys.argv[2:]:
-        found = CASES.get(case.partition("-")[0], twenty_steps)(case)
-        (folder / f"{case}.{dist.get_rank()}.json").write_text(json.dumps(found))
-        dist.barrier()
+    with seconds_by_the_book(dist.get_rank()):
+        for case in sys.argv[2:]:
+            found = CASES.get(case.partition("-")[0], twenty_steps)(case)
+            (folder / f"{case}.{dist.get_rank()}.json").write_text(json.dumps(found))
+            dist.barrier()
     dist.destroy_process_group()
 
 

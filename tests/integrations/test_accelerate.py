@@ -76,7 +76,7 @@ def test_trainable_weights_on_disk_are_refused(tmp_path: Path) -> None:
 
 def two_devices(model: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The step of a CPU model as if its halves ran on two GPUs."""
-    recorded = tightfit.trace(model, BATCH)
+    recorded = tightfit.trace(model, BATCH, tiles=False)
     half = len(recorded.units) // 2
     devices = {unit.path: f"cuda:{int(unit.path[-1]) // half}" for unit in recorded.units}
     fixed = static_bytes_by_category(model, BATCH)

@@ -54,14 +54,14 @@ def test_a_frozen_prefix_needs_no_input_gradients() -> None:
     embeddings.register_forward_hook(lambda module, args, output: None)  # somebody else's, after it
     before = list(embeddings._forward_hooks.items())
     expected = gradients(model, batch)
-    with_hook = tightfit.simulate(tightfit.trace(model, batch)).peak_bytes
+    with_hook = tightfit.simulate(tightfit.trace(model, batch, tiles=False)).peak_bytes
     with no_input_gradients(model) as found:
         assert found == 1
-        without_hook = tightfit.simulate(tightfit.trace(model, batch)).peak_bytes
+        without_hook = tightfit.simulate(tightfit.trace(model, batch, tiles=False)).peak_bytes
         measured = gradients(model, batch)
     assert list(embeddings._forward_hooks.items()) == before
     assert without_hook < with_hook * 0.9
-    plain = tightfit.simulate(tightfit.trace(late_adapters(hook=False), batch)).peak_bytes
+    plain = tightfit.simulate(tightfit.trace(late_adapters(hook=False), batch, tiles=False)).peak_bytes
     assert without_hook == pytest.approx(plain, rel=0.01)
     assert expected.keys() == measured.keys()
     assert all(torch.equal(expected[name], measured[name]) for name in expected)
@@ -87,7 +87,7 @@ def test_prepared_for_kbit_training_without_checkpointing(peft_was_first: bool) 
     assert model.model.norm.weight.dtype is torch.float32
     model = add_lora(model, rank=4)
     batch = random_batch(model, 4, 48)
-    recorded = tightfit.trace(model, batch)
+    recorded = tightfit.trace(model, batch, tiles=False)
     fixed, top = sum(recorded.static_bytes.values()), tightfit.simulate(recorded).peak_bytes
     plan = tightfit.plan(recorded, fixed + (top - fixed) * 7 // 10)
     assert plan.replays

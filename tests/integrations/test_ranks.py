@@ -37,6 +37,7 @@ def launched(
 ) -> dict[str, list[dict[str, Any]]]:
     """What each rank says of each case."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PROGRAM.parents[2]), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), str(PROGRAM),
@@ -72,7 +73,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
 def is_the_same_run(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert rank["same"], "losses or gradients differ from those of the same run without a plan"
-        assert rank["replays"] == 80 and rank["fallbacks"] == 0  # 4 units, 20 steps
+        assert rank["replays"] == 60 and rank["fallbacks"] == 0  # 3 units, 20 steps
         assert rank["predicted"] <= rank["budget"]
         if rank["measured"] is not None:
             assert abs(rank["measured"] / rank["predicted"] - 1) <= 0.02
@@ -103,7 +104,7 @@ def test_twenty_steps_of_four_ranks_are_bit_for_bit_those_without(four: dict[str
 def test_verify_proves_a_sharded_step(two: dict[str, Any]) -> None:
     for rank in two["proven-fsdp"]:
         assert rank["passed"], rank["checks"]
-        assert rank["checks"]["gradients"] == "39 identical"
+        assert rank["checks"]["gradients"] == "30 identical"
 
 
 def has_all_plan_anew(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -231,7 +232,7 @@ def pretended(world: int, **how: Any) -> tightfit.Trace:
         model = LlamaForCausalLM(config()).train()
     ids = torch.zeros(2, TOKENS, dtype=torch.long)
     with sharded(model, world, **how) as twin:
-        recorded = tightfit.trace(twin, {"input_ids": ids, "labels": ids}, fake=True)
+        recorded = tightfit.trace(twin, {"input_ids": ids, "labels": ids}, fake=True, tiles=False)
     assert not torch.distributed.is_initialized()
     assert recorded.static_bytes[Category.PARAMETERS.value] == sum(shard_bytes(p, world) for p in model.parameters())
     return recorded

@@ -43,14 +43,20 @@ def recorded(seed: int) -> Trace:
     return dataclasses.replace(trace, ops=ops, values=values)
 
 
+#: By the digest of a trace: its least feasible peak and the unplanned one.
+ENDS: dict[str, tuple[int, int]] = {}
+
+
 def planned(trace: Trace, share: float) -> Plan | None:
     """The plan `share` of the way from the least feasible peak to the unplanned one."""
-    unplanned = tightfit.simulate(trace).peak_bytes
-    try:
-        tightfit.plan(trace, 1)
-        least = 1
-    except BudgetInfeasible as error:
-        least = error.least_bytes
+    if trace.digest not in ENDS:
+        try:
+            tightfit.plan(trace, 1)
+            least = 1
+        except BudgetInfeasible as error:
+            least = error.least_bytes
+        ENDS[trace.digest] = least, tightfit.simulate(trace).peak_bytes
+    least, unplanned = ENDS[trace.digest]
     try:
         return tightfit.plan(trace, least + int(share * (unplanned - least)))
     except BudgetInfeasible:

@@ -340,7 +340,7 @@ def test_gradients_of_a_tied_weight_are_summed_in_place() -> None:
     model, optimizer = Tied(words=4000, width=64), None
     weight_bytes = model.head.weight.nbytes
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-    trace = tightfit.trace(model, IDS, optimizer=optimizer)
+    trace = tightfit.trace(model, IDS, optimizer=optimizer, tiles=False)
     plan = lowest(trace, levers="recompute,step_in_backward")
     assert sum(op.sums_tied for op in trace.ops) == 1 and "step_in_backward" in plan.settings
     static = static_bytes(model, optimizer, IDS)
@@ -430,7 +430,7 @@ def test_a_step_that_was_replaced_is_left_alone() -> None:
         return type(optimizer).step(optimizer, *args)
 
     optimizer.step = logged  # type: ignore[method-assign]
-    recorded = tightfit.trace(model, IDS, optimizer=optimizer)
+    recorded = tightfit.trace(model, IDS, optimizer=optimizer, tiles=False)
     assert recorded.optimizer is not None and "was replaced" in recorded.optimizer.refused
 
 
@@ -441,7 +441,7 @@ def test_a_fake_step_tries_it_on_real_tensors() -> None:
     assert recorded.optimizer is not None and not recorded.optimizer.refused and not not_in_backward(recorded)
     real, optimizer = heavy()
     optimizer.param_groups[0]["foreach"] = False
-    twin = tightfit.trace(real, IDS, optimizer=optimizer)
+    twin = tightfit.trace(real, IDS, optimizer=optimizer, tiles=False)
     assert simulate(in_backward(recorded)).peak_bytes == simulate(in_backward(twin)).peak_bytes
 
 
@@ -617,7 +617,7 @@ def heavy() -> tuple[nn.Module, torch.optim.Optimizer]:
 @pytest.fixture(scope="module")
 def recorded() -> Trace:
     model, optimizer = heavy()
-    return tightfit.trace(model, IDS, optimizer=optimizer)
+    return tightfit.trace(model, IDS, optimizer=optimizer, tiles=False)
 
 
 @pytest.mark.parametrize("rows", [2, 64])
@@ -701,7 +701,7 @@ def equal_blocks() -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
 @pytest.fixture(scope="module")
 def of_equal_blocks() -> Trace:
     model, optimizer, batch = equal_blocks()
-    return tightfit.trace(model, batch, loss=_mean_square, optimizer=optimizer)
+    return tightfit.trace(model, batch, loss=_mean_square, optimizer=optimizer, tiles=False)
 
 
 def _mean_square(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

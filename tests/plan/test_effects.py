@@ -31,7 +31,11 @@ def blocks(*, dropout: float, odd: bool = False, longer: bool = False) -> Trace:
     model = nn.Sequential(first, nn.Sequential(*layers), last)
     tokens = torch.randint(0, 300, (4, 48))
     return tightfit.trace(
-        model, tokens, loss=lambda m, b: nn.functional.cross_entropy(m(b).flatten(0, 1), b.flatten()), units="1.*"
+        model,
+        tokens,
+        loss=lambda m, b: nn.functional.cross_entropy(m(b).flatten(0, 1), b.flatten()),
+        units="1.*",
+        tiles=False,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html.parser
 import io
 import json
@@ -306,7 +307,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "report.html").exists()
 
 
-def test_plan_writes_a_page_and_refuses_a_place_that_is_none(tmp_path: Path) -> None:
+def test_plan_writes_a_page_and_refuses_a_place_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tightfit.report.study", functools.partial(study, points=3))
     target = tmp_path / "plan.html"
     asked = [
         "plan", "tightfit-demo", "--batch", "4", "--seq", "128", "--budget", "80%", "--optimizer", "none",
