@@ -17,13 +17,10 @@ from typing import Any
 
 import torch
 
+from tightfit.engine.versions import version_of
 from tightfit.step.geometry import Geometry
 
-__all__ = ["Cast", "CastView", "version_of"]
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+__all__ = ["Cast", "CastView"]
 
 
 class Cast:

@@ -53,9 +53,10 @@ from tightfit.engine.frame_plan import Comparison, FramePlan, Stats
 from tightfit.engine.offload import Offloaded, Pool, Shipment
 from tightfit.engine.source import Source
 from tightfit.engine.tape import NotOnTape, Reference, Tape, TapedOp, generator_of, spare_running_statistics
+from tightfit.engine.versions import left_as_it_is, version_of
 from tightfit.plan.program import expected
 from tightfit.step.checksum import checksum, differs
-from tightfit.step.ops import BATCH_NORMS, is_random, is_uncounted, op_name
+from tightfit.step.ops import BATCH_NORMS, changes_nothing, is_random, is_uncounted, op_name
 from tightfit.step.patches import hidden_from_compiler
 from tightfit.step.run import tensors_in
 from tightfit.step.saved import without_history
@@ -81,14 +82,14 @@ class _Held:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = without_history(tensor)
-        self.version = _version(self.tensor)
+        self.version = version_of(self.tensor)
 
     def get(self) -> torch.Tensor:
-        if _version(self.tensor) != self.version:
+        if version_of(self.tensor) != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"a {self.tensor.dtype} tensor of shape {list(self.tensor.shape)} is at version "
-                f"{_version(self.tensor)}; expected version {self.version}"
+                f"{version_of(self.tensor)}; expected version {self.version}"
             )
         return self.tensor
 
@@ -128,10 +129,6 @@ class _CastSeen(NamedTuple):
     source: weakref.ref[torch.Tensor]
     cast: weakref.ref[torch.Tensor]
     version: int
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _graph_is_kept() -> bool:
@@ -207,7 +204,7 @@ class Frame:
         # None: the unit's Python will run again
         self.tape: Tape | None = None if plan is None else Tape(plan.settled, self.surroundings.switches)
         own = [] if module is None else list(module.parameters())
-        self.versions = [(t, _version(t)) for t in (*inputs, *own)]
+        self.versions = [(t, version_of(t)) for t in (*inputs, *own)]
 
     # -- forward
 
@@ -251,13 +248,13 @@ class Frame:
                 self.stats.held += self.shipment.held
             return out
         for tensor, version in self.versions:
-            if _version(tensor) != version:
+            if version_of(tensor) != version:
                 raise Unsupported(
                     f"{self.name} changes a tensor that it is given in place, so it cannot be run again; "
                     "leave it out of the units or clone the tensor first"
                 )
         if self.module is not None:
-            self.buffers_after = [(buffer, _version(buffer)) for buffer in self.module.buffers()]
+            self.buffers_after = [(buffer, version_of(buffer)) for buffer in self.module.buffers()]
         return out
 
     def _empty_slots(self) -> None:
@@ -564,7 +561,7 @@ class Frame:
                 generator.set_state(state)
             restore_foreign_random_states(foreign)
             module_state.put_back()
-            self.buffers_after = [(b, _version(b)) for b, _ in self.buffers_after if _address(b) in mode.as_left]
+            self.buffers_after = [(b, version_of(b)) for b, _ in self.buffers_after if _address(b) in mode.as_left]
             self.stats.rerun_ops += mode.ran
         if waiting:
             raise ReplayDiverged(
@@ -674,9 +671,11 @@ class _Watch(_Mode):
             frame.funcs.append(func)
             return func(*args, **(kwargs or {}))
         if is_uncounted(func, args, kwargs or {}):
+            if changes_nothing(func, args):
+                left_as_it_is(args[0])
             out = func(*args, **(kwargs or {}))
             if func is _CAST:
-                frame.casts[id(args[0]), out.dtype] = _CastSeen(weakref.ref(args[0]), weakref.ref(out), _version(out))
+                frame.casts[id(args[0]), out.dtype] = _CastSeen(weakref.ref(args[0]), weakref.ref(out), version_of(out))
                 if tape is not None:
                     tape.cast(func, args, kwargs or {}, out)
             return out
@@ -762,10 +761,10 @@ class _Replay(_Mode):
         self.filled = False  # has every slot that waits its tensor?
         self.drawn: set[int] = set()
         # buffers that nobody has written since the forward was over; a write that is left out counts as a version, too
-        self.as_left = {_address(buffer) for buffer, version in frame.buffers_after if _version(buffer) == version}
+        self.as_left = {_address(buffer) for buffer, version in frame.buffers_after if version_of(buffer) == version}
         # arguments and parameters that were changed since the forward: reading one would make other values
         self.stale = {
-            _address(tensor): (tensor, version) for tensor, version in frame.versions if _version(tensor) != version
+            _address(tensor): (tensor, version) for tensor, version in frame.versions if version_of(tensor) != version
         }
         # what it learns about storages as it runs
         self.made: set[int] = set()
@@ -779,8 +778,10 @@ class _Replay(_Mode):
         if not isinstance(func, HigherOrderOperator) and is_uncounted(func, args, kwargs):
             if func is _CAST and (seen := frame.casts.get((id(args[0]), kwargs["dtype"]))) is not None:
                 cast = seen.cast()
-                if cast is not None and seen.source() is args[0] and _version(cast) == seen.version:
+                if cast is not None and seen.source() is args[0] and version_of(cast) == seen.version:
                     return cast.detach()
+            if changes_nothing(func, args):
+                left_as_it_is(args[0])
             out = func(*args, **kwargs)
             if func is _CAST:
                 self.made.add(_address(out))
@@ -804,7 +805,7 @@ class _Replay(_Mode):
                 raise RuntimeError(
                     f"{self.frame.name}: one of the variables needed for gradient computation has been modified by an "
                     f"inplace operation between forward and backward: shape {list(changed.shape)} is at version "
-                    f"{_version(changed)}; expected version {version}"
+                    f"{version_of(changed)}; expected version {version}"
                 )
 
     def stop_if_done(self) -> None:

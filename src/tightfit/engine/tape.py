@@ -35,8 +35,9 @@ import torch
 from tightfit import accelerator
 from tightfit.accelerator import numerics
 from tightfit.core import ReplayDiverged
-from tightfit.engine.casts import Cast, CastView, version_of
+from tightfit.engine.casts import Cast, CastView
 from tightfit.engine.source import Source
+from tightfit.engine.versions import version_of
 from tightfit.step.geometry import Geometry
 from tightfit.step.ops import BATCH_NORMS, METADATA_ONLY, op_name
 from tightfit.step.run import tensors_in
