@@ -14,7 +14,15 @@ from torch.distributed.fsdp import FSDPModule
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+#: Half a minute, for what the README's own block does.
+LONG = {"lora.py"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path.name in LONG else path for path in EXAMPLES],
+    ids=lambda path: path.name,
+)
 def test_example(path: Path, tmp_path: Path) -> None:
     if path.name == "fsdp.py" and not hasattr(FSDPModule, "reset_iter_state"):
         pytest.skip("torch before 2.13 cannot take back a step of FSDP2")

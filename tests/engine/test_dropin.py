@@ -664,7 +664,7 @@ def test_operators_with_functions_of_their_own(checkpoint: Checkpoint) -> None:
     same(checkpoint, step)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("whole", [False, True])
 def test_compiled_functions_inside_a_region(
     backend: str, whole: bool, checkpoint: Checkpoint, layer: nn.Linear

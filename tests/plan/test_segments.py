@@ -112,7 +112,8 @@ def test_what_a_segment_reads_of_another_is_kept(flat: tuple[nn.Module, Any, Tra
     assert activations(trace, line.peak_bytes) < 0.5 * activations(trace, simulate_choices(trace, ()).peak_bytes)
 
 
-@pytest.mark.parametrize(("name", "part"), [("loop", 0.25), pytest.param("flat", 0.4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "part"), [("loop", 0.25), ("flat", 0.4)])
 def test_a_long_unit_fits_into_a_small_part(name: str, part: float, request: pytest.FixtureRequest) -> None:
     model, batch, trace = request.getfixturevalue(name)
     unplanned = activations(trace, tightfit.simulate(trace).peak_bytes)
