@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -29,11 +29,7 @@ def seconds_by_the_book(rank: int = 0) -> Iterator[list[tuple[Any, str, Any]]]:
         (timing, "_faults", lambda: 0),
     )  # fmt: skip
     measured = [(owner, name, getattr(owner, name)) for owner, name, _ in book]
-    patched = [] if os.environ.get("TIGHTFIT_TESTS_TIME_OPS") else [mock.patch.object(*each) for each in book]
-    for each in patched:
-        each.start()
-    try:
+    with ExitStack() as patched:
+        for each in () if os.environ.get("TIGHTFIT_TESTS_TIME_OPS") else book:
+            patched.enter_context(mock.patch.object(*each))
         yield measured
-    finally:
-        for each in patched:
-            each.stop()

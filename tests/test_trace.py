@@ -344,6 +344,11 @@ def test_a_backward_inside_the_forward_is_refused() -> None:
         tightfit.trace(Inner(), torch.randn(4, 8))
 
 
+def mean_square(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model(x).square().mean()
+    return found
+
+
 class Propagating(nn.Module):
     """A block of a graph network: its adjacency is a sparse buffer."""
 
@@ -360,12 +365,9 @@ def test_a_sparse_buffer() -> None:
     torch.manual_seed(0)
     model, batch = nn.Sequential(*(Propagating() for _ in range(3))), torch.randn(64, 8)
 
-    def loss(subject: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return subject(x).square().mean()
-
-    plan = tightfit.plan(tightfit.trace(model, batch, loss=loss), "70%")
+    plan = tightfit.plan(tightfit.trace(model, batch, loss=mean_square), "70%")
     assert plan.replays
-    proof = tightfit.verify(model, batch, plan, loss=loss)
+    proof = tightfit.verify(model, batch, plan, loss=mean_square)
     assert proof["gradients"].passed
     assert proof["prediction"].passed
     written = model[0].adjacency.clone()
@@ -447,13 +449,9 @@ def test_a_sparse_tensor_that_is_made_in_a_block_stays_and_is_counted() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(*(SparseChange() for _ in range(4))), torch.randn(128, 96)
 
-    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model(batch).square().mean()
-        return found
-
-    plan = every_block(tightfit.trace(model, x, loss, tiles=False))
+    plan = every_block(tightfit.trace(model, x, mean_square, tiles=False))
     assert not all(choice.keeps_all for choice in plan.choices)
-    proof = tightfit.verify(model, x, plan, loss=loss)
+    proof = tightfit.verify(model, x, plan, loss=mean_square)
     assert proof.passed, str(proof)
 
 
@@ -462,16 +460,12 @@ def test_what_a_prompt_shows_is_short() -> None:
     blocks = [nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(4)]
     model, x = nn.Sequential(*blocks), torch.randn(16, 8)
 
-    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model(batch).square().mean()
-        return found
-
-    recorded = tightfit.trace(model, x, loss, tiles=False)
+    recorded = tightfit.trace(model, x, mean_square, tiles=False)
     plan = every_block(recorded)
     for each in (recorded, plan, tightfit.simulate(recorded, plan)):
         assert len(repr(each)) < 200 and "\n" not in repr(each) and str(each) == repr(each)
     assert f"{len(recorded.ops)} ops" in repr(recorded) and recorded.digest in repr(recorded)
     assert format_bytes(plan.peak_bytes) in repr(plan) and plan.status.value in repr(plan)
-    proof = tightfit.verify(model, x, plan, loss=loss)
+    proof = tightfit.verify(model, x, plan, loss=mean_square)
     said = str(proof).splitlines()
     assert len(said) == len(proof.checks) and said[0].startswith("passed gradients: ")

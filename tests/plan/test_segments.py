@@ -128,7 +128,7 @@ def test_a_long_unit_fits_into_a_small_part(name: str, part: float, request: pyt
 
 
 def test_chunks_of_turns_by_hand_are_beaten(loop: tuple[nn.Module, Any, Trace]) -> None:
-    """`torch.utils.checkpoint` around six turns at a time, which is not far from the best number for twenty-four."""
+    """`torch.utils.checkpoint` around six of the sixteen turns at a time."""
     model, batch, trace = loop
     assert isinstance(model, Loop)
     cell, head = model.cell, model.head

@@ -27,21 +27,13 @@ def version_of(tensor: torch.Tensor) -> int:
         return -1
     if not _left or tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return tensor._version
-    storage, times = _left.get(tensor.untyped_storage()._cdata, (None, 0))
-    return tensor._version - (times if storage is not None and storage() is not None else 0)
+    _, times = _left.get(tensor.untyped_storage()._cdata, (None, 0))
+    return tensor._version - times
 
 
 def left_as_it_is(tensor: torch.Tensor) -> None:
     """An op is about to count as a change of `tensor`, and is none."""
     storage = tensor.untyped_storage()
     address = storage._cdata
-    known, times = _left.get(address, (None, 0))
-    if known is None or known() is None:
-        known, times = weakref.ref(storage, lambda gone: _forgotten(address, gone)), 0
+    known, times = _left.get(address) or (weakref.ref(storage, lambda _: _left.pop(address, None)), 0)
     _left[address] = known, times + 1
-
-
-def _forgotten(address: int, gone: weakref.ref[torch.UntypedStorage]) -> None:
-    known, _ = _left.get(address, (None, 0))
-    if known is gone:
-        del _left[address]

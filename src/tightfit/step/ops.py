@@ -88,18 +88,16 @@ def is_uncounted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     `detach` and every other view: they make no bytes, and autograd calls some on its own (after an in-place op on a
     view of a tensor subclass it makes the view again). And autocast's cast of a weight: cached for the rest of the
     autocast context, so the second use of a weight does not cast it again. What autocast caches is what counts, since
-    inside its own cast it is switched off and cannot be asked.
+    inside its own cast it is switched off and cannot be asked. And what `changes_nothing`.
     """
     if func.is_view or func.namespace in ("profiler", "prim"):  # marks of a span; a fake tensor asked for its device
-        return True
-    if changes_nothing(func, args):
         return True
     if func is _aten._to_copy.default:
         source, dtype = args[0], kwargs.get("dtype")
         return bool(
             source.is_leaf and source.requires_grad and dtype not in (None, source.dtype) and not source._is_view()
         )
-    return False
+    return changes_nothing(func, args)
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
