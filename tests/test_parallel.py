@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import tightfit
 from tightfit.core import InvalidInput, Unsupported
+from tightfit.step import parallel
 from tightfit.step.parallel import Strategy, bucket_bytes, inside, local_of, resizes_told, strategy_of
 from tightfit.step.ranks import anywhere, are_several, timeout_seconds
 
@@ -33,6 +36,39 @@ def test_fsdp1_is_refused_by_name() -> None:
         strategy_of(FullyShardedDataParallel())
     with pytest.raises(Unsupported, match=r"^1 is sharded by FSDP1"):
         strategy_of(nn.Sequential(nn.Linear(4, 4), FullyShardedDataParallel()))
+
+
+class _Whole:
+    """Of FSDP2's record of a weight: up to torch 2.14."""
+
+    def __init__(self) -> None:
+        self._unsharded_param = nn.Parameter(torch.ones(2))
+        self._unsharded_param.grad = torch.ones(2)
+        self.unsharded_accumulated_grad: torch.Tensor | None = torch.ones(2)
+
+
+class _WholeAlone:
+    """The same from torch 2.15 on: gradients accumulate in the whole weight alone."""
+
+    def __init__(self) -> None:
+        self._unsharded_param = nn.Parameter(torch.ones(2))
+        self._unsharded_param.grad = torch.ones(2)
+
+    @property
+    def unsharded_accumulated_grad(self) -> torch.Tensor | None:
+        return self._unsharded_param.grad
+
+
+@pytest.mark.parametrize("record", [_Whole, _WholeAlone])
+def test_no_gradient_of_a_lost_step_waits(record: type[_Whole | _WholeAlone], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = record()
+    group = SimpleNamespace(fsdp_params=[weight], _partial_reduce_output=None)
+    state = SimpleNamespace(_fsdp_param_groups=[group], _is_root=False)
+    module = SimpleNamespace(_get_fsdp_state=lambda: state)
+    monkeypatch.setattr(parallel, "_sharded", lambda _: [module])
+    assert parallel.gradients_wait(nn.Identity())
+    parallel.forget_step(nn.Identity())
+    assert not parallel.gradients_wait(nn.Identity())
 
 
 def test_a_static_graph_is_refused() -> None:

@@ -18,8 +18,8 @@ import tightfit
 from tightfit.core import Status, Trace
 from tightfit.device.cost import NOMINAL_CPU, retimed
 from tightfit.plan import nest
-from tightfit.plan.nest import Sweep, _reversed, _Tables, nestings, schedule
-from tightfit.plan.planning import _best, _from_the_first, _lowest
+from tightfit.plan.nest import Nestings, Sweep, _reversed, _Tables, cheapest, schedule
+from tightfit.plan.planning import _best, _first, _lowest
 from tightfit.plan.simulate import simulate_choices
 from tightfit.plan.ways import Way, way_of
 
@@ -157,7 +157,7 @@ def test_more_sweeping_is_tried_as_long_as_it_costs_less() -> None:
     plan = tightfit.plan(trace, budget, levers=("recompute", "nest"))
     assert plan.advances and plan.status is Status.FEASIBLE
     way, unplanned = way_of(trace), simulate_choices(trace, ())
-    ways = (Way(way.step, way.effort, nesting=nesting, plain=way) for nesting in nestings(trace))
+    ways = (Way(way.step, way.effort, nesting=nesting, plain=way) for nesting in Nestings(trace)[::3])
     found = [_best(trace, each, budget, unplanned, None)[0] for each in ways if each.floor.peak_bytes <= budget]
     assert plan.recompute_seconds <= 1.01 * min(each.recompute_seconds for each in found if each is not None)
     assert tightfit.verify(model, batch, plan, loss=loss).passed
@@ -166,15 +166,26 @@ def test_more_sweeping_is_tried_as_long_as_it_costs_less() -> None:
 def test_few_nestings_are_walked_for_the_lowest_peak() -> None:
     """Each nesting holds no more than the one before, so the first that is low enough is halved for."""
     way = way_of(chain_of_forty()[3])
-    every = way.nested
-    assert len(every) >= 8
-    floors = [nested.floor.peak_bytes for nested in Way(way.step, way.effort).nested]
+    floors = [nested.floor.peak_bytes for nested in way.nested]
+    assert len(floors) == 38
     assert floors == sorted(floors, reverse=True)
-    for limit in (*floors, floors[-1] - 1):
-        afresh = Way(way.step, way.effort).nested
-        found = _from_the_first(afresh, limit)
-        assert len(found) == sum(floor <= limit for floor in floors)
-        assert sum("floor" in vars(nested) for nested in afresh) <= 4
+    for limit in (*floors[::5], floors[-1], floors[-1] - 1):
+        afresh = Way(way.step, way.effort, plain=way).nested
+        assert _first(afresh, limit) == sum(floor > limit for floor in floors)
+        assert len(afresh._made) <= 6
+
+
+@pytest.mark.parametrize("first, best", [(0, 0), (0, 37), (0, 13), (5, 14), (36, 37), (37, 37)])
+def test_the_cheapest_nesting_is_found_among_few(first: int, best: int) -> None:
+    """More sweeping costs more, and units keep what it frees."""
+    asked: list[int] = []
+
+    def seconds(place: int) -> float:
+        asked.append(place)
+        return abs(place - best) + 0.01 * place
+
+    assert cheapest(first, 38, seconds) == best
+    assert len(asked) == len(set(asked)) <= 18
 
 
 def test_a_kind_that_has_little_of_the_step_gets_fewer_points() -> None:

@@ -12,9 +12,10 @@ from tests.plan.stacks import Lean, steady, traced
 import tightfit
 from tightfit.core import Action, Trace
 from tightfit.device.cost import NOMINAL_CPU, retimed
-from tightfit.plan import Effort, effects, every_block, lowest, table, ways
-from tightfit.plan.polish import _others, lowered, polished
+from tightfit.plan import Effort, effects, every_block, lowest, planning, table, ways
+from tightfit.plan.polish import _additions, _others, lowered, polished
 from tightfit.plan.simulate import simulate_choices
+from tightfit.plan.ways import way_of
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,32 @@ def test_options_of_a_lower_moment_lower_the_peak(llama: Trace, monkeypatch: pyt
     assert tightfit.simulate(llama, with_them).peak_bytes == with_them.peak_bytes
     fixed = sum(llama.static_bytes.values())
     assert with_them.peak_bytes > fixed
+
+
+def test_nestings_are_judged_by_units_that_hold_little_in_their_own_backward(llama: Trace) -> None:
+    """Where each unit keeps the fewest bytes, its own backward needs more, and a nesting seems to reach less deep."""
+    way = way_of(llama)
+    for nested in way.nested:
+        choices = tuple(nested.nesting.on(choice) for choice in way.fewest) if nested.nesting else ()
+        assert nested.floor.peak_bytes < 0.95 * simulate_choices(llama, choices, nested.advances).peak_bytes
+
+
+def test_nested_plans_are_polished_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a sweep makes again is never kept, and everything else may be."""
+    trace = traced(6, 16, 4, 64, Lean)
+    budget = lowest(trace).peak_bytes
+    found = tightfit.plan(trace, budget)
+    monkeypatch.setattr(planning, "polished", lambda _, choices, line, *__: (choices, line))
+    without = tightfit.plan(trace, budget)
+    assert found.advances and found.advances == without.advances
+    assert found.recompute_seconds < 0.9 * without.recompute_seconds
+    assert tightfit.simulate(trace, found).peak_bytes == found.peak_bytes <= budget
+    chosen = {choice.unit: choice for choice in every_block(trace).choices}
+    added = {(path, value) for _, paths, value in _additions(trace, chosen) for path in paths}
+    path, value = min(added)
+    chosen[path] = dataclasses.replace(chosen[path], lends=(value,))
+    left = {(path, value) for _, paths, value in _additions(trace, chosen) for path in paths}
+    assert left == added - {(path, value)}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])

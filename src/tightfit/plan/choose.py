@@ -35,6 +35,9 @@ _HAIR = 1e-7
 #: Where options are many, a choice is good enough if it is proven to be this near to the best, in parts of the step ...
 _GAP = 1e-3
 
+#: ... or this near for a nesting, of which no bound is asked; ...
+_NESTED_GAP = 5e-3
+
 #: ... and a bound if it is proven to be within this part of the highest that this program gives.
 _BOUND_GAP = 5e-4
 
@@ -243,7 +246,8 @@ class Model(Table):
 
         second_scale = float(max(unit_seconds.max(), 1e-12)) if columns else 1.0
         costs = np.append(unit_seconds / second_scale, np.zeros(len(held.after)))
-        near = 0.0 if len(columns) <= FEW else _GAP if table is self.table else _BOUND_GAP
+        gap = _BOUND_GAP if table is not self.table else _NESTED_GAP if self.nesting.links else _GAP
+        near = 0.0 if len(columns) <= FEW else gap
         if table is self.table and usage.size:  # not for the bound, where a hair would be one too many
             costs = costs + _HAIR * (usage.mean(axis=0) - usage.mean(axis=0).min()) / max(1.0, np.ptp(usage))
         waits = [(lane.bytes_per_second * second_scale, lane.beside_seconds / second_scale) for lane in lanes]

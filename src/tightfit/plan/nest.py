@@ -26,16 +26,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
 from tightfit.core import Action, Advance, Choice, Trace, Unsupported
 from tightfit.plan.program import leading_to, recipe
 
-__all__ = ["Link", "Nesting", "Sweep", "chains", "nesting", "nestings", "schedule"]
+__all__ = ["Link", "Nesting", "Nestings", "Sweep", "chains", "cheapest", "nesting", "schedule"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,18 +120,70 @@ def chains(trace: Trace) -> tuple[tuple[Link, ...], ...]:
     return tuple(tuple(links) for links in found if len(links) > 1)
 
 
-def nestings(trace: Trace) -> Iterator[Nesting]:
-    """Ways to keep fewer and fewer inputs. There are none for a step without a chain of units."""
-    found = chains(trace)
-    most = max((len(links) for links in found), default=0)
-    seconds = {links: [_pass_seconds(trace, link) for link in links] for links in found}
-    for count in _slot_counts(most + 1):
-        parts = [nesting(links, seconds[links], max(1, count * len(links) // most)) for links in found]
-        yield Nesting(
+class Nestings(Sequence[Nesting]):
+    """Ways to keep fewer and fewer inputs, each made when it is first asked for. There are none for a step without a
+    chain of units."""
+
+    def __init__(self, trace: Trace, *, few: bool = False) -> None:
+        """`few`: only some of them, each with a good part fewer inputs than the one before."""
+        self._trace, self._chains = trace, chains(trace)
+        self._most = max((len(links) for links in self._chains), default=0)
+        self.slots = tuple(range(self._most - 1, 0, -1))
+        if few:
+            self.slots = tuple(slots for slots in (self._most // 2, self._most // 4, 2) if slots in self.slots)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @overload
+    def __getitem__(self, place: int) -> Nesting: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Nesting]: ...
+    def __getitem__(self, place: int | slice) -> Nesting | Sequence[Nesting]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(len(self))[place]]
+        slots = self.slots[place]
+        parts = [
+            nesting(links, seconds, max(1, slots * len(links) // self._most))
+            for links, seconds in zip(self._chains, self._seconds, strict=True)
+        ]
+        return Nesting(
             links=tuple(link for part in parts for link in part.links),
             advances=tuple(sweep for part in reversed(parts) for sweep in part.advances),
             passes={unit: times for part in parts for unit, times in part.passes.items()},
         )
+
+    @functools.cached_property
+    def _seconds(self) -> list[list[float]]:
+        return [[_pass_seconds(self._trace, link) for link in links] for links in self._chains]
+
+
+#: The search ends when so many nestings in a row are no cheaper. Each has this part fewer slots than the one before.
+_IN_VAIN = 3
+_FEWER = 4
+
+
+def cheapest(first: int, count: int, seconds: Callable[[int], float]) -> int:
+    """The place of the cheapest of `count` nestings from the place `first` on, as far as few of them tell.
+
+    They are tried from the least sweeping to the most. More sweeping may cost less, because units keep what it frees.
+    Then those between the best and its neighbours are tried.
+    """
+    known = {first: seconds(first)}
+    best = place = first
+    in_vain = 0
+    while in_vain < _IN_VAIN and place + 1 < count:
+        place += max(1, (count - place) // _FEWER)
+        known[place] = seconds(place)
+        best, in_vain = (place, 0) if known[place] < known[best] else (best, in_vain + 1)
+    while True:
+        tried = sorted(known)
+        at = tried.index(best)
+        between = {(one + other) // 2 for one, other in itertools.pairwise(tried[max(0, at - 1) : at + 2])} - {*tried}
+        if not between:
+            return best
+        known |= {place: seconds(place) for place in between}
+        best = min(known, key=lambda place: known[place])
 
 
 def _pass_seconds(trace: Trace, link: Link) -> float:
@@ -140,13 +194,6 @@ def _pass_seconds(trace: Trace, link: Link) -> float:
     ran = set(leading_to(program, chosen, link.ordinal))
     unit = next(unit for unit in trace.units if unit.path == link.unit)
     return sum(trace.ops[op].seconds for op in unit.op_ids if trace.ops[op].ordinal in ran)
-
-
-def _slot_counts(units: int) -> tuple[int, ...]:
-    """The numbers of slots that are worth trying for a chain of `units`, from the largest down. Each is a good part
-    smaller than the one before."""
-    counts = {units - 2, units * 3 // 4, units // 2, units // 3, units // 4, units // 6, units // 8, 3, 2, 1}
-    return tuple(sorted((c for c in counts if 0 < c < units - 1), reverse=True))
 
 
 def nesting(links: Sequence[Link], seconds: Sequence[float], slots: int) -> Nesting:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
 
 from tightfit.core import (
@@ -43,6 +42,7 @@ from tightfit.plan.choose import Model
 from tightfit.plan.effort import THOROUGH, Effort
 from tightfit.plan.fewest_more import Enough, fewest_more
 from tightfit.plan.indexed import without_collecting
+from tightfit.plan.nest import cheapest
 from tightfit.plan.polish import polished
 from tightfit.plan.program import shared
 from tightfit.plan.simulate import simulate, simulate_choices
@@ -198,13 +198,8 @@ def _searched(
             if best is None or best.added_seconds > way.step.seconds - way.step.eases_seconds:
                 made, found_seconds = _best(trace, way, budget_bytes, unplanned, levers, at_first)
                 best, at_first = _cheaper(best, made), min(at_first, found_seconds)
-        in_vain = 0
-        for way in _nested(ways, best, budget_bytes, levers):
-            before = best
-            best = _cheaper(before, _best(trace, way, budget_bytes, unplanned, levers)[0])
-            in_vain = in_vain + 1 if best is before else 0
-            if in_vain == _NESTINGS:
-                break
+        if (nested := _nested(ways, best, budget_bytes, levers)) is not None:
+            best = _cheaper(best, _best(trace, nested, budget_bytes, unplanned, levers)[0])
         if best is not None:
             return best, least, least_way
         lowest_way, found = _lowest(alike, levers)
@@ -314,9 +309,8 @@ def _best(
     at_first = math.inf if found is None else found.line.recompute_seconds
     is_settled = found is not None and at_first >= elsewhere_seconds * (1 - _SAME)
     bound, near = 0.0, math.inf if is_settled else _NEAR * sum(op.seconds for op in trace.ops)
-    is_asked = way.proves and (found is None or found.line.recompute_seconds > 0)
-    # of a nesting nothing is claimed by the bound: there it only says whether more options are worth a look
-    if is_asked and (way.nesting is None or way.lean_model is not model):
+    # of a nesting nothing would be claimed by the bound
+    if way.proves and way.nesting is None and (found is None or found.line.recompute_seconds > 0):
         bound = way.bound_seconds(budget_bytes)
 
     def is_far() -> bool:
@@ -349,9 +343,9 @@ def _whole(way: Way, found: Refereed | None, budget_bytes: int, bound: float) ->
 
 def _polished(way: Way, found: Refereed, budget_bytes: int, near_seconds: float) -> Refereed:
     """`found`, or choices near it that take fewer seconds, where it takes more than `near_seconds`."""
-    if not way.effort.proves or way.advances or found.line.recompute_seconds <= near_seconds:
+    if not way.effort.proves or found.line.recompute_seconds <= near_seconds:
         return found
-    return Refereed(*polished(way.trace, found.choices, found.line, budget_bytes), found.how)
+    return Refereed(*polished(way.trace, found.choices, found.line, budget_bytes, way.advances), found.how)
 
 
 def _fitting(way: Way, model: Model, budget_bytes: int) -> Refereed | None:
@@ -413,11 +407,6 @@ _NEAR = 0.01
 _DEAR = 0.75
 
 
-#: Nestings are planned with from the least sweeping to the most, until so many in a row are no better. More sweeping
-#: may cost less: what it frees, units keep.
-_NESTINGS = 3
-
-
 #: Where a plan stays this part of its budget below it, a plan that comes nearer is looked for, so many times.
 _SLACK = 0.01
 
@@ -429,16 +418,26 @@ _CAREFUL_ROUNDS = 4
 _WORTH = 0.999
 
 
-def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Collection[Lever] | None) -> Iterable[Way]:
-    """The nestings that are worth planning with, when `found` is the best plan without one."""
+def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Collection[Lever] | None) -> Way | None:
+    """The nesting that is worth planning with, when `found` is the best plan without one: that with which the units'
+    own points cost the fewest seconds."""
     if not (ways and Grant.SWEEP | Grant.DROP in granted(levers)):
-        return []
+        return None
     frugal = ways[-1]
     forward = sum(op.seconds for op in frugal.trace.ops if op.phase is Phase.FORWARD and op.unit is not None)
     if found is not None and found.recompute_seconds <= _DEAR * forward:
-        return []
-    possible = (way for way in _from_the_first(frugal.nested, budget_bytes) if way.floor.peak_bytes <= budget_bytes)
-    return possible if frugal.effort.proves else itertools.islice(possible, 1)
+        return None
+    nested = frugal.nested
+    first = _first(nested, budget_bytes)
+    if first == len(nested) or not frugal.effort.proves:
+        return nested[first] if first < len(nested) else None
+
+    def seconds(place: int) -> float:
+        way = nested[place]
+        found = _fitting(way, way.model, budget_bytes) if way.floor.peak_bytes <= budget_bytes else None
+        return math.inf if found is None else found.line.recompute_seconds
+
+    return nested[cheapest(first, len(nested), seconds)]
 
 
 @without_collecting()
@@ -483,15 +482,15 @@ def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Ref
     for way in dict.fromkeys(way for way in (best, flattest) if way in nestable):
         least_bytes = way.nested[-1].floor.peak_bytes
         if least_bytes < best.lowest.line.peak_bytes * _WORTH:
-            tried.append(_from_the_first(way.nested, int(least_bytes / _WORTH))[0])
+            tried.append(way.nested[_first(way.nested, int(least_bytes / _WORTH))])
     best = min(tried, key=lambda way: way.lowest.line.peak_bytes)
     return best, best.lowered
 
 
-def _from_the_first(nested: Sequence[Way], peak_bytes: int) -> Sequence[Way]:
-    """The nestings from the first on whose floor is no higher than this. Each holds fewer inputs than the one before,
-    so it is halved for, and few of them are walked."""
-    return nested[bisect.bisect_left(nested, True, key=lambda way: way.floor.peak_bytes <= peak_bytes) :]
+def _first(nested: Sequence[Way], peak_bytes: int) -> int:
+    """The place of the first nesting whose floor is no higher than this; their number: there is none. Each holds fewer
+    inputs than the one before, so it is halved for, and few of them are walked."""
+    return bisect.bisect_left(nested, True, key=lambda way: way.floor.peak_bytes <= peak_bytes)
 
 
 @without_collecting()

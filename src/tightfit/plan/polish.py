@@ -8,8 +8,8 @@ Where the lowest peak is wanted, the unit whose forward or backward owns the pea
 another unit like it keeps, wherever that takes the peak down.
 
 Invariant: what is returned is within the budget by the referee's word, and takes no more seconds than what came in; or
-it has no higher a peak. Refused: choices that are nested or that move values off the device; they come back as they
-are.
+it has no higher a peak. Refused: choices that move values off the device and, for the lowest peak, nested ones. These
+come back as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from tightfit.core import Action, Choice, Program, Timeline, Trace, Unsupported
+from tightfit.core import Action, Advance, Choice, Program, Timeline, Trace, Unsupported
 from tightfit.plan.program import clusters, kept_values, live_clusters, shared
 from tightfit.plan.simulate import simulate_choices
 
@@ -29,9 +29,14 @@ _FEWEST_TRIES = 8
 
 
 def polished(
-    trace: Trace, choices: tuple[Choice, ...], line: Timeline, budget_bytes: int
+    trace: Trace,
+    choices: tuple[Choice, ...],
+    line: Timeline,
+    budget_bytes: int,
+    advances: tuple[Advance, ...] = (),
 ) -> tuple[tuple[Choice, ...], Timeline]:
-    """`choices`, of which the referee says `line`, with values kept in addition as long as that fits."""
+    """`choices`, of which the referee says `line` with the sweeps `advances`, with values kept in addition as long as
+    that fits."""
     chosen = {choice.unit: choice for choice in choices}
     tries = _tries(trace, choices)
     if not tries:
@@ -43,7 +48,7 @@ def polished(
         if changed == chosen:
             continue
         tries -= 1
-        found = simulate_choices(trace, tuple(changed.values()))
+        found = simulate_choices(trace, tuple(changed.values()), advances)
         if found.peak_bytes <= budget_bytes and found.recompute_seconds < line.recompute_seconds:
             chosen, line = changed, found
     return tuple(chosen.values()), line
@@ -102,10 +107,7 @@ def _others(chosen: Mapping[str, Choice], fewest: Mapping[str, Choice], path: st
 def _tries(trace: Trace, choices: Sequence[Choice]) -> int:
     """How often the referee may be asked; 0: there is no use in it."""
     tries = _EVENTS // max(1, len(trace.events))
-    if tries < _FEWEST_TRIES or any(
-        choice.lends or Action.OFFLOAD in choice.actions or any(each is not Action.KEEP for each in choice.inputs)
-        for choice in choices
-    ):
+    if tries < _FEWEST_TRIES or any(Action.OFFLOAD in (*choice.actions, *choice.inputs) for choice in choices):
         return 0
     return tries
 
@@ -126,8 +128,10 @@ def _additions(trace: Trace, chosen: Mapping[str, Choice]) -> list[tuple[float, 
             continue
         actions = chosen[unit.path].actions
         times = [sum(seconds[frame].get(op, 0.0) for frame in frames[unit.path]) for op in range(len(program.steps))]
+        lent = chosen[unit.path].lends  # which a sweep makes again
         for value, gain in _gains(program, actions, times):
-            saved[unit.digest, actions, value].append((gain, unit.path))
+            if value not in lent:
+                saved[unit.digest, actions, value].append((gain, unit.path))
     found: list[tuple[float, tuple[str, ...], int]] = []
     for (_, _, value), each in saved.items():
         found += [(gain, (path,), value) for gain, path in each]

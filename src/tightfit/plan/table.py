@@ -416,6 +416,26 @@ class Table(Effects):
             most = max(most, self._just_before(mark, change[mark]) + top)
         return most - sum(self.trace.static_bytes.values()) + others * outside, effect.seconds
 
+    def tightest(self) -> dict[str, int]:
+        """Of each unit the option that leaves the lowest peak in its own backward while all others hold as much. One
+        that keeps a little more than the fewest may need far less there.
+
+        Returns: unit path -> index of its option.
+        """
+        known: dict[tuple[str, tuple[Point | None, ...]], int] = {}
+        for unit in reversed(self.trace.units):
+            kind = unit.digest, self.options[unit.path]
+            if kind not in known:
+                known[kind] = self._tightest(unit.path)
+        return {unit.path: known[unit.digest, self.options[unit.path]] for unit in self.trace.units}
+
+    def _tightest(self, path: str) -> int:
+        others = len(self.trace.units) - 1
+        worst = [
+            math.inf if point is None else self._worst(path, point.kept, others)[0] for point in self.options[path]
+        ]
+        return min(range(len(worst)), key=lambda index: (worst[index], -index))
+
     def _just_before(self, mark: int, change: float) -> float:
         """Live bytes when a replay begins, with the values that it will leave behind: the live bytes of the mark that
         reads them, without what that mark's op itself makes and holds."""

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple, overload
 
 from tightfit.core import (
     Choice,
@@ -30,7 +29,7 @@ from tightfit.levers.interface import Grant, LeverDefinition, Variant
 from tightfit.plan.choose import Model, Solution
 from tightfit.plan.effort import THOROUGH, Effort
 from tightfit.plan.exact import WholeStep
-from tightfit.plan.nest import Nesting, nestings
+from tightfit.plan.nest import Nesting, Nestings
 from tightfit.plan.polish import lowered
 from tightfit.plan.segments import LENGTHS, LONG, Segmented, segmented
 from tightfit.plan.simulate import simulate_choices
@@ -45,10 +44,6 @@ _SEGMENT_POINTS = 40
 
 
 _SEGMENTS_SECONDS = 2.5
-
-
-#: In a quick search only every third nesting is tried.
-_COARSE = 3
 
 
 #: The program over the whole step is not made for steps of more events than this.
@@ -245,25 +240,27 @@ class Way:
         return self.choices(points)
 
     @functools.cached_property
-    def floor(self) -> Timeline:
-        """The referee's word when each unit keeps the fewest bytes. It shows what a nesting can reach, at the cost of
-        one walk."""
-        assert self.nesting is not None and self.plain is not None
-        choices = tuple(self.nesting.on(choice) for choice in self.plain.fewest)
-        return simulate_choices(self.trace, choices, self.advances)
+    def tightest(self) -> tuple[Choice, ...]:
+        """Every unit keeps what leaves the lowest peak in its own backward."""
+        model = self._lowest.model
+        return self.choices(model.tightest(), model)
 
     @functools.cached_property
-    def nested(self) -> tuple[Way, ...]:
-        """The same way with fewer and fewer inputs kept. With little effort only some of these are tried."""
-        step = 1 if self.effort.proves else _COARSE
-        if self.trace.resharded:  # a sweep through earlier units would need weights that are gone
-            return ()
-        if self.segments is not None:
-            return ()
-        return tuple(
-            Way(self.step, self.effort, nesting=nesting, plain=self, moves=self.moves)
-            for nesting in itertools.islice(nestings(self.trace), step - 1, None, step)
+    def floor(self) -> Timeline:
+        """The referee's word when each unit keeps the fewest bytes, or its `tightest` choice, whichever is lower. It
+        shows what a nesting can reach, at the cost of two walks."""
+        assert self.nesting is not None and self.plain is not None
+        both = (
+            simulate_choices(self.trace, tuple(self.nesting.on(choice) for choice in choices), self.advances)
+            for choices in (self.plain.fewest, self.plain.tightest)
         )
+        return min(both, key=lambda line: line.peak_bytes)
+
+    @functools.cached_property
+    def nested(self) -> Sequence[Way]:
+        """The same way with fewer and fewer inputs kept. With little effort only some of these are tried."""
+        # a sweep through earlier units would need weights that are gone
+        return () if self.trace.resharded or self.segments is not None else _Nested(self)
 
     @functools.cached_property
     def lowest(self) -> Refereed:
@@ -274,7 +271,11 @@ class Way:
         from run to run, so estimated ones are used here. A quick search has more options for the units in `leanest`
         alone.
         """
-        return self.leanest if self.effort.proves else self._of_frontiers[0].found
+        return self._lowest.found
+
+    @property
+    def _lowest(self) -> _Low:
+        return self._low if self.effort.proves else self._of_frontiers[0]
 
     @functools.cached_property
     def whole(self) -> WholeStep | None:
@@ -358,6 +359,32 @@ class Way:
     def _height(self, found: Refereed) -> tuple[bool, int, float]:
         """What makes one of several choices the lowest: that it has room in host memory, its peak, then its seconds."""
         return not self.is_in_host(found.line), found.line.peak_bytes, found.line.recompute_seconds
+
+
+class _Nested(Sequence[Way]):
+    """The nestings of a way, each made when it is first asked for."""
+
+    def __init__(self, plain: Way) -> None:
+        self._plain, self._made = plain, dict[int, Way]()
+        self._nestings = Nestings(plain.trace, few=not plain.effort.proves)
+
+    def __len__(self) -> int:
+        return len(self._nestings)
+
+    @overload
+    def __getitem__(self, place: int) -> Way: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Way]: ...
+    def __getitem__(self, place: int | slice) -> Way | Sequence[Way]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(len(self))[place]]
+        place = range(len(self))[place]
+        if place not in self._made:
+            plain = self._plain
+            self._made[place] = Way(
+                plain.step, plain.effort, nesting=self._nestings[place], plain=plain, moves=plain.moves
+            )
+        return self._made[place]
 
 
 class _Low(NamedTuple):

@@ -133,7 +133,9 @@ def forget_step(model: nn.Module) -> None:
         state = module._get_fsdp_state()
         for group in _groups(module):
             for each in group.fsdp_params:
-                each.unsharded_accumulated_grad = None
+                # from torch 2.15 on gradients accumulate in the whole weight alone
+                if "unsharded_accumulated_grad" in vars(each):
+                    each.unsharded_accumulated_grad = None
                 if getattr(each, "_unsharded_param", None) is not None:
                     each._unsharded_param.grad = None
         if state._is_root:
