@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from tests.plan.stacks import Lean, steady, traced
 
 import tightfit
@@ -55,6 +56,27 @@ def test_nestings_are_judged_by_units_that_hold_little_in_their_own_backward(lla
     for nested in way.nested:
         choices = tuple(nested.nesting.on(choice) for choice in way.fewest) if nested.nesting else ()
         assert nested.floor.peak_bytes < 0.95 * simulate_choices(llama, choices, nested.advances).peak_bytes
+
+
+def test_a_nesting_reaches_what_the_deepest_one_chooses() -> None:
+    """In a step with adapters, blocks that are alike choose apart at the lowest peak."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = get_peft_model(transformers.LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
+    ids = torch.randint(0, 300, (2, 96))
+    trace = tightfit.trace(model.train(), {"input_ids": ids, "labels": ids}, tiles=False)
+    way = way_of(trace)
+    for each in way.nested:
+        assert each.reach.peak_bytes < each.floor.peak_bytes
+    nested = planning._nested([way], None, way.nested[-1].floor.peak_bytes - 1, None)
+    assert nested is not None and planning._fitting(nested, nested.model, nested.reach.peak_bytes) is not None
 
 
 def test_nested_plans_are_polished_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from tightfit.device.cost import copy_lanes
 from tightfit.plan import lagrange, solver
 from tightfit.plan.frontier import Point
 from tightfit.plan.holders import nothing
+from tightfit.plan.nest import Nesting
 from tightfit.plan.one_of_each import FEW, TIE, OneOfEach, columns_of, solved
 from tightfit.plan.solver import MixedProgram, Verdict
 from tightfit.plan.table import Floats, Table
@@ -298,16 +299,18 @@ class Model(Table):
 
     # -- the answer as data
 
-    def choices(self, points: Mapping[str, int]) -> tuple[Choice, ...]:
-        """The chosen options as `Choice`s. `points`: unit path -> index of its option."""
-        return tuple(self._choice(path, self.options[path][index]) for path, index in points.items())
+    def choices(self, points: Mapping[str, int], nesting: Nesting | None = None) -> tuple[Choice, ...]:
+        """The chosen options as `Choice`s. `points`: unit path -> index of its option. `nesting`: another than the
+        model's own."""
+        chosen = (self._choice(path, self.options[path][index]) for path, index in points.items())
+        return tuple(map((nesting or self.nesting).on, chosen))
 
     def _choice(self, path: str, point: Point | None) -> Choice:
         unit = next(u for u in self.trace.units if u.path == path)
         program = self.programs.get(path, self.trace.programs[self.frames_of[path][0]])
         kept = range(program.values) if point is None else point.kept
         away, inputs = (frozenset(), frozenset()) if point is None else (point.away, point.inputs_away)
-        choice = Choice(
+        return Choice(
             unit=path,
             actions=tuple(
                 (Action.OFFLOAD if v in away else Action.KEEP) if v in kept else Action.RECOMPUTE
@@ -317,7 +320,6 @@ class Model(Table):
             program=unit.digest,
             inputs=tuple(Action.OFFLOAD if k in inputs else Action.KEEP for k in range(max(inputs, default=-1) + 1)),
         )
-        return self.nesting.on(choice)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -428,16 +428,15 @@ def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Coll
     if found is not None and found.recompute_seconds <= _DEAR * forward:
         return None
     nested = frugal.nested
-    first = _first(nested, budget_bytes)
-    if first == len(nested) or not frugal.effort.proves:
-        return nested[first] if first < len(nested) else None
+    if not frugal.effort.proves or not nested:
+        return next(iter(nested[_first(nested, budget_bytes) :]), None)
+    first = _halved(nested, lambda way: way.floor.peak_bytes <= budget_bytes or way.reach.peak_bytes <= budget_bytes)
 
     def seconds(place: int) -> float:
-        way = nested[place]
-        found = _fitting(way, way.model, budget_bytes) if way.floor.peak_bytes <= budget_bytes else None
+        found = _fitting(nested[place], nested[place].model, budget_bytes)
         return math.inf if found is None else found.line.recompute_seconds
 
-    return nested[cheapest(first, len(nested), seconds)]
+    return nested[cheapest(first, len(nested), seconds)] if first < len(nested) else None
 
 
 @without_collecting()
@@ -488,9 +487,14 @@ def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Ref
 
 
 def _first(nested: Sequence[Way], peak_bytes: int) -> int:
-    """The place of the first nesting whose floor is no higher than this; their number: there is none. Each holds fewer
-    inputs than the one before, so it is halved for, and few of them are walked."""
-    return bisect.bisect_left(nested, True, key=lambda way: way.floor.peak_bytes <= peak_bytes)
+    """The first nesting whose floor is no higher than this."""
+    return _halved(nested, lambda way: way.floor.peak_bytes <= peak_bytes)
+
+
+def _halved(nested: Sequence[Way], is_low: Callable[[Way], bool]) -> int:
+    """The place of the first nesting that is low enough; their number: there is none. Each holds fewer inputs than the
+    one before, so it is halved for, and few of them are walked."""
+    return bisect.bisect_left(nested, True, key=is_low)
 
 
 @without_collecting()

@@ -257,6 +257,15 @@ class Way:
         return min(both, key=lambda line: line.peak_bytes)
 
     @functools.cached_property
+    def reach(self) -> Timeline:
+        """`floor`, or the referee's word on the choices by which the deepest nesting has its lowest peak. Those take
+        that search, and hold less where the best choices of units that are alike differ."""
+        assert self.nesting is not None and self.plain is not None
+        low = self.plain.nested[-1]._lowest
+        choices = low.model.choices(low.points, self.nesting)
+        return min(self.floor, simulate_choices(self.trace, choices, self.advances), key=lambda line: line.peak_bytes)
+
+    @functools.cached_property
     def nested(self) -> Sequence[Way]:
         """The same way with fewer and fewer inputs kept. With little effort only some of these are tried."""
         # a sweep through earlier units would need weights that are gone
