@@ -75,8 +75,8 @@ def test_a_nesting_reaches_what_the_deepest_one_chooses() -> None:
     way = way_of(trace)
     for each in way.nested:
         assert each.reach.peak_bytes < each.floor.peak_bytes
-    nested = planning._nested([way], None, way.nested[-1].floor.peak_bytes - 1, None)
-    assert nested is not None and planning._fitting(nested, nested.model, nested.reach.peak_bytes) is not None
+    assert planning._nested([way], None, way.nested[-1].floor.peak_bytes - 1, None) is not None
+    assert planning._nested([way], None, way.nested[-1].reach.peak_bytes - 1, None) is None
 
 
 def test_nested_plans_are_polished_too(monkeypatch: pytest.MonkeyPatch) -> None:
