@@ -18,7 +18,7 @@ import tightfit
 from tightfit.core import Status, Trace
 from tightfit.device.cost import NOMINAL_CPU, retimed
 from tightfit.plan import nest
-from tightfit.plan.nest import Nestings, Sweep, _reversed, _Tables, cheapest, schedule
+from tightfit.plan.nest import Nestings, Sweep, _reversed, _Tables, cheapest, schedule, slot_counts
 from tightfit.plan.planning import _best, _first, _lowest
 from tightfit.plan.simulate import simulate_choices
 from tightfit.plan.ways import Way, way_of
@@ -173,6 +173,15 @@ def test_few_nestings_are_walked_for_the_lowest_peak() -> None:
         afresh = Way(way.step, way.effort, plain=way).nested
         assert _first(afresh, limit) == sum(floor > limit for floor in floors)
         assert len(afresh._made) <= 6
+
+
+def test_slots_only_become_fewer() -> None:
+    """The first nesting that is low enough is halved for."""
+    assert slot_counts(31, few=False) == tuple(range(30, 0, -1))
+    assert slot_counts(31, few=True) == (15, 7, 2)
+    for links in range(12):
+        few = slot_counts(links, few=True)
+        assert list(few) == sorted(set(few), reverse=True) and bool(few) == (links > 1)
 
 
 @pytest.mark.parametrize("first, best", [(0, 0), (0, 37), (0, 13), (5, 14), (36, 37), (37, 37)])

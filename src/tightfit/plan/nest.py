@@ -37,7 +37,7 @@ import numpy as np
 from tightfit.core import Action, Advance, Choice, Trace, Unsupported
 from tightfit.plan.program import leading_to, recipe
 
-__all__ = ["Link", "Nesting", "Nestings", "Sweep", "chains", "cheapest", "nesting", "schedule"]
+__all__ = ["Link", "Nesting", "Nestings", "Sweep", "chains", "cheapest", "nesting", "schedule", "slot_counts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,9 +128,7 @@ class Nestings(Sequence[Nesting]):
         """`few`: only some of them, each with a good part fewer inputs than the one before."""
         self._trace, self._chains = trace, chains(trace)
         self._most = max((len(links) for links in self._chains), default=0)
-        self.slots = tuple(range(self._most - 1, 0, -1))
-        if few:
-            self.slots = tuple(slots for slots in (self._most // 2, self._most // 4, 2) if slots in self.slots)
+        self.slots = slot_counts(self._most, few=few)
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -156,6 +154,12 @@ class Nestings(Sequence[Nesting]):
     @functools.cached_property
     def _seconds(self) -> list[list[float]]:
         return [[_pass_seconds(self._trace, link) for link in links] for links in self._chains]
+
+
+def slot_counts(links: int, *, few: bool) -> tuple[int, ...]:
+    """The numbers of slots to try for a chain of so many links, from the largest down."""
+    every = range(links - 1, 0, -1)
+    return tuple(slots for slots in every if not few or slots in (links // 2, links // 4, 2))
 
 
 #: The search ends when so many nestings in a row are no cheaper. Each has this part fewer slots than the one before.
