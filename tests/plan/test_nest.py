@@ -18,7 +18,7 @@ import tightfit
 from tightfit.core import Status, Trace
 from tightfit.device.cost import NOMINAL_CPU, retimed
 from tightfit.plan import nest
-from tightfit.plan.nest import Nestings, Sweep, _reversed, _Tables, cheapest, schedule, slot_counts
+from tightfit.plan.nest import Sweep, _reversed, _Tables, cheapest, schedule, slot_counts
 from tightfit.plan.planning import _best, _first, _lowest
 from tightfit.plan.simulate import simulate_choices
 from tightfit.plan.ways import Way, way_of
@@ -157,8 +157,9 @@ def test_more_sweeping_is_tried_as_long_as_it_costs_less() -> None:
     plan = tightfit.plan(trace, budget, levers=("recompute", "nest"))
     assert plan.advances and plan.status is Status.FEASIBLE
     way, unplanned = way_of(trace), simulate_choices(trace, ())
-    ways = (Way(way.step, way.effort, nesting=nesting, plain=way) for nesting in Nestings(trace)[::3])
-    found = [_best(trace, each, budget, unplanned, None)[0] for each in ways if each.floor.peak_bytes <= budget]
+    found = [
+        _best(trace, each, budget, unplanned, None)[0] for each in way.nested[::3] if each.floor.peak_bytes <= budget
+    ]
     assert plan.recompute_seconds <= 1.01 * min(each.recompute_seconds for each in found if each is not None)
     assert tightfit.verify(model, batch, plan, loss=loss).passed
 

@@ -30,7 +30,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 
@@ -120,27 +119,16 @@ def chains(trace: Trace) -> tuple[tuple[Link, ...], ...]:
     return tuple(tuple(links) for links in found if len(links) > 1)
 
 
-class Nestings(Sequence[Nesting]):
-    """Ways to keep fewer and fewer inputs, each made when it is first asked for. There are none for a step without a
-    chain of units."""
+class Nestings:
+    """Ways to keep fewer and fewer inputs of a trace. There are none for a step without a chain of units."""
 
     def __init__(self, trace: Trace, *, few: bool = False) -> None:
-        """`few`: only some of them, each with a good part fewer inputs than the one before."""
         self._trace, self._chains = trace, chains(trace)
         self._most = max((len(links) for links in self._chains), default=0)
         self.slots = slot_counts(self._most, few=few)
 
-    def __len__(self) -> int:
-        return len(self.slots)
-
-    @overload
-    def __getitem__(self, place: int) -> Nesting: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Nesting]: ...
-    def __getitem__(self, place: int | slice) -> Nesting | Sequence[Nesting]:
-        if isinstance(place, slice):
-            return [self[each] for each in range(len(self))[place]]
-        slots = self.slots[place]
+    def of(self, slots: int) -> Nesting:
+        """With so many slots for the longest chain, and in proportion for the others."""
         parts = [
             nesting(links, seconds, max(1, slots * len(links) // self._most))
             for links, seconds in zip(self._chains, self._seconds, strict=True)
@@ -157,7 +145,8 @@ class Nestings(Sequence[Nesting]):
 
 
 def slot_counts(links: int, *, few: bool) -> tuple[int, ...]:
-    """The numbers of slots to try for a chain of so many links, from the largest down."""
+    """The numbers of slots to try for a chain of so many links, from the largest down. `few`: only some of them, each a
+    good part smaller than the one before."""
     every = range(links - 1, 0, -1)
     return tuple(slots for slots in every if not few or slots in (links // 2, links // 4, 2))
 

@@ -427,16 +427,16 @@ def _nested(ways: list[Way], found: Plan | None, budget_bytes: int, levers: Coll
     forward = sum(op.seconds for op in frugal.trace.ops if op.phase is Phase.FORWARD and op.unit is not None)
     if found is not None and found.recompute_seconds <= _DEAR * forward:
         return None
-    nested = frugal.nested
-    if not frugal.effort.proves or not nested:
-        return next(iter(nested[_first(nested, budget_bytes) :]), None)
-    first = _halved(nested, lambda way: way.floor.peak_bytes <= budget_bytes or way.reach.peak_bytes <= budget_bytes)
+    nested, thorough = frugal.nested, frugal.effort.proves
 
     def seconds(place: int) -> float:
         found = _fitting(nested[place], nested[place].model, budget_bytes)
         return math.inf if found is None else found.line.recompute_seconds
 
-    return nested[cheapest(first, len(nested), seconds)] if first < len(nested) else None
+    first = _first(nested, budget_bytes, searching=thorough)
+    if first == len(nested):
+        return None
+    return nested[cheapest(first, len(nested), seconds) if thorough else first]
 
 
 @without_collecting()
@@ -486,14 +486,14 @@ def _lowest(ways: list[Way], levers: Collection[Lever] | None) -> tuple[Way, Ref
     return best, best.lowered
 
 
-def _first(nested: Sequence[Way], peak_bytes: int) -> int:
-    """The first nesting whose floor is no higher than this."""
-    return _halved(nested, lambda way: way.floor.peak_bytes <= peak_bytes)
+def _first(nested: Sequence[Way], peak_bytes: int, *, searching: bool = False) -> int:
+    """The place of the first nesting whose floor is no higher than this, or what it reaches where `searching`; their
+    number: there is none. Each holds fewer inputs than the one before, so it is halved for, and few of them are walked.
+    """
 
+    def is_low(way: Way) -> bool:
+        return way.floor.peak_bytes <= peak_bytes or (searching and way.reach.peak_bytes <= peak_bytes)
 
-def _halved(nested: Sequence[Way], is_low: Callable[[Way], bool]) -> int:
-    """The place of the first nesting that is low enough; their number: there is none. Each holds fewer inputs than the
-    one before, so it is halved for, and few of them are walked."""
     return bisect.bisect_left(nested, True, key=is_low)
 
 

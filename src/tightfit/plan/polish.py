@@ -60,7 +60,7 @@ def lowered(
     """`choices`, of which the referee says `line`, changed in one unit at a time as long as the peak falls. `fewest`:
     each unit's choice of the fewest bytes."""
     chosen, least = {choice.unit: choice for choice in choices}, {choice.unit: choice for choice in fewest}
-    tries = _tries(trace, choices)
+    tries = 0 if any(choice.lends for choice in choices) else _tries(trace, choices)
     known: set[tuple[Choice, ...]] = {tuple(chosen.values())}
     while True:
         owner = next((path for path in chosen if f" of {path}: " in line.peak_owner), None)

@@ -378,7 +378,7 @@ class _Nested(Sequence[Way]):
         self._nestings = Nestings(plain.trace, few=not plain.effort.proves)
 
     def __len__(self) -> int:
-        return len(self._nestings)
+        return len(self._nestings.slots)
 
     @overload
     def __getitem__(self, place: int) -> Way: ...
@@ -389,10 +389,8 @@ class _Nested(Sequence[Way]):
             return [self[each] for each in range(len(self))[place]]
         place = range(len(self))[place]
         if place not in self._made:
-            plain = self._plain
-            self._made[place] = Way(
-                plain.step, plain.effort, nesting=self._nestings[place], plain=plain, moves=plain.moves
-            )
+            plain, nesting = self._plain, self._nestings.of(self._nestings.slots[place])
+            self._made[place] = Way(plain.step, plain.effort, nesting=nesting, plain=plain, moves=plain.moves)
         return self._made[place]
 
 
