@@ -302,7 +302,7 @@ def a_clipped_plan() -> tuple[Any, Any, Any]:
 def test_verify_compares_the_step_as_it_is_clipped() -> None:
     model, optimizer, plan = a_clipped_plan()
     proof = tightfit.verify(model, BATCH, plan, optimizer=optimizer, max_norm=0.05)
-    assert proof.passed, proof
+    assert proof.passed, str(proof)
     assert proof["optimizer"].passed and proof["prediction"].passed
     for max_norm in (0, math.nan):
         with pytest.raises(tightfit.InvalidInput, match="no norm to clip to"):

@@ -472,7 +472,7 @@ def test_a_yaml_that_is_no_run(text: str, said: str, tmp_path: Path) -> None:
 
 TINY = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096,
     "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
 }  # fmt: skip
 
@@ -567,6 +567,7 @@ def test_the_command_for_the_stack_alone(capsys: pytest.CaptureFixture[str]) -> 
     assert "mend:" in out
 
 
+@pytest.mark.slow
 def test_nothing_bites(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = f"model_name_or_path: {folder}\ngradient_checkpointing: false\nmax_length: 16\n"
     text += "per_device_train_batch_size: 1\n"

@@ -320,6 +320,7 @@ def test_an_optimizer_of_other_parameters_is_told() -> None:
             model(**batch)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_no_plan_fits_is_told_before_it_runs() -> None:
     model, batch = adapted(), tokens(4, 64)
     model.add_adapter("large", peft.LoraConfig(r=512, target_modules=["up_proj", "down_proj"]))

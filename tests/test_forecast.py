@@ -31,6 +31,8 @@ from tightfit.report import forecast_report, forecast_table
 ROOT = Path(__file__).parents[1]
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "forecast.py"))
 
+#: Which steps the fast suite compares: each way to train, a router, and 4-bit weights.
+FAST = ("gpt2-full-none", "llama-qlora-none", "mixtral-full-none")
 TINY = Setup(model="tightfit-demo", method="full", batch=1, seq=64, dtype="bf16", optimizer="adamw")
 
 
@@ -41,8 +43,9 @@ def card(size_bytes: int) -> Device:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=f"{case.arch}-{case.method}-{case.mode}", marks=[pytest.mark.slow] if turn >= 6 else [])
-        for turn, case in enumerate(BENCHMARK["cases"](24, seed=3))
+        pytest.param(case, id=name, marks=[] if name in FAST else [pytest.mark.slow])
+        for case in BENCHMARK["cases"](24, seed=3)
+        for name in [f"{case.arch}-{case.method}-{case.mode}"]
     ],
 )
 def test_live_bytes_are_the_allocators_own(case: Any) -> None:
@@ -93,6 +96,7 @@ def test_cuda_rounds_every_block_and_keeps_boolean_dropout_masks() -> None:
     assert recorded.random_state_bytes == 0
 
 
+@pytest.mark.slow
 def test_unrolled_setups_are_the_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = Setup(model="llama-3.2-1b", method="lora", batch=2, seq=64, optimizer="adamw")
     quick = forecast.trace_setup(setup, gpu("rtx-4090"))

@@ -88,7 +88,7 @@ def test_every_step_runs_dry(tmp_path: Path) -> None:
     for peer in ("every-block", "selective"):
         assert peaks[f"tightfit at {peer}'s peak"] <= peaks[peer] * 1.005
     proof = steps["compiled"]["rows"][-1]
-    assert proof["way"] == "proof" and proof["passed"], proof
+    assert proof["way"] == "proof" and proof["passed"], str(proof)
 
 
 NOTICES = """

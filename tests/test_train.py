@@ -35,7 +35,7 @@ from tightfit.train.options import check_options
 
 TINY = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
     "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "attention_dropout": 0.1,
 }  # fmt: skip
 STEPS = 10
@@ -308,7 +308,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> Non
     monkeypatch.setattr(training.Run, "trainer", interrupted)
 
 
-@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "qlora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_adapters_resume_bit_for_bit(method: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"method": method, "steps": 6, "budget": "85%"}
     reference = train(options(place, tmp_path / "whole", **changes, compare_steps=3))
@@ -420,6 +421,7 @@ def test_a_run_from_a_file_is_cut_and_goes_on(place: Path, tmp_path: Path, monke
 # ------------------------------------------------------------------------------------------ a plan that is given
 
 
+@pytest.mark.slow
 def test_a_plan_of_another_run_trains_and_goes_on_without_its_file(
     place: Path, whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -551,7 +553,7 @@ def patch(monkeypatch: pytest.MonkeyPatch, where: str, now: list[int], steps: li
 @pytest.mark.parametrize(
     ("where", "steps"),
     [
-        ("forward", [2, 5, 5]),
+        pytest.param("forward", [2, 5, 5], marks=pytest.mark.slow),
         ("torn", [5]),
         pytest.param("backward", [5], marks=pytest.mark.slow),
         pytest.param("optimizer", [1], marks=pytest.mark.slow),
@@ -593,6 +595,7 @@ def test_out_of_memory_without_end(
     assert exit_code(caught.value) == 1
 
 
+@pytest.mark.slow
 def test_a_plan_in_tiles_is_no_failure(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_training: list[int], capsys: Any
 ) -> None:
@@ -748,6 +751,7 @@ def test_a_trl_yaml_trains_as_trl_would(place: Path, tmp_path: Path) -> None:
     assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == list(run.losses)
 
 
+@pytest.mark.slow
 def test_checkpointing_in_a_yaml_gives_way(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own is off, in the steps that are compared too, and the run says so."""
     on: list[bool] = []

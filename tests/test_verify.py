@@ -267,7 +267,7 @@ def test_calls_of_one_unit_that_save_different_tensors_share_a_plan(share: str) 
     plan = tightfit.plan(trace, share)
     assert plan.replays
     proof = tightfit.verify(model, batch, plan)
-    assert proof.passed, proof
+    assert proof.passed, str(proof)
     assert "replayed whole" not in proof["time"].measured
     assert "off by +0.000%" in proof["prediction"].measured
 

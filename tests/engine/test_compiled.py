@@ -222,7 +222,8 @@ def test_masks_are_the_same_in_forward_and_backward() -> None:
     assert torch.equal(first, model.out[0]) and torch.equal(second, model.out[0])
 
 
-@pytest.mark.parametrize(("name", "autocast"), [("gpt2", False), pytest.param("llama", True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "autocast"), [("gpt2", False), ("llama", True)])
 def test_transformers_models(name: str, autocast: bool) -> None:
     def make() -> Any:
         torch.manual_seed(0)
@@ -325,6 +326,7 @@ def test_a_plan_that_goes_and_comes_is_compiled_once() -> None:
     assert not counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_more_decisions_than_the_compilers_limit() -> None:
     batch = data()
     model = Stack(blocks=12)
@@ -638,6 +640,7 @@ def test_fit_says_what_the_compiled_step_needs() -> None:
     assert all("forward" not in vars(block) for block in model.blocks)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_longer_batches_and_accumulation_reach_the_guard() -> None:
     model = compile_whole(Stack())
     applied = tightfit.fit(model, data(32), "70%", longer="refuse")

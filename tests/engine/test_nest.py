@@ -79,8 +79,8 @@ def test_gradients_and_peak(make: Any, slots: int) -> None:
     plan = nested(trace, slots)
     assert plan.advances
     proof = tightfit.verify(model, batch, plan)
-    assert proof["gradients"].passed and proof["prediction"].passed, proof
-    assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.002, proof
+    assert proof["gradients"].passed and proof["prediction"].passed, str(proof)
+    assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.002, str(proof)
 
 
 def test_the_ops_that_run_again_are_those_of_the_sweeps() -> None:

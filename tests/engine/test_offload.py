@@ -96,8 +96,8 @@ def test_gradients_and_peak(make: Any, kept: bool, inputs: bool) -> None:
     trace = recorded(make)
     plan = offloaded(trace, kept=kept, inputs=inputs)
     proof = tightfit.verify(model, batch, plan)
-    assert proof["gradients"].passed and proof["prediction"].passed, proof
-    assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.002, proof
+    assert proof["gradients"].passed and proof["prediction"].passed, str(proof)
+    assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.002, str(proof)
     expected = gradients(model, batch)
     with tightfit.apply(model, plan) as applied:
         assert same(expected, gradients(model, batch))

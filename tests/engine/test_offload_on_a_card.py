@@ -297,5 +297,5 @@ def test_the_peak_has_what_is_under_way(told: list[str]) -> None:
     plan = everything_away(trace)
     assert plan.peak_bytes > 1.1 * on_host
     proof = tightfit.verify(model, x, plan)
-    assert proof["gradients"].passed and proof["prediction"].passed, proof
-    assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.05, proof
+    assert proof["gradients"].passed and proof["prediction"].passed, str(proof)
+    assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.05, str(proof)

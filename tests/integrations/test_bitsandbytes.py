@@ -16,7 +16,7 @@ from tightfit.step.run import static_bytes_by_category
 
 def four_bit(device: str, dtype: torch.dtype, double: bool = True) -> Any:
     config = LlamaConfig(
-        hidden_size=128, intermediate_size=200, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=128, intermediate_size=200, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=256,
     )  # fmt: skip
     torch.manual_seed(0)

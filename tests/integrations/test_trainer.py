@@ -264,6 +264,7 @@ def test_a_callback_serves_two_trainings(tmp_path: Path) -> None:
         assert len(callback.peaks) == 3 and untouched(ours)
 
 
+@pytest.mark.slow
 def test_a_checkpoints_state_is_loaded_into_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[int] = []
 
@@ -779,7 +780,9 @@ def wide() -> Any:
     )
 
 
-@pytest.mark.parametrize(("levers", "budget"), [("recompute,tile", "60%"), ("", "35%")])
+@pytest.mark.parametrize(
+    ("levers", "budget"), [("recompute,tile", "60%"), pytest.param("", "35%", marks=pytest.mark.slow)]
+)
 def test_a_plan_in_tiles_is_proven_with_a_tolerance(levers: str, budget: str, tmp_path: Path) -> None:
     """Asked for by name, and where nothing exact fits."""
     rows = [{"input_ids": list(range(7, 135))}] * 8
@@ -809,7 +812,14 @@ def test_what_the_plan_may_not_use_it_does_not_use(tmp_path: Path) -> None:
         run.train()
 
 
-@pytest.mark.parametrize(("clips", "beside"), [(True, ""), (True, "step_in_backward"), (False, "")])
+@pytest.mark.parametrize(
+    ("clips", "beside"),
+    [
+        pytest.param(True, "", marks=pytest.mark.slow),
+        (True, "step_in_backward"),
+        pytest.param(False, "", marks=pytest.mark.slow),
+    ],
+)
 def test_the_optimizer_steps_in_backward_where_nothing_reads_gradients(
     clips: bool, beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

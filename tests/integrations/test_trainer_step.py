@@ -23,7 +23,7 @@ from tightfit.plan import every_block, simulate
 from tightfit.verify.peak import PeakMeter, static_bytes
 
 harness = load_benchmark("trainer_step")
-FAST = ("llama, dft", "llama, packing", "llama, LoRA with dropout")
+FAST = ("llama, dft", "llama, LoRA with dropout")
 
 
 @pytest.fixture(scope="module")

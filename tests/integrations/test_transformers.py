@@ -18,7 +18,7 @@ from tightfit.integrations.transformers import TightfitCallback, load_model, ran
 def small_model(**changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, vocab_size=200,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=200,
         max_position_embeddings=64, bos_token_id=1, eos_token_id=2, attention_dropout=0.1, **changes,
     )  # fmt: skip
     return LlamaForCausalLM(config)

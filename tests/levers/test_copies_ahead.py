@@ -58,8 +58,8 @@ def with_ahead(trace: Trace, plan: Plan, *names: str) -> Plan:
 
 def assert_held(model: nn.Module, plan: Plan, **step: Any) -> None:
     proof = tightfit.verify(model, BATCH, plan, loss=loss, **step)
-    assert proof.passed, proof
-    assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.05, proof
+    assert proof.passed, str(proof)
+    assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.05, str(proof)
 
 
 @pytest.mark.parametrize("levers", [OF_STATE, f"{OF_STATE},gradients_in_host"])
@@ -211,8 +211,8 @@ def test_weights_that_come_ahead_are_in_the_peak(name: str, levers: str) -> None
     ahead = with_ahead(trace, plan, "stream_weights")
     assert ahead.peak_bytes > plan.peak_bytes
     proof = tightfit.verify(model, ROWS, ahead, loss=called)
-    assert proof.passed, proof
-    assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.05, proof
+    assert proof.passed, str(proof)
+    assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.05, str(proof)
     expected, _ = steps(model, None)
     found, counts = steps(model, ahead)
     assert same(expected, found)
@@ -267,5 +267,5 @@ def test_every_lever_that_copies_ahead_at_once() -> None:
         ahead = with_ahead(trace, plan, *names)
         assert set(ahead.settings) >= {*levers.split(","), "stream_weights"}
         proof = tightfit.verify(model, ROWS, ahead, loss=called, optimizer=optimizer)
-        assert proof.passed, proof
-        assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.05, proof
+        assert proof.passed, str(proof)
+        assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.05, str(proof)

@@ -360,7 +360,7 @@ def test_verify_proves_a_plan(recorded: dict[bool, Trace], levers: str, accumula
     assert host_bytes(recorded[accumulates], plan)[NAME] == sum(p.nbytes for p in model.parameters())
     with gradients_in_place(model, accumulates):
         proof = tightfit.verify(model, IDS, plan, optimizer=optimizer)
-    assert proof.passed, proof
+    assert proof.passed, str(proof)
     measured_bytes = int(proof["prediction"].measured.split("(")[1].split(" ")[0])
     assert abs(measured_bytes / plan.peak_bytes - 1) < 1e-3
     assert not any(p._post_accumulate_grad_hooks or p._backward_hooks for p in model.parameters())

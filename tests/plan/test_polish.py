@@ -58,6 +58,7 @@ def test_nestings_are_judged_by_units_that_hold_little_in_their_own_backward(lla
         assert nested.floor.peak_bytes < 0.95 * simulate_choices(llama, choices, nested.advances).peak_bytes
 
 
+@pytest.mark.slow
 def test_a_nesting_reaches_what_the_deepest_one_chooses() -> None:
     """In a step with adapters, blocks that are alike choose apart at the lowest peak."""
     torch.manual_seed(0)

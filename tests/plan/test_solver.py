@@ -96,7 +96,7 @@ def test_every_budget_that_can_be_held_is_held_whatever_the_solver_says(sabotage
     found_least = lowest(trace, levers=RECOMPUTE).peak_bytes
     assert found_least <= least * 1.03
     unplanned = tightfit.simulate(trace, None).peak_bytes
-    for share in (0.0, 0.1, 0.25, 0.5, 0.75, 0.9):
+    for share in (0.0, 0.25, 0.75):
         budget = int(found_least + share * (unplanned - found_least))
         plan = tightfit.plan(trace, budget, levers=RECOMPUTE)  # the referee has walked it, or it would not be here
         assert plan.peak_bytes <= budget
