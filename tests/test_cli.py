@@ -155,6 +155,7 @@ def test_plan_writes_a_plan_and_explains_it(tightfit: Command, model: str, tmp_p
     assert json.loads(done.stdout)["budget_bytes"] == Plan.load(tmp_path / "other.json").budget_bytes
 
 
+@pytest.mark.slow
 def test_doctor(tightfit: Command, tmp_path: Path) -> None:
     done = tightfit("doctor", "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["torch"]

@@ -107,6 +107,7 @@ def test_unrolled_setups_are_the_whole_models(monkeypatch: pytest.MonkeyPatch) -
     assert quick.static_bytes == whole.static_bytes
 
 
+@pytest.mark.slow
 def test_largest_batch_and_longest_sequence_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tightfit.forecast.answer.advice_for", lambda *_: ())  # not asked for, and half of the time
     room = 96 * 2**20
@@ -477,6 +478,7 @@ def test_a_solver_without_time_still_gives_the_lowest_plan() -> None:
     assert hasty.peak_bytes <= tightfit.simulate(recorded).peak_bytes
 
 
+@pytest.mark.slow
 def test_units_that_are_kept_whole_are_said_and_every_block_is_still_every_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,6 +136,7 @@ def test_closed_streams(tiny: Path, noisy: dict[str, str], tmp_path: Path) -> No
     assert done.returncode == 0 and json.loads((tmp_path / "c.json").read_text())  # nobody else's words in the file
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_traceback(tiny: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(stdout.__file__).parents[2])}
     done = shell("tightfit doctor --json | true", environment, tmp_path)
@@ -165,14 +166,19 @@ def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "lost", ["2>&-", *(pytest.param(way, marks=pytest.mark.slow) for way in ("2> /dev/full", "2> >(true)"))]
 )
-def test_what_cannot_be_said_takes_no_result_with_it(lost: str, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("budget", "code", "key"),
+    [("95%", 0, "choices"), pytest.param("1KiB", 1, "least_bytes", marks=pytest.mark.slow)],
+)
+def test_what_cannot_be_said_takes_no_result_with_it(
+    budget: str, code: int, key: str, lost: str, tiny: Path, tmp_path: Path
+) -> None:
     if "full" in lost and not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     environment = {**os.environ, "PYTHONPATH": str(Path(stdout.__file__).parents[2])}
-    for budget, code, key in (("95%", 0, "choices"), ("1KiB", 1, "least_bytes")):
-        done = shell(f"tightfit plan {tiny} --batch 2 --seq 16 --budget {budget} --json {lost}", environment, tmp_path)
-        assert done.returncode == code
-        assert key in json.loads(done.stdout)
+    done = shell(f"tightfit plan {tiny} --batch 2 --seq 16 --budget {budget} --json {lost}", environment, tmp_path)
+    assert done.returncode == code
+    assert key in json.loads(done.stdout)
 
 
 def test_help_and_version_are_results(noisy: dict[str, str], tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_the_saving_is_measured_and_real(name: str) -> None:
     assert tightfit.active(model, batch).saves_bytes is None
 
 
-@pytest.mark.parametrize("name", ["llama", "lora"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_predicted_saving_is_the_measured_one(name: str) -> None:
     model, batch = made(name)
     outcome(model, batch)  # gradients are there, so that both steps count them alike

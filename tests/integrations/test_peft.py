@@ -144,7 +144,7 @@ def experts(implementation: str) -> tuple[Any, dict[str, torch.Tensor]]:
     return model, {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", pytest.param("eager", marks=pytest.mark.slow)])
 def test_adapters_of_experts_parameters_are_planned(implementation: str) -> None:
     """PEFT registers a parametrization in every forward, which puts the frozen parameter where it is already."""
     model, batch = experts(implementation)

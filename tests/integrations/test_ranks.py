@@ -25,7 +25,7 @@ FSDP2 = hasattr(FSDPModule, "reset_iter_state")
 TWENTY_STEPS = (*(("fsdp",) if FSDP2 else ()), "ddp-lora")
 TWENTY_STEPS_MORE = ("fsdp-whole", "fsdp-bf16-lora", "fsdp-accumulated", "ddp-views", "ddp-accumulated")
 OTHERS = (
-    "proven-fsdp", "longer-fsdp", "another", "toolittle", "waiting", "inside", "budgets", "fails", "late",
+    "proven-fsdp", "another", "toolittle", "waiting", "inside", "fails", "late",
 )  # fmt: skip
 FOUR = ("fsdp-lora", "fsdp-mesh", "ddp", "another", "late")
 slow = pytest.mark.slow
@@ -62,7 +62,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, An
 
 @pytest.fixture(scope="module")
 def two_more(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    return launched(tmp_path_factory.mktemp("more"), 2, (*TWENTY_STEPS_MORE, "longer-ddp", "trainer-ddp", "uneven"))
+    return launched(
+        tmp_path_factory.mktemp("more"),
+        2,
+        (*TWENTY_STEPS_MORE, "longer-fsdp", "longer-ddp", "budgets", "trainer-ddp", "uneven"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +117,10 @@ def has_all_plan_anew(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert first["peak"] < second["peak"] <= second["budget"] == first["budget"]
 
 
+@slow
 @needs_fsdp2
-def test_a_longer_batch_on_one_rank_has_all_plan_anew(two: dict[str, Any]) -> None:
-    has_all_plan_anew(*two["longer-fsdp"])
+def test_a_longer_batch_on_one_rank_has_all_plan_anew(two_more: dict[str, Any]) -> None:
+    has_all_plan_anew(*two_more["longer-fsdp"])
 
 
 @slow
@@ -151,10 +156,11 @@ def test_a_plan_that_is_given_is_that_of_all_ranks_or_of_none(two: dict[str, Any
         assert found["says"].startswith(who) and "and may take" in found["says"], found["says"]
 
 
+@slow
 @needs_fsdp2
-def test_the_least_of_the_ranks_budgets_holds(two: dict[str, Any]) -> None:
-    least = min(rank["asked"] for rank in two["budgets"])
-    for rank in two["budgets"]:
+def test_the_least_of_the_ranks_budgets_holds(two_more: dict[str, Any]) -> None:
+    least = min(rank["asked"] for rank in two_more["budgets"])
+    for rank in two_more["budgets"]:
         assert rank["peak"] <= rank["budget"] == least
 
 
@@ -264,6 +270,7 @@ def test_more_ranks_hold_less_and_take_no_longer_to_plan() -> None:
     assert len(few.ops) == len(many.ops) and len(few.events) == len(many.events)
 
 
+@pytest.mark.slow
 @needs_fsdp2
 def test_weights_that_are_given_back_are_not_swept_through() -> None:
     recorded = pretended(2)

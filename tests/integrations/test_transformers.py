@@ -48,7 +48,7 @@ def train(model: Any, folder: Path, callback: TightfitCallback | None, **changes
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("accumulation", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_losses_are_those_without_the_callback(method: str, accumulation: int, tmp_path: Path) -> None:
     def model() -> Any:

@@ -33,7 +33,7 @@ ARCHITECTURES = [
 #: One of each kind; the others are like one of these in what they run.
 FAST = frozenset(
     {
-        "gpt2", "gpt_neox", "bloom", "gemma2", "mixtral", "gpt_oss", "mamba2", "seq2seq:t5", "masked:bert",
+        "gpt2", "gpt_neox", "bloom", "gemma2", "mixtral", "gpt_oss", "mamba2", "seq2seq:t5", "masked:distilbert",
     }
 )  # fmt: skip
 
