@@ -388,7 +388,9 @@ def test_an_empty_name_is_not_this_folder(
     assert [entry.name for entry in Path().iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("command", ["plan", "measure", "train"])
+@pytest.mark.parametrize(
+    "command", ["plan", *(pytest.param(each, marks=pytest.mark.slow) for each in ("measure", "train"))]
+)
 def test_more_than_the_unplanned_peak_is_harmless_and_said(
     command: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

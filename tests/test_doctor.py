@@ -544,6 +544,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return status, out, err
 
 
+@pytest.mark.slow
 def test_the_command_for_a_model(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = told(capsys, folder, "--batch", "8", "--seq", "64", "--json")
     report = json.loads(out)

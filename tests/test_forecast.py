@@ -231,7 +231,7 @@ def test_quick_searches_do_not_end_by_the_clock_of_a_busy_machine(monkeypatch: p
     assert asked and min(asked) > 2  # nodes end a search; on an idle machine it takes half a second at most
 
 
-@pytest.mark.parametrize("trainer", ["model", "dpo"])
+@pytest.mark.parametrize("trainer", ["model", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_tokens_a_second_are_those_of_the_step(trainer: str) -> None:
     setup = dataclasses.replace(TINY, batch=3, trainer=trainer)
     answer = forecast.check(setup, gpu("rtx-4090"), search=False)
@@ -499,6 +499,7 @@ def test_units_that_are_kept_whole_are_said_and_every_block_is_still_every_block
     assert blocks.peak_bytes < 0.8 * none.peak_bytes and blocks.recompute_flops > 0
 
 
+@pytest.mark.slow
 def test_expert_weights_that_stay_in_sixteen_bits_are_said(tmp_path: Path) -> None:
     setup = Setup(model=folder(tmp_path / "moe", **MIXTRAL), method="qlora", seq=64, optimizer="none")
     answer = forecast.check(setup, forecast.device_asked("8GiB"), search=False)

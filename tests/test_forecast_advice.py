@@ -39,7 +39,7 @@ def named_in(advice: Iterable[str]) -> frozenset[Lever]:
 @pytest.mark.parametrize(
     ("method", "part", "more"),
     [
-        ("lora", 0.9, {Lever.STREAM_WEIGHTS}),
+        pytest.param("lora", 0.9, {Lever.STREAM_WEIGHTS}, marks=pytest.mark.slow),
         ("full", 1.0, {Lever.STATE_IN_HOST}),
         ("full", 0.85, {Lever.STATE_IN_HOST, Lever.GRADIENTS_IN_HOST}),
     ],

@@ -358,6 +358,7 @@ def test_a_forecast_says_that_the_host_budget_binds(monkeypatch: pytest.MonkeyPa
     assert answers[1].advice[0].startswith("the host budget of 1000 B is what binds: with ")
 
 
+@pytest.mark.slow
 def test_all_cards_are_asked_with_the_levers_and_the_limit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

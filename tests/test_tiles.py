@@ -697,6 +697,7 @@ def wide_blocks() -> tuple[nn.Module, dict[str, Any]]:
     return model.train(), {"input_ids": ids, "labels": ids}
 
 
+@pytest.mark.slow
 def test_chunked_blocks_are_predicted_and_proven() -> None:
     model, batch = wide_blocks()
     trace = tightfit.trace(model, batch)

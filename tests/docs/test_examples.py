@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
-#: Half a minute, for what the README's own block does.
-LONG = {"lora.py"}
+#: Long, for what the README's own block and `test_ranks` do.
+LONG = {"lora.py", "fsdp.py"}
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,7 @@ def test_transformers_models(name: str, autocast: bool) -> None:
 # -------------------------------------------------------------------------------------------------- tags
 
 
+@pytest.mark.slow
 def test_the_partitioner_does_what_the_tags_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrix products in the backward graph: two each as gradients, and those of the forward that the plan drops."""
     products: list[int] = []
@@ -290,6 +291,7 @@ def test_the_partitioner_does_what_the_tags_say(monkeypatch: pytest.MonkeyPatch)
     assert (dropped, half) == (alone + 3, alone)
 
 
+@pytest.mark.slow
 def test_equal_blocks_are_compiled_once() -> None:
     """Twelve blocks by three decisions: were each compiled, the compiler's limit of eight would be passed."""
     batch = data()
@@ -621,6 +623,7 @@ def test_fit_measures_what_it_promises(compile_it: Any) -> None:
     assert not tightfit.engine.applied_to(model)
 
 
+@pytest.mark.slow
 def test_fit_leaves_a_compiled_step_that_fits_alone() -> None:
     """Uncompiled it would not: the compiler saves less than autograd does."""
     batch = data(256)

@@ -25,11 +25,13 @@ def four_bit(device: str, dtype: torch.dtype, double: bool = True) -> Any:
     return add_lora(quantise(model, dtype, double=double), rank=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "double"),
     [
         (torch.bfloat16, True),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(torch.float32, True), (torch.bfloat16, False)]),
+        (torch.float32, True),
+        (torch.bfloat16, False),
     ],
 )
 def test_the_twin_is_as_large_and_does_the_same(dtype: torch.dtype, double: bool) -> None:

@@ -51,6 +51,7 @@ def test_the_forecast_of_dpo_is_what_the_trainer_needs(method: str) -> None:
     assert abs(row["own_loss_off"]) > 0.1
 
 
+@pytest.mark.slow
 def test_the_forecast_of_trls_own_defaults_is_what_the_trainer_needs(tmp_path: Path) -> None:
     """bf16 by autocast, float32 weights, every block checkpointed by torch: what `SFTTrainer` does if it is told
     nothing. Autocast ends with the model's forward, and its copies of weights with it."""
@@ -142,7 +143,7 @@ def test_the_model_is_given_back(trainer: str, method: str, tmp_path: Path) -> N
     assert own.losses  # the model's own loss, as if nothing had been
 
 
-@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+@pytest.mark.parametrize("trainer", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_the_adapters_of_4_bit_models_are_trained_in_bfloat16(trainer: str, tmp_path: Path) -> None:
     """TRL makes them so. The state of the optimizer is in the dtype of what it trains, whatever was forecast before."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))

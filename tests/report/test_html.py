@@ -307,6 +307,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_plan_writes_a_page_and_refuses_a_place_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tightfit.report.study", functools.partial(study, points=3))
     target = tmp_path / "plan.html"
