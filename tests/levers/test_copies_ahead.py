@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,12 @@ from torch import nn
 
 import tightfit
 from tightfit.core import Phase, Plan, PlanMismatch, Trace, dumps, loads
+from tightfit.engine import Applied
 from tightfit.levers.stream_weights import DEFINITION as STREAM
 from tightfit.levers.stream_weights.requests import Request, foreseen, requests_of
 from tightfit.plan import lowest, simulate
+from tightfit.step.run import elsewhere, is_elsewhere
+from tightfit.verify.peak import PeakMeter
 
 OF_STATE = "recompute,state_in_host"
 OF_WEIGHTS = "recompute,stream_weights"
@@ -269,3 +273,52 @@ def test_every_lever_that_copies_ahead_at_once() -> None:
         proof = tightfit.verify(model, ROWS, ahead, loss=called, optimizer=optimizer)
         assert proof.passed, str(proof)
         assert abs(float(proof["prediction"].measured.split("off by ")[1].rstrip("%"))) <= 0.05, str(proof)
+
+
+# ------------------------------------------------------------------------------- a model that is dropped
+
+
+def in_force(lever: str) -> tuple[nn.Module, torch.optim.Optimizer | None, Applied]:
+    """A model with a plan in force and a step behind it, in a cycle with what belongs to it."""
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer | None]:
+        return stack() if lever == "state_in_host" else (Blocks(0, 1, 2), None)
+
+    rows, run = (BATCH, loss) if lever == "state_in_host" else (ROWS, called)
+    model, optimizer = made()  # another one, since a recording may know its model a while
+    plan = lowest(tightfit.trace(model, rows, run, optimizer=optimizer), levers=f"recompute,{lever}")
+    model, optimizer = made()
+    applied = tightfit.apply(model, plan, optimizer=optimizer)
+    run(model, rows).backward()
+    if optimizer is not None:
+        optimizer.step()
+    model.__dict__["all of it"] = model, optimizer, applied
+    return model, optimizer, applied
+
+
+@pytest.mark.parametrize("lever", ["stream_weights", "state_in_host"])
+def test_what_the_collector_takes_is_not_brought_back_first(lever: str) -> None:
+    """A model is dropped with its plan in force. What runs when Python finds that has the memory for itself."""
+    gc.collect()
+    gc.disable()
+    try:
+        in_force(lever)
+        with PeakMeter("cpu") as collecting:
+            assert gc.collect() > 0
+    finally:
+        gc.enable()
+    assert collecting.rise_bytes == 0
+
+
+@pytest.mark.parametrize("lever", ["stream_weights", "state_in_host"])
+def test_what_somebody_still_has_is_brought_back(lever: str) -> None:
+    model, optimizer, applied = in_force(lever)
+
+    def waiting() -> bool:
+        if optimizer is None:
+            return any(map(is_elsewhere, model.parameters()))
+        return any(value in elsewhere for state in optimizer.state.values() for value in state.values())
+
+    assert waiting()
+    applied.remove()
+    assert not waiting()

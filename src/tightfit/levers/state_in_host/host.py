@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -47,6 +48,8 @@ class HostState:
 
     def __init__(self, optimizer: Optimizer, waiting: Waiting, pool: Any, *, ahead: bool = False) -> None:
         self.optimizer, self.waiting, self.pool, self.ahead = optimizer, waiting, pool, ahead
+        # with a callback, since Python clears such a reference before it closes what is dropped with the optimizer
+        self._of_optimizer = weakref.ref(optimizer, _ignored)
         self._chosen: dict[torch.Tensor, bool] = {}
         # by parameter and name: room in host memory, which is used again in every step
         self._rooms: dict[torch.Tensor, dict[Any, torch.Tensor]] = {}
@@ -174,8 +177,10 @@ class HostState:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._undo.close()
-        with quietly():  # a plan that was dropped is left by Python's collector, which may run in a recorded forward
-            left = self._brought_back()
+        left = 0
+        if self._of_optimizer() is not None:  # else nobody will read it, and Python's collector may run at any time
+            with quietly():  # in a recorded forward, too
+                left = self._brought_back()
         self._rooms.clear()
         self._buffers.clear()  # of what stays in host memory; its state holds them
         _warn_of(left)
@@ -194,6 +199,10 @@ class HostState:
             for buffer in self._buffers.pop(parameter, ()):
                 self.pool.room_is_free(buffer, parameter.device)
         return left
+
+
+def _ignored(reference: Any) -> None:
+    """The optimizer went."""
 
 
 @contextlib.contextmanager

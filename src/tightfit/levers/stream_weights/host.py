@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,8 @@ class _Weight:
         self.buffer = _as_bytes(tensor) if buffer is None else alone(buffer[: self.size_bytes])
         self.room = self._on(self.buffer)
         stays_elsewhere(self.room)
+        # with a callback, since Python clears such a reference before it closes what is dropped with the weight
+        self._of_tensor = weakref.ref(tensor, _ignored)
         self.changes = 0  # that its version does not count
         self.to_compare = _COMPARED
         self.send()
@@ -121,8 +124,8 @@ class _Weight:
 
     def leave(self) -> None:
         """Nobody has it wait any more. What never was on the device stays where it is, since the device need not have
-        room for it."""
-        if self.was_on_device:
+        room for it. So does what Python's collector takes with its model, whenever that is: nobody will read it."""
+        if self.was_on_device and self._of_tensor() is not None:
             self.bring_back()
         else:
             comes_back(self.room)
@@ -193,6 +196,10 @@ class _Weight:
                 "it: something writes it that torch does not see, or the copy went wrong; leave stream_weights out of "
                 "the levers"
             )
+
+
+def _ignored(reference: Any) -> None:
+    """The weight went."""
 
 
 def _are_alike(room: torch.Tensor, copy: torch.Tensor) -> bool:
