@@ -31,7 +31,7 @@ from tightfit.report import forecast_report, forecast_table
 ROOT = Path(__file__).parents[1]
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "forecast.py"))
 
-#: Which steps the fast suite compares: each way to train, a router, and 4-bit weights.
+#: Which steps the fast suite compares: full fine-tuning, 4-bit weights, and a router.
 FAST = ("gpt2-full-none", "llama-qlora-none", "mixtral-full-none")
 TINY = Setup(model="tightfit-demo", method="full", batch=1, seq=64, dtype="bf16", optimizer="adamw")
 

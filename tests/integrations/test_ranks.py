@@ -111,22 +111,14 @@ def test_verify_proves_a_sharded_step(two: dict[str, Any]) -> None:
         assert rank["checks"]["gradients"] == "30 identical"
 
 
-def has_all_plan_anew(first: dict[str, Any], second: dict[str, Any]) -> None:
+@slow
+@needs_fsdp2
+@pytest.mark.parametrize("case", ["longer-fsdp", "longer-ddp"])
+def test_a_longer_batch_on_one_rank_has_all_plan_anew(two_more: dict[str, Any], case: str) -> None:
+    first, second = two_more[case]
     assert first["replanned"] and second["replanned"]
     assert first["decisions"] == second["decisions"]
     assert first["peak"] < second["peak"] <= second["budget"] == first["budget"]
-
-
-@slow
-@needs_fsdp2
-def test_a_longer_batch_on_one_rank_has_all_plan_anew(two_more: dict[str, Any]) -> None:
-    has_all_plan_anew(*two_more["longer-fsdp"])
-
-
-@slow
-@needs_fsdp2
-def test_a_longer_batch_has_all_plan_anew_under_ddp(two_more: dict[str, Any]) -> None:
-    has_all_plan_anew(*two_more["longer-ddp"])
 
 
 @needs_fsdp2
@@ -270,7 +262,7 @@ def test_more_ranks_hold_less_and_take_no_longer_to_plan() -> None:
     assert len(few.ops) == len(many.ops) and len(few.events) == len(many.events)
 
 
-@pytest.mark.slow
+@slow
 @needs_fsdp2
 def test_weights_that_are_given_back_are_not_swept_through() -> None:
     recorded = pretended(2)

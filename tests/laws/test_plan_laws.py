@@ -76,9 +76,23 @@ def test_every_plan_is_within_its_budget(seed: int, share: float) -> None:
     assert plan.bound_seconds <= plan.recompute_seconds
 
 
-@settings(LAW, max_examples=6)  # each makes several plans
-@given(seeds, st.lists(shares, min_size=2, max_size=5))
+several = st.lists(shares, min_size=2, max_size=5)
+
+
+@settings(LAW, max_examples=6)
+@given(seeds, several)
 def test_time_never_rises_with_the_budget(seed: int, wanted: list[float]) -> None:
+    time_never_rises(seed, wanted)
+
+
+@pytest.mark.slow
+@LAW
+@given(seeds, several)
+def test_time_never_rises_in_more_steps(seed: int, wanted: list[float]) -> None:
+    time_never_rises(seed, wanted)
+
+
+def time_never_rises(seed: int, wanted: list[float]) -> None:
     trace = recorded(seed)
     seconds = [plan.recompute_seconds for share in sorted(wanted) if (plan := planned(trace, share))]
     assert all(later <= earlier * 1.02 + 1e-9 for earlier, later in itertools.pairwise(seconds))

@@ -285,9 +285,9 @@ def in_force(lever: str) -> tuple[nn.Module, torch.optim.Optimizer | None, Appli
         return stack() if lever == "state_in_host" else (Blocks(0, 1, 2), None)
 
     rows, run = (BATCH, loss) if lever == "state_in_host" else (ROWS, called)
-    model, optimizer = made()  # another one, since a recording may know its model a while
-    plan = lowest(tightfit.trace(model, rows, run, optimizer=optimizer), levers=f"recompute,{lever}")
     model, optimizer = made()
+    plan = lowest(tightfit.trace(model, rows, run, optimizer=optimizer), levers=f"recompute,{lever}")
+    model, optimizer = made()  # not the one that was recorded, which a recording may know a while
     applied = tightfit.apply(model, plan, optimizer=optimizer)
     run(model, rows).backward()
     if optimizer is not None:

@@ -54,6 +54,14 @@ def is_elsewhere(tensor: torch.Tensor) -> bool:
     return known is not None and known() is storage
 
 
+def reachable(thing: Any) -> Callable[[], bool]:
+    """Can anybody still reach `thing`? To be asked when what holds it closes: where Python's collector closes that, it
+    may take `thing` as well. It clears the weak references to what it takes before it closes anything, if they have a
+    callback."""
+    reference = weakref.ref(thing, lambda _: None)
+    return lambda: reference() is not None
+
+
 def call(model: nn.Module, batch: Any) -> Any:
     """The model's output for `batch`: a mapping (keyword arguments), a tuple or list (positional) or a tensor."""
     if isinstance(batch, Mapping):

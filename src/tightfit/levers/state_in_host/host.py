@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -29,7 +28,7 @@ from tightfit.core import TightfitError
 from tightfit.levers.optimizer_step import Waiting
 from tightfit.step.geometry import laid_out_like
 from tightfit.step.optimizers import Part, around_parts, bytes_of, has_gradients, is_movable, movable_state
-from tightfit.step.run import elsewhere
+from tightfit.step.run import elsewhere, reachable
 from tightfit.step.saved import quietly
 
 __all__ = ["HostState", "loaded_on_host", "settled"]
@@ -48,8 +47,7 @@ class HostState:
 
     def __init__(self, optimizer: Optimizer, waiting: Waiting, pool: Any, *, ahead: bool = False) -> None:
         self.optimizer, self.waiting, self.pool, self.ahead = optimizer, waiting, pool, ahead
-        # with a callback, since Python clears such a reference before it closes what is dropped with the optimizer
-        self._of_optimizer = weakref.ref(optimizer, _ignored)
+        self._is_reachable = reachable(optimizer)
         self._chosen: dict[torch.Tensor, bool] = {}
         # by parameter and name: room in host memory, which is used again in every step
         self._rooms: dict[torch.Tensor, dict[Any, torch.Tensor]] = {}
@@ -178,7 +176,7 @@ class HostState:
     ) -> None:
         self._undo.close()
         left = 0
-        if self._of_optimizer() is not None:  # else nobody will read it, and Python's collector may run at any time
+        if self._is_reachable():  # else nobody will read it, and Python's collector may run at any time
             with quietly():  # in a recorded forward, too
                 left = self._brought_back()
         self._rooms.clear()
@@ -199,10 +197,6 @@ class HostState:
             for buffer in self._buffers.pop(parameter, ()):
                 self.pool.room_is_free(buffer, parameter.device)
         return left
-
-
-def _ignored(reference: Any) -> None:
-    """The optimizer went."""
 
 
 @contextlib.contextmanager

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +41,7 @@ from tightfit.step.geometry import Geometry, alone
 from tightfit.step.mapped import Mapped
 from tightfit.step.parallel import Strategy, strategy_of
 from tightfit.step.patches import MethodPatch
-from tightfit.step.run import comes_back, is_elsewhere, stays_elsewhere
+from tightfit.step.run import comes_back, is_elsewhere, reachable, stays_elsewhere
 from tightfit.step.saved import quietly, without_history
 from tightfit.step.weights import FrozenModule, frozen_modules, lend, lender_of, nodes_of_its_own
 
@@ -92,8 +91,7 @@ class _Weight:
         self.buffer = _as_bytes(tensor) if buffer is None else alone(buffer[: self.size_bytes])
         self.room = self._on(self.buffer)
         stays_elsewhere(self.room)
-        # with a callback, since Python clears such a reference before it closes what is dropped with the weight
-        self._of_tensor = weakref.ref(tensor, _ignored)
+        self._is_reachable = reachable(tensor)
         self.changes = 0  # that its version does not count
         self.to_compare = _COMPARED
         self.send()
@@ -125,7 +123,7 @@ class _Weight:
     def leave(self) -> None:
         """Nobody has it wait any more. What never was on the device stays where it is, since the device need not have
         room for it. So does what Python's collector takes with its model, whenever that is: nobody will read it."""
-        if self.was_on_device and self._of_tensor() is not None:
+        if self.was_on_device and self._is_reachable():
             self.bring_back()
         else:
             comes_back(self.room)
@@ -196,10 +194,6 @@ class _Weight:
                 "it: something writes it that torch does not see, or the copy went wrong; leave stream_weights out of "
                 "the levers"
             )
-
-
-def _ignored(reference: Any) -> None:
-    """The weight went."""
 
 
 def _are_alike(room: torch.Tensor, copy: torch.Tensor) -> bool:
