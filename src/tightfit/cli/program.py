@@ -29,6 +29,7 @@ from tightfit.cli.report import report
 from tightfit.cli.train import train
 from tightfit.core import (
     BudgetInfeasible,
+    Interrupts,
     InvalidInput,
     PlanMismatch,
     ReplayDiverged,
@@ -108,6 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(asked: list[str]) -> int:
+    with Interrupts() as interrupts:
+        return _told(asked, interrupts)
+
+
+def _told(asked: list[str], interrupts: Interrupts) -> int:
     debug = "--debug" in asked
     given = [argument for argument in asked if argument != "--debug"]  # so that it may stand after the command too
     try:
@@ -146,6 +152,9 @@ def _run(asked: list[str]) -> int:
         _tell_launcher(error)
         if debug:
             raise
+        if interrupts.came:
+            say_on_stderr("interrupted")
+            return EXIT_INTERRUPTED
         if isinstance(error, ModuleNotFoundError) and (lacking := _lacking(error, given)):
             say_on_stderr(lacking)
             return EXIT_WRONG_INPUT

@@ -21,6 +21,7 @@ from tightfit.core.errors import (
 from tightfit.core.files import output_file, write_bytes, write_text
 from tightfit.core.folders import parse_spill
 from tightfit.core.formats import format_apart, format_bytes
+from tightfit.core.interrupts import Interrupts
 from tightfit.core.levers import Lever, LeversAsked, by_name, levers_named, parse_levers
 from tightfit.core.recorded import (
     HOST_KIND,
@@ -82,6 +83,7 @@ __all__ = [
     "Forecast",
     "Frame",
     "FrozenWeights",
+    "Interrupts",
     "InvalidInput",
     "Kind",
     "Lever",

@@ -1,7 +1,7 @@
 """The state around a call that its replay must find again: autocast, grad mode, default device and dtype, the switches
 of kernels, random states, and the buffers and attributes of the module.
 
-Invariant: what is entered for a replay is left again, also when the replay raises.
+Invariant: what is entered for a forward or a replay is left again, also when it raises, and wherever Ctrl-C comes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.overrides import _get_current_function_mode_stack
 from tightfit import accelerator
 from tightfit.accelerator import numerics
 from tightfit.core import Unsupported
+from tightfit.step.modes import kept_in_force
 
 
 class _Active(threading.local):
@@ -35,13 +36,33 @@ def is_active() -> bool:
     return _active.depth > 0
 
 
-@contextlib.contextmanager
-def activated() -> Iterator[None]:
-    _active.depth += 1
-    try:
-        yield
-    finally:
+class activated:
+    """This thread is inside a frame."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        _active.depth += 1
+
+    def __exit__(self, *_: object) -> None:
         _active.depth -= 1
+
+
+class kept_as_found(kept_in_force):
+    """After an error, what was in force before the block is in force again, and this thread inside as many frames.
+
+    It stands before all else that a frame enters: a frame that was never left would let no plan work in this thread.
+    """
+
+    __slots__ = ("_depth",)
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._depth = _active.depth
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        _active.depth = self._depth
+        super().__exit__(kind, *rest)
 
 
 _NOTHING = object()

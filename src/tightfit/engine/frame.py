@@ -45,6 +45,7 @@ from tightfit.engine.ambient import (
     activated,
     called_in,
     foreign_random_states,
+    kept_as_found,
     restore_foreign_random_states,
 )
 from tightfit.engine.casts import CastView
@@ -220,7 +221,7 @@ class Frame:
         try:
             hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
             self.is_running = True
-            with activated(), hooks, _Watch(self):
+            with kept_as_found(), activated(), hooks, _Watch(self):
                 out = called_in(self.contexts[0], self.name, self.forward, self.args, self.kwargs)
         except BaseException:
             self.tape = None  # it holds tensors whose history holds it
@@ -548,7 +549,10 @@ class Frame:
         if self.module_state is not None:  # a cache that the forward filled is empty again
             self.module_state.put_back()
         try:
-            with activated(), torch.enable_grad(), self.surroundings.restored(), hooks, mode, self.contexts[1]:
+            with (
+                kept_as_found(), activated(), torch.enable_grad(), self.surroundings.restored(), hooks, mode,
+                self.contexts[1],
+            ):  # fmt: skip
                 restore_foreign_random_states(self.foreign)
                 self.forward(*args, **kwargs)
         except _Stop:
@@ -640,6 +644,13 @@ class _Mode(TorchDispatchMode):
     def is_infra_mode(cls) -> bool:
         """Functions that are compiled run compiled inside a unit, too."""
         return True
+
+    def __exit__(self, kind: Any, error: Any, where: Any) -> None:
+        try:
+            super().__exit__(kind, error, where)
+        except RuntimeError:  # Ctrl-C came while torch had the modes off: `kept_as_found` puts them back
+            if not isinstance(error, KeyboardInterrupt):
+                raise
 
 
 class _Watch(_Mode):

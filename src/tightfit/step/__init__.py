@@ -5,6 +5,7 @@
 | `run` | call the model, find the loss, count what lives throughout |
 | `snapshot` | run a step and leave no mark |
 | `modules`, `signature` | the module tree, its units, what a module is known by |
+| `modes` | what torch keeps in force while a step runs, and how it comes back after an error |
 | `patches` | change how a model runs, and put it back |
 | `ops` | what an op is: its name, its FLOPs, whether it draws random numbers |
 | `parallel`, `ranks` | steps that several processes share, and how they agree |

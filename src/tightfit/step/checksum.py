@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tightfit.accelerator import is_host
 from tightfit.step.geometry import is_dense
+from tightfit.step.modes import modes_off
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WORD_BYTES = 8
@@ -35,7 +35,7 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor | int | None:
     tensors."""
     if tensor.is_meta or isinstance(tensor, FakeTensor):
         return None
-    with _disable_current_modes(), torch.no_grad():
+    with modes_off(), torch.no_grad():
         try:
             return _mark(_parts(_bits(tensor)))
         except torch.OutOfMemoryError:
@@ -47,7 +47,7 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor | int | None:
 def differs(tensor: torch.Tensor, mark: torch.Tensor | int) -> bool:
     """Does `tensor` differ from the one that `mark` was made of?"""
     found = checksum(tensor)
-    with _disable_current_modes():
+    with modes_off():
         return found is not None and bool(found != mark)
 
 

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tightfit.accelerator import HOST
 from tightfit.step.geometry import is_dense
+from tightfit.step.modes import modes_off
 from tightfit.step.parallel import local_of
 
 __all__ = [
@@ -378,7 +378,7 @@ def refusal(make: Any, groups: Sequence[dict[str, Any]], *, sliced: bool = False
         return "a fused kernel may round the ends of what it is given otherwise, and has no temporaries"
     try:
         # on real tensors, whatever mode the step itself is recorded in
-        with _disable_current_modes(), torch.device(HOST), torch.random.fork_rng(devices=()):
+        with modes_off(), torch.device(HOST), torch.random.fork_rng(devices=()):
             whole, single = (_tried(make, groups, slices) for slices in (0, 2 if sliced else 1))
             same = len(whole) == len(single) and all(_same(a, b) for a, b in zip(whole, single, strict=True))
     except Exception as error:  # whatever an optimizer raises here means that it cannot be tried

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit import accelerator
+from tightfit.step.modes import kept_in_force
 from tightfit.step.ops import changes_nothing
 from tightfit.step.parallel import (
     forget_step,
@@ -39,7 +40,8 @@ def undisturbed(model: nn.Module, batch: Any = None) -> Iterator[Snapshot]:
     restart = Snapshot(model, batch)
     restart()
     try:
-        yield restart
+        with kept_in_force():
+            yield restart
     finally:
         restart.give_back()
 

@@ -23,6 +23,7 @@ from tightfit.core import (
     Account,
     Backing,
     Check,
+    Interrupts,
     InvalidInput,
     MicroBatches,
     Plan,
@@ -86,6 +87,7 @@ class RunRecord:
         self.status = "running"
         self.error: str | None = None
         self.opened = False
+        self.interrupts = Interrupts()
         self.tokenizer: Any = None
         self.datasets: tuple[Any, Any, bool] = (None, None, False)
 
@@ -354,6 +356,8 @@ class Watch(Losses):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
         run, callback = self.run, self.run.callback
+        if run.interrupts.came:  # what it interrupted was a finaliser, which lets no error through
+            raise KeyboardInterrupt
         assert self.file is not None and callback is not None and callback.plan is not None
         row = {**self.rows[-1], "peak_bytes": callback.peaks[-1]}
         run.steps.append(row)

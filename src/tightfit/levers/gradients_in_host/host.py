@@ -38,10 +38,10 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype as _by
 from tightfit import accelerator
 from tightfit.core import Unsupported
 from tightfit.step.geometry import is_dense, laid_out_like
+from tightfit.step.modes import quietly
 from tightfit.step.optimizers import Part, around_parts, bytes_of
 from tightfit.step.parallel import Strategy, strategy_of
 from tightfit.step.run import comes_back, is_elsewhere, stays_elsewhere
-from tightfit.step.saved import quietly
 from tightfit.step.snapshot import gradients_placed
 
 __all__ = ["HostGradients"]

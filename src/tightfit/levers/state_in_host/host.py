@@ -27,9 +27,9 @@ from torch.optim import Optimizer
 from tightfit.core import TightfitError
 from tightfit.levers.optimizer_step import Waiting
 from tightfit.step.geometry import laid_out_like
+from tightfit.step.modes import quietly
 from tightfit.step.optimizers import Part, around_parts, bytes_of, has_gradients, is_movable, movable_state
 from tightfit.step.run import elsewhere, reachable
-from tightfit.step.saved import quietly
 
 __all__ = ["HostState", "loaded_on_host", "settled"]
 

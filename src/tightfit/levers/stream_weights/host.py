@@ -39,10 +39,11 @@ from tightfit.levers.stream_weights.fetching import Fetching
 from tightfit.step.checksum import checksum
 from tightfit.step.geometry import Geometry, alone
 from tightfit.step.mapped import Mapped
+from tightfit.step.modes import quietly
 from tightfit.step.parallel import Strategy, strategy_of
 from tightfit.step.patches import MethodPatch
 from tightfit.step.run import comes_back, is_elsewhere, reachable, stays_elsewhere
-from tightfit.step.saved import quietly, without_history
+from tightfit.step.saved import without_history
 from tightfit.step.weights import FrozenModule, frozen_modules, lend, lender_of, nodes_of_its_own
 
 __all__ = ["Streamed", "streaming"]

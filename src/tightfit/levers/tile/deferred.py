@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tightfit.core import Unsupported
 from tightfit.levers.tile.head import Head, HeadCall, Job, TiledLoss, applied, refusal
+from tightfit.step.modes import modes_off
 from tightfit.step.run import tensors_in
 
 
@@ -24,7 +24,7 @@ def outline_of(head: Head, hidden: torch.Tensor) -> tuple[int, torch.dtype] | No
     if head.is_linear:
         dtype = head.autocast.dtype if head.autocast.enabled else hidden.dtype
         return head.module.out_features, dtype  # type: ignore[return-value]  # a linear layer's
-    with _disable_current_modes(), torch.no_grad():
+    with modes_off(), torch.no_grad():
         row = hidden.detach().reshape(-1, hidden.shape[-1])[:1]
         out = head.logits(row)
     if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[0] != 1:
@@ -261,7 +261,7 @@ def _each(func: Any, source: Deferred, *args: Any, **kwargs: Any) -> Any:
         out: torch.Tensor = func(logits, *args)
         return out
 
-    with _disable_current_modes():
+    with modes_off():
         plain = [float(a) if isinstance(a, float) else a for a in args if not isinstance(a, torch.Tensor)]
         if len(plain) == len(args):
             dtype = func(torch.empty(0, dtype=source.dtype, device="meta"), *plain).dtype

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tightfit.core import TiledModule
 from tightfit.levers.tile.head import LOW, Autocast, refusal, unhooked
+from tightfit.step.modes import modes_off
 from tightfit.step.patches import refuse_compiled
 from tightfit.step.run import tensors_in
 
@@ -113,7 +114,7 @@ def is_token_wise(module: nn.Module, width: int, dtype: torch.dtype, device: tor
     tokens = 13
     generator = torch.Generator().manual_seed(0)
     given = torch.randn(1, tokens, width, generator=generator).to(device, dtype)
-    with _disable_current_modes(), torch.no_grad():
+    with modes_off(), torch.no_grad():
         before = module.forward(given)
         if not isinstance(before, torch.Tensor) or before.shape[:-1] != given.shape[:-1]:
             return False
