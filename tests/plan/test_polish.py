@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from tests.plan.stacks import Lean, steady, traced
+from torch import nn
 
 import tightfit
-from tightfit.core import Action, Trace
+from tightfit.core import Action, Trace, Unsupported
 from tightfit.device.cost import NOMINAL_CPU, retimed
 from tightfit.plan import Effort, effects, every_block, lowest, planning, table, ways
 from tightfit.plan.polish import _additions, _others, lowered, polished
@@ -138,6 +140,42 @@ def test_what_is_kept_is_tried_first(llama: Trace) -> None:
     mixed = dataclasses.replace(
         choice, actions=tuple(Action.KEEP if v % 2 else Action.RECOMPUTE for v in range(len(choice.actions)))
     )
-    tried = _others({path: mixed}, {path: choice}, path)[2:]
-    kept = [sum(action is Action.KEEP for action in each.actions) for each in tried]
+    tried = _others({path: mixed}, {path: choice}, path, {}, {})[2:]
+    kept = [sum(action is Action.KEEP for action in each.actions) for each, _ in tried]
     assert kept == sorted(kept) and len(set(kept)) == 2
+    # then what backward reads nearest to the peak, and last what did not help before
+    _, *others = range(0, len(choice.actions), 2)
+    apart = {value: abs(value - others[3]) for value in others}
+    tried = _others({path: mixed}, {path: choice}, path, apart, {1: 1, others[3]: 1})[2:]
+    order = [value for _, value in tried]
+    assert order[: len(kept) // 2 - 1] == list(range(3, len(choice.actions), 2))
+    assert sorted(order[len(kept) // 2 - 1 :][:2]) == sorted((others[2], others[4]))
+    assert order[-2:] == [1, others[3]] and set(order) == set(range(len(choice.actions)))
+
+
+class Turns(nn.Module):
+    """A cell in a loop: one long unit, whose backward has the fullest moment in its midst."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(32, 64)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        state = inputs.new_zeros(inputs.shape[0], 64)
+        for turn in range(inputs.shape[1]):
+            state = self.cell(inputs[:, turn], state)
+        return state.square().mean()
+
+
+@pytest.mark.parametrize("turns", [16, 20])  # in the first it takes more tries, in the second the peak is a sum's
+def test_no_value_of_a_loop_more_or_less_takes_its_lowest_peak_down(turns: int) -> None:
+    torch.manual_seed(0)
+    trace = tightfit.trace(Turns(), torch.randn(32, turns, 32))
+    low = lowest(trace, levers=("recompute",))
+    (choice,) = low.choices
+    flipped = {Action.KEEP: Action.RECOMPUTE, Action.RECOMPUTE: Action.KEEP}
+    for value, action in enumerate(choice.actions):
+        actions = (*choice.actions[:value], flipped[action], *choice.actions[value + 1 :])
+        with contextlib.suppress(Unsupported):
+            line = simulate_choices(trace, (dataclasses.replace(choice, actions=actions),))
+            assert line.peak_bytes >= low.peak_bytes, value

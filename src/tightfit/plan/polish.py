@@ -15,17 +15,18 @@ come back as they are.
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from tightfit.core import Action, Advance, Choice, Program, Timeline, Trace, Unsupported
+from tightfit.core import Action, Advance, Choice, EventKind, Program, Timeline, Trace, Unsupported
 from tightfit.plan.program import clusters, kept_values, live_clusters, shared
 from tightfit.plan.simulate import simulate_choices
 
 #: The referee walks so many events in all. On a step of a few hundred ops every value can be tried. Where fewer than
-#: `_FEWEST_TRIES` are left there is no use in it.
+#: `_FEWEST_TRIES` are left there is no use in it. The lowest peak is asked for more seldom, and may take more walks.
 _EVENTS = 60_000
 _FEWEST_TRIES = 8
+_LOWERING = 4  # times as many
 
 
 def polished(
@@ -60,14 +61,16 @@ def lowered(
     """`choices`, of which the referee says `line`, changed in one unit at a time as long as the peak falls. `fewest`:
     each unit's choice of the fewest bytes."""
     chosen, least = {choice.unit: choice for choice in choices}, {choice.unit: choice for choice in fewest}
-    tries = 0 if any(choice.lends for choice in choices) else _tries(trace, choices)
+    tries = 0 if any(choice.lends for choice in choices) else _LOWERING * _tries(trace, choices)
     known: set[tuple[Choice, ...]] = {tuple(chosen.values())}
-    while True:
-        owner = next((path for path in chosen if f" of {path}: " in line.peak_owner), None)
+    tried: dict[str, Counter[int]] = defaultdict(Counter)
+    reads = _reads(trace) if tries else {}
+    while tries > 0:
+        owner = _owner(chosen, line)
         if owner is None or least[owner].keeps_all:  # it is in no unit, or in one that has to keep everything
             break
         before = line
-        for other in _others(chosen, least, owner):
+        for other, value in _others(chosen, least, owner, _apart(reads[owner], line.peak_event), tried[owner]):
             changed = chosen | {owner: other}
             if tuple(changed.values()) in known:
                 continue
@@ -75,6 +78,8 @@ def lowered(
                 break
             tries -= 1
             known.add(tuple(changed.values()))
+            if value is not None:
+                tried[owner][value] += 1
             try:
                 found = simulate_choices(trace, tuple(changed.values()))
             except Unsupported:
@@ -87,20 +92,64 @@ def lowered(
     return tuple(chosen.values()), line
 
 
-def _others(chosen: Mapping[str, Choice], fewest: Mapping[str, Choice], path: str) -> list[Choice]:
-    """What the unit at `path` might do in place of what it does."""
+def _owner(chosen: Mapping[str, Choice], line: Timeline) -> str | None:
+    """The unit that the peak depends on most, if there is one."""
+    if len(chosen) == 1:  # the sums of gradients in its backward are no ops of its own
+        return next(iter(chosen))
+    return next((path for path in chosen if f" of {path}: " in line.peak_owner), None)
+
+
+def _reads(trace: Trace) -> Mapping[str, Sequence[tuple[int, int]]]:
+    """When backward reads what each unit saved: (event, value)."""
+    loads = {event.subject: at for at, event in enumerate(trace.events) if event.what is EventKind.LOAD}
+    units = {frame.id: frame.unit for frame in trace.frames}
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for saved in trace.saved:
+        if saved.frame is not None and saved.ordinal is not None and saved.id in loads:
+            value = trace.programs[saved.frame].slots[saved.ordinal]
+            found[units[saved.frame]].append((loads[saved.id], value))
+    return found
+
+
+def _apart(reads: Sequence[tuple[int, int]], event: int) -> Mapping[int, int]:
+    """How many events before or after this one each value is read, at its nearest."""
+    found: dict[int, int] = {}
+    for at, value in reads:
+        apart = abs(at - event)
+        found[value] = min(apart, found.get(value, apart))
+    return found
+
+
+def _others(
+    chosen: Mapping[str, Choice],
+    fewest: Mapping[str, Choice],
+    path: str,
+    apart: Mapping[int, int],
+    tried: Mapping[int, int],
+) -> list[tuple[Choice, int | None]]:
+    """What the unit at `path` might do in place of what it does, each with the value in which it differs, if it is one.
+
+    What it keeps comes first: to make that again takes bytes down wherever it is only waited with. Then come the values
+    that are read nearest to the peak (`apart`, in events). Where one of them is kept, what it would be made from need
+    not be there. A value that was `tried` before, so many times, comes after all that were tried less often.
+    """
     choice = chosen[path]
-    found = [fewest[path]]
+    found: list[tuple[Choice, int | None]] = [(fewest[path], None)]
     found += [
-        dataclasses.replace(choice, actions=each.actions)
+        (dataclasses.replace(choice, actions=each.actions), None)
         for each in chosen.values()
         if each.program == choice.program and len(each.actions) == len(choice.actions)
     ]
     other = {Action.KEEP: Action.RECOMPUTE, Action.RECOMPUTE: Action.KEEP}
-    # what is kept comes first: to make it again takes bytes down wherever it is only waited with
-    for value, action in sorted(enumerate(choice.actions), key=lambda each: each[1] is not Action.KEEP):
+    last = max(apart.values(), default=0) + 1
+
+    def turn(value: int) -> tuple[int, int]:
+        return tried.get(value, 0), -1 if choice.actions[value] is Action.KEEP else apart.get(value, last)
+
+    for value in sorted(range(len(choice.actions)), key=turn):
+        action = choice.actions[value]
         actions = (*choice.actions[:value], other[action], *choice.actions[value + 1 :])
-        found.append(dataclasses.replace(choice, actions=actions))
+        found.append((dataclasses.replace(choice, actions=actions), value))
     return found
 
 
