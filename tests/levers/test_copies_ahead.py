@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -282,9 +283,9 @@ def in_force(lever: str) -> tuple[nn.Module, torch.optim.Optimizer | None, Appli
     """A model with a plan in force and a step behind it, in a cycle with what belongs to it."""
 
     def made() -> tuple[nn.Module, torch.optim.Optimizer | None]:
-        return stack() if lever == "state_in_host" else (Blocks(0, 1, 2), None)
+        return stack() if lever != "stream_weights" else (Blocks(0, 1, 2), None)
 
-    rows, run = (BATCH, loss) if lever == "state_in_host" else (ROWS, called)
+    rows, run = (BATCH, loss) if lever != "stream_weights" else (ROWS, called)
     model, optimizer = made()
     plan = lowest(tightfit.trace(model, rows, run, optimizer=optimizer), levers=f"recompute,{lever}")
     model, optimizer = made()  # not the one that was recorded, which a recording may know a while
@@ -296,29 +297,58 @@ def in_force(lever: str) -> tuple[nn.Module, torch.optim.Optimizer | None, Appli
     return model, optimizer, applied
 
 
-@pytest.mark.parametrize("lever", ["stream_weights", "state_in_host"])
+@pytest.mark.parametrize("lever", ["stream_weights", "state_in_host", "gradients_in_host"])
 def test_what_the_collector_takes_is_not_brought_back_first(lever: str) -> None:
     """A model is dropped with its plan in force. What runs when Python finds that has the memory for itself."""
     gc.collect()
     gc.disable()
     try:
-        in_force(lever)
+        model = weakref.ref(in_force(lever)[0])
+        assert model() is not None
         with PeakMeter("cpu") as collecting:
-            assert gc.collect() > 0
+            gc.collect()
     finally:
         gc.enable()
     assert collecting.rise_bytes == 0
+    assert model() is None
 
 
-@pytest.mark.parametrize("lever", ["stream_weights", "state_in_host"])
+@pytest.mark.parametrize("lever", ["stream_weights", "state_in_host", "gradients_in_host"])
 def test_what_somebody_still_has_is_brought_back(lever: str) -> None:
     model, optimizer, applied = in_force(lever)
 
     def waiting() -> bool:
         if optimizer is None:
             return any(map(is_elsewhere, model.parameters()))
+        if lever == "gradients_in_host":
+            return any(p.grad is not None and is_elsewhere(p.grad) for p in model.parameters())
         return any(value in elsewhere for state in optimizer.state.values() for value in state.values())
 
     assert waiting()
     applied.remove()
+    assert not waiting()
+
+
+@pytest.mark.parametrize("lever", ["stream_weights", "state_in_host", "gradients_in_host"])
+def test_what_outlives_the_plan_is_brought_back_when_the_collector_takes_the_plan(lever: str) -> None:
+    """Somebody goes on with a part of what was fitted."""
+    model, optimizer, applied = in_force(lever)
+    kept = list(model.parameters()) if lever != "state_in_host" else []
+    states = {} if optimizer is None or lever != "state_in_host" else optimizer.state
+    plan_in_force = weakref.ref(applied)
+
+    def waiting() -> bool:
+        state = [value for each in states.values() for value in each.values()]
+        return any(map(is_elsewhere, (*kept, *(p.grad for p in kept if p.grad is not None)))) or any(
+            value in elsewhere for value in state
+        )
+
+    assert waiting()
+    if lever == "state_in_host":
+        model.__dict__["all of it"] = model, applied  # the optimizer is still there
+    del model, applied
+    if lever != "state_in_host":
+        del optimizer
+    gc.collect()
+    assert plan_in_force() is None
     assert not waiting()

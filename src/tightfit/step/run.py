@@ -54,11 +54,24 @@ def is_elsewhere(tensor: torch.Tensor) -> bool:
     return known is not None and known() is storage
 
 
+#: A weak reference to each thing that `reachable` was asked about, by its id, as long as the thing is there.
+_watched: dict[int, weakref.ref[Any]] = {}
+
+
 def reachable(thing: Any) -> Callable[[], bool]:
     """Can anybody still reach `thing`? To be asked when what holds it closes: where Python's collector closes that, it
-    may take `thing` as well. It clears the weak references to what it takes before it closes anything, if they have a
-    callback."""
-    reference = weakref.ref(thing, lambda _: None)
+    may take `thing` as well.
+
+    Before it closes anything, the collector clears the weak references to what it takes, if they have a callback. It
+    also clears those that it takes themselves, whatever they lead to. So the reference is held here.
+    """
+    key = id(thing)
+
+    def gone(reference: weakref.ref[Any]) -> None:
+        if _watched.get(key) is reference:
+            del _watched[key]
+
+    reference = _watched.setdefault(key, weakref.ref(thing, gone))
     return lambda: reference() is not None
 
 

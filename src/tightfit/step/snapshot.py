@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -46,27 +47,30 @@ def undisturbed(model: nn.Module, batch: Any = None) -> Iterator[Snapshot]:
         restart.give_back()
 
 
-#: Called with each parameter that is given a gradient here.
-_placed: list[Callable[[torch.Tensor], None]] = []
+#: Methods that are called with each parameter that is given a gradient here. They keep nothing alive.
+_placed: list[weakref.WeakMethod[Callable[[torch.Tensor], None]]] = []
 
 
 @contextlib.contextmanager
 def gradients_placed(told: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """`told` is called meanwhile with each parameter that is given another gradient for a pass: where gradients wait
-    off the device, that one does too."""
-    _placed.append(told)
+    """`told`, a method, is called meanwhile with each parameter that is given another gradient for a pass: where
+    gradients wait off the device, that one does too."""
+    known = weakref.WeakMethod(told)
+    _placed.append(known)
     try:
         yield
     finally:
-        _placed.remove(told)
+        _placed.remove(known)
 
 
 def _place(parameter: torch.Tensor, gradient: torch.Tensor | None) -> None:
     if gradient is not None and gradient.device != parameter.device:  # it waits elsewhere, and torch takes none so
         gradient.data = gradient.data.to(parameter.device)
     parameter.grad = gradient
-    for told in _placed if gradient is not None else ():
-        told(parameter)
+    for known in _placed if gradient is not None else ():
+        told = known()
+        if told is not None:
+            told(parameter)
 
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.Tensor)

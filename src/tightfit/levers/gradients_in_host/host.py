@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -41,7 +42,7 @@ from tightfit.step.geometry import is_dense, laid_out_like
 from tightfit.step.modes import quietly
 from tightfit.step.optimizers import Part, around_parts, bytes_of
 from tightfit.step.parallel import Strategy, strategy_of
-from tightfit.step.run import comes_back, is_elsewhere, stays_elsewhere
+from tightfit.step.run import comes_back, is_elsewhere, reachable, stays_elsewhere
 from tightfit.step.snapshot import gradients_placed
 
 __all__ = ["HostGradients"]
@@ -53,7 +54,7 @@ class HostGradients:
     def __init__(self, model: nn.Module, optimizer: Optimizer, least_bytes: int, pool: Any) -> None:
         self.model, self.optimizer, self.least_bytes, self.pool = model, optimizer, least_bytes, pool
         self._rooms: dict[torch.Tensor, _Room] = {}
-        self.hooked: set[torch.Tensor] = set()
+        self.hooked: dict[torch.Tensor, Callable[[], bool]] = {}  # can anybody else reach the parameter?
         self._left: list[tuple[torch.Tensor, _Room]] = []  # with a gradient that a loop has kept for itself
         self._brought: set[torch.Tensor] = set()  # for an addition that is not done
         self._undo = contextlib.ExitStack()
@@ -81,7 +82,9 @@ class HostGradients:
     ) -> None:
         self._undo.close()
         left = viewed = 0
-        for parameter in self.hooked:
+        for parameter, is_reachable in self.hooked.items():
+            if not is_reachable():  # nobody will read its gradient, and Python's collector may run at any time
+                continue
             viewed += self._is_viewed(parameter)
             try:
                 self._bring(parameter, waits=True)  # the room may be gone before the device has read it
@@ -109,13 +112,16 @@ class HostGradients:
             return
         if bytes_of(parameter) < self.least_bytes:
             return
-        self.hooked.add(parameter)
-        self._undo.callback(parameter.register_hook(functools.partial(self._before_adding, parameter)).remove)
-        self._undo.callback(parameter.register_post_accumulate_grad_hook(self._is_whole).remove)
+        self.hooked[parameter] = reachable(parameter)
+        before, after = (
+            _weakly(self, parameter, each) for each in (HostGradients._before_adding, HostGradients._is_whole)
+        )
+        self._undo.callback(parameter.register_hook(before).remove)
+        self._undo.callback(parameter.register_post_accumulate_grad_hook(after).remove)
 
     # -- in backward
 
-    def _before_adding(self, parameter: torch.Tensor, _: torch.Tensor) -> None:
+    def _before_adding(self, parameter: torch.Tensor) -> None:
         """Autograd is about to add to the gradient. `torch.autograd.grad` asks too, and adds nothing."""
         for other in self._brought - {parameter}:
             self._send(other)
@@ -241,6 +247,21 @@ class HostGradients:
         self._left = held
 
 
+def _weakly(
+    gradients: HostGradients, parameter: torch.Tensor, told: Callable[[HostGradients, torch.Tensor], None]
+) -> Callable[[torch.Tensor], None]:
+    """A hook of the parameter that calls `told`. Python's collector does not see all that holds such a hook, so one
+    that held the parameter would keep it and its model for good."""
+    holder, hooked = weakref.ref(gradients), weakref.ref(parameter)
+
+    def hook(_: torch.Tensor) -> None:
+        known, to = holder(), hooked()
+        if known is not None and to is not None:
+            told(known, to)
+
+    return hook
+
+
 def _holders(tensor: torch.Tensor) -> int:
     """How many hold the bytes of `tensor`, itself among them."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
@@ -290,7 +311,7 @@ class _Functions:
     """
 
     def __init__(self) -> None:
-        self.waiting: list[HostGradients] = []
+        self.waiting: weakref.WeakSet[HostGradients] = weakref.WeakSet()  # or a model would never go
         self._replaced: list[tuple[Any, str, Any, Any]] = []
 
     @contextlib.contextmanager
@@ -303,11 +324,11 @@ class _Functions:
             for module in (clip, torch.nn.utils):
                 self._replace(module, each, self._one_at_a_time)
             self._replace(torch.amp.GradScaler, ("scale",), self._scaling)
-        self.waiting.append(gradients)
+        self.waiting.add(gradients)
         try:
             yield
         finally:
-            self.waiting.remove(gradients)
+            self.waiting.discard(gradients)
             while not self.waiting and self._replaced:
                 owner, name, ours, original = self._replaced.pop()
                 if vars(owner).get(name) is ours:
