@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -179,3 +181,39 @@ def test_no_value_of_a_loop_more_or_less_takes_its_lowest_peak_down(turns: int) 
         with contextlib.suppress(Unsupported):
             line = simulate_choices(trace, (dataclasses.replace(choice, actions=actions),))
             assert line.peak_bytes >= low.peak_bytes, value
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_no_value_more_of_a_loop_fits_and_saves_seconds(share: float) -> None:
+    torch.manual_seed(0)
+    trace = retimed(tightfit.trace(Turns(), torch.randn(32, 16, 32)), NOMINAL_CPU)
+    low, whole = lowest(trace, levers=("recompute",)).peak_bytes, tightfit.simulate(trace).peak_bytes
+    found = tightfit.plan(trace, low + int(share * (whole - low)), levers=("recompute",))
+    (choice,) = found.choices
+    for value, action in enumerate(choice.actions):
+        if action is Action.RECOMPUTE:
+            actions = (*choice.actions[:value], Action.KEEP, *choice.actions[value + 1 :])
+            line = simulate_choices(trace, (dataclasses.replace(choice, actions=actions),))
+            assert line.peak_bytes > found.budget_bytes or line.recompute_seconds >= found.recompute_seconds, value
+
+
+def test_options_that_do_not_fit_are_not_asked_for_again() -> None:
+    """The referee finds a byte too many, and the model's own peak is far below what it was asked for."""
+    peaks, asked = {0: 950, 1: 880, 2: 500}, []
+
+    def solve(target: int | None) -> Any:
+        asked.append(target)
+        fitting = [index for index, peak in peaks.items() if target is not None and peak <= target] or [2]
+        return SimpleNamespace(points={"unit": fitting[0]}, how=frozenset())
+
+    model = SimpleNamespace(solve=solve, peak_bytes=lambda points: peaks[points["unit"]])
+    way = SimpleNamespace(
+        refereed=lambda points, _: (
+            points, SimpleNamespace(peak_bytes=peaks[points["unit"]] + 51, recompute_seconds=points["unit"] + 1.0)
+        ),
+        holds=lambda line, budget: line.peak_bytes <= budget,
+        effort=Effort(proves=False),
+    )  # fmt: skip
+    found = planning._fitting(way, model, 1000)  # type: ignore[arg-type]
+    assert found is not None and found.choices == {"unit": 1}
+    assert asked[:2] == [1000, 949]

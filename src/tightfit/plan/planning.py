@@ -358,8 +358,8 @@ def _fitting(way: Way, model: Model, budget_bytes: int) -> Refereed | None:
         choices, line = way.refereed(solution.points, model)
         if way.holds(line, budget_bytes):
             return _unhurried(way, model, budget_bytes, target, Refereed(choices, line, solution.how))
-        # the model's peak was too low by this many bytes: ask it for as many bytes less
-        target -= max(1, line.peak_bytes - budget_bytes)
+        # the model's peak was too low by this many bytes: ask it for as many less, and not for these options again
+        target = min(target - (line.peak_bytes - budget_bytes), model.peak_bytes(solution.points) - 1)
     solution = model.solve(None)
     assert solution is not None
     choices, line = way.refereed(solution.points, model)

@@ -2,7 +2,8 @@
 
 Idea: `plan.choose` adds up what each unit does to each stretch of the step, from above. So the chosen options may leave
 room that the program cannot see. Here one more value is kept in a unit, or in all units that are alike, wherever that
-saves seconds and the referee (`plan.simulate`) still finds the step within the budget. What saves most is tried first.
+saves seconds and the referee (`plan.simulate`) still finds the step within the budget. What saves most is tried first,
+and of what saves the same, what backward reads first. This is done again until nothing more fits.
 
 Where the lowest peak is wanted, the unit whose forward or backward owns the peak keeps one value more or less, or what
 another unit like it keeps, wherever that takes the peak down.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tightfit.core import Action, Advance, Choice, EventKind, Program, Timeline, Trace, Unsupported
 from tightfit.plan.program import clusters, kept_values, live_clusters, shared
@@ -24,9 +26,12 @@ from tightfit.plan.simulate import simulate_choices
 
 #: The referee walks so many events in all. On a step of a few hundred ops every value can be tried. Where fewer than
 #: `_FEWEST_TRIES` are left there is no use in it. The lowest peak is asked for more seldom, and may take more walks.
-_EVENTS = 60_000
-_FEWEST_TRIES = 8
-_LOWERING = 4  # times as many
+_EVENTS = 120_000
+_FEWEST_TRIES = 16
+_LOWERING = 2  # times as many
+
+#: So many values in a row that save as much as each other, and that did not fit, and the rest of them is left.
+_FAILURES = 2
 
 
 def polished(
@@ -42,16 +47,34 @@ def polished(
     tries = _tries(trace, choices)
     if not tries:
         return choices, line
-    for _, paths, value in sorted(_additions(trace, chosen), key=lambda each: (-each[0], each[1], each[2])):
-        if tries <= 0:
-            break
-        changed = chosen | {path: _keeping(chosen[path], value) for path in paths}
-        if changed == chosen:
-            continue
-        tries -= 1
-        found = simulate_choices(trace, tuple(changed.values()), advances)
-        if found.peak_bytes <= budget_bytes and found.recompute_seconds < line.recompute_seconds:
-            chosen, line = changed, found
+    first_read = {(path, value): at for path, each in _reads(trace).items() for at, value in sorted(each, reverse=True)}
+    never = len(trace.events)
+
+    def turn(addition: tuple[float, tuple[str, ...], int]) -> tuple[Any, ...]:
+        """What saves most comes first, and of values that save the same the one that backward reads first: it waits for
+        the shortest time."""
+        gain, paths, value = addition
+        soonest = min(first_read.get((path, value), never) for path in paths)
+        return -gain, -len(paths), soonest, paths, -value
+
+    before = None
+    while line is not before and tries > 0:
+        before = line
+        failed: Counter[tuple[float, int]] = Counter()  # in a row, of those that save as much
+        for gain, paths, value in sorted(_additions(trace, chosen), key=turn):
+            kind = round(gain / max(before.recompute_seconds, gain), 9), len(paths)
+            changed = chosen | {path: _keeping(chosen[path], value) for path in paths}
+            if changed == chosen or failed[kind] >= _FAILURES:
+                continue
+            if tries <= 0:
+                break
+            tries -= 1
+            found = simulate_choices(trace, tuple(changed.values()), advances)
+            if found.peak_bytes <= budget_bytes and found.recompute_seconds < line.recompute_seconds:
+                chosen, line = changed, found
+                failed[kind] = 0
+            else:
+                failed[kind] += 1
     return tuple(chosen.values()), line
 
 
