@@ -16,9 +16,9 @@ from tests.plan.stacks import Lean, brute_force, mean_square, traced
 from torch import nn
 
 import tightfit
-from tightfit.core import Status, Trace, Unsupported
+from tightfit.core import BudgetInfeasible, Status, Trace, Unsupported
 from tightfit.device.cost import NOMINAL_CPU, retimed
-from tightfit.plan import effects, exact, lowest, planning, solver, table, ways
+from tightfit.plan import choose, effects, exact, lowest, planning, solver, table, ways
 from tightfit.plan.exact import WholeStep
 from tightfit.plan.moments import Linear, LiveBytes
 from tightfit.plan.program import clusters, live_clusters
@@ -333,3 +333,18 @@ def test_a_way_that_leaves_no_more_room_is_not_searched_again(monkeypatch: pytes
     (once_seconds, once), (twice_seconds, twice) = found
     assert (once, twice) == (1, 2)
     assert once_seconds <= 1.001 * twice_seconds
+
+
+def test_below_the_lowest_peak_the_program_is_not_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would look for what there hardly is."""
+    trace = traced(3, 16, 4, 64, Lean)
+    least = lowest(trace, levers="recompute").peak_bytes
+    put: list[int] = []
+    cheapest = WholeStep.cheapest
+    monkeypatch.setattr(WholeStep, "cheapest", lambda self, *asked: put.append(asked[1]) or cheapest(self, *asked))
+    monkeypatch.setattr(planning, "_fitting", lambda *_: None)  # where the choice across the units finds nothing
+    monkeypatch.setattr(choose.Model, "is_ruled_out", lambda *_: False)  # and its bound proves nothing
+    with pytest.raises(BudgetInfeasible):
+        tightfit.plan(trace, least - 1, levers="recompute")
+    assert not put
+    assert tightfit.plan(trace, least, levers="recompute").peak_bytes <= least

@@ -316,6 +316,10 @@ def _best(
     def is_far() -> bool:
         return way.proves and (found is None or found.line.recompute_seconds - bound > near)
 
+    if found is None and way.whole is not None:  # it would be asked for what there hardly is, and takes longest then
+        found = way.lowered
+        if not way.holds(found.line, budget_bytes):
+            return None, math.inf
     if is_far():
         found, bound = _whole(way, found, budget_bytes, bound)
     if is_far() and way.lean_model is not model:
@@ -332,12 +336,11 @@ def _best(
 
 def _whole(way: Way, found: Refereed | None, budget_bytes: int, bound: float) -> tuple[Refereed | None, float]:
     """`found` and its `bound`, or better ones by the program over the whole step."""
-    if way.whole is None:
+    if way.whole is None or found is None:
         return found, bound
-    known = way.fewest if found is None else found.choices
-    better = way.whole.cheapest(known, budget_bytes, WHOLE_GAP)
+    better = way.whole.cheapest(found.choices, budget_bytes, WHOLE_GAP)
     if better.choices is not None and better.line is not None:
-        found = Refereed(better.choices, better.line, better.how if found is None else found.how | better.how)
+        found = Refereed(better.choices, better.line, found.how | better.how)
     return found, max(bound, better.bound)
 
 
@@ -402,17 +405,12 @@ _SAME = 1e-3
 #: A plan within this part of the step's seconds of its bound is near enough. Otherwise options are added and tried.
 _NEAR = 0.01
 
-
 #: Nesting runs units once more. It is tried when a plan without it reruns at least this part of the forward.
 _DEAR = 0.75
 
-
 #: Where a plan stays this part of its budget below it, a plan that comes nearer is looked for, so many times.
 _SLACK = 0.01
-
-
 _CAREFUL_ROUNDS = 4
-
 
 #: A nesting is only tried for the lowest peak if it takes the peak to less than this part of it.
 _WORTH = 0.999
