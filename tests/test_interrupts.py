@@ -230,10 +230,18 @@ def test_a_run_that_is_interrupted_says_so(
     assert (record["status"], record["error"], record["observed"]["steps"]) == ("interrupted", None, 2)
 
 
+def one_of_ours() -> None:
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise tightfit.ReplayDiverged("a torn step") from None
+
+
+@pytest.mark.parametrize("becomes", [another_error, one_of_ours])
 def test_a_command_that_is_interrupted_says_so(
-    default_handler: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    becomes: Any, default_handler: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(program.typer.main, "get_command", lambda _: another_error())
+    monkeypatch.setattr(program.typer.main, "get_command", lambda _: becomes())
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "tightfit: interrupted\n"
 

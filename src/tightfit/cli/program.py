@@ -109,15 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(asked: list[str]) -> int:
-    with Interrupts() as interrupts:
-        return _told(asked, interrupts)
-
-
-def _told(asked: list[str], interrupts: Interrupts) -> int:
     debug = "--debug" in asked
     given = [argument for argument in asked if argument != "--debug"]  # so that it may stand after the command too
     try:
-        code = typer.main.get_command(app).main(args=given, prog_name="tightfit", standalone_mode=False)
+        code = _called(given)
         return code if isinstance(code, int) else 0
     except _USAGE_ERROR as error:
         if debug:
@@ -152,9 +147,6 @@ def _told(asked: list[str], interrupts: Interrupts) -> int:
         _tell_launcher(error)
         if debug:
             raise
-        if interrupts.came:
-            say_on_stderr("interrupted")
-            return EXIT_INTERRUPTED
         if isinstance(error, ModuleNotFoundError) and (lacking := _lacking(error, given)):
             say_on_stderr(lacking)
             return EXIT_WRONG_INPUT
@@ -170,6 +162,17 @@ def _told(asked: list[str], interrupts: Interrupts) -> int:
             return EXIT_NO
         say_on_stderr(f"{type(error).__name__}: {error} (run again with --debug to see where)")
         return EXIT_NO
+
+
+def _called(given: list[str]) -> Any:
+    """What the command returns. Whatever comes out of it after Ctrl-C is a `KeyboardInterrupt`."""
+    with Interrupts() as interrupts:
+        try:
+            return typer.main.get_command(app).main(args=given, prog_name="tightfit", standalone_mode=False)
+        except Exception as error:
+            if interrupts.came:
+                raise KeyboardInterrupt from error
+            raise
 
 
 def _lacking(error: ModuleNotFoundError, given: list[str]) -> str:
