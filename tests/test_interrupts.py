@@ -10,8 +10,8 @@ import contextlib
 import json
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +270,5 @@ def test_blocks_may_be_nested_and_other_threads_take_nothing(default_handler: No
         with Interrupts():
             pass
 
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(elsewhere).result()

@@ -112,7 +112,8 @@ def _run(asked: list[str]) -> int:
     debug = "--debug" in asked
     given = [argument for argument in asked if argument != "--debug"]  # so that it may stand after the command too
     try:
-        code = _called(given)
+        with Interrupts():
+            code = typer.main.get_command(app).main(args=given, prog_name="tightfit", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except _USAGE_ERROR as error:
         if debug:
@@ -162,17 +163,6 @@ def _run(asked: list[str]) -> int:
             return EXIT_NO
         say_on_stderr(f"{type(error).__name__}: {error} (run again with --debug to see where)")
         return EXIT_NO
-
-
-def _called(given: list[str]) -> Any:
-    """What the command returns. Whatever comes out of it after Ctrl-C is a `KeyboardInterrupt`."""
-    with Interrupts() as interrupts:
-        try:
-            return typer.main.get_command(app).main(args=given, prog_name="tightfit", standalone_mode=False)
-        except Exception as error:
-            if interrupts.came:
-                raise KeyboardInterrupt from error
-            raise
 
 
 def _lacking(error: ModuleNotFoundError, given: list[str]) -> str:

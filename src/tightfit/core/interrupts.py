@@ -18,7 +18,10 @@ __all__ = ["Interrupts"]
 
 
 class Interrupts:
-    """`with Interrupts() as interrupts`: `interrupts.came` is True from the first Ctrl-C on. Blocks may be nested."""
+    """`with Interrupts() as interrupts`: `interrupts.came` is True from the first Ctrl-C on.
+
+    Whatever error comes out of the block after that is a `KeyboardInterrupt`. Blocks may be nested.
+    """
 
     def __init__(self) -> None:
         self.came = False
@@ -32,10 +35,12 @@ class Interrupts:
             signal.signal(signal.SIGINT, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
             self._before = None
+        if self.came and error is not None and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.came = True

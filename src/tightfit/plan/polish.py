@@ -20,7 +20,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tightfit.core import Action, Advance, Choice, EventKind, Program, Timeline, Trace, Unsupported
+from tightfit.core import Action, Advance, Choice, Program, Timeline, Trace, Unsupported
+from tightfit.plan.indexed import indexed
 from tightfit.plan.program import clusters, kept_values, live_clusters, shared
 from tightfit.plan.simulate import simulate_choices
 
@@ -124,7 +125,7 @@ def _owner(chosen: Mapping[str, Choice], line: Timeline) -> str | None:
 
 def _reads(trace: Trace) -> Mapping[str, Sequence[tuple[int, int]]]:
     """When backward reads what each unit saved: (event, value)."""
-    loads = {event.subject: at for at, event in enumerate(trace.events) if event.what is EventKind.LOAD}
+    loads = indexed(trace).first_load
     units = {frame.id: frame.unit for frame in trace.frames}
     found: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for saved in trace.saved:

@@ -38,7 +38,6 @@ from trl import SFTTrainer, get_peft_config, get_quantization_config
 from tightfit.accelerator import has_streams
 from tightfit.core import (
     AUTO,
-    Interrupts,
     InvalidInput,
     Plan,
     TightfitError,
@@ -90,20 +89,23 @@ def train(options: TrainOptions, progress: Console | None = None) -> RunResult:
             run.say(f"there is no run in {folder} yet: it begins")
         with ExitStack() as stack:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="tightfit-"))
-            run.interrupts = stack.enter_context(Interrupts())
             try:
-                if asked.recipe().fit.base_config is not None:
-                    run.make_base()
-                run.prepare()
-                run.compare(scratch)
-                run.train(scratch)
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt) or run.interrupts.came:
-                    run.finish("interrupted")
-                    return run.result()
-                if run.opened or not isinstance(error, TightfitError):
-                    run.error = str(error) if isinstance(error, TightfitError) else f"{type(error).__name__}: {error}"
+                with run.interrupts:
+                    if asked.recipe().fit.base_config is not None:
+                        run.make_base()
+                    run.prepare()
+                    run.compare(scratch)
+                    run.train(scratch)
+            except KeyboardInterrupt:
+                run.finish("interrupted")
+            except TightfitError as error:
+                if run.opened:
+                    run.error = str(error)
                     run.finish("failed")
+                raise
+            except BaseException as error:
+                run.error = f"{type(error).__name__}: {error}"
+                run.finish("failed")
                 raise
     return run.result()
 
